@@ -1,0 +1,219 @@
+"""`python -m analysis.fit POINTS.csv`: one law fitted to a CSV, every number as JSON.
+
+Where: the command line of estimate.py and intervals.py; `document` is also what the report stores.
+"""
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from analysis.compare import nested, rollout
+from analysis.estimate import DELTA, Fit, fit
+from analysis.identify import doubts, verdicts
+from analysis.intervals import (
+  LEVEL,
+  bootstrap,
+  clusters_hold_several,
+  coverage_caveat,
+  delta,
+  derived,
+  paired_covariance,
+  percentile,
+  preferred,
+)
+from analysis.laws import LAWS, ArmModel
+from analysis.points import drop_highest, parse_columns, read_points
+from analysis.solve import LOSSES
+from mhc_jax.config import ConfigError
+
+EXAMPLES = """examples:
+  python -m analysis.fit points.csv --law chinchilla --columns N=params,D=tokens,loss=loss
+  python -m analysis.fit points.csv --law compute --columns C=flops,loss=loss,arm=model,seed=seed \\
+      --arms common --out fits.json
+  python -m analysis.fit points.csv --columns N=params,C=flops,loss=loss --drop-highest 5 \\
+      --loss huber --delta 0.001 --resamples 2000
+"""
+
+
+def json_ready(value: object) -> object:
+  """Plain JSON types: arrays to lists, infinities and NaN to null."""
+  if isinstance(value, dict):
+    return {str(k): json_ready(v) for k, v in value.items()}
+  if isinstance(value, list | tuple | np.ndarray):
+    return [json_ready(v) for v in value]
+  if isinstance(value, np.generic):
+    return json_ready(value.item())
+  if isinstance(value, float) and not math.isfinite(value):
+    return None
+  return value
+
+
+def document(
+  fitted: Fit, resamples: int = 0, progress: bool = False, seed: int = 0
+) -> dict[str, object]:
+  """Everything about one fit as JSON types: parameters at the top level, then how it was found.
+
+  A parameter that identify.py does not let through is null, with the reason under `verdicts`.
+  """
+  values = fitted.parameters | derived(fitted, fitted.theta_P)
+  by_method, redrawn = {'delta': delta(fitted)}, {}
+  if resamples:
+    kinds = ('case', 'cluster') if clusters_hold_several(fitted.points) else ('case',)
+    for kind in kinds:
+      sample = bootstrap(fitted, resamples, kind == 'cluster', seed, progress)
+      by_method[f'{kind}_bootstrap'] = percentile(fitted, sample)
+      redrawn[f'{kind}_bootstrap'] = sample.redrawn
+  method = preferred(fitted, tuple(by_method))
+  reasons = verdicts(fitted, by_method[method])
+  show = {name: reasons[name] is None for name in values}
+  shown = {
+    name: {k: v if show[k] else None for k, v in ends.items()} for name, ends in by_method.items()
+  }
+  return json_ready(
+    {name: value if show[name] else None for name, value in values.items()}
+    | {
+      'objective': fitted.objective,
+      'n_points': len(fitted.points),
+      'intervals': shown[method],
+      'flags': list(fitted.flags),
+      'doubts': doubts(fitted),
+      'verdicts': {k: v for k, v in reasons.items() if v is not None},
+      'law': fitted.law.name,
+      'formula': fitted.law.formula,
+      'level': LEVEL,
+      'interval_method': method,
+      'intervals_by_method': shown,
+      'resamples': resamples,
+      'redrawn': redrawn,
+      'caveat': coverage_caveat(fitted),
+    }
+    | diagnostics(fitted)
+  )
+
+
+def diagnostics(fitted: Fit) -> dict[str, object]:
+  """How a fit was made and how far it can be trusted."""
+  rows = zip(fitted.points.run.tolist(), fitted.influence_R, fitted.shift_RP, strict=True)
+  return {
+    'degrees_of_freedom': fitted.degrees_of_freedom,
+    'loss': fitted.problem.kind,
+    'delta': fitted.problem.delta,
+    'reference': fitted.design.arms.reference,
+    'within_cluster_correlation': paired_covariance(fitted)[1],
+    'optimiser': {
+      'converged': fitted.converged,
+      'starts': fitted.starts,
+      'starts_at_optimum': fitted.starts_at_optimum,
+      'moved_from_init': fitted.moved_from_init,
+    },
+    'condition_number': fitted.condition,
+    'correlation': {
+      'parameters': list(fitted.theta_names),
+      'matrix': np.round(fitted.correlation_PP, 4),
+    },
+    'influence': [
+      {
+        'run': run,
+        'cooks_distance': float(f'{cook:.4g}'),
+        'shift_in_standard_errors': dict(zip(fitted.theta_names, shift_P.round(3), strict=True)),
+      }
+      for run, cook, shift_P in rows
+    ],
+  }
+
+
+def _parser() -> argparse.ArgumentParser:
+  p = argparse.ArgumentParser(
+    'python -m analysis.fit',
+    description='Fit a scaling law to a CSV of runs.',
+    epilog=EXAMPLES,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  p.add_argument('points', type=Path, help='CSV with one row per run')
+  p.add_argument('--law', default='chinchilla', choices=sorted(LAWS))
+  p.add_argument(
+    '--columns',
+    default='N=N,D=D,loss=loss',
+    help='ROLE=COLUMN,...; roles N D C W H loss sigma arm seed cluster size (default %(default)s)',
+  )
+  p.add_argument('--out', type=Path, help='JSON file (default: print to standard output)')
+  p.add_argument('--loss', default='huber', choices=LOSSES, help='default %(default)s')
+  p.add_argument(
+    '--delta', default=str(DELTA), help="Huber width in log loss, or 'auto' (default %(default)s)"
+  )
+  p.add_argument(
+    '--arms',
+    default='common',
+    choices=('none', 'common', 'N', 'D', 'both'),
+    help='multipliers where the arm column holds several arms (default %(default)s)',
+  )
+  p.add_argument('--reference', help='the arm with m = 1 (default: the first in the file)')
+  p.add_argument('--drop-highest', type=int, default=0, help='leave out the K highest losses')
+  p.add_argument(
+    '--resamples', type=int, default=1000, help='bootstrap draws (default %(default)s)'
+  )
+  p.add_argument('--seed', type=int, default=0, help='of the bootstrap')
+  return p
+
+
+def parse_delta(text: str) -> float | str:
+  """A positive number or 'auto'."""
+  if text == 'auto':
+    return text
+  try:
+    value = float(text)
+  except ValueError:
+    value = -1.0
+  if not value > 0:
+    raise ConfigError(f"--delta {text}: give a positive number or 'auto'")
+  return value
+
+
+def run(a: argparse.Namespace) -> dict[str, object]:
+  """The JSON document for parsed arguments; raises ConfigError."""
+  points = read_points(a.points, parse_columns(a.columns))
+  if not 0 <= a.drop_highest < len(points):
+    raise ConfigError(f'--drop-highest {a.drop_highest}: the file has {len(points)} rows')
+  points, excluded = drop_highest(points, a.drop_highest)
+  if a.reference is not None and a.reference not in points.arms:
+    raise ConfigError(f'--reference {a.reference}: the arms are {", ".join(points.arms)}')
+  law, width = LAWS[a.law], parse_delta(a.delta)
+  arms = ArmModel(a.arms, a.reference or points.arms[0])
+  fitted = fit(points, law, arms, a.loss, width)
+  out = document(fitted, a.resamples, progress=True, seed=a.seed)
+  out['optimum'] = json_ready(fitted.parameters)  # also where `verdicts` forbids quoting it
+  out['excluded'] = excluded
+  out['rollout'] = json_ready([vars(step) for step in rollout(points, law, arms, a.loss, width)])
+  if len(points.arms) > 1:
+    out['nested'] = json_ready(
+      [
+        {k: v for k, v in vars(c).items() if k != 'fit'}
+        for c in nested(points, law, arms.reference, a.loss, width)
+      ]
+    )
+  return out
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Command line; returns the exit code (2 and one line for bad input, nothing written)."""
+  a = _parser().parse_args(argv)
+  try:
+    text = json.dumps(run(a), indent=1)
+  except ConfigError as e:
+    print(f'error: {e}', file=sys.stderr)
+    return 2
+  if a.out is None:
+    print(text)
+  else:
+    a.out.parent.mkdir(parents=True, exist_ok=True)
+    a.out.write_text(text + '\n')
+    print(f'wrote {a.out}')
+  return 0
+
+
+if __name__ == '__main__':
+  sys.exit(main())

@@ -1,0 +1,115 @@
+"""Minima along one axis: IsoFLOP optima (parabola, Akima), their power laws, learning-rate optima.
+
+Where: beside the parametric fit, as plot and cross-check. The parabola is biased when alpha != beta
+or the grid is off-centre (2603.22339); both methods refuse a minimum at the edge of the grid, and
+the parabola a curve that opens downwards.
+"""
+
+import dataclasses
+import itertools
+
+import numpy as np
+from scipy import stats
+from scipy.interpolate import Akima1DInterpolator
+
+METHODS = ('parabola', 'akima')
+
+
+@dataclasses.dataclass(frozen=True)
+class Minimum:
+  """Arg-min of log loss over a log axis; `problem` says why there is none."""
+
+  log_x: float | None
+  loss: float | None
+  problem: str | None
+  curve_log_x: np.ndarray
+  curve_loss: np.ndarray
+
+
+def _none(problem: str) -> Minimum:
+  return Minimum(None, None, problem, np.array([]), np.array([]))
+
+
+def minimum(log_x: np.ndarray, loss: np.ndarray, method: str = 'parabola') -> Minimum:
+  """Minimum of loss over log x from measured points (repeats at one x are averaged first)."""
+  if method not in METHODS:
+    raise ValueError(f'method {method!r} is not one of {METHODS}')
+  grid = np.unique(np.round(log_x, 9))
+  y = np.array([np.log(loss[np.isclose(log_x, g, atol=1e-8)]).mean() for g in grid])
+  needed = 3 if method == 'parabola' else 5
+  if len(grid) < needed:
+    return _none(f'{len(grid)} points: {method} needs {needed}')
+  if method == 'parabola':
+    return _parabola(grid, y)
+  # 25 points per gap, arg-min on them, as Porian et al. 2406.19146 do.
+  fine = np.concatenate([np.linspace(a, b, 26)[:-1] for a, b in itertools.pairwise(grid)])
+  fine = np.append(fine, grid[-1])
+  values = Akima1DInterpolator(grid, y)(fine)
+  best = int(np.argmin(values))
+  inside = 0 < best < len(fine) - 1
+  return Minimum(
+    float(fine[best]) if inside else None,
+    float(np.exp(values[best])) if inside else None,
+    None if inside else 'the minimum is at the edge of the grid',
+    fine,
+    np.exp(values),
+  )
+
+
+def _parabola(grid: np.ndarray, y: np.ndarray) -> Minimum:
+  centre = grid.mean()
+  c2, c1, c0 = np.polyfit(grid - centre, y, 2)
+  fine = np.linspace(grid[0], grid[-1], 101)
+  curve = np.exp(np.polyval([c2, c1, c0], fine - centre))
+  if c2 <= 0:
+    return Minimum(None, None, 'the parabola opens downwards', fine, curve)
+  vertex = centre - c1 / (2 * c2)
+  if not grid[0] < vertex < grid[-1]:
+    return Minimum(None, None, 'the vertex lies outside the grid', fine, curve)
+  return Minimum(float(vertex), float(np.exp(c0 - c1**2 / (4 * c2))), None, fine, curve)
+
+
+@dataclasses.dataclass(frozen=True)
+class PowerLaw:
+  """x* = coefficient * C^exponent by least squares in logs; interval by Student's t (n - 2)."""
+
+  exponent: float
+  log_coefficient: float
+  low: float | None
+  high: float | None
+  points: int
+
+
+def power_law(log_c: np.ndarray, log_optimum: np.ndarray, level: float = 0.95) -> PowerLaw | None:
+  """Power law through optima, or None with fewer than two of them."""
+  if len(log_c) < 2 or np.ptp(log_c) == 0:
+    return None
+  line = stats.linregress(log_c, log_optimum)
+  low = high = None
+  if len(log_c) > 2:
+    half = stats.t.ppf(0.5 + level / 2, len(log_c) - 2) * line.stderr
+    low, high = float(line.slope - half), float(line.slope + half)
+  return PowerLaw(float(line.slope), float(line.intercept), low, high, len(log_c))
+
+
+def isoflop(
+  log_c: np.ndarray, log_n: np.ndarray, loss: np.ndarray, method: str = 'parabola'
+) -> list[tuple[float, Minimum]]:
+  """(log budget, minimum over log N) of every budget; budgets are equal within 5 %."""
+  out = []
+  order = np.argsort(log_c)
+  breaks = np.flatnonzero(np.diff(log_c[order]) > 0.05) + 1
+  for rows in np.split(order, breaks):
+    out.append((float(log_c[rows].mean()), minimum(log_n[rows], loss[rows], method)))
+  return out
+
+
+def best_learning_rate(learning_rate: np.ndarray, loss: np.ndarray) -> Minimum:
+  """Learning rate of lowest loss by interpolation in log lr (Akima from 5 rates, parabola from 3).
+
+  Only finite losses count; a minimum at the edge of the grid is refused (widen the grid).
+  """
+  keep = np.isfinite(loss)
+  log_lr = np.log(learning_rate[keep])
+  method = 'akima' if len(np.unique(np.round(log_lr, 9))) >= 5 else 'parabola'
+  return minimum(log_lr, loss[keep], method)

@@ -1,0 +1,160 @@
+"""`python -m analysis.reproduce POINTS.csv --expect FILE`: check a published answer on its data.
+
+Where: beside fit.py; exit code 0 when every number is met, 1 when one is missed, 2 for bad input.
+FILE (JSON) says how the answer was made and what it is; analysis/expected/ holds two:
+  chinchilla_besiroglu.json  240 points digitised by Besiroglu et al. 2404.10102
+  porian.json                the 15 IsoFLOP exponents of Porian et al. 2406.19146
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from analysis.estimate import DELTA, fit
+from analysis.intervals import bootstrap, derived, percentile
+from analysis.isoflop import isoflop, power_law
+from analysis.laws import LAWS, ArmModel
+from analysis.points import drop_highest, parse_columns, read_points, read_table
+from mhc_jax.config import ConfigError
+
+EXAMPLES = """examples:
+  python -m analysis.reproduce chinchilla_besiroglu.csv \\
+      --expect analysis/expected/chinchilla_besiroglu.json
+  python -m analysis.reproduce porian_isoflops.csv --expect analysis/expected/porian.json
+
+FILE for a law:
+  {"method": "law", "law": "chinchilla", "columns": "N=params,D=tokens,loss=loss",
+   "drop_highest": 0, "loss": "huber", "delta": 0.001, "resamples": 2000,
+   "expect": {"objective": {"at_most": 0.00102}, "alpha": {"value": 0.3473, "within": 0.0005}},
+   "intervals": {"alpha": {"value": [0.317, 0.373], "within": 0.01}}}
+FILE for IsoFLOP optima (N* = k C^exponent per group of rows):
+  {"method": "isoflop", "columns": "N=n,C=flops,loss=loss", "interpolation": "akima",
+   "group_by": ["dataset"], "within": 0.004,
+   "expect": [{"group": ["rw"], "n_exponent": 0.5}]}
+"""
+
+
+Line = tuple[str, str, str, bool]  # quantity, expected in words, found, met
+
+
+def check_value(name: str, found: float, want: dict[str, float]) -> Line:
+  """One number against {'value', 'within'} or {'at_most'}."""
+  if 'at_most' in want:
+    met = found <= want['at_most']
+    return (name, f'<= {want["at_most"]:.10g}', f'{found:.12g}', met)
+  met = abs(found - want['value']) <= want['within']
+  return (name, f'{want["value"]:g} +- {want["within"]:g}', f'{found:.6g}', met)
+
+
+def check_law(path: Path, spec: dict) -> list[Line]:
+  """Fits the law of `spec` and compares parameters, objective and bootstrap intervals."""
+  points = read_points(path, parse_columns(spec['columns']))
+  points, dropped = drop_highest(points, spec.get('drop_highest', 0))
+  for sentence in dropped:
+    print(f'excluded {sentence}')
+  if spec['law'] not in LAWS:
+    raise ConfigError(f'--expect: unknown law {spec["law"]!r}; laws: {", ".join(LAWS)}')
+  law = LAWS[spec['law']]
+  begin = time.perf_counter()
+  fitted = fit(points, law, ArmModel('none'), spec.get('loss', 'huber'), spec.get('delta', DELTA))
+  print(
+    f'{len(points)} points, {fitted.starts_at_optimum} of {fitted.starts} starts at the optimum, '
+    f'{time.perf_counter() - begin:.2f} s'
+  )
+  found = fitted.parameters | derived(fitted, fitted.theta_P) | {'objective': fitted.objective}
+  lines = [_checked(name, found, want) for name, want in spec.get('expect', {}).items()]
+  if spec.get('intervals'):
+    begin = time.perf_counter()
+    sample = bootstrap(fitted, spec.get('resamples', 2000), progress=True)
+    print(f'{len(sample.theta_BP)} resamples, {time.perf_counter() - begin:.1f} s')
+    ends = percentile(fitted, sample)
+    for name, want in spec['intervals'].items():
+      for k, side in enumerate(('lower', 'upper')):
+        one = {'value': want['value'][k], 'within': want['within']}
+        lines.append(_checked(f'{name} {side} 95 %', {f'{name} {side} 95 %': ends[name][k]}, one))
+  return lines
+
+
+def _checked(name: str, found: dict[str, float], want: dict) -> Line:
+  if name not in found:
+    raise ConfigError(f'--expect: the fit has no {name!r}; it has {", ".join(found)}')
+  return check_value(name, found[name], want)
+
+
+def check_isoflop(path: Path, spec: dict) -> list[Line]:
+  """Exponent of N*(C) for every group of rows against the published one."""
+  table, columns = read_table(path), parse_columns(spec['columns'])
+  for name in spec['group_by']:
+    if name not in table.columns:
+      raise ConfigError(f'{path}: no column {name!r} to group by')
+  lines = []
+  for want in spec['expect']:
+    picked = np.ones(len(table), bool)
+    for name, value in zip(spec['group_by'], want['group'], strict=True):
+      picked &= (table[name].astype(str) == str(value)).to_numpy()
+    label = 'N* exponent, ' + ' '.join(map(str, want['group']))
+    if not picked.any():
+      raise ConfigError(f'{path}: no rows for {label}')
+    points = read_points(path, columns, table[picked].reset_index(drop=True))
+    budgets = isoflop(
+      points.log_x['C'], points.log_x['N'], points.loss, spec.get('interpolation', 'akima')
+    )
+    inside = [(c, m.log_x) for c, m in budgets if m.problem is None]
+    line = power_law(*np.array(inside).T) if len(inside) > 1 else None
+    if line is None:
+      raise ConfigError(f'{path}: {label}: fewer than two budgets have a minimum inside')
+    tolerance = want.get('within', spec.get('within', 0.004))
+    one = {'value': want['n_exponent'], 'within': tolerance}
+    lines.append(check_value(f'{label} ({len(inside)} budgets)', line.exponent, one))
+  return lines
+
+
+def read_expectation(path: Path) -> dict:
+  """The expectation file; raises ConfigError when it is missing, not JSON or incomplete."""
+  if not path.is_file():
+    raise ConfigError(f'--expect {path}: no such file')
+  try:
+    spec = json.loads(path.read_text())
+  except json.JSONDecodeError as e:
+    raise ConfigError(f'--expect {path}: not JSON (line {e.lineno})') from e
+  needed = {'law': ('law', 'columns'), 'isoflop': ('columns', 'group_by', 'expect')}
+  if not isinstance(spec, dict) or spec.get('method') not in needed:
+    raise ConfigError(f"--expect {path}: 'method' must be 'law' or 'isoflop'")
+  for key in needed[spec['method']]:
+    if key not in spec:
+      raise ConfigError(f'--expect {path}: {key!r} is missing')
+  return spec
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Command line; prints one line per number and returns the exit code."""
+  parser = argparse.ArgumentParser(
+    'python -m analysis.reproduce',
+    description='Check a published scaling-law answer on its own data.',
+    epilog=EXAMPLES,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  parser.add_argument('points', type=Path, help='CSV with one row per run')
+  parser.add_argument('--expect', type=Path, required=True, metavar='FILE')
+  a = parser.parse_args(argv)
+  try:
+    spec = read_expectation(a.expect)
+    lines = (check_law if spec['method'] == 'law' else check_isoflop)(a.points, spec)
+  except ConfigError as e:
+    print(f'error: {e}', file=sys.stderr)
+    return 2
+  table = pd.DataFrame(lines, columns=['quantity', 'expected', 'found', 'met'])
+  table['met'] = table['met'].map({True: 'met', False: 'MISSED'})
+  print(table.to_string(index=False))
+  missed = int((table['met'] != 'met').sum())
+  print(f'{len(table) - missed} of {len(table)} met')
+  return 1 if missed else 0
+
+
+if __name__ == '__main__':
+  sys.exit(main())

@@ -1,0 +1,219 @@
+"""Figures of the report by model shape, manifold rank, sublayer and training time.
+
+Where: Study -> here -> figures.draw_all. A figure whose data are absent returns the sentence that
+says so instead of a Panel.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, ScalarFormatter
+
+from analysis.draw import Panel, figure, legend, looks, save
+from analysis.runs import curve, last_list
+from analysis.selection import AXIS_LABEL
+from analysis.study import RankSweep, Study
+
+GAINS = {
+  'gain_forward': 'forward gain of one sublayer (largest row sum of |H_res|)',
+  'gain_backward': 'backward gain of one sublayer (largest column sum)',
+  'composite_gain_forward': 'forward gain of the product of sublayers 1 to l',
+  'composite_gain_backward': 'backward gain of the product of sublayers 1 to l',
+}
+
+
+def _plain_log2(ax: Axes, values: list) -> None:
+  """A log axis whose ticks are the values that occur."""
+  ax.set_xscale('log', base=2)
+  ax.set_xticks(sorted(set(values)))
+  ax.xaxis.set_major_formatter(ScalarFormatter())
+  ax.xaxis.set_minor_locator(LogLocator(subs=()))
+  ax.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _shape_plot(s: Study, folder: Path, name: str, other: str) -> Panel | str:
+  runs = s.grid
+  if not len(runs) or runs[name].nunique() < 2:
+    return f'Loss against {name}: the finished runs have one {name}.'
+  style, rows = looks(list(dict.fromkeys(s.table['arm']))), []
+  with figure() as (fig, ax):
+    for arm, own in runs.groupby('arm', sort=False):
+      look, first = style[arm], True
+      for fixed, line in own.groupby(other):
+        mean = line.groupby(name)['validation_loss'].mean()
+        ax.plot(mean.index, mean, **look, lw=1.0, label=arm if first else None)
+        first = False
+        if arm == s.reference:
+          ax.annotate(
+            f' {other} {fixed:.0f}',
+            (mean.index[-1], mean.iloc[-1]),
+            fontsize=7,
+            color='#444444',
+            va='bottom',
+          )
+      rows += own[['arm', 'run_id', 'seed', name, other, 'flops', 'validation_loss']].to_dict(
+        'records'
+      )
+    _plain_log2(ax, runs[name])
+    ax.margins(x=0.12)
+    ax.set(xlabel=f'{name} of the model', ylabel='validation loss (nats per token)')
+    legend(fig, ax)
+  caption = (
+    f'Loss against {name}, mean over seeds; lines join runs of equal {other}'
+    f'{", written beside the " + s.reference + " points" if s.reference else ""}. '
+    'Compute grows along the axis.'
+  )
+  return save(fig, folder, f'loss_vs_{name}', caption, pd.DataFrame(rows))
+
+
+def loss_vs_width(s: Study, folder: Path) -> Panel | str:
+  """Loss against model width, lines at equal depth."""
+  return _shape_plot(s, folder, 'width', 'depth')
+
+
+def loss_vs_depth(s: Study, folder: Path) -> Panel | str:
+  """Loss against model depth, lines at equal width."""
+  return _shape_plot(s, folder, 'depth', 'width')
+
+
+def rank_plot(s: Study, folder: Path, axis: str) -> Panel | str:
+  """Loss against one manifold rank, with the full-rank and residual models as levels."""
+  sweeps = [r for r in s.ranks if r.axis == axis]
+  if not sweeps:
+    return f'Loss against the {AXIS_LABEL[axis]}: fewer than two values have finished.'
+  style, rows = looks(list(dict.fromkeys(s.table['arm']))), []
+  with figure() as (fig, ax):
+    for r in sweeps:
+      look = style[r.arm]
+      mean = r.rows.groupby('rank')['validation_loss'].mean()
+      ax.plot(mean.index, mean, **look, label=f'{r.arm}, {r.size}')
+      ax.plot(r.rows['rank'], r.rows['validation_loss'], '.', color=look['color'], ms=3)
+      levels = [(f'{r.arm}, full rank', r.full, look['color'])]
+      residual = _residual_like(s, r)
+      if residual is not None:
+        levels.append((s.reference, residual, '#000000'))
+      for label, level, colour in levels:
+        if len(level):
+          ax.axhline(level['validation_loss'].mean(), color=colour, ls=':', lw=1.2, label=label)
+      rows += _rank_rows(r)
+    _plain_log2(ax, [v for r in sweeps for v in r.rows['rank']])
+    ax.set(xlabel=AXIS_LABEL[axis], ylabel='validation loss (nats per token)')
+    legend(fig, ax)
+  caption = f'Loss against the {AXIS_LABEL[axis]}, at one size; dots are runs, the line their mean.'
+  for r in sweeps:
+    caption += f' {r.arm}, {r.size}: {exponent_words(r)}'
+  return save(fig, folder, f'loss_vs_{axis}', caption, pd.DataFrame(rows))
+
+
+def exponent_words(r: RankSweep) -> str:
+  """The fitted exponent of m = r^phi in a sentence, or why there is none."""
+  if r.phi is None:
+    return f'no exponent of m = r^phi: {r.problem}.'
+  low, high = r.phi_interval
+  return f'm = r^phi with phi = {r.phi:.2f} (95 % {low:.2f} to {high:.2f}).'
+
+
+def _residual_like(s: Study, r: RankSweep) -> pd.DataFrame | None:
+  if r.arm == s.reference:
+    return None
+  runs = s.grid
+  same = runs[(runs['arm'] == s.reference) & (runs['size'] == r.size)]
+  same = same[same['duration'].isin(r.rows['duration'])]
+  return same if len(same) else None
+
+
+def _rank_rows(r: RankSweep) -> list[dict]:
+  columns = ['run_id', 'seed', 'rank', 'tokens', 'flops', 'validation_loss']
+  rows = r.rows.reindex(columns=columns).to_dict('records')
+  rows += r.full.assign(rank='full').reindex(columns=columns).to_dict('records')
+  return [{'arm': r.arm, 'size': r.size} | row for row in rows]
+
+
+def _largest(s: Study) -> pd.DataFrame:
+  """Per arm the runs of the size grid at its largest compute that left metrics (any state)."""
+  grid = s.table[s.table['axis'].isna() & s.table['flops'].notna()]
+  out = []
+  for _, own in grid.groupby('arm', sort=False):
+    finished = own[own['paired']]
+    own = finished if len(finished) else own
+    out.append(own[own['size'] == own.loc[own['flops'].idxmax(), 'size']])
+  return pd.concat(out) if out else grid
+
+
+def gain_plot(s: Study, folder: Path, name: str) -> Panel | str:
+  """Amax gain by sublayer at the largest size, the last logged value, mean over seeds."""
+  style, rows = looks(list(dict.fromkeys(s.table['arm']))), []
+  with figure() as (fig, ax):
+    for arm, own in _largest(s).groupby('arm', sort=False):
+      lists = {i: last_list(s.sweep.runs[i], f'diagnostics/{name}') for i in own['run_id']}
+      lists = {i: v for i, v in lists.items() if v}
+      longest = max(map(len, lists.values()), default=0)
+      kept = {i: v for i, v in lists.items() if len(v) == longest}
+      if not kept:
+        continue
+      values = np.array(list(kept.values()))
+      x = np.arange(1, longest + 1)
+      ax.plot(x, values.mean(0), **style[arm], label=f'{arm}, {own["size"].iloc[0]}', ms=3)
+      rows += [
+        {'arm': arm, 'run_id': i, 'sublayer': k, name: v}
+        for i, row in kept.items()
+        for k, v in zip(x, row, strict=True)
+      ]
+    if not rows:
+      return f'{GAINS[name]}: no run logged it.'
+    ax.axhline(1, color='#7F7F7F', lw=0.8, ls='--')
+    y = np.array([row[name] for row in rows], float)
+    if np.nanmax(y) > 10 * max(np.nanmin(y), 1e-30):
+      ax.set_yscale('log')
+    elif np.nanmax(y) - np.nanmin(y) < 1e-3:
+      ax.set_ylim(np.nanmin(y) - 0.05, np.nanmax(y) + 0.05)
+    ax.set(xlabel='sublayer (attention, feed-forward, ...)', ylabel=name.replace('_', ' '))
+    legend(fig, ax)
+  caption = f"{GAINS[name].capitalize()}, mean over tokens, at each arm's largest size."
+  return save(fig, folder, name, caption.replace('h_res', 'H_res'), pd.DataFrame(rows))
+
+
+def _curves(s: Study, folder: Path, metric: str, label: str, log: bool, stem: str) -> Panel | str:
+  style, rows, seen = looks(list(dict.fromkeys(s.table['arm']))), [], set()
+  with figure() as (fig, ax):
+    for _, run in _largest(s).iterrows():
+      x, y = curve(s.sweep.runs[run['run_id']], metric)
+      if not x:
+        continue
+      look, arm = style[run['arm']], run['arm']
+      ax.plot(
+        x,
+        y,
+        color=look['color'],
+        ls=look['linestyle'],
+        lw=1.0,
+        label=None if arm in seen else f'{arm}, {run["size"]}',
+      )
+      if run['state'] == 'diverged':
+        ax.plot(x[-1], y[-1], 'x', color='#D00000', ms=6)
+      seen.add(arm)
+      rows += [
+        {'arm': arm, 'run_id': run['run_id'], 'tokens': a, metric: b}
+        for a, b in zip(x, y, strict=True)
+      ]
+    if not rows:
+      return f'{label}: no run logged {metric}.'
+    if log:
+      ax.set_yscale('log')
+    ax.xaxis.set_major_formatter(EngFormatter(sep=''))
+    ax.set(xlabel='training tokens', ylabel=label)
+    legend(fig, ax)
+  caption = f"{label.capitalize()} over training at each arm's largest size, one line per seed."
+  return save(fig, folder, stem, caption, pd.DataFrame(rows))
+
+
+def training_loss(s: Study, folder: Path) -> Panel | str:
+  """Validation loss over training."""
+  return _curves(s, folder, 'validation/loss', 'validation loss (nats)', False, 'training_loss')
+
+
+def gradient_norm(s: Study, folder: Path) -> Panel | str:
+  """Gradient norm over training (mHC Fig. 2b, 5b)."""
+  return _curves(s, folder, 'train/grad_norm', 'gradient norm', True, 'gradient_norm')

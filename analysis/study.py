@@ -1,0 +1,278 @@
+"""All numbers of a report: law, intervals, comparisons, gaps, rank sweeps. No plotting, no files.
+
+Where: Sweep (runs.py) -> Study -> figures.py and page.py. Everything printed later is computed
+here once, so that figures, tables and fits.json cannot disagree.
+"""
+
+import dataclasses
+
+import numpy as np
+import pandas as pd
+
+from analysis import selection
+from analysis.compare import Candidate, Gap, RolloutStep, nested, paired_gap, pooled_spread, rollout
+from analysis.estimate import Fit, fit
+from analysis.fit import document, json_ready
+from analysis.identify import RULES, Choice, choose_law, verdicts
+from analysis.intervals import delta
+from analysis.laws import ArmModel, Points
+from analysis.runs import Sweep
+
+DELTA = 'auto'  # report: Huber's width follows the noise (estimate.make_problem)
+
+
+@dataclasses.dataclass(frozen=True)
+class Multiplier:
+  """Compute multiplier of an arm over the reference in three currencies; or why there is none."""
+
+  arm: str
+  flops: float | None
+  flops_interval: list[float] | None
+  equal_tokens: float | None
+  seconds: float | None
+  problem: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class RankSweep:
+  """Runs of one arm and size that differ along one manifold rank, and the exponent of m = r^phi."""
+
+  axis: str
+  arm: str
+  size: str
+  rows: pd.DataFrame  # rank points: run_id, seed, rank, loss, tokens, flops
+  full: pd.DataFrame  # the same model at full rank (empty where it was not run)
+  phi: float | None
+  phi_interval: list[float] | None
+  problem: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+  """Everything that the report prints or draws."""
+
+  sweep: Sweep
+  table: pd.DataFrame
+  reference: str | None
+  choice: Choice
+  points: Points | None
+  fit: Fit | None
+  document: dict | None
+  multipliers: list[Multiplier]
+  sensitivity: list[dict]
+  nested: list[Candidate]
+  rollout: list[RolloutStep]
+  gaps: list[Gap]
+  ranks: list[RankSweep]
+
+  @property
+  def grid(self) -> pd.DataFrame:
+    """Finished runs of the size grid: those of the law, and those of arms too small for it."""
+    return self.table[self.table['paired']]
+
+
+def study(sweep: Sweep, resamples: int = 1000, progress: bool = False) -> Study:
+  """Computes all of it from the sweep's runs; partial sweeps leave parts empty, with reasons."""
+  table = selection.drop_small_arms(selection.classify(sweep.table))
+  inside = table[table['excluded'].isna()]
+  reference = selection.reference_arm(table)
+  points = selection.to_points(inside) if len(inside) else None
+  choice = choose_law(points) if points is not None else Choice(None, 'There is no finished run.')
+  fitted = doc = None
+  if choice.law is not None:
+    arms = ArmModel('common' if len(points.arms) > 1 else 'none', reference)
+    if len(points) <= len(points.arms) + 1 + 2 * len(choice.law.terms):
+      choice = Choice(None, f'No law is fitted: {len(points)} runs are too few for its parameters.')
+    else:
+      fitted = fit(points, choice.law, arms, delta=DELTA)
+      doc = document(fitted, resamples, progress)
+  return Study(
+    sweep,
+    table,
+    reference,
+    choice,
+    points,
+    fitted,
+    doc,
+    multipliers(fitted, doc, inside, reference),
+    sensitivity(fitted),
+    nested(points, choice.law, reference, delta=DELTA) if fitted and len(points.arms) > 1 else [],
+    rollout(points, choice.law, fitted.design.arms, delta=DELTA) if fitted else [],
+    gaps(table, reference),
+    rank_sweeps(table, fitted, points),
+  )
+
+
+def multipliers(
+  fitted: Fit | None, doc: dict | None, inside: pd.DataFrame, reference: str | None
+) -> list[Multiplier]:
+  """m per arm: FLOPs, work (N x D: equal sizes and tokens) and seconds the reference needs, over
+  the arm's own, for equal loss. L(C) measures the first, L(N, D) the second; the costs per token
+  at the largest size that both arms finished convert between them.
+  """
+  out = []
+  if fitted is None:
+    return out
+  for arm in fitted.points.arms:
+    if arm == reference:
+      continue
+    name = f'm[{arm}]'
+    if name in doc['verdicts']:
+      out.append(Multiplier(arm, None, None, None, None, doc['verdicts'][name]))
+      continue
+    value, (low, high) = doc[name], doc['intervals'][name]
+    cost, speed = cost_ratios(inside, arm, reference)
+    if fitted.law.name == 'chinchilla':
+      value, low, high = value / cost, low / cost, high / cost
+    out.append(
+      Multiplier(
+        arm,
+        value,
+        [low, high],
+        value * cost if np.isfinite(cost) else None,
+        value * speed if np.isfinite(speed) else None,
+        None,
+      )
+    )
+  return out
+
+
+def cost_ratios(inside: pd.DataFrame, arm: str, reference: str) -> tuple[float, float]:
+  """Arm over reference at the largest common size: FLOPs per token, and FLOPs per second."""
+  own, base = inside[inside['arm'] == arm], inside[inside['arm'] == reference]
+  common = base[base['size'].isin(own['size'])]
+  if not len(common):
+    return np.nan, np.nan
+  size = common.loc[common['flops'].idxmax(), 'size']
+  own, base = own[own['size'] == size], base[base['size'] == size]
+  cost = own['flops_per_token'].median() / base['flops_per_token'].median()
+  return float(cost), float(
+    cost * own['tokens_per_second'].median() / base['tokens_per_second'].median()
+  )
+
+
+def sensitivity(fitted: Fit | None) -> list[dict]:
+  """Exponents, E and multipliers under other losses: how much the choice of loss decides."""
+  if fitted is None:
+    return []
+  out = []
+  for loss, width in (('huber', 1e-3), ('huber', 1e-2), ('mse_log', 1e-3), ('mse', 1e-3)):
+    other = fit(fitted.points, fitted.law, fitted.design.arms, loss, width, start_count=9)
+    label = (
+      f'Huber, delta = {width:g}'
+      if loss == 'huber'
+      else {
+        'mse_log': 'squares of log loss',
+        'mse': 'squares of loss',
+      }[loss]
+    )
+    allowed = verdicts(other)
+    out.append(
+      {'loss': label} | {k: v if allowed[k] is None else None for k, v in other.parameters.items()}
+    )
+  return out
+
+
+def gaps(table: pd.DataFrame, reference: str | None) -> list[Gap]:
+  """Paired gaps to the reference of every arm, smallest size first; the spread of the paired
+  differences is pooled over all arms and sizes, since one arm has too few seeds for its own.
+  """
+  if reference is None:
+    return []
+  groups = []
+  for arm, pairs in selection.pair_up(table, reference).items():
+    groups += [(arm, size, rows) for size, rows in pairs.groupby(['size', 'duration'], sort=False)]
+  losses = [_both(rows, 'validation_loss') for *_, rows in groups]
+  spread = pooled_spread(losses)
+  out = []
+  for (arm, (size, _), rows), loss in zip(groups, losses, strict=True):
+    flops, tokens = _both(rows, 'flops'), _both(rows, 'tokens')
+    costs = (flops[0] / flops[1], tokens[0] / tokens[1])
+    out.append(paired_gap(arm, size, loss, flops[0], costs, spread))
+  return sorted(out, key=lambda g: (g.arm, g.log_flops))
+
+
+def _both(pairs: pd.DataFrame, name: str) -> tuple[np.ndarray, np.ndarray]:
+  return pairs[f'{name}_own'].to_numpy(float), pairs[f'{name}_ref'].to_numpy(float)
+
+
+def rank_sweeps(table: pd.DataFrame, fitted: Fit | None, points: Points | None) -> list[RankSweep]:
+  """Groups of finished runs equal but for one rank (and the seed), at least two ranks each."""
+  usable = table[
+    (table['state'] == 'finished')
+    & table['validation_loss'].notna()
+    & (table['excluded'].isna() | table['axis'].notna())
+  ]
+  same = ['connection_name', 'connection_preset', 'connection_constraint', 'size', 'duration', 'lr']
+  out = []
+  for axis in selection.AXES:
+    others = [name for name in selection.AXES if name != axis]
+    for _, rows in usable.groupby(same + others, dropna=False, sort=False):
+      swept = rows[rows[axis].notna()]
+      if swept[axis].nunique() < 2:
+        continue
+      full = rows[rows[axis].isna()]
+      keep = swept.rename(columns={axis: 'rank'})
+      phi, interval, problem = _exponent(axis, keep, fitted, points)
+      arm, size = keep['arm'].iloc[0], keep['size'].iloc[0]
+      out.append(RankSweep(axis, arm, size, keep, full, phi, interval, problem))
+  return out
+
+
+def _exponent(
+  axis: str, rows: pd.DataFrame, fitted: Fit | None, points: Points | None
+) -> tuple[float | None, list[float] | None, str | None]:
+  """phi of m = m_0 r^phi by one joint fit with the law's runs, its interval, or why not."""
+  levels = rows['rank'].nunique()
+  if fitted is None:
+    return None, None, 'no law was fitted, so a rank cannot be turned into compute'
+  if levels < 3:
+    return None, None, f'{levels} values cannot test a power law (3 are needed)'
+  extra = selection.to_points(rows.assign(arm=f'{rows["arm"].iloc[0]}, {axis}'))
+  # Runs of the law that are also points of this sweep (its home streams) count once.
+  base = points.take(~np.isin(points.run, extra.run))
+  log_r = np.concatenate([np.zeros(len(base)), np.log(rows['rank'].to_numpy(float))])
+  merged = Points(
+    {name: np.concatenate([base.log_x[name], extra.log_x[name]]) for name in base.log_x},
+    *(
+      np.concatenate([getattr(base, k), getattr(extra, k)])
+      for k in ('loss', 'arm', 'cluster', 'size', 'run')
+    ),
+    axes={axis: log_r},
+  )
+  arms = ArmModel('common', fitted.design.arms.reference, (axis,))
+  joint = fit(merged, fitted.law, arms, delta=DELTA, start_count=9)
+  name = f'phi[{axis}]'
+  reason = verdicts(joint)[name]
+  if reason is not None:
+    return None, None, reason
+  return joint.parameters[name], delta(joint)[name], None
+
+
+def fits_json(s: Study) -> dict[str, object]:
+  """fits.json: the choice of law, the fit, every comparison, and the rules that were applied."""
+  return json_ready(
+    {
+      'sweep': s.sweep.name,
+      'law': None if s.choice.law is None else s.choice.law.name,
+      'choice': s.choice.reason,
+      'rules': RULES,
+      'reference': s.reference,
+      'fit': s.document,
+      'multipliers': [vars(m) for m in s.multipliers],
+      'choice_of_loss': s.sensitivity,
+      'nested': [{k: v for k, v in vars(c).items() if k != 'fit'} for c in s.nested],
+      'rollout': [vars(step) for step in s.rollout],
+      'gaps': [vars(g) for g in s.gaps],
+      'rank_sweeps': [
+        {k: getattr(r, k) for k in ('axis', 'arm', 'size', 'phi', 'phi_interval', 'problem')}
+        | {'runs': r.rows['run_id'].tolist(), 'full_rank_runs': r.full['run_id'].tolist()}
+        for r in s.ranks
+      ],
+      'excluded': [
+        {'run_id': row['run_id'], 'arm': row['arm'], 'reason': row['excluded']}
+        for _, row in s.table[s.table['excluded'].notna()].iterrows()
+      ],
+      'warnings': s.sweep.warnings,
+    }
+  )

@@ -1,0 +1,30 @@
+"""The learning rate of each arm, at the base size and at one four times wider and twice deeper.
+
+Shows whether the transfer rules carry the optimum from the first size to the second for every arm.
+`python -m experiments.sweep learning_rate --workers 2`, then `python -m analysis.report runs/learning_rate`.
+"""
+
+from ml_collections import ConfigDict
+
+from experiments import quick
+
+GRID = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
+SIZES = (quick.SIZES[0], quick.SIZES[-1])
+TOKENS = 400_000.0
+
+
+def runs(arg: str | None = None) -> list[ConfigDict]:
+  """Every arm at every size and rate, for equal tokens. No argument."""
+  if arg:
+    raise ValueError(f'learning_rate takes no argument, got {arg!r}')
+  planned = []
+  for width, depth in SIZES:
+    for arm in quick.LEARNING_RATES:
+      for lr in GRID:
+        c = quick.config(arm, width, depth, seed=0)
+        c.optimizer.lr = lr
+        c.duration.tokens_per_param, c.duration.tokens = None, TOKENS
+        c.log.diagnostics_every_steps = None
+        c.lock()
+        planned.append(c)
+  return planned

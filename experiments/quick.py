@@ -1,0 +1,56 @@
+"""What `make sweep` runs: scaling curves of four arms, and manifold ranks, in minutes on two cores.
+
+residual, hc, mhc and identity at four sizes that vary width and depth, two paired seeds at the two
+smallest; mhc at three ranks of its generator and of its weights at one size. Learning rates come from
+experiments/learning_rate.py (experiments/LOG.md).
+"""
+
+from ml_collections import ConfigDict
+
+from mhc_jax.config import base_config
+
+# (width, depth): parameters grow about twofold from one to the next.
+SIZES = ((32, 2), (48, 2), (48, 4), (64, 4))
+TOKENS_PER_PARAM = 10
+LEARNING_RATES = {'residual': 8e-3, 'hc': 8e-3, 'mhc': 8e-3, 'identity': 8e-3}
+RANK_SIZE = (48, 2)
+GENERATOR_RANKS = (1, 2, 4)
+WEIGHT_RANKS = (4, 8, 16)
+
+
+def config(arm: str, width: int, depth: int, seed: int) -> ConfigDict:
+  """One run; heads of 16, so that width scales by heads."""
+  c = base_config()
+  c.arm, c.seed = arm, seed
+  c.model.connection.name = arm
+  c.model.width, c.model.depth, c.model.heads = width, depth, width // 16
+  c.transfer.base_width, c.transfer.base_depth = SIZES[0]
+  c.optimizer.lr = LEARNING_RATES[arm]
+  c.optimizer.warmup_fraction = 0.05
+  c.duration.tokens_per_param = float(TOKENS_PER_PARAM)
+  c.evaluation.every_steps, c.evaluation.sequences = 200, 256
+  c.log.every_steps, c.log.diagnostics_every_steps = 10, 200
+  c.checkpoint.every_steps, c.checkpoint.keep = 200, 2
+  return c
+
+
+def runs(arg: str | None = None) -> list[ConfigDict]:
+  """The planned runs, in order. No argument."""
+  if arg:
+    raise ValueError(f'quick takes no argument, got {arg!r}')
+  planned = []
+  for index, (width, depth) in enumerate(SIZES):
+    for arm in LEARNING_RATES:
+      for seed in (0, 1) if index < 2 else (0,):
+        planned.append(config(arm, width, depth, seed))
+  for rank in GENERATOR_RANKS:
+    c = config('mhc', *RANK_SIZE, seed=0)
+    c.model.connection.rank = rank
+    planned.append(c)
+  for rank in WEIGHT_RANKS:
+    c = config('mhc', *RANK_SIZE, seed=0)
+    c.model.weights.rank = rank
+    planned.append(c)
+  for c in planned:
+    c.lock()
+  return planned

@@ -1,0 +1,358 @@
+"""The configuration: every field with its default, and the frozen dataclasses that the core sees.
+
+A config file (configs/*.py) returns base_config() with changes; `parse` applies `--config.a.b=v`; the
+`*_config` functions check the values and build the dataclasses once. None means off or derived.
+"""
+
+import ast
+import dataclasses
+import difflib
+import importlib.util
+import os
+from typing import Any
+
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder as optional
+
+from mhc_jax.hyper_connection import ConnectionSpec
+from mhc_jax.presets import connection_spec
+
+DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16, 'float64': jnp.float64}
+SCHEDULES = ('wsd', 'cosine', 'step', 'constant')
+DURATIONS = ('steps', 'tokens', 'flops', 'tokens_per_param')
+
+
+class ConfigError(ValueError):
+  """A mistake of the user's: one line that says what to do; programs end with exit code 2."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """Sizes and choices of one model."""
+
+  width: int
+  depth: int  # blocks; each has two sublayers
+  heads: int
+  kv_heads: int
+  head_dim: int
+  ffn_width: int
+  vocab_size: int
+  connection: ConnectionSpec
+  output_gain: float  # of the maps that write to the streams, at the start (HC: sqrt(n))
+  weights_rank: int | None  # rank of every attention and feed-forward map; None is full
+  dtype: Any  # of activations and streams; parameters stay float32
+  remat: str  # 'none' or 'layer'
+  scan: bool  # False: a Python loop over layers, the reference for tests
+  scan_unroll: int
+  rope_theta: float
+  norm_eps: float
+  base_width: int | None  # of the width transfer; None is off
+  base_depth: int | None
+
+  @property
+  def width_ratio(self) -> float:
+    """m_N = width / base width (CompleteP, arXiv 2505.01618), 1 without transfer."""
+    return 1.0 if self.base_width is None else self.width / self.base_width
+
+  @property
+  def depth_ratio(self) -> float:
+    """m_L = depth / base depth, 1 without transfer."""
+    return 1.0 if self.base_depth is None else self.depth / self.base_depth
+
+  @property
+  def attention_scale(self) -> float:
+    """1 / K with transfer, 1 / sqrt(K) without."""
+    return self.head_dim ** (-0.5 if self.base_width is None else -1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+  """AdamW and its schedule; lr and weight_decay are those of the base width and depth."""
+
+  lr: float
+  beta1: float
+  beta2: float
+  eps: float
+  weight_decay: float
+  clip_norm: float | None
+  schedule: str
+  warmup_steps: int | None  # exactly one of warmup_steps and warmup_fraction
+  warmup_fraction: float | None
+  decay_fraction: float  # 'wsd': the last fraction of updates, linear to final_fraction
+  final_fraction: float  # of lr, where 'wsd' and 'cosine' end
+
+
+def base_config() -> ConfigDict:
+  """Every field, unlocked, with the defaults of a small model on a laptop."""
+  c = ConfigDict()
+  c.arm = optional(str)  # label of the arm in a sweep; None: the connection's name
+  c.seed = 0  # of the initial weights and the order of the data
+  c.data = ConfigDict(
+    {
+      'name': 'python_stdlib',  # or text_files:<folder or glob>, or a TFDS data set with text
+      'seq_len': 128,  # tokens
+      'batch_size': 16,  # sequences per update, over all devices
+      'cross_documents': False,  # True: attention sees earlier documents in its window
+      'repeat': False,  # True: allow more than one epoch
+      'dir': optional(
+        str
+      ),  # where data sets are kept; None: TFDS's default. Not part of the run id
+    }
+  )
+  c.model = ConfigDict(
+    {
+      'width': 64,
+      'depth': 4,
+      'heads': 4,
+      'kv_heads': optional(int),  # None: as many as heads
+      'ffn_width': optional(int),  # None: 8/3 of width, rounded up to a multiple of 8
+      'dtype': 'float32',  # of activations and streams: float32, bfloat16 or float64
+      'remat': 'none',  # 'layer' recomputes each block in the backward pass
+      'scan': True,
+      'scan_unroll': 1,
+      'rope_theta': 10000.0,
+      'norm_eps': 1e-6,
+      'weights': ConfigDict({'rank': optional(int)}),  # W = U V of this rank; None is full
+      # None keeps what presets.py sets.
+      'connection': ConfigDict(
+        {
+          'name': 'mhc',  # residual, hc, mhc or identity
+          'preset': optional(str),
+          'streams': 4,
+          'rank': optional(int),  # of the generator phi
+          'constraint': optional(str),  # a key of CONSTRAINTS
+          'constraint_params': ConfigDict(),
+          'init': optional(str),  # a key of INITS
+          'mixing': optional(float),  # off-diagonal mass of H_res at the start
+          'alpha': optional(float),
+          'dynamic': optional(bool),
+          'activation': optional(str),  # of the generator: 'none' or 'tanh'
+          'collapse': optional(str),  # mean, sum or learned
+          'output_init_scaling': False,  # HC's: output maps start sqrt(n) times larger
+        }
+      ),
+    }
+  )
+  # Width and depth transfer (CompleteP); None is off. The base is the size at which lr was tuned.
+  c.transfer = ConfigDict({'base_width': optional(int), 'base_depth': optional(int)})
+  c.optimizer = ConfigDict(
+    {
+      'lr': 4e-3,
+      'beta1': 0.9,
+      'beta2': 0.95,
+      'eps': 1e-8,
+      'weight_decay': 0.1,
+      'clip_norm': optional(float),
+      'schedule': 'wsd',  # wsd, cosine, step (the paper's) or constant
+      'warmup_steps': optional(int),  # exactly one of the two
+      'warmup_fraction': optional(float),
+      'decay_fraction': 0.2,
+      'final_fraction': 0.0,
+    }
+  )
+  c.optimizer.clip_norm = 1.0
+  # Exactly one. Parameters are matmul parameters with the unembedding (cost.py: 'matmul').
+  c.duration = ConfigDict(
+    {
+      'steps': optional(int),
+      'tokens': optional(float),
+      'flops': optional(float),
+      'tokens_per_param': optional(float),
+    }
+  )
+  c.evaluation = ConfigDict(
+    {
+      'every_steps': 100,
+      'sequences': 256,
+      'batch_size': 64,
+    }  # also before the first update and at the end
+  )
+  c.log = ConfigDict(
+    {'every_steps': 10, 'diagnostics_every_steps': optional(int), 'tensorboard': False}
+  )
+  c.checkpoint = ConfigDict({'every_steps': optional(int), 'keep': 2})  # None: only at the end
+  # Diverged: non-finite, or above the loss of step 0 for this many logged steps in a row after warmup.
+  c.divergence = ConfigDict({'patience': 10})
+  c.mesh = ConfigDict({'data': 1, 'fsdp': 1})  # devices along each axis. Not part of the run id
+  return c
+
+
+# What does not change the numbers of a run, and so is left out of its id.
+NOT_IN_ID = (('arm',), ('mesh',), ('data', 'dir'), ('log', 'tensorboard'), ('checkpoint',))
+
+
+def parse(path: str, overrides: list[str]) -> ConfigDict:
+  """Loads a config file (`file.py` or `file.py:argument`) and applies `--config.a.b=v` overrides.
+
+  Raises ConfigError for an unknown field (naming the nearest), a value of the wrong type, or a bad file.
+  """
+  filename, _, argument = path.partition(':')
+  spec = importlib.util.spec_from_file_location('config_file', filename)
+  if spec is None or not os.path.isfile(filename):
+    raise ConfigError(f'no config file {filename!r}; look in configs/')
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  try:
+    config = module.get_config(argument or None)
+  except ValueError as error:
+    raise ConfigError(str(error)) from None
+  for override in overrides:
+    name, equals, text = override.partition('=')
+    if not name.startswith('--config.') or not equals:
+      raise ConfigError(f'cannot read {override!r}: write --config.section.field=value')
+    _set(config, name.removeprefix('--config.').split('.'), text)
+  return config
+
+
+def _set(config: ConfigDict, keys: list[str], text: str) -> None:
+  """Sets one field from the text of an override, in the field's own type."""
+  node = config
+  for depth, key in enumerate(keys):
+    if not isinstance(node, ConfigDict) or (
+      key not in node and 'constraint_params' not in keys[:depth]
+    ):
+      known = list(node.keys()) if isinstance(node, ConfigDict) else []
+      near = difflib.get_close_matches(key, known, 1, 0.0)
+      hint = f'; did you mean {".".join([*keys[:depth], near[0]])}?' if near else ''
+      raise ConfigError(f'unknown config field {".".join(keys)}{hint}')
+    if depth < len(keys) - 1:
+      node = node[key]
+  key = keys[-1]
+  if isinstance(node.get(key), ConfigDict):
+    raise ConfigError(f'{".".join(keys)} is a section; set one of {", ".join(node[key])}')
+  kind = node.get_type(key) if key in node else None
+  try:
+    value = text if kind is str and text != 'None' else ast.literal_eval(text)
+  except (ValueError, SyntaxError):
+    value = text
+  if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    value = float(value)
+  try:
+    with node.unlocked():
+      node[key] = value
+  except TypeError:
+    raise ConfigError(f'{".".join(keys)} takes {kind.__name__}, got {text!r}') from None
+
+
+def _require(condition: bool, message: str) -> None:
+  if not condition:
+    raise ConfigError(message)
+
+
+def build_connection(c: ConfigDict) -> ConnectionSpec:
+  """model.connection -> ConnectionSpec; raises ConfigError for unknown names and impossible sizes."""
+  fields = {
+    key: value
+    for key, value in c.items()
+    if key not in ('constraint_params', 'output_init_scaling')
+  }
+  try:
+    return connection_spec(constraint_params=c.constraint_params.to_dict(), **fields)
+  except (TypeError, ValueError) as error:
+    raise ConfigError(f'model.connection: {error}') from None
+
+
+def build_model(config: ConfigDict, vocab_size: int) -> ModelConfig:
+  """config -> ModelConfig with derived sizes; raises ConfigError for impossible ones."""
+  c = config.model
+  for name in ('width', 'depth', 'heads', 'scan_unroll'):
+    _require(c[name] >= 1, f'model.{name} must be at least 1, got {c[name]}')
+  _require(c.width % c.heads == 0, f'model.heads={c.heads} does not divide model.width={c.width}')
+  head_dim = c.width // c.heads
+  _require(head_dim % 2 == 0, f'width / heads = {head_dim} must be even for rotary embeddings')
+  kv_heads = c.heads if c.kv_heads is None else c.kv_heads
+  _require(
+    kv_heads >= 1 and c.heads % kv_heads == 0,
+    f'model.kv_heads={kv_heads} does not divide model.heads={c.heads}',
+  )
+  ffn_width = -(-8 * c.width // 24) * 8 if c.ffn_width is None else c.ffn_width
+  _require(ffn_width >= 1, f'model.ffn_width must be at least 1, got {ffn_width}')
+  largest = min(c.width, kv_heads * head_dim, ffn_width)
+  rank = c.weights.rank
+  _require(
+    rank is None or 1 <= rank <= largest,
+    f'model.weights.rank must lie between 1 and {largest}, the smallest side of a weight, got {rank}',
+  )
+  _require(c.dtype in DTYPES, f'model.dtype must be one of {", ".join(DTYPES)}, got {c.dtype!r}')
+  _require(c.remat in ('none', 'layer'), f'model.remat must be none or layer, got {c.remat!r}')
+  for name in ('base_width', 'base_depth'):
+    base = config.transfer[name]
+    _require(base is None or base >= 1, f'transfer.{name} must be at least 1 or None, got {base}')
+  connection = build_connection(c.connection)
+  return ModelConfig(
+    **{name: c[name] for name in ('width', 'depth', 'heads', 'remat', 'scan', 'scan_unroll')},
+    **{name: c[name] for name in ('rope_theta', 'norm_eps')},
+    kv_heads=kv_heads,
+    head_dim=head_dim,
+    ffn_width=ffn_width,
+    vocab_size=vocab_size,
+    connection=connection,
+    output_gain=connection.streams**0.5 if c.connection.output_init_scaling else 1.0,
+    weights_rank=rank,
+    dtype=DTYPES[c.dtype],
+    base_width=config.transfer.base_width,
+    base_depth=config.transfer.base_depth,
+  )
+
+
+def build_optimizer(config: ConfigDict) -> OptimizerConfig:
+  """config.optimizer -> OptimizerConfig; raises ConfigError for values out of range."""
+  c = config.optimizer
+  _require(
+    c.schedule in SCHEDULES,
+    f'optimizer.schedule must be one of {", ".join(SCHEDULES)}, got {c.schedule!r}',
+  )
+  _require(
+    (c.warmup_steps is None) != (c.warmup_fraction is None),
+    'set exactly one of optimizer.warmup_steps and optimizer.warmup_fraction',
+  )
+  for name in ('warmup_fraction', 'decay_fraction', 'final_fraction'):
+    _require(
+      c[name] is None or 0 <= c[name] <= 1, f'optimizer.{name} must lie in [0, 1], got {c[name]}'
+    )
+  for name in ('lr', 'eps', 'weight_decay'):
+    _require(c[name] >= 0, f'optimizer.{name} must not be negative, got {c[name]}')
+  for name in ('beta1', 'beta2'):
+    _require(0 <= c[name] < 1, f'optimizer.{name} must lie in [0, 1), got {c[name]}')
+  _require(
+    c.clip_norm is None or c.clip_norm > 0,
+    f'optimizer.clip_norm must be positive or None, got {c.clip_norm}',
+  )
+  return OptimizerConfig(**c.to_dict())
+
+
+def check_counts(config: ConfigDict) -> None:
+  """Raises ConfigError where a count is below its minimum or not exactly one duration is set."""
+  least = {
+    'data': ('seq_len', 'batch_size'),
+    'evaluation': ('every_steps', 'sequences', 'batch_size'),
+    'log': ('every_steps', 'diagnostics_every_steps'),
+    'checkpoint': ('every_steps', 'keep'),
+    'divergence': ('patience',),
+    'mesh': ('data', 'fsdp'),
+  }
+  for section, names in least.items():
+    for name in names:
+      value = config[section][name]
+      _require(value is None or value >= 1, f'{section}.{name} must be at least 1, got {value}')
+  given = [name for name in DURATIONS if config.duration[name] is not None]
+  _require(
+    len(given) == 1,
+    f'set exactly one of duration.{{{", ".join(DURATIONS)}}}, got {given or "none"}',
+  )
+  value = config.duration[given[0]]
+  _require(value > 0, f'duration.{given[0]} must be positive, got {value}')
+  rows, shards = config.data.batch_size, config.mesh.data * config.mesh.fsdp
+  _require(
+    rows % shards == 0,
+    f'data.batch_size={rows} must be a multiple of mesh.data * mesh.fsdp = {shards}',
+  )
+  rows = config.evaluation.batch_size
+  _require(
+    rows % shards == 0, f'evaluation.batch_size={rows} must be a multiple of {shards} devices'
+  )
+  _require(
+    config.evaluation.sequences % rows == 0,
+    f'evaluation.sequences={config.evaluation.sequences} must be a multiple of evaluation.batch_size={rows}',
+  )

@@ -1,0 +1,69 @@
+"""What a constraint is: a set of n x n mixing matrices, a map into it, and facts about it.
+
+A constraint is a frozen dataclass of pure functions. hyper_connection.py calls `matrix`; the model
+calls `identity` for the initial bias; cost.py and the sweeps read the counts. Everything is
+computed in promote_types(dtype, float32): bfloat16 is raised to float32, float64 stays float64.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+PROPERTIES = (
+  'row_stochastic',  # H 1 = 1
+  'column_stochastic',  # 1^T H = 1^T
+  'nonnegative',  # H_ij >= 0
+  'orthogonal',  # H^T H = I
+  'nonexpansive',  # spectral norm <= 1
+  'closed_under_product',  # H, H' in the set => H H' in the set
+  'exact',  # matrix() lands on the set up to rounding, for any coordinates
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Constraint:
+  """A set of mixing matrices H, applied to streams as x'_i = sum_j H[i, j] x_j.
+
+  name, params: together they enter the run id.
+  num_coordinates(n): how many unconstrained numbers pick a point of the set.
+  matrix(coords_KX, n) -> h_NMX: coordinates (K, *tokens) to matrices (n, n, *tokens).
+  identity(n, mixing=0.01) -> coords_K: a point whose rows have off-diagonal mass `mixing` (or as
+    near to it as the set allows), where gradients still flow.
+  dimension(n): intrinsic dimension of the set.
+  defect(h_NMX) -> X: largest violation of the set's stated equations and inequalities, 0 on the
+    set; a lower bound where membership is hard to decide (the constraint then says so).
+  properties: a subset of PROPERTIES.
+  flops(n): multiply-adds counted as 2, divisions and exponentials as 1, of one matrix() per token.
+  """
+
+  name: str
+  num_coordinates: Callable[[int], int] = dataclasses.field(compare=False)
+  matrix: Callable[[jax.Array, int], jax.Array] = dataclasses.field(compare=False)
+  identity: Callable[..., np.ndarray] = dataclasses.field(compare=False)
+  dimension: Callable[[int], int] = dataclasses.field(compare=False)
+  defect: Callable[[jax.Array], jax.Array] = dataclasses.field(compare=False)
+  properties: frozenset[str] = dataclasses.field(compare=False)
+  flops: Callable[[int], int] = dataclasses.field(compare=False)
+  params: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
+
+  def __post_init__(self) -> None:
+    unknown = set(self.properties) - set(PROPERTIES)
+    if unknown:
+      raise ValueError(f'constraint {self.name!r} claims unknown properties {sorted(unknown)}')
+
+
+def promote(coords_KX: jax.Array) -> jax.Array:
+  """Raises to at least float32: coefficients are never computed in less."""
+  return coords_KX.astype(jnp.promote_types(coords_KX.dtype, jnp.float32))
+
+
+def stochastic_defect(h_NMX: jax.Array) -> jax.Array:
+  """Largest of |row sum - 1|, |column sum - 1| and -min(H, 0), per token: (n, n, *X) -> (*X)."""
+  rows_X = jnp.abs(h_NMX.sum(1) - 1).max(0)
+  columns_X = jnp.abs(h_NMX.sum(0) - 1).max(0)
+  negative_X = jnp.maximum(-h_NMX, 0).max((0, 1))
+  return jnp.maximum(jnp.maximum(rows_X, columns_X), negative_X)

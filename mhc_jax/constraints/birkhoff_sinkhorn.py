@@ -1,0 +1,212 @@
+"""Doubly stochastic matrices by t Sinkhorn iterations (mHC, arXiv 2512.24880, eq. 8-9).
+
+Conventions differ between codes by data, not by branches: `order` (which normalisation comes first
+in an iteration), `transpose` (the sequence runs on the transposed logits), where and how eps
+enters. With eps = 0 DeepSeek-V4's operator is the paper's on transposed logits.
+
+The first normalisation is a softmax and, where eps is 0, the second one too: after both, every sum
+that a later normalisation divides by lies in [1/n, n], so logits of 1e3 stay finite without
+leaving the linear domain. The other iterations run in one loop whose backward recomputes them
+and differentiates exactly those that ran, with respect to the logarithms of the entries: these
+gradients stay finite where an entry or a clamped sum vanishes.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from mhc_jax.constraints.base import Constraint, promote, stochastic_defect
+from mhc_jax.constraints.elementary import near_identity
+
+# order: 'columns' first (rows last) or 'rows' first. eps_mode 'add': x / (sum + eps), 'clamp':
+# x / max(sum, eps). softmax_eps is added to every entry after the first normalisation.
+PRESETS: dict[str, dict[str, Any]] = {
+  'paper': {
+    'order': 'columns',
+    'transpose': False,
+    'eps': 0.0,
+    'eps_mode': 'add',
+    'softmax_eps': 0.0,
+  },
+  'deepseek_v4': {
+    'order': 'columns',
+    'transpose': True,
+    'eps': 1e-6,
+    'eps_mode': 'add',
+    'softmax_eps': 1e-6,
+  },
+  'megatron_main': {
+    'order': 'rows',
+    'transpose': False,
+    'eps': 1e-6,
+    'eps_mode': 'clamp',
+    'softmax_eps': 0.0,
+  },
+  'lucidrains': {
+    'order': 'rows',
+    'transpose': True,
+    'eps': 0.0,
+    'eps_mode': 'add',
+    'softmax_eps': 0.0,
+  },
+}
+
+
+class _Steps(NamedTuple):
+  """What one iteration does: the axis it normalises first (0: columns, 1: rows) and its eps."""
+
+  axis: int
+  eps: float
+  eps_mode: str
+  softmax_eps: float
+
+
+def _sum(m_NMX: jax.Array, axis: int) -> jax.Array:
+  """Sum over one of the leading axes; explicit additions, which XLA:CPU vectorises over tokens."""
+  terms = [lax.index_in_dim(m_NMX, k, axis) for k in range(m_NMX.shape[axis])]
+  return functools.reduce(jnp.add, terms)
+
+
+def _normalise(m_NMX: jax.Array, axis: int, steps: _Steps) -> tuple[jax.Array, jax.Array]:
+  """One normalisation over `axis`; returns it and the inverse of its divisors."""
+  total = _sum(m_NMX, axis)
+  inverse = 1 / (jnp.maximum(total, steps.eps) if steps.eps_mode == 'clamp' else total + steps.eps)
+  return m_NMX * inverse, inverse
+
+
+def _backward_step(
+  u_NMX: jax.Array, m_NMX: jax.Array, inverse: jax.Array, axis: int, steps: _Steps
+) -> jax.Array:
+  """From the gradient with respect to log m, m = _normalise(...), to that for log of its input.
+
+  The same formula holds for divisors sum + eps and for plain sums.
+  """
+  inner = _sum(u_NMX, axis)
+  if steps.eps_mode == 'clamp':  # where the clamp holds, the divisor is a constant
+    inner = jnp.where(inverse * steps.eps < 1, inner, 0)
+  return u_NMX - m_NMX * inner
+
+
+def _first_iteration(
+  logits_NMX: jax.Array, steps: _Steps
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """The logarithm after the first softmax, the matrix after the iteration, its inverse divisors."""
+  log_m_NMX = jax.nn.log_softmax(logits_NMX, steps.axis)
+  if steps.eps or steps.softmax_eps:
+    return log_m_NMX, *_normalise(jnp.exp(log_m_NMX) + steps.softmax_eps, 1 - steps.axis, steps)
+  # Without eps a sum may underflow here, and only here: so a softmax again.
+  m_NMX = jax.nn.softmax(log_m_NMX, 1 - steps.axis)
+  return log_m_NMX, m_NMX, jnp.ones_like(_sum(m_NMX, 1 - steps.axis))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _iterate(logits_NMX: jax.Array, iterations: int, steps: _Steps) -> jax.Array:
+  def iteration(_, m_NMX):
+    m_NMX = _normalise(m_NMX, steps.axis, steps)[0]
+    return _normalise(m_NMX, 1 - steps.axis, steps)[0]
+
+  m_NMX = _first_iteration(logits_NMX, steps)[1]
+  return lax.fori_loop(0, iterations - 1, iteration, m_NMX)
+
+
+def _iterate_forward(logits_NMX, iterations, steps):
+  return _iterate(logits_NMX, iterations, steps), logits_NMX
+
+
+def _iterate_backward(iterations, steps, logits_NMX, g_NMX):
+  """Reruns the iterations, keeping the 2n inverse divisors of each, and walks back through them."""
+  axis, other = steps.axis, 1 - steps.axis
+
+  def iteration(m_NMX, _):
+    m_NMX, first = _normalise(m_NMX, axis, steps)
+    m_NMX, second = _normalise(m_NMX, other, steps)
+    return m_NMX, (first, second)
+
+  def back(carry, inverses):
+    m_NMX, u_NMX = carry
+    first, second = inverses
+    u_NMX = _backward_step(u_NMX, m_NMX, second, other, steps)
+    m_NMX = m_NMX / second
+    return (m_NMX / first, _backward_step(u_NMX, m_NMX, first, axis, steps)), None
+
+  log_m_NMX, m_NMX, inverse = _first_iteration(logits_NMX, steps)
+  m_NMX, inverses = lax.scan(iteration, m_NMX, length=iterations - 1)
+  (m_NMX, u_NMX), _ = lax.scan(back, (m_NMX, m_NMX * g_NMX), inverses, reverse=True)
+  u_NMX = _backward_step(u_NMX, m_NMX, inverse, other, steps)
+  p_NMX = jnp.exp(log_m_NMX)
+  if steps.softmax_eps:
+    u_NMX = u_NMX * p_NMX / (p_NMX + steps.softmax_eps)
+  return (u_NMX - p_NMX * _sum(u_NMX, axis),)
+
+
+_iterate.defvjp(_iterate_forward, _iterate_backward)
+
+
+def _steps(order: str, eps: float, eps_mode: str, softmax_eps: float) -> _Steps:
+  if order not in ('columns', 'rows'):
+    raise ValueError(f'birkhoff_sinkhorn: order must be columns or rows, got {order!r}')
+  if eps_mode not in ('add', 'clamp'):
+    raise ValueError(f'birkhoff_sinkhorn: eps_mode must be add or clamp, got {eps_mode!r}')
+  return _Steps(0 if order == 'columns' else 1, eps, eps_mode, softmax_eps)
+
+
+def sinkhorn(
+  logits_NMX: jax.Array,
+  iterations: int = 20,
+  order: str = 'columns',
+  eps: float = 0.0,
+  eps_mode: str = 'add',
+  softmax_eps: float = 0.0,
+) -> jax.Array:
+  """t iterations of two normalisations of exp(logits), (n, n, *tokens) -> the same shape (eq. 9).
+
+  order 'columns' normalises columns first and rows last (the paper: row sums exact, column sums
+  approximate), 'rows' the reverse. Computed in at least float32. Raises ValueError for another
+  order or eps_mode.
+  """
+  return _iterate(promote(logits_NMX), iterations, _steps(order, eps, eps_mode, softmax_eps))
+
+
+def birkhoff_sinkhorn(iterations: int = 20, preset: str = 'paper', **overrides: Any) -> Constraint:
+  """Doubly stochastic up to t Sinkhorn iterations; the coordinates are row-major logits (n * n).
+
+  preset: 'paper', 'deepseek_v4', 'megatron_main' or 'lucidrains' (source tables in PRESETS);
+  overrides replace single values of it. Raises ValueError for an unknown preset or value.
+  """
+  if preset not in PRESETS:
+    raise ValueError(f'birkhoff_sinkhorn: unknown preset {preset!r}, one of {", ".join(PRESETS)}')
+  if iterations < 1:
+    raise ValueError(f'birkhoff_sinkhorn: iterations must be at least 1, got {iterations}')
+  unknown = set(overrides) - set(PRESETS[preset])
+  if unknown:
+    raise ValueError(f'birkhoff_sinkhorn: unknown parameters {sorted(unknown)}')
+  settings = {**PRESETS[preset], **overrides}
+  transpose = settings.pop('transpose')
+  steps = _steps(**settings)
+
+  def matrix(coords_KX: jax.Array, n: int) -> jax.Array:
+    logits_NMX = promote(coords_KX).reshape(n, n, *coords_KX.shape[1:])
+    if transpose:
+      logits_NMX = logits_NMX.swapaxes(0, 1)
+    return _iterate(logits_NMX, iterations, steps)
+
+  def identity(n: int, mixing: float = 0.01) -> np.ndarray:
+    h_NM = near_identity(n, mixing)  # symmetric: the same point for every order and transpose
+    return np.log(h_NM / h_NM[0, 0]).reshape(-1)
+
+  return Constraint(
+    name='birkhoff_sinkhorn',
+    params={'iterations': iterations, 'transpose': transpose, **settings},
+    num_coordinates=lambda n: n * n,
+    matrix=matrix,
+    identity=identity,
+    dimension=lambda n: (n - 1) ** 2,
+    defect=stochastic_defect,
+    properties=frozenset({'nonnegative'})
+    | ({'row_stochastic'} if settings['order'] == 'columns' else {'column_stochastic'}),
+    flops=lambda n: 4 * iterations * n * n,
+  )

@@ -1,0 +1,64 @@
+"""Sets without a projection: all matrices (HC), the identity alone (iHC), row-stochastic ones."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mhc_jax.constraints.base import Constraint, promote
+
+
+def near_identity(n: int, mixing: float) -> np.ndarray:
+  """(n, n): 1 - mixing on the diagonal, mixing / (n - 1) elsewhere; [[1]] for n = 1."""
+  if n == 1:
+    return np.ones((1, 1))
+  return np.eye(n) * (1 - mixing * n / (n - 1)) + mixing / (n - 1)
+
+
+def unconstrained() -> Constraint:
+  """R^{n x n}: the coordinates are the matrix, row-major (HC, 2409.19606)."""
+  return Constraint(
+    name='unconstrained',
+    num_coordinates=lambda n: n * n,
+    matrix=lambda coords_KX, n: promote(coords_KX).reshape(n, n, *coords_KX.shape[1:]),
+    identity=lambda n, mixing=0.01: near_identity(n, mixing).reshape(-1),
+    dimension=lambda n: n * n,
+    defect=lambda h_NMX: jnp.zeros(h_NMX.shape[2:], h_NMX.dtype),
+    properties=frozenset({'closed_under_product', 'exact'}),
+    flops=lambda n: 0,
+  )
+
+
+def _identity_matrix(coords_KX: jax.Array, n: int) -> jax.Array:
+  tokens = coords_KX.shape[1:]
+  eye_NM = jnp.eye(n, dtype=promote(coords_KX).dtype)
+  return jnp.broadcast_to(eye_NM.reshape(n, n, *(1 for _ in tokens)), (n, n, *tokens))
+
+
+def _identity_defect(h_NMX: jax.Array) -> jax.Array:
+  n = h_NMX.shape[0]
+  eye_NMX = jnp.eye(n, dtype=h_NMX.dtype).reshape(n, n, *(1 for _ in h_NMX.shape[2:]))
+  return jnp.abs(h_NMX - eye_NMX).max((0, 1))
+
+
+def identity() -> Constraint:
+  """{I}: no mixing (iHC; hyper_connection.write skips the product)."""
+  return Constraint(
+    name='identity',
+    num_coordinates=lambda n: 0,
+    matrix=_identity_matrix,
+    identity=lambda n, mixing=0.01: np.zeros(0),
+    dimension=lambda n: 0,
+    defect=_identity_defect,
+    properties=frozenset(
+      {
+        'row_stochastic',
+        'column_stochastic',
+        'nonnegative',
+        'orthogonal',
+        'nonexpansive',
+        'closed_under_product',
+        'exact',
+      }
+    ),
+    flops=lambda n: 0,
+  )

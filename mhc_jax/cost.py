@@ -1,0 +1,86 @@
+"""Parameters and FLOPs of a model by term, hyper-connections included: pure functions of its sizes.
+
+Conventions. A multiply-add is 2 FLOPs; training is 3 x forward (no recomputation counted). Attention is counted
+in full, T x T, as it is executed. Left out: norms, softmax, activations, rotary embedding and residual additions
+(O(C) per token and sublayer), except the connection's own norm. XLA's count of matrix products equals the terms
+that are matrix products (tests/test_cost.py).
+"""
+
+from mhc_jax.config import ModelConfig
+
+
+def parameters(c: ModelConfig) -> dict[str, int]:
+  """Number of parameters by group, with 'total', 'matmul' and 'non_embedding' at the end.
+
+  'matmul' (attention, feed-forward, unembedding) is the primary N of the scaling laws (Porian et al.,
+  arXiv 2406.19146); tokens_per_param counts by it.
+  """
+  maps = _maps(c)
+  spec = c.connection
+  inputs, outputs = spec.generator_shape if spec.parts else (0, 0)
+  dynamic = spec.dynamic and bool(spec.parts)
+  phi = inputs * c.width * outputs
+  if spec.rank is not None:
+    phi = spec.rank * (inputs * c.width + outputs)
+  alphas = len(spec.parts) - (spec.share_alpha and 'res' in spec.parts)
+  head = c.width * spec.streams**2 + 1 + spec.streams if spec.collapse == 'learned' else 0
+  groups = {
+    'embedding': c.vocab_size * c.width,
+    'unembedding': c.width * c.vocab_size,
+    'attention': c.depth * sum(_size(shape, c.weights_rank) for shape in maps['attention']),
+    'feed_forward': c.depth * sum(_size(shape, c.weights_rank) for shape in maps['feed_forward']),
+    'norm': (2 * c.depth + 1) * c.width,
+    'hc_dynamic': 2 * c.depth * phi * dynamic + head,
+    'hc_static': 2 * c.depth * (sum(spec.parts.values()) + alphas * dynamic),
+  }
+  total = sum(groups.values())
+  matmul = groups['attention'] + groups['feed_forward'] + groups['unembedding']
+  non_embedding = total - groups['embedding'] - groups['unembedding']
+  return {**groups, 'total': total, 'matmul': matmul, 'non_embedding': non_embedding}
+
+
+def forward_flops_per_token(c: ModelConfig, seq_len: int) -> dict[str, float]:
+  """Forward FLOPs per token by term, for windows of seq_len tokens."""
+  maps, spec, n = _maps(c), c.connection, c.connection.streams
+  flops = {
+    'unembedding': 2 * c.width * c.vocab_size,
+    'attention_maps': 2 * c.depth * sum(_size(s, c.weights_rank) for s in maps['attention']),
+    'attention_scores': 4 * c.depth * seq_len * c.heads * c.head_dim,
+    'feed_forward': 2 * c.depth * sum(_size(s, c.weights_rank) for s in maps['feed_forward']),
+  }
+  if not spec.parts:
+    return flops
+  inputs, outputs = spec.generator_shape
+  copies = n // inputs  # 'per_stream' applies one small map n times
+  generator = inputs * c.width * outputs
+  if spec.rank is not None:
+    generator = spec.rank * (inputs * c.width + outputs)
+  sublayers = 2 * c.depth
+  flops |= {
+    'hc_generator': sublayers * spec.dynamic * (2 * copies * generator + 3 * n * c.width),
+    'hc_read': sublayers * 2 * n * c.width,
+    'hc_mix': sublayers * (2 * n * n * c.width if 'res' in spec.parts else 0),
+    'hc_write': sublayers * 2 * n * c.width,
+    'hc_constraint': sublayers * spec.constraint.flops(n),
+  }
+  if spec.collapse == 'learned':
+    flops['hc_collapse'] = 2 * n * n * c.width + 5 * n * c.width
+  return flops
+
+
+def train_flops_per_token(c: ModelConfig, seq_len: int) -> float:
+  """3 x forward."""
+  return 3.0 * sum(forward_flops_per_token(c, seq_len).values())
+
+
+def _maps(c: ModelConfig) -> dict[str, list[tuple[int, int]]]:
+  """(in, out) of every linear map of one block."""
+  queries, keys = c.heads * c.head_dim, c.kv_heads * c.head_dim
+  return {
+    'attention': [(c.width, queries), (c.width, keys), (c.width, keys), (queries, c.width)],
+    'feed_forward': [(c.width, c.ffn_width), (c.width, c.ffn_width), (c.ffn_width, c.width)],
+  }
+
+
+def _size(shape: tuple[int, int], rank: int | None) -> int:
+  return shape[0] * shape[1] if rank is None else rank * (shape[0] + shape[1])

@@ -1,0 +1,23 @@
+"""Text as batches of token windows: config -> **data** -> model.
+
+corpus.py (what to read) -> windows.py (how it is cut) -> batches.py (in what order).
+"""
+
+from mhc_jax.data.batches import train_batches, validation_batches
+from mhc_jax.data.corpus import Corpus, load_corpus
+from mhc_jax.data.tokenizer import BOS, VOCAB_SIZE, decode, encode
+from mhc_jax.data.windows import Windows, check_enough_tokens, windows
+
+__all__ = [
+  'BOS',
+  'VOCAB_SIZE',
+  'Corpus',
+  'Windows',
+  'check_enough_tokens',
+  'decode',
+  'encode',
+  'load_corpus',
+  'train_batches',
+  'validation_batches',
+  'windows',
+]

@@ -1,0 +1,123 @@
+"""A corpus by name -> train and validation token streams, prepared once and memory-mapped.
+
+Main path: config -> **load_corpus** -> windows -> batches -> train_step. Everything prepared lies
+in DATA_DIR/mhc_jax/<name>-<tokenizer>-<key>/, keyed by the content of the source: a changed
+source gets a folder of its own, and old ones can be deleted at will. TFDS's own datasets are
+prepared at TFDS's usual place in DATA_DIR.
+"""
+
+import dataclasses
+import os
+import shutil
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from mhc_jax.config import ConfigError
+from mhc_jax.data import splits, streams, text_builders, text_files, tfds_text, tokenizer
+from mhc_jax.data.lock import locked
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Corpus:
+  """Tokenised text: BOS document BOS document ..., uint16, read-only.
+
+  `digest` (hex) covers both streams and the tokenizer's name: equal digests, equal data.
+  `bytes_per_token` is that of predicted tokens: bits per byte = nats per token / (ln 2 * it).
+  """
+
+  name: str
+  digest: str
+  train: np.ndarray
+  validation: np.ndarray
+  vocab_size: int
+  bytes_per_token: float
+
+
+def load_corpus(name: str, data_dir: str | None = None) -> Corpus:
+  """Loads a corpus and prepares it first where needed; processes that start together do it once.
+
+  name: 'python_stdlib' (source files of this Python's standard library), 'text_files:FOLDER',
+  'text_files:GLOB', or a TFDS dataset ('lm1b', 'name/config:version'). data_dir: a local folder;
+  None is TFDS's default ($TFDS_DATA_DIR or ~/tensorflow_datasets). Raises ConfigError if the
+  corpus is unknown, missing, empty or cannot be prepared, or data_dir cannot be written.
+  """
+  root = _data_dir(data_dir)
+  kind, separator, pattern = name.partition(':')
+  if name == 'python_stdlib':
+    stdlib = Path(sysconfig.get_path('stdlib'))
+    return load_files(name, text_files.scan_stdlib(stdlib), root)
+  if kind == 'text_files' and separator:
+    return load_files(name, text_files.scan_pattern(pattern), root)
+  return _load_tfds(name, root)
+
+
+def load_files(name: str, files: text_files.TextFiles, root: Path) -> Corpus:
+  """Loads a corpus of text files; `name` is 'python_stdlib' or begins with 'text_files:'."""
+  kind = name.partition(':')[0]
+
+  def build(folder: Path) -> dict[str, int | str]:
+    documents = text_builders.prepare(kind, files, folder / 'tfds')
+    total = sum(map(len, files.documents.values()))
+    return streams.write(folder, tqdm(documents, f'tokenising {kind}', total, disable=None))
+
+  return _load(name, _folder(root, kind, files.digest), build)
+
+
+def _load_tfds(name: str, root: Path) -> Corpus:
+  dataset = tfds_text.prepare(name, root, root / 'mhc_jax')
+
+  def build(folder: Path) -> dict[str, int | str]:
+    for tails in (False, True):
+      documents = dataset.documents(tails=tails)
+      bar = tqdm(documents, f'tokenising {name}', len(dataset), disable=None)
+      facts = streams.write(folder, bar)
+      sizes = [facts[split] for split in splits.SPLITS]
+      if 'validation' in dataset.sources or splits.enough_documents(sizes[1], sum(sizes)):
+        break
+    if not all(sizes):
+      raise ConfigError(f'data.name={name!r}: too little text for training and validation')
+    return facts
+
+  return _load(name, _folder(root, dataset.slug, dataset.key), build)
+
+
+def _load(name: str, folder: Path, build: Callable[[Path], dict[str, int | str]]) -> Corpus:
+  """Reads the streams in folder, after building them under a lock if they are not complete."""
+  found = streams.read(folder)
+  if found is None:
+    with locked(folder.with_name(f'{folder.name}.lock')):
+      found = streams.read(folder)  # another process may have been first
+      if found is None:
+        shutil.rmtree(folder, ignore_errors=True)  # what a killed process left
+        folder.mkdir()
+        try:
+          streams.finish(folder, build(folder))
+        except BaseException:
+          shutil.rmtree(folder, ignore_errors=True)
+          raise
+        found = streams.read(folder)
+  digest, tokens = found
+  return Corpus(
+    name=name,
+    digest=digest,
+    train=tokens['train'],
+    validation=tokens['validation'],
+    vocab_size=tokenizer.VOCAB_SIZE,
+    bytes_per_token=tokenizer.BYTES_PER_TOKEN,
+  )
+
+
+def _data_dir(data_dir: str | None) -> Path:
+  # Read at the call, not when TFDS is imported.
+  chosen = data_dir or os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets'
+  if '://' in chosen:
+    raise ConfigError(f'data_dir={chosen!r}: must be a local folder (tokens are memory-mapped)')
+  return Path(chosen).expanduser().absolute()
+
+
+def _folder(root: Path, slug: str, key: str) -> Path:
+  return root / 'mhc_jax' / f'{slug}-{tokenizer.NAME}-{key[:16]}'

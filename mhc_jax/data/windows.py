@@ -1,0 +1,75 @@
+"""Fixed windows over a token stream: a random-access source of training examples.
+
+Main path: token streams -> **windows** -> batches. Window i reads tokens [i T, i T + T] of the
+stream BOS document BOS document ..., cut once: every token is a target exactly once per epoch.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from mhc_jax.config import ConfigError
+from mhc_jax.data import tokenizer
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Windows:
+  """len() windows; [i] -> inputs, targets, weights and segments, each (T,).
+
+  targets is inputs one token on. weights (float32) is 0 where the target is BOS, else 1.
+  segments (int32) numbers the documents within the window from 0, so that attention can be kept
+  within them; with cross_documents all are 0. Shorter rest of the stream: left out.
+  """
+
+  tokens: np.ndarray
+  seq_len: int
+  cross_documents: bool
+
+  def __len__(self) -> int:
+    return max(len(self.tokens) - 1, 0) // self.seq_len
+
+  def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    return {key: rows[0] for key, rows in self.take([index]).items()}
+
+  def take(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
+    """Several windows at once: arrays (len(indices), T). IndexError if one does not exist."""
+    index_B = np.asarray(indices, np.int64)
+    if not ((index_B >= 0) & (index_B < len(self))).all():
+      raise IndexError(f'windows {indices} of {len(self)}')
+    places_BS = index_B[:, None] * self.seq_len + np.arange(self.seq_len + 1)[None, :]
+    window_BS = self.tokens[places_BS].astype(np.int32)  # S = T + 1
+    inputs_BT, targets_BT = window_BS[:, :-1], window_BS[:, 1:]
+    begins_BT = inputs_BT == tokenizer.BOS
+    begins_BT[:, 0] = False  # whatever document is open at the start has number 0
+    if self.cross_documents:
+      begins_BT[:] = False
+    return {
+      'inputs': np.ascontiguousarray(inputs_BT),
+      'targets': np.ascontiguousarray(targets_BT),
+      'weights': (targets_BT != tokenizer.BOS).astype(np.float32),
+      'segments': np.cumsum(begins_BT, axis=1, dtype=np.int32),
+    }
+
+
+def windows(tokens: np.ndarray, seq_len: int, cross_documents: bool) -> Windows:
+  """Windows of seq_len tokens over a stream of token ids; ConfigError if seq_len < 1."""
+  if seq_len < 1:
+    raise ConfigError(f'data.seq_len={seq_len}: must be at least 1 token')
+  return Windows(tokens, seq_len, cross_documents)
+
+
+def check_enough_tokens(source: Windows, tokens_needed: int, repeat: bool) -> None:
+  """Raises ConfigError if a run of tokens_needed would see a token twice without asking for it."""
+  available = len(source) * source.seq_len
+  if not available:
+    raise ConfigError(
+      f'the training split has {len(source.tokens):,} tokens, less than one window of'
+      f' data.seq_len={source.seq_len}: lower it or take a bigger corpus'
+    )
+  if tokens_needed > available and not repeat:
+    raise ConfigError(
+      f'the run needs {tokens_needed:,} training tokens, the corpus has {available:,}'
+      f' ({tokens_needed / available:.2f} epochs): set data.repeat=True to see text more than'
+      ' once, make the run shorter, or take a bigger corpus'
+    )

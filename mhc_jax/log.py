@@ -1,0 +1,122 @@
+"""What a run writes about itself: metrics.jsonl, TensorBoard, status.json and its progress line.
+
+Files are the only interface to analysis. metrics.jsonl has one row per logged step, strictly increasing;
+non-finite numbers are written as null.
+"""
+
+import json
+import math
+import os
+import sys
+import time
+from typing import Any
+
+from tqdm import tqdm
+
+
+def write_json(path: str, value: Any) -> None:
+  """Writes JSON so that the file is always whole: to a neighbour first, then renamed over it."""
+  partial = f'{path}.{os.getpid()}.partial'
+  try:
+    with open(partial, 'w', encoding='utf-8') as file:
+      json.dump(finite(value), file, indent=1)
+      file.write('\n')
+      file.flush()
+      os.fsync(file.fileno())
+    os.replace(partial, path)
+  except OSError:
+    if os.path.exists(partial):
+      os.remove(partial)
+    raise
+
+
+def finite(value: Any) -> Any:
+  """The value with non-finite floats as None, so that it is valid JSON."""
+  if isinstance(value, dict):
+    return {key: finite(item) for key, item in value.items()}
+  if isinstance(value, list | tuple):
+    return [finite(item) for item in value]
+  return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class MetricsLog:
+  """Appends rows to metrics.jsonl and, if asked for, to TensorBoard, from a step on."""
+
+  def __init__(self, workdir: str, last_step: int | None, tensorboard: bool):
+    """Drops rows after last_step (None: all), which a killed process wrote after its checkpoint."""
+    self._path = os.path.join(workdir, 'metrics.jsonl')
+    kept = [] if last_step is None else _rows_until(self._path, last_step)
+    partial = f'{self._path}.partial'
+    with open(partial, 'w', encoding='utf-8') as file:
+      file.writelines(kept)
+    os.replace(partial, self._path)
+    self._file = open(self._path, 'a', encoding='utf-8')  # noqa: SIM115 (closed by close)
+    self._board = None
+    if tensorboard:
+      from tensorboardX import SummaryWriter
+
+      purge = None if last_step is None else last_step + 1
+      self._board = SummaryWriter(os.path.join(workdir, 'tensorboard'), purge_step=purge)
+
+  def write(self, row: dict[str, Any]) -> None:
+    """Appends one row; lists (one value per sublayer) go to TensorBoard as their maximum."""
+    self._file.write(json.dumps(finite(row)) + '\n')
+    self._file.flush()
+    if self._board is not None:
+      for name, value in row.items():
+        if '/' in name:
+          self._board.add_scalar(name, max(value) if isinstance(value, list) else value, row['step'])
+
+  def sync(self) -> None:
+    """Forces the rows to disk, before a checkpoint that counts on them."""
+    self._file.flush()
+    os.fsync(self._file.fileno())
+
+  def close(self) -> None:
+    """Closes the files."""
+    self._file.close()
+    if self._board is not None:
+      self._board.close()
+
+
+def _rows_until(path: str, last_step: int) -> list[str]:
+  if not os.path.exists(path):
+    return []
+  kept = []
+  with open(path, encoding='utf-8') as file:
+    for line in file:
+      if not line.endswith('\n') or json.loads(line)['step'] > last_step:
+        break  # a half-written line is always the last
+      kept.append(line)
+  return kept
+
+
+class Progress:
+  """A bar with loss, tokens/s and time left on a terminal; elsewhere a plain line every few seconds."""
+
+  def __init__(self, name: str, start: int, total: int, quiet: bool):
+    self._name, self._total, self._start = name, total, start
+    self._began = self._printed = time.monotonic()
+    self._plain = not sys.stderr.isatty() and not quiet
+    hidden = quiet or self._plain
+    self._bar = tqdm(desc=name, initial=start, total=total, unit='step', disable=hidden)
+
+  def update(self, step: int, loss: float, tokens_per_second: float) -> None:
+    """Shows that `step` updates are done."""
+    if not self._bar.disable:
+      self._bar.set_postfix_str(f'loss {loss:.4f}, {tokens_per_second:,.0f} tokens/s', refresh=False)
+      self._bar.update(step - self._bar.n)
+    now = time.monotonic()
+    if self._plain and (now - self._printed > 10 or step == self._total):
+      self._printed = now
+      left = (now - self._began) / max(step - self._start, 1) * (self._total - step)
+      print(
+        f'{self._name}: step {step}/{self._total}, loss {loss:.4f}, {tokens_per_second:,.0f} tokens/s, '
+        f'{left:.0f} s left',
+        file=sys.stderr,
+        flush=True,
+      )
+
+  def close(self) -> None:
+    """Leaves the bar as it stands."""
+    self._bar.close()

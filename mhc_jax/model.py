@@ -1,0 +1,180 @@
+"""The transformer: embedding -> n streams -> scanned blocks -> one stream -> unembedding.
+
+Flax Linen is a container of parameters here; the mathematics is in layers/ and hyper_connection.py.
+Axes: N/M streams out/in, B batch, T/S time of queries/keys, D width, H heads, G key-value heads, K head dim,
+F feed-forward width, R weight rank, V vocabulary, L layers. Pre-norm blocks of two sublayers, attention and
+feed-forward (SwiGLU), each with its own connection.
+"""
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mhc_jax import hyper_connection as hc
+from mhc_jax.config import ModelConfig
+from mhc_jax.layers.attention import attention, causal_mask
+from mhc_jax.layers.norm import rms_norm
+from mhc_jax.layers.rope import rope
+
+
+def _normal(std: float):
+  def init(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    return std * jax.random.normal(key, shape, jnp.promote_types(float, jnp.float32))
+
+  return init
+
+
+def _ones(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  return jnp.ones(shape, jnp.promote_types(float, jnp.float32))
+
+
+class Linear(nn.Module):
+  """x W with W of shape (in, *out), or W = U V of rank `rank` with the same variance 1 / in."""
+
+  shape: tuple[int, ...]
+  rank: int | None
+  dtype: Any
+  gain: float = 1.0  # multiplies the standard deviation at the start
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    inputs, outputs = self.shape[0], self.shape[1:]
+    # Tokens flattened: XLA:CPU then folds the weight gradient's transposes into the product.
+    y = x.reshape(-1, inputs)
+    if self.rank is None:
+      w = self.param('w', _normal(self.gain * inputs**-0.5), self.shape)
+      y = y @ w.astype(self.dtype).reshape(inputs, -1)
+    else:
+      u = self.param('u', _normal(self.gain * inputs**-0.5), (inputs, self.rank))
+      v = self.param('v', _normal(self.rank**-0.5), (self.rank, *outputs))
+      y = (y @ u.astype(self.dtype)) @ v.astype(self.dtype).reshape(self.rank, -1)
+    return y.reshape(*x.shape[:-1], *outputs)
+
+
+class Attention(nn.Module):
+  """RMSNorm and grouped-query attention: (B, T, D) -> (B, T, D)."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, x_BTD: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+    c = self.config
+    linear = functools.partial(Linear, rank=c.weights_rank, dtype=c.dtype)
+    x_BTD = rms_norm(x_BTD, self.param('norm', _ones, (c.width,)), c.norm_eps)
+    q_BTHK = linear((c.width, c.heads, c.head_dim), name='query')(x_BTD)
+    k_BSGK = linear((c.width, c.kv_heads, c.head_dim), name='key')(x_BTD)
+    v_BSGK = linear((c.width, c.kv_heads, c.head_dim), name='value')(x_BTD)
+    q_BTHK, k_BSGK = rope(q_BTHK, c.rope_theta), rope(k_BSGK, c.rope_theta)
+    out_BTHK = attention(q_BTHK, k_BSGK, v_BSGK, mask_BTS, c.attention_scale)
+    out_BTE = out_BTHK.reshape(*x_BTD.shape[:2], c.heads * c.head_dim)
+    return linear((c.heads * c.head_dim, c.width), gain=c.output_gain, name='output')(out_BTE)
+
+
+class FeedForward(nn.Module):
+  """RMSNorm and SwiGLU (arXiv 2002.05202): (B, T, D) -> (B, T, D)."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, x_BTD: jax.Array) -> jax.Array:
+    c = self.config
+    linear = functools.partial(Linear, rank=c.weights_rank, dtype=c.dtype)
+    x_BTD = rms_norm(x_BTD, self.param('norm', _ones, (c.width,)), c.norm_eps)
+    gate_BTF = linear((c.width, c.ffn_width), name='gate')(x_BTD)
+    up_BTF = linear((c.width, c.ffn_width), name='up')(x_BTD)
+    return linear((c.ffn_width, c.width), gain=c.output_gain, name='down')(jax.nn.silu(gate_BTF) * up_BTF)
+
+
+class Block(nn.Module):
+  """Two sublayers on the streams: x <- H_res x + H_post^T F(H_pre x) for F = attention, feed-forward."""
+
+  config: ModelConfig
+  record: bool  # also return each sublayer's coefficients and stream products, for diagnostics
+
+  @nn.compact
+  def __call__(self, x_NBTD: jax.Array, layer: jax.Array, mask_BTS: jax.Array):
+    c, records = self.config, []
+    sublayers = {
+      'attention': functools.partial(Attention(c, name='attention'), mask_BTS=mask_BTS),
+      'feed_forward': FeedForward(c, name='feed_forward'),
+    }
+    for index, (name, sublayer) in enumerate(sublayers.items()):
+      params = self._connection(f'{name}_connection', 2 * layer + index)
+      coefficients = hc.generate(params, x_NBTD, c.connection)
+      y_BTD = sublayer(hc.read(coefficients.pre_NBT, x_NBTD)) / c.depth_ratio
+      x_NBTD = hc.write(coefficients.res_NMBT, coefficients.post_NBT, x_NBTD, y_BTD)
+      if self.record:
+        records.append({**coefficients._asdict(), 'gram_NMBT': _gram(x_NBTD)})
+    return x_NBTD, records
+
+  def _connection(self, name: str, sublayer: jax.Array) -> dict[str, jax.Array]:
+    c = self.config
+    if not c.connection.parts:
+      return {}
+    # phi is output-like (infinite fan-in, finite fan-out): its start falls as 1 / width, not 1 / sqrt(width).
+    init = functools.partial(
+      hc.init_params, spec=c.connection, width=c.width, phi_scale=c.width_ratio**-0.5
+    )
+    return self.param(name, lambda key: init(key, sublayer=sublayer))
+
+
+def _gram(x_NBTD: jax.Array) -> jax.Array:
+  """Inner products of the streams at every token, float32 or more."""
+  x_NBTD = x_NBTD.astype(jnp.promote_types(x_NBTD.dtype, jnp.float32))
+  return jnp.einsum('nbtd,mbtd->nmbt', x_NBTD, x_NBTD)
+
+
+class Transformer(nn.Module):
+  """Token ids (B, T) and document numbers (B, T) -> logits (B, T, V) in float32, and records."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, tokens_BT: jax.Array, segments_BT: jax.Array, record: bool = False):
+    c = self.config
+    embedding_VD = self.param('embedding', _normal(1.0), (c.vocab_size, c.width))
+    x_BTD = embedding_VD[tokens_BT].astype(c.dtype)
+    x_NBTD = hc.expand(x_BTD, c.connection.streams)
+    x_NBTD, records = self._layers(x_NBTD, causal_mask(segments_BT), record)
+    head = {}
+    if hc.init_collapse(c.connection, c.width):
+      head = self.param('collapse', lambda key: hc.init_collapse(c.connection, c.width))
+    x_BTD = hc.collapse(x_NBTD, c.connection.collapse, head, c.connection)
+    x_BTD = rms_norm(x_BTD, self.param('final_norm', _ones, (c.width,)), c.norm_eps)
+    # Small at the start, so that the first loss is close to log V; constant in width (CompleteP).
+    std = 1 / (c.base_width or c.width)
+    unembedding_DV = self.param('unembedding', _normal(std), (c.width, c.vocab_size))
+    wide = jnp.promote_types(c.dtype, jnp.float32)
+    logits_BTV = jnp.einsum(
+      'btd,dv->btv', x_BTD, unembedding_DV.astype(c.dtype), preferred_element_type=wide
+    )
+    return logits_BTV / c.width_ratio, records
+
+  def _layers(self, x_NBTD: jax.Array, mask_BTS: jax.Array, record: bool):
+    c = self.config
+    block = nn.remat(Block, prevent_cse=not c.scan) if c.remat == 'layer' else Block
+    if not c.scan:
+      records = []
+      for layer in range(c.depth):
+        x_NBTD, record_l = block(c, record, name=f'layer_{layer}')(x_NBTD, layer, mask_BTS)
+        records.append(record_l)
+      return x_NBTD, jax.tree.map(lambda *leaves: jnp.stack(leaves), *records)
+    scanned = nn.scan(
+      block,
+      variable_axes={'params': 0},
+      split_rngs={'params': True},
+      in_axes=(0, nn.broadcast),
+      length=c.depth,
+      unroll=c.scan_unroll,
+    )
+    return scanned(c, record, name='layers')(x_NBTD, jnp.arange(c.depth), mask_BTS)
+
+
+def loss_sums(logits_BTV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array):
+  """(sum of weighted cross-entropies in nats, sum of weights), in the logits' float32 or more."""
+  log_z_BT = jax.nn.logsumexp(logits_BTV, -1)
+  target_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], -1)[..., 0]
+  return jnp.sum((log_z_BT - target_BT) * weights_BT), jnp.sum(weights_BT)

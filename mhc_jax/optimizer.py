@@ -1,0 +1,102 @@
+"""AdamW as one visible optax chain, its schedules, and width/depth transfer by parameter group.
+
+Transfer follows CompleteP (arXiv 2505.01618) with alpha = 1, relative to a base width and depth: m_N = width
+ratio, m_L = depth ratio. In the model: hidden maps start with variance 1 / fan-in, F's output is divided by
+m_L, logits by m_N, attention scores scale by 1 / K. Here: hidden maps learn with lr / m_N and decay with
+weight_decay * m_N; Adam's eps is divided by m_N m_L. The generator phi of a connection has infinite fan-in and
+finite fan-out, so it learns with lr / m_N too; alphas and biases are scalars and keep lr.
+"""
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mhc_jax.config import ModelConfig, OptimizerConfig
+
+# (regular expression on the parameter's path, kind); the first match counts and every parameter must match.
+# hidden: lr / m_N, decay * m_N. plain: lr, decay. scalar: lr, no decay.
+GROUPS: tuple[tuple[str, str], ...] = (
+  (r'embedding', 'plain'),
+  (r'unembedding', 'plain'),
+  (r'(.*/)?(final_)?norm', 'scalar'),
+  (r'.*_connection/(b|alpha)_\w+', 'scalar'),
+  (r'.*_connection/phi(_in)?', 'hidden'),
+  (r'.*_connection/phi_out', 'plain'),
+  (r'collapse/phi', 'hidden'),
+  (r'collapse/(alpha|b)', 'scalar'),
+  (r'.*/(attention|feed_forward)/\w+/[wu]', 'hidden'),
+  (r'.*/(attention|feed_forward)/\w+/v', 'plain'),
+)
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+  """'layers/attention/query/w' from a tree path."""
+  return '/'.join(str(getattr(key, 'key', key)) for key in path)
+
+
+def groups(params: Any) -> Any:
+  """The kind of every parameter, as a tree; raises ValueError for one that no expression matches."""
+
+  def kind(path: tuple[Any, ...], _: Any) -> str:
+    for pattern, name in GROUPS:
+      if re.fullmatch(pattern, path_name(path)):
+        return name
+    raise ValueError(f'optimizer.GROUPS has no line for parameter {path_name(path)!r}')
+
+  return jax.tree_util.tree_map_with_path(kind, params)
+
+
+def schedule(step: jax.Array, num_steps: jax.Array, warmup: jax.Array, c: OptimizerConfig) -> jax.Array:
+  """The multiplier of lr for update `step` (0-based) of num_steps, float32.
+
+  Warmup is linear, (step + 1) / warmup. 'wsd' falls linearly over the last decay_fraction of the updates; 'cosine'
+  from warmup to the end; both to final_fraction. 'step' is mHC's: 0.316 from 80 %, 0.1 from 90 % of the updates.
+  """
+  step, num_steps = jnp.asarray(step, jnp.float32), jnp.asarray(num_steps, jnp.float32)
+  if c.schedule == 'wsd':
+    left = (num_steps - step) / jnp.maximum(c.decay_fraction * num_steps, 1)
+    shape = c.final_fraction + (1 - c.final_fraction) * jnp.minimum(left, 1)
+  elif c.schedule == 'cosine':
+    progress = jnp.clip((step - warmup) / jnp.maximum(num_steps - warmup, 1), 0, 1)
+    shape = c.final_fraction + (1 - c.final_fraction) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
+  elif c.schedule == 'step':
+    late, last = step >= 0.8 * num_steps, step >= 0.9 * num_steps
+    shape = jnp.where(last, 0.1, jnp.where(late, 0.316, 1.0))
+  else:
+    shape = jnp.ones(())
+  return shape * jnp.minimum((step + 1) / jnp.maximum(warmup, 1), 1)
+
+
+def warmup_steps(c: OptimizerConfig, num_steps: int) -> int:
+  """Number of warmup updates, from whichever of the two fields is set."""
+  return c.warmup_steps if c.warmup_fraction is None else round(c.warmup_fraction * num_steps)
+
+
+def adamw(
+  c: OptimizerConfig, model: ModelConfig, lr: jax.Array, weight_decay: jax.Array
+) -> optax.GradientTransformation:
+  """AdamW (arXiv 1711.05101) with decoupled decay; lr and weight_decay may be traced.
+
+  lr already includes the schedule. Its state does not depend on lr or weight_decay.
+  """
+  m_n, m_l = model.width_ratio, model.depth_ratio
+  lr_of = {'hidden': 1 / m_n, 'plain': 1.0, 'scalar': 1.0}
+  decay_of = {'hidden': m_n, 'plain': 1.0, 'scalar': 0.0}
+
+  def decay(updates: Any, params: Any) -> Any:
+    return jax.tree.map(
+      lambda u, p, kind: u + weight_decay * decay_of[kind] * p, updates, params, groups(params)
+    )
+
+  def descend(updates: Any, params: Any) -> Any:
+    return jax.tree.map(lambda u, kind: -lr * lr_of[kind] * u, updates, groups(params))
+
+  return optax.chain(
+    optax.identity() if c.clip_norm is None else optax.clip_by_global_norm(c.clip_norm),
+    optax.scale_by_adam(c.beta1, c.beta2, c.eps / (m_n * m_l)),
+    optax.stateless(decay),
+    optax.stateless(descend),
+  )

@@ -1,0 +1,131 @@
+"""The connections by name, as data: what each published variant sets in ConnectionSpec.
+
+config.py resolves `connection.name`, `connection.preset` and the overrides through `connection_spec`.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+from mhc_jax.constraints import CONSTRAINTS
+from mhc_jax.constraints.base import Constraint
+from mhc_jax.hyper_connection import ConnectionSpec, Gate, Init
+
+# Start values by name, given n. Biases are coordinates, before the gate (hyper_connection.Init).
+INITS: dict[str, Callable[[int], Init]] = {
+  # Reads and writes lean to the home stream (mhc-lite's +-1), so H_res has a gradient from step 0 on.
+  'cyclic': lambda n: Init(read=(-1, 1), write=(-1, 1), mixing=0.01, phi=1.0, alpha=0.01),
+  # Megatron-LM, MaxText: H_res = J/n, reads 1/2, unit writes; only phi breaks the symmetry of streams.
+  'zero': lambda n: Init(read=(0, 0), write=(0, 0), mixing=None, phi=1.0, alpha=0.01),
+  # Uniform reads 1/n, unit writes, H_res near I (SkyRL, Hunyuan v4).
+  'near_identity': lambda n: Init(
+    read=(-math.log(max(n - 1, 1)),) * 2, write=(0, 0), mixing=0.01, phi=1.0, alpha=0.01
+  ),
+  # HC: one-hot cyclic reads, unit writes, H_res = I, phi = 0: exactly pre-norm at step 0.
+  'pre_norm': lambda n: Init(read=(0, 1), write=(1, 1), mixing=0.0, phi=0.0, alpha=0.01),
+}
+
+_MHC_GATES = {'read_gate': Gate('sigmoid'), 'write_gate': Gate('sigmoid', 2.0)}
+_HC = {
+  'read_gate': Gate('linear'),
+  'write_gate': Gate('linear'),
+  'init': 'pre_norm',
+  'constraint': 'unconstrained',
+  'scope': 'per_stream',
+  'activation': 'tanh',
+  'share_alpha': True,
+}
+_MHC = {**_MHC_GATES, 'init': 'cyclic', 'constraint': 'birkhoff_sinkhorn'}
+
+# name -> preset -> what it sets. The first preset of a name is its default.
+PRESETS: dict[str, dict[str, dict]] = {
+  'residual': {
+    'plain': {
+      'read_gate': Gate('fixed'),
+      'write_gate': Gate('fixed'),
+      'init': 'zero',
+      'constraint': 'identity',
+      'streams': 1,
+    }
+  },
+  'hc': {
+    'dynamic': _HC,
+    'no_tanh': {**_HC, 'activation': 'none'},
+    'static': {**_HC, 'dynamic': False},
+  },
+  'mhc': {
+    'paper': {**_MHC, 'constraint_params': {'preset': 'paper'}},
+    'deepseek_v4': {
+      **_MHC,
+      'constraint_params': {'preset': 'deepseek_v4'},
+      'read_gate': Gate('sigmoid', eps=1e-6),
+      'collapse': 'learned',
+      'collapse_eps': 1e-6,
+    },
+  },
+  'identity': {'sigmoid': {**_MHC_GATES, 'init': 'cyclic', 'constraint': 'identity'}},
+}
+
+
+def connection_spec(
+  name: str = 'mhc',
+  preset: str | None = None,
+  *,
+  streams: int = 4,
+  constraint: str | Constraint | None = None,
+  constraint_params: dict | None = None,
+  init: str | Init | None = None,
+  mixing: float | None = None,
+  alpha: float | None = None,
+  **overrides,
+) -> ConnectionSpec:
+  """The connection `name` ('residual', 'hc', 'mhc', 'identity') in one of its presets, n = streams.
+
+  None keeps the preset's value. constraint: a key of CONSTRAINTS or a Constraint of one's own; init: a key of
+  INITS or an Init; mixing and alpha replace that one value of it; overrides are fields of ConnectionSpec.
+  'residual' has one stream whatever `streams` says. Raises ValueError for unknown names and sizes.
+  """
+  if name not in PRESETS:
+    raise ValueError(f'connection.name must be one of {", ".join(PRESETS)}, got {name!r}')
+  presets = PRESETS[name]
+  preset = next(iter(presets)) if preset is None else preset
+  if preset not in presets:
+    raise ValueError(
+      f'connection.preset of {name!r} must be one of {", ".join(presets)}, got {preset!r}'
+    )
+  fields = dict(presets[preset])
+  n = fields.pop('streams', streams)
+  if n < 1:
+    raise ValueError(f'connection.streams must be at least 1, got {n}')
+  default_constraint, default_init = fields.pop('constraint'), fields.pop('init')
+  default_params = fields.pop('constraint_params', {})
+  if constraint is None:
+    constraint = default_constraint
+  if isinstance(constraint, str):
+    if constraint not in CONSTRAINTS:
+      raise ValueError(
+        f'connection.constraint must be one of {", ".join(CONSTRAINTS)}, got {constraint!r}'
+      )
+    same = constraint == default_constraint
+    params = {**(default_params if same else {}), **(constraint_params or {})}
+    constraint = CONSTRAINTS[constraint](**params)
+  init = default_init if init is None else init
+  if isinstance(init, str):
+    if init not in INITS:
+      raise ValueError(f'connection.init must be one of {", ".join(INITS)}, got {init!r}')
+    init = INITS[init](n)
+  changes = {'mixing': mixing, 'alpha': alpha}
+  init = dataclasses.replace(init, **{k: v for k, v in changes.items() if v is not None})
+  fields.update({k: v for k, v in overrides.items() if v is not None})
+  spec = ConnectionSpec(streams=n, constraint=constraint, init=init, **fields)
+  _check_rank(spec)
+  return spec
+
+
+def _check_rank(spec: ConnectionSpec) -> None:
+  outputs = spec.generator_shape[1]
+  if spec.rank is not None and not (spec.dynamic and 1 <= spec.rank <= outputs):
+    raise ValueError(
+      f'connection.rank must lie between 1 and {outputs}, the number of coordinates that phi generates, '
+      f'got {spec.rank}'
+    )

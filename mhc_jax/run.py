@@ -1,0 +1,159 @@
+"""A run: what a configuration resolves to once the corpus is known. Pure apart from reading versions.
+
+config -> **run** -> train. `resolve` fills in derived values, counts parameters and FLOPs, turns the duration
+into a number of updates and names the run by the hash of what determines its numbers.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import subprocess
+from importlib import metadata
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from mhc_jax import cost
+from mhc_jax import config as config_lib
+from mhc_jax.config import ConfigError, ModelConfig, OptimizerConfig
+from mhc_jax.data import Corpus, VOCAB_SIZE
+
+PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """Everything that train.run needs: the resolved configuration and what follows from it."""
+
+  run_id: str
+  resolved: dict[str, Any]  # plain values, goes into config.json
+  model: ModelConfig
+  optimizer: OptimizerConfig
+  derived: dict[str, Any]  # parameters by group, FLOPs, tokens, num_steps; goes into status.json
+
+  @property
+  def num_steps(self) -> int:
+    """Number of optimizer updates."""
+    return self.derived['num_steps']
+
+
+def resolve(config: ConfigDict, digest: str) -> Run:
+  """ConfigDict and the corpus's content digest -> Run; raises ConfigError for impossible values."""
+  config_lib.check_counts(config)
+  model = config_lib.build_model(config, VOCAB_SIZE)
+  optimizer = config_lib.build_optimizer(config)
+  resolved = config.to_dict()
+  resolved['arm'] = config.arm or config.model.connection.name
+  resolved['data']['digest'] = digest
+  resolved['model'] |= {
+    'kv_heads': model.kv_heads,
+    'head_dim': model.head_dim,
+    'ffn_width': model.ffn_width,
+    'vocab_size': model.vocab_size,
+    'connection': _resolved_connection(resolved['model']['connection'], model),
+  }
+  flops_per_token = cost.train_flops_per_token(model, config.data.seq_len)
+  params = cost.parameters(model)
+  tokens_per_step = config.data.batch_size * config.data.seq_len
+  num_steps = steps_of(config.duration, tokens_per_step, flops_per_token, params['matmul'])
+  derived = {
+    'params': params,
+    'flops_per_token': flops_per_token,
+    'forward_flops_per_token_by_term': cost.forward_flops_per_token(model, config.data.seq_len),
+    'tokens_per_step': tokens_per_step,
+    'num_steps': num_steps,
+    'tokens': num_steps * tokens_per_step,
+    'flops': num_steps * tokens_per_step * flops_per_token,
+    'data_digest': digest,
+  }
+  return Run(run_id(resolved), resolved, model, optimizer, derived)
+
+
+def _resolved_connection(given: dict[str, Any], model: ModelConfig) -> dict[str, Any]:
+  """The connection with every value that its preset sets written out."""
+  spec = model.connection
+  written = {
+    field.name: getattr(spec, field.name)
+    for field in dataclasses.fields(spec)
+    if field.name not in ('constraint', 'init')
+  }
+  for gate in ('read_gate', 'write_gate'):
+    written[gate] = dataclasses.asdict(written[gate])
+  return {
+    'name': given['name'],
+    'preset': given['preset'],
+    **written,
+    'constraint': spec.constraint.name,
+    'constraint_params': dict(spec.constraint.params),
+    'init': json.loads(json.dumps(dataclasses.asdict(spec.init))),
+    'output_init_scaling': given['output_init_scaling'],
+  }
+
+
+def steps_of(duration: ConfigDict, tokens_per_step: int, flops_per_token: float, params: int) -> int:
+  """The number of updates, rounded to the nearest and at least 1, from the one duration that is set.
+
+  tokens_per_param counts matmul parameters with the unembedding (cost.parameters: 'matmul').
+  """
+  if duration.steps is not None:
+    return duration.steps
+  if duration.tokens is not None:
+    tokens = duration.tokens
+  elif duration.flops is not None:
+    tokens = duration.flops / flops_per_token
+  else:
+    tokens = duration.tokens_per_param * params
+  return max(1, round(tokens / tokens_per_step))
+
+
+def run_id(resolved: dict[str, Any]) -> str:
+  """First 12 hex digits of the SHA-256 of the resolved configuration less labels, hardware and paths."""
+  kept = json.loads(json.dumps(resolved, sort_keys=True))
+  for path in config_lib.NOT_IN_ID:
+    node = functools.reduce(lambda node, key: node[key], path[:-1], kept)
+    node.pop(path[-1], None)
+  text = json.dumps(kept, sort_keys=True, separators=(',', ':'))
+  return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def check_workdir(workdir: str, run: Run) -> None:
+  """Raises ConfigError if workdir holds a run of another configuration, naming the first difference."""
+  path = os.path.join(workdir, 'config.json')
+  if not os.path.exists(path):
+    return
+  with open(path, encoding='utf-8') as file:
+    found = json.load(file)
+  if run_id(found) != run.run_id:
+    name, old, new = _first_difference(found, json.loads(json.dumps(run.resolved)))
+    raise ConfigError(
+      f'{workdir} holds a run with {name}={old!r}, this one has {new!r}: choose another --workdir'
+    )
+
+
+def _first_difference(old: Any, new: Any, name: str = '') -> tuple[str, Any, Any]:
+  if not (isinstance(old, dict) and isinstance(new, dict)):
+    return name, old, new
+  for key in sorted(old.keys() | new.keys()):
+    path = f'{name}.{key}' if name else key
+    if old.get(key) != new.get(key) and (*path.split('.'),) not in config_lib.NOT_IN_ID:
+      return _first_difference(old.get(key), new.get(key), path)
+  return name, old, new
+
+
+def versions() -> dict[str, str]:
+  """Versions of the packages that numbers depend on."""
+  return {name: metadata.version(name) for name in PACKAGES}
+
+
+@functools.cache
+def git_revision() -> str | None:
+  """The project's commit, with '-dirty' where files differ from it; None outside a checkout."""
+  here = os.path.dirname(os.path.abspath(__file__))
+  command = ['git', '-C', here, 'describe', '--always', '--dirty', '--abbrev=12', '--exclude=*']
+  try:
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+  except (OSError, subprocess.TimeoutExpired):
+    return None
+  return answer.stdout.strip() or None

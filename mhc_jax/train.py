@@ -1,0 +1,452 @@
+"""Training: the pure train_step, the loop around it, resuming, and the command for one run.
+
+config -> data -> model -> **train_step** -> checkpoint -> metrics.jsonl. The only place that wires the parts.
+
+  python -m mhc_jax.train --config configs/laptop.py --workdir runs/laptop
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import errno
+import functools
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import filelock
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from mhc_jax import optimizer as optim
+from mhc_jax.checkpoint import CheckpointError, Checkpoints
+from mhc_jax.config import ConfigError, ModelConfig, OptimizerConfig, parse
+from mhc_jax.data import (
+  Corpus,
+  Windows,
+  check_enough_tokens,
+  load_corpus,
+  train_batches,
+  validation_batches,
+  windows,
+)
+from mhc_jax.diagnostics import diagnose
+from mhc_jax.log import MetricsLog, Progress, write_json
+from mhc_jax.model import Transformer, loss_sums
+from mhc_jax.run import Run, check_workdir, git_revision, resolve, versions
+from mhc_jax.sharding import make_mesh, put_batch, state_sharding
+
+
+@flax.struct.dataclass
+class TrainState:
+  """The number of updates done, the parameters (nested dicts) and optax's state."""
+
+  step: jax.Array
+  params: Any
+  opt_state: Any
+
+
+Hparams = dict[str, jax.Array]  # lr, weight_decay, num_steps, warmup: traced, so no recompilation
+Batch = dict[str, jax.Array]  # inputs, targets, weights, segments, each (B, T)
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+  """The jitted functions of one model on one mesh; built once per shape by `programs`."""
+
+  init: Callable[[jax.Array], TrainState]
+  step: Callable[[TrainState, Batch, Hparams], tuple[TrainState, dict[str, jax.Array]]]
+  evaluate: Callable[[Any, Batch], tuple[jax.Array, jax.Array]]
+  diagnose: Callable[[Any, Batch], dict[str, jax.Array]]
+  abstract: TrainState  # shapes, dtypes and shardings
+
+
+def init_state(key: jax.Array, model: ModelConfig, optimizer: OptimizerConfig) -> TrainState:
+  """Initial state. A parameter's value depends on key and its own path alone, not on the connection."""
+  tokens = jnp.zeros((1, 2), jnp.int32)
+  params = Transformer(model).init(key, tokens, tokens)['params']
+  opt_state = optim.adamw(optimizer, model, jnp.zeros(()), jnp.zeros(())).init(params)
+  return TrainState(jnp.zeros((), jnp.int32), params, opt_state)
+
+
+def loss_fn(params: Any, batch: Batch, model: ModelConfig) -> jax.Array:
+  """Mean cross-entropy in nats per predicted token."""
+  logits_BTV, _ = Transformer(model).apply({'params': params}, batch['inputs'], batch['segments'])
+  total, count = loss_sums(logits_BTV, batch['targets'], batch['weights'])
+  return total / count
+
+
+def train_step(
+  state: TrainState, batch: Batch, hparams: Hparams, model: ModelConfig, optimizer: OptimizerConfig
+) -> tuple[TrainState, dict[str, jax.Array]]:
+  """One update. Metrics: loss (before the update), global norms of gradient and update, lr."""
+  loss, grads = jax.value_and_grad(loss_fn)(state.params, batch, model)
+  lr = hparams['lr'] * optim.schedule(state.step, hparams['num_steps'], hparams['warmup'], optimizer)
+  transform = optim.adamw(optimizer, model, lr, hparams['weight_decay'])
+  updates, opt_state = transform.update(grads, state.opt_state, state.params)
+  metrics = {
+    'loss': loss,
+    'grad_norm': optax.global_norm(grads),
+    'update_norm': optax.global_norm(updates),
+    'lr': lr,
+  }
+  params = optax.apply_updates(state.params, updates)
+  return TrainState(state.step + 1, params, opt_state), metrics
+
+
+def programs(model: ModelConfig, optimizer: OptimizerConfig, mesh: Mesh) -> Programs:
+  """The jitted functions for runs of these shapes; what differs by lr, seed or duration shares them."""
+  traced = {'lr': 0.0, 'weight_decay': 0.0, 'warmup_steps': None, 'warmup_fraction': 0.0}
+  return _programs(model, dataclasses.replace(optimizer, **traced), mesh)
+
+
+@functools.lru_cache(maxsize=8)
+def _programs(model: ModelConfig, optimizer: OptimizerConfig, mesh: Mesh) -> Programs:
+  init = functools.partial(init_state, model=model, optimizer=optimizer)
+  abstract = jax.eval_shape(init, jax.random.key(0))
+  sharding, replicated = state_sharding(abstract, mesh), NamedSharding(mesh, P())
+  abstract = jax.tree.map(
+    lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), abstract, sharding
+  )
+
+  def evaluate(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    logits_BTV, _ = Transformer(model).apply({'params': params}, batch['inputs'], batch['segments'])
+    return loss_sums(logits_BTV, batch['targets'], batch['weights'])
+
+  def record(params: Any, batch: Batch) -> dict[str, jax.Array]:
+    inputs = (batch['inputs'], batch['segments'])
+    _, records = Transformer(model).apply({'params': params}, *inputs, record=True)
+    return diagnose(records, model)
+
+  step = functools.partial(train_step, model=model, optimizer=optimizer)
+  return Programs(
+    init=jax.jit(init, out_shardings=sharding),
+    step=jax.jit(step, donate_argnums=0, out_shardings=(sharding, replicated)),
+    evaluate=jax.jit(evaluate, out_shardings=replicated),
+    diagnose=jax.jit(record, out_shardings=replicated),
+    abstract=abstract,
+  )
+
+
+def validation_loss(
+  evaluate: Callable, params: Any, batches: list[Batch], bytes_per_token: float
+) -> dict[str, float]:
+  """Nats per predicted token and bits per byte over the batches, each token weighing the same."""
+  sums = jax.device_get([evaluate(params, batch) for batch in batches])
+  total, count = (math.fsum(float(pair[i]) for pair in sums) for i in (0, 1))
+  return {
+    'validation/loss': total / count,
+    'validation/bits_per_byte': total / count / math.log(2) / bytes_per_token,
+  }
+
+
+def load_data(run: Run, corpus: Corpus) -> tuple[Windows, Windows]:
+  """(training windows, validation windows); raises ConfigError where the corpus is too small."""
+  data = run.resolved['data']
+  train = windows(corpus.train, data['seq_len'], data['cross_documents'])
+  check_enough_tokens(train, run.derived['tokens'], data['repeat'])
+  return train, windows(corpus.validation, data['seq_len'], data['cross_documents'])
+
+
+def validation_arrays(run: Run, validation: Windows, mesh: Mesh) -> list[Batch]:
+  """The validation batches, on the devices: the same for every run."""
+  c = run.resolved['evaluation']
+  count = c['sequences'] // c['batch_size']
+  batches = validation_batches(
+    validation, c['batch_size'], count, jax.process_index(), jax.process_count()
+  )
+  return [put_batch(batch, mesh) for batch in batches]
+
+
+class Divergence:
+  """Says when a run has diverged; its state travels in the checkpoint."""
+
+  def __init__(self, patience: int, warmup: int, saved: dict[str, Any]):
+    self._patience, self._warmup = patience, warmup
+    self.saved = dict(saved) or {'initial_loss': None, 'above': 0}
+
+  def diverged(self, step: int, metrics: dict[str, float]) -> bool:
+    """True for anything non-finite, or `patience` losses in a row above the first after warmup."""
+    if not all(math.isfinite(value) for value in metrics.values()):
+      return True
+    if self.saved['initial_loss'] is None:
+      self.saved['initial_loss'] = metrics['loss']
+    above = step > self._warmup and metrics['loss'] > self.saved['initial_loss']
+    self.saved['above'] = self.saved['above'] + 1 if above else 0
+    return self.saved['above'] >= self._patience
+
+
+@contextlib.contextmanager
+def stop_on_signal() -> Iterator[list[int]]:
+  """A list that SIGINT or SIGTERM appends to, so that the loop ends after a checkpoint; twice kills."""
+  received: list[int] = []
+
+  def handler(number: int, _: Any) -> None:
+    received.append(number)
+    signal.signal(number, previous[number])
+
+  try:
+    previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+  except ValueError:  # not the main thread: its owner handles signals
+    previous = {}
+  try:
+    yield received
+  finally:
+    for number, old in previous.items():
+      signal.signal(number, old)
+
+
+def run(config: ConfigDict, workdir: str, corpus: Corpus | None = None, quiet: bool = False) -> dict:
+  """Trains one run in workdir, or goes on where it stopped; returns its status (status.json).
+
+  Raises ConfigError for a mistake in the configuration, with nothing written; OSError on a full disk.
+  """
+  corpus = corpus or load_corpus(config.data.name, config.data.dir)
+  plan = resolve(config, corpus.digest)
+  train, validation = load_data(plan, corpus)
+  mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
+  check_workdir(workdir, plan)
+  batches = validation_arrays(plan, validation, mesh)
+  os.makedirs(workdir, exist_ok=True)
+  lock = filelock.FileLock(os.path.join(workdir, '.lock'), timeout=0)
+  try:
+    with lock:
+      write_json(os.path.join(workdir, 'config.json'), plan.resolved)
+      return Loop(plan, workdir, train, batches, corpus.bytes_per_token, mesh, quiet).run()
+  except filelock.Timeout:
+    raise ConfigError(f'{workdir} is in use by another process') from None
+
+
+class Loop:
+  """One run in progress: dispatches update k, then looks at the metrics of update k - 1."""
+
+  def __init__(
+    self,
+    plan: Run,
+    workdir: str,
+    train: Windows,
+    validation: list[Batch],
+    bytes_per_token: float,
+    mesh: Mesh,
+    quiet: bool,
+  ):
+    self.plan, self.workdir, self.train, self.validation = plan, workdir, train, validation
+    self.bytes_per_token, self.mesh, self.quiet = bytes_per_token, mesh, quiet
+    self.c = plan.resolved
+    self.programs = programs(plan.model, plan.optimizer, mesh)
+    warmup = optim.warmup_steps(plan.optimizer, plan.num_steps)
+    self.hparams = {
+      'lr': jnp.float32(plan.optimizer.lr),
+      'weight_decay': jnp.float32(plan.optimizer.weight_decay),
+      'num_steps': jnp.int32(plan.num_steps),
+      'warmup': jnp.int32(warmup),
+    }
+    self.warmup = warmup
+    self.status: dict[str, Any] = {}
+    self.final: dict[str, float] = {}
+
+  def run(self) -> dict[str, Any]:
+    """Restores or initialises, trains to the end, and returns the status."""
+    with contextlib.ExitStack() as stack:
+      checkpoints = Checkpoints(os.path.join(self.workdir, 'checkpoints'), self.c['checkpoint']['keep'])
+      self.checkpoints = stack.enter_context(checkpoints)
+      found = checkpoints.restore_latest(self.programs.abstract)
+      start, self.state, extra = found or (0, self.programs.init(jax.random.key(self.c['seed'])), {})
+      self.seconds = extra.get('seconds', 0.0)
+      self.final = extra.get('final', {})
+      self.divergence = Divergence(
+        self.c['divergence']['patience'], self.warmup, extra.get('divergence', {})
+      )
+      last_step = start if found else None
+      self.log = MetricsLog(self.workdir, last_step, self.c['log']['tensorboard'])
+      stack.callback(self.log.close)
+      self.progress = Progress(self.c['arm'], start, self.plan.num_steps, self.quiet)
+      stack.callback(self.progress.close)
+      received = stack.enter_context(stop_on_signal())
+      self._write_status('running', start)
+      try:
+        state, step = self._train(start, received)
+      except BaseException as error:
+        self._write_status('failed', start, error=f'{type(error).__name__}: {error}')
+        raise
+      self.checkpoints.wait()
+      if state in ('finished', 'diverged'):
+        self.checkpoints.remove_all_but_last()
+      self._write_status(state, step)
+      return self.status
+
+  def _train(self, start: int, received: list[int]) -> tuple[str, int]:
+    """The loop itself; returns how it ended and at which step."""
+    num_steps = self.plan.num_steps
+    self.clock, self.timed_step = time.monotonic(), start
+    if start == 0:
+      self._log(0, None)
+    batches = train_batches(
+      self.train,
+      batch_size=self.c['data']['batch_size'],
+      seed=self.c['seed'],
+      repeat=self.c['data']['repeat'],
+      num_steps=num_steps,
+      start_step=start,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+    )
+    waiting = None  # the update whose metrics have not been looked at
+    with contextlib.closing(batches):
+      for step, batch in enumerate(batches, start + 1):
+        inputs = put_batch(batch, self.mesh)
+        self.state, metrics = self.programs.step(self.state, inputs, self.hparams)
+        if waiting and self._log(*waiting):
+          return 'diverged', waiting[0]
+        waiting = (step, metrics)
+        save = self._due(step, 'checkpoint', 'every_steps') or step == num_steps or bool(received)
+        if save or self._due(step, 'evaluation', 'every_steps') or self._due_diagnostics(step):
+          if self._log(*waiting):
+            return 'diverged', step
+          waiting = None
+        if save:
+          self._save(step)
+        if waiting is None:  # evaluation and saving are not training time
+          self.clock = time.monotonic()
+        if received and step < num_steps:
+          return 'interrupted', step
+    return 'finished', num_steps
+
+  def _due(self, step: int, section: str, name: str) -> bool:
+    every = self.c[section][name]
+    return every is not None and step % every == 0
+
+  def _due_diagnostics(self, step: int) -> bool:
+    every = self.c['log']['diagnostics_every_steps']
+    return every is not None and (step % every == 0 or step == self.plan.num_steps)
+
+  def _log(self, step: int, metrics: dict[str, jax.Array] | None) -> bool:
+    """Writes the row of a step if one is due, with evaluation and diagnostics; True if diverged.
+
+    Evaluation and diagnostics use the state after `step`, so they must be called before the next update.
+    """
+    last = step == self.plan.num_steps
+    row: dict[str, Any] = {
+      'step': step,
+      'tokens': step * self.plan.derived['tokens_per_step'],
+      'flops': step * self.plan.derived['tokens_per_step'] * self.plan.derived['flops_per_token'],
+    }
+    diverged = False
+    if metrics is not None:
+      values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+      diverged = self.divergence.diverged(step, values)
+      row |= {f'train/{name}': value for name, value in values.items()}
+      self.final['train/loss'] = values['loss']
+      row |= self._timing(step)
+      self.progress.update(step, values['loss'], row['time/tokens_per_second'])
+    if not diverged and (last or self._due(step, 'evaluation', 'every_steps')):
+      losses = self._validation_loss()
+      row |= losses
+      self.final |= losses
+    if not diverged and self._due_diagnostics(step):
+      sequence = {name: value[:1] for name, value in self.validation[0].items()}
+      found = jax.device_get(self.programs.diagnose(self.state.params, sequence))
+      row |= {f'diagnostics/{name}': np.asarray(value).tolist() for name, value in found.items()}
+    if diverged or last or len(row) > 10 or self._due(step, 'log', 'every_steps'):
+      self.log.write(row)
+    return diverged
+
+  def _validation_loss(self) -> dict[str, float]:
+    return validation_loss(
+      self.programs.evaluate, self.state.params, self.validation, self.bytes_per_token
+    )
+
+  def _timing(self, step: int) -> dict[str, float]:
+    """Seconds of this run so far, over all its restarts, and tokens per second since the last look."""
+    now = time.monotonic()
+    passed, self.clock = now - self.clock, now
+    self.seconds += passed
+    tokens = (step - self.timed_step) * self.plan.derived['tokens_per_step']
+    self.timed_step = step
+    return {'time/seconds': self.seconds, 'time/tokens_per_second': tokens / max(passed, 1e-9)}
+
+  def _save(self, step: int) -> None:
+    """Rows first, then the state: a checkpoint never knows more than the metrics on disk."""
+    self.log.sync()
+    extra = {'seconds': self.seconds, 'divergence': self.divergence.saved, 'final': self.final}
+    self.checkpoints.save(step, self.state, extra)
+
+  def _write_status(self, state: str, step: int, error: str | None = None) -> None:
+    devices = self.mesh.devices
+    self.status = {
+      'state': state,
+      'step': step,
+      'num_steps': self.plan.num_steps,
+      'error': error,
+      'diverged_at': step if state == 'diverged' else None,
+      'git_revision': git_revision(),
+      'versions': versions(),
+      'device_kind': devices.flat[0].device_kind,
+      'device_count': devices.size,
+      'seconds': self.seconds,
+      'derived': self.plan.derived,
+      'final': self.final if state == 'finished' else None,
+    }
+    if jax.process_index() == 0:
+      write_json(os.path.join(self.workdir, 'status.json'), self.status)
+
+
+def end_with_message(main: Callable[[], int]) -> int:
+  """Runs a command; user mistakes end in one line and 2, a full disk or lost checkpoints in one line and 1."""
+  try:
+    return main()
+  except ConfigError as error:
+    print(f'error: {error}', file=sys.stderr)
+    return 2
+  except CheckpointError as error:
+    print(f'error: {error}', file=sys.stderr)
+    return 1
+  except OSError as error:
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+      raise
+    print(
+      f'error: {error.strerror}: free some space and run the same command again, '
+      'it goes on from the last checkpoint',
+      file=sys.stderr,
+    )
+    return 1
+
+
+def main(argv: list[str] | None = None) -> int:
+  """The command line; returns the exit code (0 finished or diverged, 130 interrupted)."""
+  parser = argparse.ArgumentParser(
+    prog='python -m mhc_jax.train',
+    description='Train one model; the same command goes on where it stopped.',
+    epilog='examples:\n'
+    '  python -m mhc_jax.train --config configs/laptop.py --workdir runs/laptop\n'
+    '  python -m mhc_jax.train --config configs/laptop.py:smoke --workdir runs/smoke \\\n'
+    '    --config.model.connection.name=residual --config.optimizer.lr=2e-3\n'
+    'any field of the config file can be set by --config.section.field=value',
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  parser.add_argument('--config', required=True, help='a file of configs/, with :argument if it takes one')
+  parser.add_argument('--workdir', required=True, help='folder of the run: config, metrics, checkpoints')
+  args, overrides = parser.parse_known_args(argv)
+  config = parse(args.config, overrides)
+  status = run(config, args.workdir)
+  if status['state'] == 'interrupted':
+    print(f'interrupted after step {status["step"]}; the same command goes on', file=sys.stderr)
+    return 130
+  final = status['final'] or {}
+  text = ', '.join(f'{name} {value:.4f}' for name, value in final.items())
+  print(f'{status["state"]} at step {status["step"]}/{status["num_steps"]}: {text or "no final loss"}')
+  return 0
+
+
+if __name__ == '__main__':
+  sys.exit(end_with_message(main))

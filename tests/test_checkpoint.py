@@ -1,0 +1,423 @@
+"""Checkpoints: exact round trips, every kind of damage, kill -9, full disks, other meshes."""
+
+import errno
+import functools
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from mhc_jax.checkpoint import CheckpointError, Checkpoints, _checksums
+from mhc_jax.config import ConfigError
+
+
+@flax.struct.dataclass
+class State:
+  step: jax.Array
+  params: Any
+  opt_state: Any
+
+
+def make_state(seed: int = 0, width: int = 16) -> State:
+  """A state with the optimizer's real containers and an array of every width of dtype."""
+  keys = jax.random.split(jax.random.key(seed), 3)
+  params = {
+    'block': {
+      'w': jax.random.normal(keys[0], (4, width, 8)),
+      'scale': jnp.ones((width,)),
+      'half': jax.random.normal(keys[1], (width, 3), jnp.bfloat16),
+      'mask': jax.random.bernoulli(keys[2], 0.5, (width,)),
+      'bytes': jnp.arange(width, dtype=jnp.int8) - 7,
+    },
+    'alpha': jnp.float32(0.01),
+  }
+  decay = jax.tree.map(lambda x: x.ndim > 1, params)
+  optimizer = optax.chain(
+    optax.clip_by_global_norm(1.0),
+    optax.scale_by_adam(),
+    optax.masked(optax.add_decayed_weights(0.1), decay),
+    optax.scale_by_schedule(lambda step: 0.1 * step),
+  )
+  opt_state = jax.tree.map(lambda x: x + jnp.ones_like(x), optimizer.init(params))
+  return State(step=jnp.int32(seed), params=params, opt_state=opt_state)
+
+
+def assert_same(actual, expected) -> None:
+  """Same containers, dtypes and bits."""
+  assert jax.tree.structure(actual) == jax.tree.structure(expected)
+  for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+    assert a.dtype == b.dtype and a.shape == b.shape
+    assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def save(directory: Path, *steps: int) -> None:
+  with Checkpoints(directory) as checkpoints:
+    for step in steps:
+      checkpoints.save(step, make_state(step), {'index': step})
+
+
+def test_round_trip_is_bitwise_quiet_and_small(tmp_path, capfd):
+  state, extra = make_state(3), {'index': 7, 'seconds': 0.1 + 0.2, 'best': None, 'mix': [1, 2.5]}
+  with Checkpoints(tmp_path / 'c') as checkpoints:
+    checkpoints.save(20, state, extra)
+    step, restored, restored_extra = checkpoints.restore_latest(make_state(0))
+  assert step == 20 and restored_extra == extra
+  assert_same(restored, state)
+  assert capfd.readouterr() == ('', '')
+  assert sum(path.is_file() for path in tmp_path.rglob('*')) <= 20  # not one per leaf
+
+
+def test_nothing_saved_is_none_and_reading_creates_nothing(tmp_path):
+  assert Checkpoints(tmp_path / 'c').restore_latest(make_state()) is None
+  assert not (tmp_path / 'c').exists()
+  (tmp_path / 'c').mkdir()
+  assert Checkpoints(tmp_path / 'c').restore_latest(make_state()) is None
+
+
+def test_keeps_the_newest_and_finally_the_last(tmp_path):
+  with Checkpoints(tmp_path, keep=2) as checkpoints:
+    for step in (1, 2, 3):
+      checkpoints.save(step, make_state(step), {})
+    checkpoints.wait()
+    assert checkpoints.steps() == [2, 3]
+    checkpoints.remove_all_but_last()
+    assert checkpoints.steps() == [3]
+    checkpoints.save(4, make_state(4), {})
+    checkpoints.wait()
+    checkpoints.save(4, make_state(4), {})  # the final save of a run that saved there already
+    assert checkpoints.steps() == [3, 4]
+  with Checkpoints(tmp_path, keep=2) as checkpoints:
+    assert checkpoints.restore_latest(make_state())[0] == 4
+    checkpoints.save(4, make_state(4), {})
+    assert checkpoints.steps() == [3, 4]
+  with pytest.raises(ConfigError, match='at least 1'):
+    Checkpoints(tmp_path, keep=0)
+
+
+def test_part_of_the_state_can_be_read_but_only_when_asked_for(tmp_path):
+  save(tmp_path, 1)
+  state = make_state(1)
+  part = {'params': {'block': {'w': state.params['block']['w']}}}
+  with pytest.raises(ConfigError, match='absent'):
+    Checkpoints(tmp_path).restore_latest(part)
+  _, restored, _ = Checkpoints(tmp_path).restore_latest(part, only_part=True)
+  assert_same(restored, part)
+
+
+CHANGES = {
+  'dtype': lambda state: state.replace(step=jnp.float32(0)),
+  'shape': lambda state: state.replace(params={**state.params, 'alpha': jnp.ones((2,))}),
+  'more': lambda state: state.replace(params={**state.params, 'more': jnp.ones((2,))}),
+  'fewer': lambda state: state.replace(params={'alpha': state.params['alpha']}),
+}
+
+
+@pytest.mark.parametrize('change', CHANGES)
+def test_another_structure_is_an_error_of_the_user_not_damage(tmp_path, capfd, change):
+  save(tmp_path, 1)
+  with pytest.raises(ConfigError, match='another model or optimizer') as error:
+    Checkpoints(tmp_path).restore_latest(CHANGES[change](make_state()))
+  assert '\n' not in str(error.value) and capfd.readouterr().err == ''
+
+
+def _sharding(*mesh: int) -> NamedSharding:
+  names = ('a', 'b')[: len(mesh)]
+  devices = jax.devices()[: int(np.prod(mesh))]
+  grid = jax.make_mesh(mesh, names, devices=devices, axis_types=(AxisType.Auto,) * len(mesh))
+  return NamedSharding(grid, PartitionSpec(*names))
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _overwrite(tree):
+  return jax.tree.map(lambda x: x * 0 - 1, tree)
+
+
+@pytest.mark.parametrize('mesh', [(1,), (8,), (4, 2)])
+def test_a_donated_update_right_after_save_does_not_reach_the_checkpoint(tmp_path, mesh):
+  sharding = _sharding(*mesh)
+  expected = {f'w{i}': np.full((256, 64), i + 1.0, np.float32) for i in range(30)}
+
+  def fresh():
+    return jax.block_until_ready(jax.device_put(expected, sharding, may_alias=False))
+
+  state = _overwrite(fresh())  # compiles it
+  overlaps = 0
+  with Checkpoints(tmp_path) as checkpoints:
+    for step in range(4):
+      state = fresh()
+      checkpoints.save(step, state, {})
+      for _ in range(3):
+        state = _overwrite(state)
+      jax.block_until_ready(state)
+      overlaps += not (tmp_path / str(step)).exists()  # orbax was still writing
+      _, restored, _ = checkpoints.restore_latest(state)
+      assert_same(restored, expected)
+    assert overlaps > 0
+    # The same for what was restored: it must be the training's own memory.
+    _, again, _ = checkpoints.restore_latest(state)
+    jax.block_until_ready(_overwrite(restored))
+    assert_same(again, expected)
+  assert float(state['w0'][0, 0]) == -1.0
+
+
+def test_restores_onto_any_mesh(tmp_path):
+  x_RC = jax.random.normal(jax.random.key(0), (64, 16))
+  meshes = [_sharding(1), _sharding(8), _sharding(4, 2), _sharding(2), _sharding(1)]
+  with Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(0, {'x': x_RC, 'step': jnp.int32(5)}, {})
+    for step, sharding in enumerate(meshes, start=1):
+      everywhere = NamedSharding(sharding.mesh, PartitionSpec())
+      abstract = {
+        'x': jax.ShapeDtypeStruct((64, 16), jnp.float32, sharding=sharding),
+        'step': jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere),
+      }
+      _, state, _ = checkpoints.restore_latest(abstract)
+      assert_same(state, {'x': x_RC, 'step': jnp.int32(5)})
+      assert state['x'].sharding == sharding and state['step'].sharding == everywhere
+      checkpoints.save(step, state, {})
+
+
+def checksum(x) -> int:
+  return int(_checksums([x])[0])
+
+
+def numpy_checksum(x: np.ndarray) -> int:
+  bits = {1: np.uint8, 2: np.uint16}.get(x.dtype.itemsize, np.uint32)
+  words = np.frombuffer(x.tobytes(), bits).astype(np.uint32)
+  h = words + np.arange(words.size, dtype=np.uint32) * np.uint32(0x9E3779B9)
+  h = (h ^ (h >> np.uint32(16))) * np.uint32(0x85EBCA6B)
+  h = (h ^ (h >> np.uint32(13))) * np.uint32(0xC2B2AE35)
+  return int(np.sum(h ^ (h >> np.uint32(16)), dtype=np.uint32))
+
+
+DTYPES = ['bool', 'int8', 'uint8', 'bfloat16', 'float16', 'int32', 'float32', 'float64', 'int64']
+
+
+@pytest.mark.parametrize('dtype', DTYPES)
+def test_checksum_sees_every_bit(x64, rng, dtype):
+  x = jnp.asarray(rng.normal(size=(3, 4)) * 50).astype(dtype)
+  data = np.asarray(x)
+  expected = checksum(x)
+  assert expected == numpy_checksum(data)
+  bits = 1 if dtype == 'bool' else 8 * data.dtype.itemsize
+  for bit in range(bits):
+    flipped = bytearray(data.tobytes())
+    flipped[5 * data.dtype.itemsize + bit // 8] ^= 1 << bit % 8
+    y = np.frombuffer(bytes(flipped), data.dtype).reshape(data.shape)
+    assert checksum(y) != expected, bit
+  if dtype != 'bool':
+    assert checksum(np.sort(data.ravel())[::-1].reshape(3, 4)) != expected
+
+
+def test_checksum_is_the_same_on_every_mesh_and_sees_a_lost_page_of_ones(rng):
+  x = jnp.asarray(rng.normal(size=(64, 16)), jnp.float32)
+  values = {checksum(jax.device_put(x, _sharding(*mesh))) for mesh in [(1,), (8,), (4, 2), (2,)]}
+  assert values == {numpy_checksum(np.asarray(x))}
+  ones = jnp.ones((4096,))  # weights 2 i + 1 sum to 2^20 over 1024 of them: times 0x3f800000, zero
+  assert checksum(ones) != checksum(ones.at[1024:2048].set(0))
+
+
+def test_no_flipped_byte_in_any_file_goes_unnoticed(tmp_path, capfd):
+  good, bad, warnings = tmp_path / 'good', tmp_path / 'bad', ''
+  save(good, 10, 20)
+  files = sorted(p for p in (good / '20').rglob('*') if p.is_file() and p.stat().st_size)
+  for number, path in enumerate(files):
+    size = path.stat().st_size
+    for offset in {size // 3, random.Random(number).randrange(size)}:
+      shutil.copytree(good, bad)
+      data = bytearray(path.read_bytes())
+      data[offset] ^= 0x10
+      (bad / path.relative_to(good)).write_bytes(data)
+      step, state, extra = Checkpoints(bad).restore_latest(make_state())
+      err = capfd.readouterr().err
+      assert (step == 10) == ('checkpoint of step 20' in err), (path, offset, err)
+      assert err.count('\n') == (step == 10)
+      assert_same(state, make_state(step))  # a flip in bytes that nobody reads may be ignored
+      assert extra == {'index': step}
+      warnings += err
+      shutil.rmtree(bad)
+  # Orbax by itself would have taken some of these for good.
+  assert 'checksum of' in warnings and 'manifest does not match' in warnings
+
+
+def _truncate(folder: Path) -> None:
+  largest = max((p for p in (folder / 'state').rglob('*') if p.is_file()), key=os.path.getsize)
+  largest.write_bytes(largest.read_bytes()[:100])
+
+
+def _copy_step_10(folder: Path) -> None:
+  shutil.rmtree(folder)
+  shutil.copytree(folder.parent / '10', folder)
+
+
+DAMAGES = {
+  'truncated': _truncate,
+  'other step': _copy_step_10,
+  'empty': lambda folder: (shutil.rmtree(folder), folder.mkdir()),
+  'no manifest': lambda folder: shutil.rmtree(folder / 'manifest'),
+  'no state': lambda folder: shutil.rmtree(folder / 'state'),
+  'no ocdbt': lambda folder: (folder / 'state' / 'manifest.ocdbt').unlink(),
+  'json': lambda folder: (folder / 'manifest' / 'metadata').write_text('{'),
+  'keys': lambda folder: (folder / 'manifest' / 'metadata').write_text('{"step": 20}'),
+}
+
+
+@pytest.mark.parametrize('damage', DAMAGES)
+def test_falls_back_with_one_warning_and_the_next_save_clears(tmp_path, capfd, damage):
+  save(tmp_path, 10, 20)
+  DAMAGES[damage](tmp_path / '20')
+  with Checkpoints(tmp_path) as checkpoints:
+    step, state, extra = checkpoints.restore_latest(make_state())
+    err = capfd.readouterr().err
+    assert step == 10 and extra == {'index': 10}
+    assert_same(state, make_state(10))
+    assert err.startswith('warning: checkpoint of step 20 ') and err.count('\n') == 1
+    assert checkpoints.steps() == [10, 20]  # reading removes nothing
+    checkpoints.save(15, make_state(15), {'index': 15})
+    checkpoints.wait()
+    assert checkpoints.steps() == [10, 15]
+    checkpoints.save(20, make_state(20), {'index': 20})
+  assert Checkpoints(tmp_path).restore_latest(make_state())[0] == 20
+  assert capfd.readouterr().err == ''
+
+
+def test_all_damaged_is_an_error_and_nothing_is_deleted(tmp_path, capfd):
+  save(tmp_path, 10, 20)
+  for step in (10, 20):
+    (tmp_path / str(step) / 'manifest' / 'metadata').unlink()
+  with Checkpoints(tmp_path) as checkpoints:
+    with pytest.raises(CheckpointError, match=r'all 2 checkpoints in .* are damaged: ') as error:
+      checkpoints.restore_latest(make_state())
+    assert '\n' not in str(error.value)
+    assert checkpoints.steps() == [10, 20]
+  assert capfd.readouterr().err.count('\n') == 2
+
+
+# A run that resumes, checks what it resumed from, and saves until it is killed.
+RUN = """
+import os, sys
+import jax, numpy as np
+from mhc_jax.checkpoint import Checkpoints
+state_at = lambda step: {f'w{i}': jax.numpy.full((128, 256), step + i / 8) for i in range(8)}
+checkpoints = Checkpoints(sys.argv[1])
+found = checkpoints.restore_latest(state_at(0))
+step = 0
+if found:
+  step, state, extra = found
+  assert extra == {'index': step} and step >= int(sys.argv[2]), (step, extra)
+  assert all(np.array_equal(state[k], v) for k, v in state_at(step).items())
+print('started', step, flush=True)
+while True:
+  step += 1
+  checkpoints.save(step, state_at(step), {'index': step})
+  checkpoints.wait()
+  print(step, flush=True)
+"""
+
+
+def _child(script: str, *arguments: Any, before: tuple[str, ...] = ()) -> subprocess.Popen:
+  environment = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ''}
+  command = [*before, sys.executable, '-W', 'error', '-c', script, *map(str, arguments)]
+  pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
+  return subprocess.Popen(command, env=environment, **pipes)
+
+
+def test_kill_at_any_moment_leaves_the_last_finished_save(tmp_path):
+  last = 0
+  for delay in (0.0, 0.15, 0.23):
+    with _child(RUN, tmp_path, last) as process:
+      line = process.stdout.readline()
+      assert line, process.stderr.read()
+      assert int(line.split()[1]) in (last, last + 1)
+      last = int(process.stdout.readline())
+      time.sleep(delay)
+      process.kill()
+      last = max([last, *(int(line) for line in process.stdout)])
+      assert process.stderr.read() == ''
+  step, _, extra = Checkpoints(tmp_path).restore_latest(
+    {f'w{i}': jnp.zeros((128, 256)) for i in range(8)}
+  )
+  assert step in (last, last + 1) and extra == {'index': step} and last >= 3
+
+
+# Saves once, is then denied room, reports what it is told, and goes on when there is room again.
+FULL = """
+import json, os, resource, shutil, sys
+import jax
+from mhc_jax.checkpoint import Checkpoints
+state = {f'w{i}': jax.numpy.full((64, 256), 1.0 + i) for i in range(16)}
+big = {f'w{i}': jax.numpy.full((512, 256), 1.0 + i) for i in range(16)}
+checkpoints = Checkpoints(sys.argv[1])
+checkpoints.save(1, state, {})
+checkpoints.wait()
+if sys.argv[2] == 'limit':
+  resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, resource.RLIM_INFINITY))
+  big = state
+if sys.argv[2] == 'late':  # as with a quota: the file system says there is room
+  shutil.disk_usage = lambda path: shutil._ntuple_diskusage(1 << 40, 0, 1 << 40)
+errors = []
+for step in (2, 3):
+  try:
+    checkpoints.save(step, big, {})
+    checkpoints.wait()
+  except OSError as error:
+    errors.append([error.errno, str(error)])
+checkpoints.close()
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+with Checkpoints(sys.argv[1]) as checkpoints:  # the same command again, later
+  step, found, _ = checkpoints.restore_latest(state)
+  assert step == 1 and all((found[name] == state[name]).all() for name in state)
+  checkpoints.save(4, state, {})
+print(json.dumps([errors, sorted(os.listdir(sys.argv[1]))]))
+"""
+
+
+@pytest.mark.parametrize(
+  'cause, code, text',
+  [
+    ('limit', errno.EFBIG, os.strerror(errno.EFBIG)),
+    ('early', errno.ENOSPC, ' MB free, '),
+    ('late', errno.ENOSPC, os.strerror(errno.ENOSPC)),
+  ],
+)
+def test_no_room_is_an_oserror_and_spares_the_step_before(tmp_path, cause, code, text):
+  """A limit on file size, and a small file system where the machine lets a process mount one."""
+  before = ()
+  if cause != 'limit':
+    mount = f'mount -t tmpfs -o size=5m tmpfs {tmp_path} && exec "$0" "$@"'
+    before = ('unshare', '--mount', '--map-root-user', 'sh', '-c', mount)
+    try:
+      subprocess.run([*before, 'true'], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+      pytest.skip('needs unshare(1) with user namespaces')
+  process = _child(FULL, tmp_path, cause, before=before)
+  out, err = process.communicate(timeout=120)
+  assert process.returncode == 0 and err == '', err
+  errors, entries = json.loads(out)
+  assert [number for number, _ in errors] == [code, code]
+  for step, (_, message) in zip((2, 3), errors, strict=True):
+    assert text in message and f'step {step} not written' in message and '\n' not in message
+  assert entries == ['1', '4']  # nothing half-written is left to fill the disk
+
+
+def test_importing_and_finding_nothing_does_not_import_orbax(tmp_path):
+  script = (
+    'import sys; from mhc_jax.checkpoint import Checkpoints\n'
+    'assert Checkpoints(sys.argv[1]).restore_latest({}) is None\n'
+    'assert "orbax.checkpoint" not in sys.modules'
+  )
+  process = _child(script, tmp_path)
+  assert process.communicate(timeout=60) == ('', '') and process.returncode == 0
