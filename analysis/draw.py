@@ -5,6 +5,7 @@ Where: under figures.py and plots.py. Uses matplotlib's Figure directly: no glob
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import matplotlib
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 STYLE = Path(__file__).with_name('paper.mplstyle')
 # Colour, marker and dash per arm: three cues, so that neither colour nor print is needed alone.
@@ -64,16 +66,43 @@ def save(fig: Figure, folder: Path, name: str, caption: str, table: pd.DataFrame
   folder.mkdir(parents=True, exist_ok=True)
   with matplotlib.rc_context(fname=STYLE):
     fig.savefig(folder / f'{name}.png')
+    fig.set_layout_engine('none')  # the first save has laid the figure out
     fig.savefig(folder / f'{name}.svg', metadata={'Date': None})
   table.to_csv(folder / f'{name}.csv', index=False)
   return Panel(name, caption, table)
+
+
+def log_axis(ax: Axes, label: str, axis: str = 'x') -> None:
+  """A log axis with ticks like 2·10¹² in plain text (mathtext takes most of the drawing time)."""
+  getattr(ax, f'set_{axis}scale')('log')
+  getattr(ax, f'set_{axis}label')(label)
+  one = getattr(ax, f'{axis}axis')
+  low, high = getattr(ax, f'get_{axis}lim')()
+  one.set_major_locator(LogLocator(subs=(1,) if high / low > 40 else (1, 2, 5)))
+  one.set_major_formatter(FuncFormatter(lambda value, _: power_of_ten(value)))
+  one.set_minor_formatter(NullFormatter())
+
+
+def power_of_ten(value: float) -> str:
+  """2·10¹²; plain digits between 0.01 and 1000."""
+  if value <= 0:
+    return ''
+  exponent = math.floor(math.log10(value) + 1e-9)
+  if -2 <= exponent < 3:
+    return f'{value:g}'
+  digits = f'{value / 10.0**exponent:g}'
+  raised = str(exponent).translate(str.maketrans('-0123456789', '⁻⁰¹²³⁴⁵⁶⁷⁸⁹'))
+  return ('' if digits == '1' else f'{digits}·') + f'10{raised}'
 
 
 def legend(fig: Figure, ax: Axes) -> None:
   """The legend above the axes, where it never covers data."""
   handles, labels = ax.get_legend_handles_labels()
   if labels:
-    fig.legend(handles, labels, loc='outside upper left', ncols=min(len(labels), 4), fontsize=7.5)
+    # 13 characters to the inch at this size, and 4 for each line sample.
+    fitting = int(13 * fig.get_figwidth() // (max(map(len, labels)) + 4))
+    columns = max(1, min(len(labels), fitting))
+    fig.legend(handles, labels, loc='outside upper left', ncols=columns, fontsize=7.5)
 
 
 def nothing(ax: Axes, words: str) -> None:

@@ -80,9 +80,7 @@ def make_problem(
     raise ConfigError(f'unknown loss {loss!r}: choose from {", ".join(LOSSES)}')
   d = design(law, points, arms)
   if len(points) < len(d.names):
-    raise ConfigError(
-      f'{len(points)} runs cannot fit the {len(d.names)} parameters of {law.formula}'
-    )
+    raise ConfigError(f'{len(points)} runs cannot fit the {len(d.names)} parameters of {law.formula}')
   weight_R = np.ones(len(points))
   if points.sigma is not None:
     # Scaled to median 1, so that delta keeps its meaning for a typical run.

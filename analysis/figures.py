@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 
 from analysis import shape_figures
-from analysis.draw import Panel, figure, legend, looks, save
+from analysis.draw import Panel, figure, legend, log_axis, looks, save
 from analysis.identify import doubts
 from analysis.intervals import Band, band
 from analysis.laws import Points
@@ -26,6 +27,7 @@ def draw_all(s: Study, folder: Path) -> tuple[list[Panel], list[str]]:
   panels, absent = [], []
   makers: list[Callable[[Study, Path], Panel | str]] = [
     loss_vs_flops,
+    equal_flops,
     multiplier_plot,
     gap_absolute,
     gap_relative,
@@ -41,86 +43,49 @@ def draw_all(s: Study, folder: Path) -> tuple[list[Panel], list[str]]:
   for make in makers:
     made = make(s, folder)
     (panels if isinstance(made, Panel) else absent).append(made)
-  return panels, absent
+  panels += shape_figures.rate_plots(s, folder)
+  return panels, list(dict.fromkeys(absent))
+
+
+def has_curve(s: Study, arm: str) -> bool:
+  """Whether the law may be drawn for an arm: a sound fit, with both exponents for L(N, D)."""
+  if s.fit is None or doubts(s.fit) or arm not in s.fit.points.arms:
+    return False
+  return s.fit.law.name != 'chinchilla' or not set(s.fit.law.exponents) & set(s.document['verdicts'])
+
+
+def curve_at(s: Study, arm: str, flops: np.ndarray) -> Band:
+  """The law of an arm at given FLOPs; for L(N, D) along its compute-optimal frontier."""
+  log_x = {'C': np.log(flops)}
+  if s.fit.law.name == 'chinchilla':
+    own = s.table[s.table['excluded'].isna() & (s.table['arm'] == arm)]
+    largest = own.loc[own['flops'].idxmax()]
+    p = s.fit.parameters
+    alpha, beta = p['alpha'], p['beta']
+    # C = kappa N D with the arm's own kappa (6 plus attention and hyper-connections).
+    kappa = largest['flops'] / (largest['params_matmul'] * largest['tokens'])
+    balance = (np.log(alpha * p['A']) - np.log(beta * p['B'])) / (alpha + beta)
+    log_n = balance + beta / (alpha + beta) * np.log(flops / kappa)
+    log_x |= {'N': log_n, 'D': np.log(flops / kappa) - log_n}
+  n = len(flops)
+  return band(s.fit, Points(log_x, np.ones(n), np.full(n, arm), *[np.arange(n)] * 3))
 
 
 def fitted_curve(s: Study, arm: str) -> tuple[np.ndarray, Band] | None:
-  """(FLOPs, band) of an arm: the law along C, or along its compute-optimal frontier for L(N, D)."""
-  if s.fit is None or doubts(s.fit) or arm not in s.fit.points.arms:
+  """(FLOPs, band) of an arm over its runs and EXTRAPOLATE times further, or None."""
+  if not has_curve(s, arm):
     return None
-  if set(s.fit.law.exponents) & set(s.document['verdicts']) and s.fit.law.name == 'chinchilla':
-    return None  # no frontier without both exponents
   own = s.table[s.table['excluded'].isna() & (s.table['arm'] == arm)]
-  low, high = np.log(own['flops'].min()), np.log(own['flops'].max() * EXTRAPOLATE)
-  log_c = np.linspace(low, high, 60)
-  log_x = {'C': log_c}
-  if s.fit.law.name == 'chinchilla':
-    p = s.fit.parameters
-    alpha, beta = p['alpha'], p['beta']
-    largest = own.loc[own['flops'].idxmax()]
-    # C = kappa N D with the arm's own kappa (6 plus attention and hyper-connections).
-    work = log_c - np.log(largest['flops'] / (largest['params_matmul'] * largest['tokens']))
-    balance = (np.log(alpha * p['A']) - np.log(beta * p['B'])) / (alpha + beta)
-    log_n = balance + beta / (alpha + beta) * work
-    log_x |= {'N': log_n, 'D': work - log_n}
-  n = len(log_c)
-  at = Points(log_x, np.ones(n), np.full(n, arm), np.arange(n), np.arange(n), np.arange(n))
-  return np.exp(log_c), band(s.fit, at)
+  flops = np.geomspace(own['flops'].min(), own['flops'].max() * EXTRAPOLATE, 60)
+  return flops, curve_at(s, arm, flops)
 
 
 def loss_vs_flops(s: Study, folder: Path) -> Panel | str:
   """Validation loss against training FLOPs, with the fitted curve and 95 % band of each arm."""
-  runs = s.grid
-  if not len(runs):
+  if not len(s.grid):
     return 'Loss against compute: no run has finished.'
-  style, rows = looks(list(dict.fromkeys(s.table['arm']))), []
   with figure() as (fig, ax):
-    for arm, own in runs.groupby('arm', sort=False):
-      look = style[arm]
-      ax.plot(
-        own['flops'],
-        own['validation_loss'],
-        look['marker'],
-        color=look['color'],
-        label=arm,
-        zorder=3,
-        markeredgecolor='white',
-        markeredgewidth=0.4,
-      )
-      rows += [
-        {
-          'arm': arm,
-          'kind': 'run',
-          'run_id': r['run_id'],
-          'flops': r['flops'],
-          'loss': r['validation_loss'],
-        }
-        for _, r in own.iterrows()
-      ]
-      fitted = fitted_curve(s, arm)
-      if fitted is None:
-        continue
-      c, b = fitted
-      inside = c <= own['flops'].max()
-      ax.plot(c[inside], b.loss[inside], color=look['color'], lw=1.2)
-      ax.plot(c[~inside], b.loss[~inside], color=look['color'], lw=0.9, ls=':')
-      ax.fill_between(c, b.low, b.high, color=look['color'], alpha=0.15, lw=0)
-      rows += [
-        {
-          'arm': arm,
-          'kind': 'fit',
-          'flops': x,
-          'loss': v,
-          'low': lo,
-          'high': hi,
-          'new_run_low': nl,
-          'new_run_high': nh,
-        }
-        for x, v, lo, hi, nl, nh in zip(
-          c, b.loss, b.low, b.high, b.new_low, b.new_high, strict=True
-        )
-      ]
-    ax.set(xscale='log', xlabel='training FLOPs', ylabel='validation loss (nats per token)')
+    rows = draw_loss_vs_flops(ax, s)
     legend(fig, ax)
   caption = 'Validation loss against training compute; every marker is one run.'
   if any(row['kind'] == 'fit' for row in rows):
@@ -130,6 +95,80 @@ def loss_vs_flops(s: Study, folder: Path) -> Panel | str:
       + '. Shaded: 95 % band of the curve (a single new run scatters more; see the CSV).'
     )
   return save(fig, folder, 'loss_vs_flops', caption, pd.DataFrame(rows))
+
+
+def draw_loss_vs_flops(ax: Axes, s: Study) -> list[dict]:
+  """Draws runs, curves and bands; returns their numbers."""
+  style, rows = looks(list(dict.fromkeys(s.table['arm']))), []
+  for arm, own in s.grid.groupby('arm', sort=False):
+    look = style[arm]
+    edge = {'markeredgecolor': 'white', 'markeredgewidth': 0.4, 'zorder': 3}
+    ax.plot(own['flops'], own['validation_loss'], look['marker'], color=look['color'], label=arm, **edge)
+    rows += [
+      {'arm': arm, 'kind': 'run', 'run_id': i, 'flops': x, 'loss': y}
+      for i, x, y in zip(own['run_id'], own['flops'], own['validation_loss'], strict=True)
+    ]
+    fitted = fitted_curve(s, arm)
+    if fitted is None:
+      continue
+    c, b = fitted
+    inside = c <= own['flops'].max()
+    ax.plot(c[inside], b.loss[inside], color=look['color'], lw=1.2)
+    ax.plot(c[~inside], b.loss[~inside], color=look['color'], lw=0.9, ls=':')
+    ax.fill_between(c, b.low, b.high, color=look['color'], alpha=0.15, lw=0)
+    names = ('flops', 'loss', 'low', 'high', 'new_run_low', 'new_run_high')
+    values = (c, b.loss, b.low, b.high, b.new_low, b.new_high)
+    rows += [
+      {'arm': arm, 'kind': 'fit'} | dict(zip(names, row, strict=True)) for row in zip(*values, strict=True)
+    ]
+  log_axis(ax, 'training FLOPs')
+  ax.set_ylabel('validation loss (nats per token)')
+  return rows
+
+
+def equal_flops(s: Study, folder: Path) -> Panel | str:
+  """Every run's loss over the reference's fitted loss at the same FLOPs, with each arm's curve."""
+  if not has_curve(s, s.reference) or len(s.fit.points.arms) < 2:
+    return 'Loss at equal FLOPs: there is no fitted curve of several arms.'
+  style, rows = looks(list(dict.fromkeys(s.table['arm']))), []
+
+  def reference_at(flops: np.ndarray) -> np.ndarray:
+    return curve_at(s, s.reference, np.asarray(flops)).loss
+
+  with figure() as (fig, ax):
+    for arm, own in s.grid.groupby('arm', sort=False):
+      look, fitted = style[arm], fitted_curve(s, arm)
+      y = 100 * own['validation_loss'] / reference_at(own['flops'])
+      ax.plot(own['flops'], y, look['marker'], color=look['color'], label=arm, ms=4)
+      rows += [
+        {'arm': arm, 'kind': 'run', 'run_id': i, 'flops': x, 'percent_of_reference_fit': v}
+        for i, x, v in zip(own['run_id'], own['flops'], y, strict=True)
+      ]
+      if fitted is None:
+        continue
+      c, b = fitted
+      c, low, mid, high = (v[c <= own['flops'].max()] for v in (c, b.low, b.loss, b.high))
+      low, mid, high = (100 * v / reference_at(c) for v in (low, mid, high))
+      ax.plot(c, mid, color=look['color'], ls=look['linestyle'], lw=1.2)
+      rows += [
+        {
+          'arm': arm,
+          'kind': 'fit',
+          'flops': x,
+          'percent_of_reference_fit': v,
+          'low': lo,
+          'high': hi,
+        }
+        for x, v, lo, hi in zip(c, mid, low, high, strict=True)
+      ]
+    log_axis(ax, 'training FLOPs')
+    ax.set(ylabel=f'loss, % of the fit to {s.reference}')
+    legend(fig, ax)
+  caption = (
+    f'The same at equal FLOPs: loss as a percentage of the fitted {s.reference} curve. Markers: '
+    'runs; lines: each arm with its compute multiplier.'
+  )
+  return save(fig, folder, 'loss_at_equal_flops', caption, pd.DataFrame(rows))
 
 
 def multiplier_plot(s: Study, folder: Path) -> Panel | str:
@@ -162,27 +201,15 @@ def multiplier_plot(s: Study, folder: Path) -> Panel | str:
 
 
 def _gap_plot(s: Study, folder: Path, relative: bool) -> Panel | str:
+  if s.reference is None:
+    return 'Gap to the reference: no run has finished.'
   if not s.gaps:
     return (
       f'Gap to {s.reference}: no finished run of another arm has a {s.reference} run of the same '
       'size and seed.'
     )
-  style = looks(list(dict.fromkeys(s.table['arm'])))
-  unit = 100.0 if relative else 1.0
   with figure() as (fig, ax):
-    for arm in dict.fromkeys(g.arm for g in s.gaps):
-      own = [g for g in s.gaps if g.arm == arm]
-      x = np.exp([g.log_flops for g in own])
-      y = unit * np.array([g.ratio if relative else g.difference for g in own])
-      low = [g.ratio_low if relative else g.low for g in own]
-      look = style[arm]
-      ax.plot(x, y, **look, label=arm)
-      if low[0] is not None:
-        half = y - unit * np.array(low)
-        ax.errorbar(x, y, yerr=half, fmt='none', color=look['color'], lw=0.9)
-    ax.axhline(100 if relative else 0, color='#000000', lw=0.8)
-    label = f'loss as % of {s.reference}' if relative else f'loss minus {s.reference} (nats)'
-    ax.set(xscale='log', xlabel='training FLOPs', ylabel=label)
+    draw_gap(ax, s, relative)
     legend(fig, ax)
   what = 'Relative loss ratio' if relative else 'Absolute loss gap'
   with_interval = any(g.low is not None for g in s.gaps)
@@ -193,6 +220,23 @@ def _gap_plot(s: Study, folder: Path, relative: bool) -> Panel | str:
   )
   name = 'gap_relative' if relative else 'gap_absolute'
   return save(fig, folder, name, caption, pd.DataFrame([vars(g) for g in s.gaps]))
+
+
+def draw_gap(ax: Axes, s: Study, relative: bool) -> None:
+  """Draws the gap (nats) or the loss ratio (%) of every arm with its interval."""
+  style, unit = looks(list(dict.fromkeys(s.table['arm']))), 100.0 if relative else 1.0
+  for arm in dict.fromkeys(g.arm for g in s.gaps):
+    own = [g for g in s.gaps if g.arm == arm]
+    x = np.exp([g.log_flops for g in own])
+    y = unit * np.array([g.ratio if relative else g.difference for g in own])
+    low = [g.ratio_low if relative else g.low for g in own]
+    ax.plot(x, y, **style[arm], label=arm)
+    if low[0] is not None:
+      half = y - unit * np.array(low)
+      ax.errorbar(x, y, yerr=half, fmt='none', color=style[arm]['color'], lw=0.9)
+  ax.axhline(100 if relative else 0, color='#000000', lw=0.8)
+  log_axis(ax, 'training FLOPs')
+  ax.set_ylabel(f'loss as % of {s.reference}' if relative else f'loss minus {s.reference} (nats)')
 
 
 def _cost_words(s: Study) -> str:
@@ -236,11 +280,10 @@ def residual_plot(s: Study, folder: Path) -> Panel | str:
   with figure() as (fig, ax):
     for arm, own in table.groupby('arm', sort=False):
       look = style[arm]
-      ax.plot(
-        own['flops'], 100 * own['log_residual'], look['marker'], color=look['color'], label=arm
-      )
+      ax.plot(own['flops'], 100 * own['log_residual'], look['marker'], color=look['color'], label=arm)
     ax.axhline(0, color='#000000', lw=0.8)
-    ax.set(xscale='log', xlabel='training FLOPs', ylabel='measured - fitted (% of loss)')
+    log_axis(ax, 'training FLOPs')
+    ax.set(ylabel='measured - fitted (% of loss)')
     legend(fig, ax)
   caption = 'Residuals of the joint fit. A trend along compute means that the law does not hold.'
   return save(fig, folder, 'residuals', caption, table)

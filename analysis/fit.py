@@ -21,7 +21,7 @@ from analysis.intervals import (
   coverage_caveat,
   delta,
   derived,
-  paired_covariance,
+  noise,
   percentile,
   preferred,
 )
@@ -52,9 +52,7 @@ def json_ready(value: object) -> object:
   return value
 
 
-def document(
-  fitted: Fit, resamples: int = 0, progress: bool = False, seed: int = 0
-) -> dict[str, object]:
+def document(fitted: Fit, resamples: int = 0, progress: bool = False, seed: int = 0) -> dict[str, object]:
   """Everything about one fit as JSON types: parameters at the top level, then how it was found.
 
   A parameter that identify.py does not let through is null, with the reason under `verdicts`.
@@ -70,9 +68,7 @@ def document(
   method = preferred(fitted, tuple(by_method))
   reasons = verdicts(fitted, by_method[method])
   show = {name: reasons[name] is None for name in values}
-  shown = {
-    name: {k: v if show[k] else None for k, v in ends.items()} for name, ends in by_method.items()
-  }
+  shown = {name: {k: v if show[k] else None for k, v in ends.items()} for name, ends in by_method.items()}
   return json_ready(
     {name: value if show[name] else None for name, value in values.items()}
     | {
@@ -103,7 +99,7 @@ def diagnostics(fitted: Fit) -> dict[str, object]:
     'loss': fitted.problem.kind,
     'delta': fitted.problem.delta,
     'reference': fitted.design.arms.reference,
-    'within_cluster_correlation': paired_covariance(fitted)[1],
+    'within_cluster_correlation': noise(fitted).correlation,
     'optimiser': {
       'converged': fitted.converged,
       'starts': fitted.starts,
@@ -153,9 +149,7 @@ def _parser() -> argparse.ArgumentParser:
   )
   p.add_argument('--reference', help='the arm with m = 1 (default: the first in the file)')
   p.add_argument('--drop-highest', type=int, default=0, help='leave out the K highest losses')
-  p.add_argument(
-    '--resamples', type=int, default=1000, help='bootstrap draws (default %(default)s)'
-  )
+  p.add_argument('--resamples', type=int, default=1000, help='bootstrap draws (default %(default)s)')
   p.add_argument('--seed', type=int, default=0, help='of the bootstrap')
   return p
 

@@ -29,9 +29,10 @@ RULES = (
   'A fit whose optimiser did not converge, or whose best objective was reached from too few '
   'starts, prints no numbers.',
   f'E, exponents and compute multipliers are printed when their 95 % interval is narrower than a '
-  f"factor of {MAX_FACTOR:g}, they are not at a boundary (E -> 0, exponent -> 0), and J'J has a "
-  f'condition number below {MAX_CONDITION:.0e}; coefficients (A, B) within a factor of '
-  f'{MAX_COEFFICIENT_FACTOR:.0e}.',
+  f'factor of {MAX_FACTOR:g} and they are not at a boundary (E -> 0, exponent -> 0); coefficients '
+  f'(A, B) within a factor of {MAX_COEFFICIENT_FACTOR:g}. E must also have its interval below the '
+  'smallest measured loss. Except for multipliers, the condition number of the centred problem must '
+  f'be below {MAX_CONDITION:.0e}.',
   'A multiplier is a horizontal shift inside the range of the data, so it can be printed even '
   'where E or an exponent, which are extrapolations, cannot.',
 )
@@ -80,9 +81,10 @@ def choose_law(points: Points) -> Choice:
   if _levels(d) == 1:
     path = 'every run uses about the same number of tokens, so the token term is part of E'
   else:
+    budgets = 'one token budget' if levels_d == 1 else f'at most {levels_d} token budgets'
     path = (
-      f'there are at most {levels_d} token budgets at one model size and log N and log D '
-      f'correlate by {correlation:.2f}, so alpha and beta cannot be told apart'
+      f'each model size was trained on {budgets}, and log N and log D correlate by '
+      f'{correlation:.2f}, so alpha and beta cannot be told apart'
     )
   return Choice(LAWS['compute'], f'L(C) is fitted, not L(N, D): {path}.')
 
@@ -107,9 +109,7 @@ def verdicts(fit: Fit, intervals: dict[str, list[float]] | None = None) -> dict[
   intervals = delta(fit) if intervals is None else intervals
   everything = doubts(fit)
   boundary = {flag.split(' at its boundary')[0]: flag for flag in fit.flags if 'boundary' in flag}
-  return {
-    name: _verdict(fit, name, intervals[name], everything, boundary.get(name)) for name in intervals
-  }
+  return {name: _verdict(fit, name, intervals[name], everything, boundary.get(name)) for name in intervals}
 
 
 def _verdict(
@@ -128,6 +128,8 @@ def _verdict(
   low, high = ends
   coefficient = base in [t.coefficient for t in fit.law.terms]
   limit = MAX_COEFFICIENT_FACTOR if coefficient else MAX_FACTOR
+  if base == 'E' and high >= fit.points.loss.min():
+    return 'not identified: its 95 % interval reaches the smallest measured loss'
   if not np.isfinite(high) or low <= 0 or high / low > limit:
     return f'not identified: its 95 % interval is wider than a factor of {limit:g}'
   return None

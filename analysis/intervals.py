@@ -57,27 +57,72 @@ def cluster_labels(points: Points) -> np.ndarray:
   return np.unique(points.cluster, return_inverse=True)[1]
 
 
-def paired_covariance(fit: Fit) -> tuple[np.ndarray, float]:
-  """Covariance of theta when runs of one cluster share noise, and their correlation rho.
+@dataclasses.dataclass(frozen=True)
+class Noise:
+  """Variance of one run's (pseudo-)residual: its own part, and the part its cluster shares."""
 
-  Runs of one (size, seed) see the same data and start alike in every arm. rho is the mean product
-  of two scores of one cluster over the mean square (moment estimate, kept in [0, 0.9]); unlike a
-  sandwich it needs one number from the data, so that few clusters suffice.
+  own: float
+  shared: float
+  own_freedom: float
+  shared_freedom: float
+  mean_cluster: float  # runs per cluster
+
+  @property
+  def correlation(self) -> float:
+    """Correlation of two runs of one cluster."""
+    total = self.own + self.shared
+    return self.shared / total if total > 0 else 0.0
+
+
+def noise(fit: Fit) -> Noise:
+  """Variance components of the residuals by cluster (analysis of variance, shared part >= 0).
+
+  Paired runs of all arms see the same data in the same order, so part of their noise is common. It
+  hardly touches multipliers, which are differences within clusters, but the curve itself is known
+  only from as many pieces of information as there are clusters. Degrees of freedom: those of
+  within- and between-cluster residuals, less the parameters that each part determines (the trace
+  of the hat matrix there). Residuals of a Huber fit enter as psi / mean(psi').
   """
-  theta_P, p = fit.theta_P, fit.problem
-  residual_R, jac_RP = residuals(theta_P, p)
-  psi_R, label_R = score(residual_R, p), cluster_labels(fit.points)
-  same_RR = label_R[:, None] == label_R[None, :]
-  pairs = same_RR.sum() - len(label_R)
-  rho = 0.0
-  if pairs:
-    rho = (psi_R @ same_RR @ psi_R - psi_R @ psi_R) / pairs / max(np.mean(psi_R**2), 1e-300)
-    rho = float(np.clip(rho, 0.0, 0.9))
-  plain_PP, inverse_PP = noise_covariance(theta_P, p)
-  # plain = s^2 (J'J)^-1, so s^2 is recovered from any diagonal element.
-  s2 = plain_PP[0, 0] / inverse_PP[0, 0] if inverse_PP[0, 0] > 0 else 0.0
-  middle_PP = jac_RP.T @ ((1 - rho) * np.eye(len(label_R)) + rho * same_RR) @ jac_RP
-  return s2 * inverse_PP @ middle_PP @ inverse_PP, rho
+  residual_R, jac_RP = residuals(fit.theta_P, fit.problem)
+  n, k = jac_RP.shape
+  pseudo_R = score(residual_R, fit.problem) / mean_slope(residual_R, k, fit.problem)
+  total = float(pseudo_R @ pseudo_R)
+  pooled = Noise(total / max(n - k, 1), 0.0, max(n - k, 1), 1.0, 1.0)
+  label_R = cluster_labels(fit.points)
+  clusters = int(label_R.max()) + 1
+  if clusters == n:
+    return pooled
+  same_RR = (label_R[:, None] == label_R[None, :]).astype(float)
+  mean_RR = same_RR / same_RR.sum(1, keepdims=True)
+  _, inverse_PP = noise_covariance(fit.theta_P, fit.problem)
+  between_parameters = float(np.einsum('rs,sp,pq,rq->', mean_RR, jac_RP, inverse_PP, jac_RP))
+  between = float(pseudo_R @ mean_RR @ pseudo_R)
+  shared_freedom = max(clusters - between_parameters, 1.0)
+  own_freedom = max(n - clusters - (k - between_parameters), 1.0)
+  own = (total - between) / own_freedom
+  shared = (between / shared_freedom - own) * clusters / n
+  if shared <= 0:
+    return pooled
+  return Noise(own, shared, own_freedom, shared_freedom, n / clusters)
+
+
+def contrast_variance(fit: Fit, rows_QP: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Variance of rows @ theta and its degrees of freedom (Satterthwaite), each (Q,)."""
+  e = noise(fit)
+  _, jac_RP = residuals(fit.theta_P, fit.problem)
+  _, inverse_PP = noise_covariance(fit.theta_P, fit.problem)
+  weight_QR = rows_QP @ inverse_PP @ jac_RP.T
+  alone_Q = np.einsum('qr,qr->q', weight_QR, weight_QR)
+  if e.shared == 0:
+    return e.own * alone_Q, np.full(len(rows_QP), e.own_freedom)
+  label_R = cluster_labels(fit.points)
+  sums_QG = weight_QR @ np.eye(label_R.max() + 1)[label_R]
+  together_Q = np.einsum('qg,qg->q', sums_QG, sums_QG) / e.mean_cluster
+  within_Q = e.own * np.maximum(alone_Q - together_Q, 0)
+  between_Q = (e.own + e.mean_cluster * e.shared) * together_Q
+  variance_Q = within_Q + between_Q
+  spread_Q = within_Q**2 / e.own_freedom + between_Q**2 / e.shared_freedom
+  return variance_Q, np.maximum(variance_Q**2 / np.maximum(spread_Q, 1e-300), 1.0)
 
 
 def sandwich_covariance(fit: Fit) -> tuple[np.ndarray, int]:
@@ -94,11 +139,6 @@ def sandwich_covariance(fit: Fit) -> tuple[np.ndarray, int]:
   return correction * bread_PP @ sums_GP.T @ sums_GP @ bread_PP, clusters
 
 
-def covariance(fit: Fit) -> np.ndarray:
-  """The default covariance: paired where clusters hold several runs, else independent noise."""
-  return paired_covariance(fit)[0] if clusters_hold_several(fit.points) else fit.covariance_PP
-
-
 def derived(fit: Fit, theta_P: np.ndarray) -> dict[str, float]:
   """Quantities that follow from the exponents: a = beta/(alpha+beta), N*(C) ~ C^a."""
   value = natural(theta_P, fit.design)
@@ -107,25 +147,22 @@ def derived(fit: Fit, theta_P: np.ndarray) -> dict[str, float]:
   return {}
 
 
-def delta(
-  fit: Fit, level: float = LEVEL, covariance_PP: np.ndarray | None = None
-) -> dict[str, list[float]]:
-  """Delta-method intervals with Student's t (n - P), on the log scale for E, A and multipliers."""
-  covariance_PP = covariance(fit) if covariance_PP is None else covariance_PP
-  quantile = stats.t.ppf(0.5 + level / 2, max(fit.degrees_of_freedom, 1))
+def delta(fit: Fit, level: float = LEVEL) -> dict[str, list[float]]:
+  """Delta-method intervals with Student's t, on the log scale for E, coefficients and multipliers."""
   names, map_ = natural_map(fit.design)
   centre = map_ @ fit.theta_P
-  half = quantile * np.sqrt(np.maximum(np.einsum('qp,pr,qr->q', map_, covariance_PP, map_), 0))
+  extra = derived(fit, fit.theta_P)
+  gradients = [
+    _gradient(lambda theta_P, name=name: derived(fit, theta_P)[name], fit.theta_P) for name in extra
+  ]
+  variance, freedom = contrast_variance(fit, np.vstack([map_, *gradients]))
+  half = stats.t.ppf(0.5 + level / 2, freedom) * np.sqrt(variance)
   out = {}
   with np.errstate(over='ignore'):  # an unidentified coefficient: its upper end is inf
-    for name, c, h in zip(names, centre, half, strict=True):
-      ends = [c - h, c + h]
+    for name, c, h in zip([*names, *extra], [*centre, *extra.values()], half, strict=True):
       log = name.startswith('log ')
-      out[name.removeprefix('log ')] = [float(np.exp(v)) if log else float(v) for v in ends]
-  for name, value in derived(fit, fit.theta_P).items():
-    gradient_P = _gradient(lambda theta_P, name=name: derived(fit, theta_P)[name], fit.theta_P)
-    h = quantile * float(np.sqrt(max(gradient_P @ covariance_PP @ gradient_P, 0)))
-    out[name] = [value - h, value + h]
+      ends = [np.exp(v) if log else v for v in (c - h, c + h)]
+      out[name.removeprefix('log ')] = [float(v) for v in ends]
   return out
 
 
@@ -175,9 +212,7 @@ def percentile(fit: Fit, sample: Resamples, level: float = LEVEL) -> dict[str, l
   """Percentile intervals of the natural and derived parameters."""
   rows = [natural(t, fit.design) | derived(fit, t) for t in sample.theta_BP]
   ends = 100 * np.array([0.5 - level / 2, 0.5 + level / 2])
-  return {
-    name: [float(v) for v in np.percentile([row[name] for row in rows], ends)] for name in rows[0]
-  }
+  return {name: [float(v) for v in np.percentile([row[name] for row in rows], ends)] for name in rows[0]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,10 +230,10 @@ def band(fit: Fit, at: Points, level: float = LEVEL) -> Band:
   """Prediction at new points: curve uncertainty (delta method), and with one run's noise added."""
   d = design(fit.law, at, fit.design.arms, fit.design.centre_J)
   log_R, jac_RP = predict(fit.theta_P, _aligned(d, fit.design.names))
-  quantile = stats.t.ppf(0.5 + level / 2, max(fit.degrees_of_freedom, 1))
-  variance_R = np.maximum(np.einsum('rp,pq,rq->r', jac_RP, covariance(fit), jac_RP), 0)
-  noise = residual_variance(fit)
-  half_R, wide_R = quantile * np.sqrt(variance_R), quantile * np.sqrt(variance_R + noise)
+  variance_R, freedom_R = contrast_variance(fit, jac_RP)
+  quantile_R = stats.t.ppf(0.5 + level / 2, freedom_R)
+  half_R = quantile_R * np.sqrt(variance_R)
+  wide_R = quantile_R * np.sqrt(variance_R + residual_variance(fit))
   ends = (log_R, log_R - half_R, log_R + half_R, log_R - wide_R, log_R + wide_R)
   return Band(*(np.exp(v) for v in ends))
 

@@ -158,9 +158,7 @@ def power_covariates(law: Law, points: Points) -> np.ndarray:
   missing = [name for name in law.covariates if name not in points.log_x]
   if missing:
     raise ConfigError(f'law {law.name} needs column {missing[0]}: give it with --columns')
-  return np.stack(
-    [sum(c * points.log_x[name] for name, c in term.covariates) for term in law.terms]
-  )
+  return np.stack([sum(c * points.log_x[name] for name, c in term.covariates) for term in law.terms])
 
 
 def _multiplier_columns(law: Law, points: Points, arms: ArmModel) -> dict[str, np.ndarray]:
@@ -211,9 +209,7 @@ def design(law: Law, points: Points, arms: ArmModel, centre_J: np.ndarray | None
       x_JRP[j, r, column[exponent]] = 1
   for name, weight_JR in multipliers.items():
     m_JRP[:, :, column[name]] = weight_JR
-  return Design(
-    law, arms, tuple(names), e_RP, a_JRP, x_JRP, m_JRP, cov_JR - centre_J[:, None], centre_J
-  )
+  return Design(law, arms, tuple(names), e_RP, a_JRP, x_JRP, m_JRP, cov_JR - centre_J[:, None], centre_J)
 
 
 def predict(theta_P: np.ndarray, d: Design) -> tuple[np.ndarray, np.ndarray]:

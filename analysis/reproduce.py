@@ -101,9 +101,7 @@ def check_isoflop(path: Path, spec: dict) -> list[Line]:
     if not picked.any():
       raise ConfigError(f'{path}: no rows for {label}')
     points = read_points(path, columns, table[picked].reset_index(drop=True))
-    budgets = isoflop(
-      points.log_x['C'], points.log_x['N'], points.loss, spec.get('interpolation', 'akima')
-    )
+    budgets = isoflop(points.log_x['C'], points.log_x['N'], points.loss, spec.get('interpolation', 'akima'))
     inside = [(c, m.log_x) for c, m in budgets if m.problem is None]
     line = power_law(*np.array(inside).T) if len(inside) > 1 else None
     if line is None:

@@ -96,13 +96,9 @@ def read_sweep(folder: Path) -> Sweep:
   table = pd.DataFrame([row_of(run) for run in runs.values()])
   warnings = mixtures(runs)
   warnings += [f'run {r.run_id} ({r.arm}): {r.trouble}' for r in runs.values() if r.trouble]
-  extra = sorted(
-    p.parent.name for p in folder.glob('*/config.json') if p.parent.name not in planned
-  )
+  extra = sorted(p.parent.name for p in folder.glob('*/config.json') if p.parent.name not in planned)
   if extra:
-    warnings.append(
-      f'{len(extra)} run folders are not in plan.json and are left out: {_few(extra)}'
-    )
+    warnings.append(f'{len(extra)} run folders are not in plan.json and are left out: {_few(extra)}')
   return Sweep(plan.get('sweep') or folder.name, folder, runs, table, warnings)
 
 

@@ -23,8 +23,7 @@ def classify(table: pd.DataFrame) -> pd.DataFrame:
   t = table.copy()
   known = t['width'].notna() & t['depth'].notna()
   t['size'] = [
-    f'{w:.0f}x{d:.0f}' if ok else None
-    for w, d, ok in zip(t['width'], t['depth'], known, strict=True)
+    f'{w:.0f}x{d:.0f}' if ok else None for w, d, ok in zip(t['width'], t['depth'], known, strict=True)
   ]
   # Paired runs: same size, seed and budget, so the same data in the same order in every arm.
   columns = (t['size'], t['seed'], t['duration'])
@@ -115,9 +114,7 @@ def drop_small_arms(t: pd.DataFrame) -> pd.DataFrame:
   if len(sizes) > 1:
     for arm in sizes.index[sizes < MIN_ARM_SIZES]:
       rows = t['excluded'].isna() & (t['arm'] == arm)
-      t.loc[rows, 'excluded'] = (
-        f'arm {arm} finished at one size only: no multiplier can be checked there'
-      )
+      t.loc[rows, 'excluded'] = f'arm {arm} finished at one size only: no multiplier can be checked there'
   return t
 
 

@@ -11,7 +11,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, ScalarFormatter
 
-from analysis.draw import Panel, figure, legend, looks, save
+from analysis.draw import Panel, figure, legend, log_axis, looks, save
 from analysis.runs import curve, last_list
 from analysis.selection import AXIS_LABEL
 from analysis.study import RankSweep, Study
@@ -53,9 +53,7 @@ def _shape_plot(s: Study, folder: Path, name: str, other: str) -> Panel | str:
             color='#444444',
             va='bottom',
           )
-      rows += own[['arm', 'run_id', 'seed', name, other, 'flops', 'validation_loss']].to_dict(
-        'records'
-      )
+      rows += own[['arm', 'run_id', 'seed', name, other, 'flops', 'validation_loss']].to_dict('records')
     _plain_log2(ax, runs[name])
     ax.margins(x=0.12)
     ax.set(xlabel=f'{name} of the model', ylabel='validation loss (nats per token)')
@@ -112,7 +110,32 @@ def exponent_words(r: RankSweep) -> str:
   if r.phi is None:
     return f'no exponent of m = r^phi: {r.problem}.'
   low, high = r.phi_interval
-  return f'm = r^phi with phi = {r.phi:.2f} (95 % {low:.2f} to {high:.2f}).'
+  # + 0.0 after rounding: no "-0.00".
+  phi, low, high = (round(v, 2) + 0.0 for v in (r.phi, low, high))
+  return f'm = r^phi with phi = {phi:.2f} (95 % {low:.2f} to {high:.2f}).'
+
+
+def rate_plots(s: Study, folder: Path) -> list[Panel]:
+  """Final loss against learning rate, one panel per size, with each arm's interpolated optimum."""
+  style, panels = looks(list(dict.fromkeys(s.table['arm']))), []
+  for size in dict.fromkeys(r.size for r in s.rates):
+    rows = []
+    with figure() as (fig, ax):
+      for r in (r for r in s.rates if r.size == size):
+        mean = r.rows.groupby('lr')['validation_loss'].mean().dropna()
+        ax.plot(mean.index, mean, **style[r.arm], label=r.arm)
+        if r.best is not None:
+          ax.axvline(r.best, color=style[r.arm]['color'], ls=':', lw=0.9)
+        columns = ['arm', 'size', 'run_id', 'seed', 'lr', 'state', 'validation_loss']
+        rows += r.rows.reindex(columns=columns).to_dict('records')
+      diverged = [row['lr'] for row in rows if row['state'] == 'diverged']
+      ax.plot(diverged, [0.97] * len(diverged), 'x', color='#D00000', transform=ax.get_xaxis_transform())
+      log_axis(ax, 'learning rate (of the base size)')
+      ax.set_ylabel('validation loss (nats per token)')
+      legend(fig, ax)
+    caption = f'Final loss against learning rate at {size}; dotted: interpolated optimum, x: diverged.'
+    panels.append(save(fig, folder, f'learning_rate_{size}', caption, pd.DataFrame(rows)))
+  return panels
 
 
 def _residual_like(s: Study, r: RankSweep) -> pd.DataFrame | None:
@@ -120,7 +143,8 @@ def _residual_like(s: Study, r: RankSweep) -> pd.DataFrame | None:
     return None
   runs = s.grid
   same = runs[(runs['arm'] == s.reference) & (runs['size'] == r.size)]
-  same = same[same['duration'].isin(r.rows['duration'])]
+  near = np.abs(np.log(same['tokens'] / r.rows['tokens'].median())) < 0.05
+  same = same[near | same['duration'].isin(r.rows['duration'])]
   return same if len(same) else None
 
 
@@ -131,54 +155,65 @@ def _rank_rows(r: RankSweep) -> list[dict]:
   return [{'arm': r.arm, 'size': r.size} | row for row in rows]
 
 
-def _largest(s: Study) -> pd.DataFrame:
-  """Per arm the runs of the size grid at its largest compute that left metrics (any state)."""
-  grid = s.table[s.table['axis'].isna() & s.table['flops'].notna()]
-  out = []
-  for _, own in grid.groupby('arm', sort=False):
-    finished = own[own['paired']]
-    own = finished if len(finished) else own
-    out.append(own[own['size'] == own.loc[own['flops'].idxmax(), 'size']])
-  return pd.concat(out) if out else grid
+def largest(s: Study, finished: bool) -> pd.DataFrame:
+  """Per arm its runs of the size grid at the largest size that has one (finished, if asked)."""
+  grid = s.grid if finished else s.table[s.table['axis'].isna() & s.table['flops'].notna()]
+  sizes = grid.loc[grid.groupby('arm')['flops'].idxmax()].set_index('arm')['size']
+  return grid[grid['size'] == grid['arm'].map(sizes)]
+
+
+def _sizes(s: Study, finished: bool) -> str:
+  """'every arm at width x depth 128x4', or each arm's own size."""
+  size = largest(s, finished).groupby('arm', sort=False)['size'].first()
+  if size.nunique() == 1:
+    return f'every arm at width x depth {size.iloc[0]}'
+  return 'width x depth: ' + ', '.join(f'{arm} {name}' for arm, name in size.items())
 
 
 def gain_plot(s: Study, folder: Path, name: str) -> Panel | str:
   """Amax gain by sublayer at the largest size, the last logged value, mean over seeds."""
-  style, rows = looks(list(dict.fromkeys(s.table['arm']))), []
   with figure() as (fig, ax):
-    for arm, own in _largest(s).groupby('arm', sort=False):
-      lists = {i: last_list(s.sweep.runs[i], f'diagnostics/{name}') for i in own['run_id']}
-      lists = {i: v for i, v in lists.items() if v}
-      longest = max(map(len, lists.values()), default=0)
-      kept = {i: v for i, v in lists.items() if len(v) == longest}
-      if not kept:
-        continue
-      values = np.array(list(kept.values()))
-      x = np.arange(1, longest + 1)
-      ax.plot(x, values.mean(0), **style[arm], label=f'{arm}, {own["size"].iloc[0]}', ms=3)
-      rows += [
-        {'arm': arm, 'run_id': i, 'sublayer': k, name: v}
-        for i, row in kept.items()
-        for k, v in zip(x, row, strict=True)
-      ]
+    rows = draw_gain(ax, s, name)
     if not rows:
       return f'{GAINS[name]}: no run logged it.'
-    ax.axhline(1, color='#7F7F7F', lw=0.8, ls='--')
-    y = np.array([row[name] for row in rows], float)
-    if np.nanmax(y) > 10 * max(np.nanmin(y), 1e-30):
-      ax.set_yscale('log')
-    elif np.nanmax(y) - np.nanmin(y) < 1e-3:
-      ax.set_ylim(np.nanmin(y) - 0.05, np.nanmax(y) + 0.05)
-    ax.set(xlabel='sublayer (attention, feed-forward, ...)', ylabel=name.replace('_', ' '))
     legend(fig, ax)
-  caption = f"{GAINS[name].capitalize()}, mean over tokens, at each arm's largest size."
+  caption = f'{GAINS[name].capitalize()}, mean over tokens; {_sizes(s, True)}.'
   return save(fig, folder, name, caption.replace('h_res', 'H_res'), pd.DataFrame(rows))
+
+
+def draw_gain(ax: Axes, s: Study, name: str) -> list[dict]:
+  """Draws one gain of every arm; returns its numbers, none where no run logged it."""
+  style, rows = looks(list(dict.fromkeys(s.table['arm']))), []
+  for arm, own in largest(s, finished=True).groupby('arm', sort=False):
+    lists = {i: last_list(s.sweep.runs[i], f'diagnostics/{name}') for i in own['run_id']}
+    lists = {i: v for i, v in lists.items() if v and not np.isnan(v).all()}
+    longest = max(map(len, lists.values()), default=0)
+    kept = {i: v for i, v in lists.items() if len(v) == longest}
+    if not kept:
+      continue
+    x = np.arange(1, longest + 1)
+    ax.plot(x, np.array(list(kept.values())).mean(0), **style[arm], label=arm, ms=3)
+    rows += [
+      {'arm': arm, 'run_id': i, 'sublayer': k, name: v}
+      for i, row in kept.items()
+      for k, v in zip(x, row, strict=True)
+    ]
+  if not rows:
+    return rows
+  ax.axhline(1, color='#7F7F7F', lw=0.8, ls='--')
+  y = np.array([row[name] for row in rows], float)
+  if np.nanmax(y) > 10 * max(np.nanmin(y), 1e-30):
+    log_axis(ax, '', 'y')
+  elif np.nanmax(y) - np.nanmin(y) < 1e-3:
+    ax.set_ylim(np.nanmin(y) - 0.05, np.nanmax(y) + 0.05)
+  ax.set(xlabel='sublayer (attention, feed-forward, ...)', ylabel=name.replace('_', ' '))
+  return rows
 
 
 def _curves(s: Study, folder: Path, metric: str, label: str, log: bool, stem: str) -> Panel | str:
   style, rows, seen = looks(list(dict.fromkeys(s.table['arm']))), [], set()
   with figure() as (fig, ax):
-    for _, run in _largest(s).iterrows():
+    for _, run in largest(s, finished=False).iterrows():
       x, y = curve(s.sweep.runs[run['run_id']], metric)
       if not x:
         continue
@@ -189,23 +224,23 @@ def _curves(s: Study, folder: Path, metric: str, label: str, log: bool, stem: st
         color=look['color'],
         ls=look['linestyle'],
         lw=1.0,
-        label=None if arm in seen else f'{arm}, {run["size"]}',
+        label=None if arm in seen else arm,
       )
       if run['state'] == 'diverged':
         ax.plot(x[-1], y[-1], 'x', color='#D00000', ms=6)
       seen.add(arm)
       rows += [
-        {'arm': arm, 'run_id': run['run_id'], 'tokens': a, metric: b}
-        for a, b in zip(x, y, strict=True)
+        {'arm': arm, 'run_id': run['run_id'], 'tokens': a, metric: b} for a, b in zip(x, y, strict=True)
       ]
     if not rows:
       return f'{label}: no run logged {metric}.'
+    ax.set_ylabel(label)
     if log:
-      ax.set_yscale('log')
+      log_axis(ax, label, 'y')
     ax.xaxis.set_major_formatter(EngFormatter(sep=''))
-    ax.set(xlabel='training tokens', ylabel=label)
+    ax.set_xlabel('training tokens')
     legend(fig, ax)
-  caption = f"{label.capitalize()} over training at each arm's largest size, one line per seed."
+  caption = f'{label.capitalize()} over training, one line per seed; {_sizes(s, False)}.'
   return save(fig, folder, stem, caption, pd.DataFrame(rows))
 
 

@@ -70,9 +70,7 @@ def starts(p: Problem, count: int = 27) -> list[np.ndarray]:
   typical = float(np.exp(np.mean(np.log(p.loss_R))))
   groups = d.law.exponents
   spread = {
-    name: max(
-      1e-3, max(np.std(d.cov_JR[j]) for j, t in enumerate(d.law.terms) if t.exponent == name)
-    )
+    name: max(1e-3, max(np.std(d.cov_JR[j]) for j, t in enumerate(d.law.terms) if t.exponent == name))
     for name in groups
   }
   # As many levels per exponent as the count allows once three levels of E are taken.

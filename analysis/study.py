@@ -15,6 +15,7 @@ from analysis.estimate import Fit, fit
 from analysis.fit import document, json_ready
 from analysis.identify import RULES, Choice, choose_law, verdicts
 from analysis.intervals import delta
+from analysis.isoflop import best_learning_rate
 from analysis.laws import ArmModel, Points
 from analysis.runs import Sweep
 
@@ -48,6 +49,17 @@ class RankSweep:
 
 
 @dataclasses.dataclass(frozen=True)
+class RateSweep:
+  """Runs of one arm, size and budget at several learning rates; the interpolated optimum."""
+
+  arm: str
+  size: str
+  rows: pd.DataFrame  # run_id, seed, lr, state, validation_loss (NaN where it diverged)
+  best: float | None
+  problem: str | None  # why there is no optimum inside the grid
+
+
+@dataclasses.dataclass(frozen=True)
 class Study:
   """Everything that the report prints or draws."""
 
@@ -64,6 +76,7 @@ class Study:
   rollout: list[RolloutStep]
   gaps: list[Gap]
   ranks: list[RankSweep]
+  rates: list[RateSweep]
 
   @property
   def grid(self) -> pd.DataFrame:
@@ -71,7 +84,7 @@ class Study:
     return self.table[self.table['paired']]
 
 
-def study(sweep: Sweep, resamples: int = 1000, progress: bool = False) -> Study:
+def study(sweep: Sweep, resamples: int = 500, progress: bool = False) -> Study:
   """Computes all of it from the sweep's runs; partial sweeps leave parts empty, with reasons."""
   table = selection.drop_small_arms(selection.classify(sweep.table))
   inside = table[table['excluded'].isna()]
@@ -100,6 +113,7 @@ def study(sweep: Sweep, resamples: int = 1000, progress: bool = False) -> Study:
     rollout(points, choice.law, fitted.design.arms, delta=DELTA) if fitted else [],
     gaps(table, reference),
     rank_sweeps(table, fitted, points),
+    rate_sweeps(table),
   )
 
 
@@ -146,9 +160,7 @@ def cost_ratios(inside: pd.DataFrame, arm: str, reference: str) -> tuple[float, 
   size = common.loc[common['flops'].idxmax(), 'size']
   own, base = own[own['size'] == size], base[base['size'] == size]
   cost = own['flops_per_token'].median() / base['flops_per_token'].median()
-  return float(cost), float(
-    cost * own['tokens_per_second'].median() / base['tokens_per_second'].median()
-  )
+  return float(cost), float(cost * own['tokens_per_second'].median() / base['tokens_per_second'].median())
 
 
 def sensitivity(fitted: Fit | None) -> list[dict]:
@@ -167,9 +179,7 @@ def sensitivity(fitted: Fit | None) -> list[dict]:
       }[loss]
     )
     allowed = verdicts(other)
-    out.append(
-      {'loss': label} | {k: v if allowed[k] is None else None for k, v in other.parameters.items()}
-    )
+    out.append({'loss': label} | {k: v if allowed[k] is None else None for k, v in other.parameters.items()})
   return out
 
 
@@ -197,25 +207,29 @@ def _both(pairs: pd.DataFrame, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def rank_sweeps(table: pd.DataFrame, fitted: Fit | None, points: Points | None) -> list[RankSweep]:
-  """Groups of finished runs equal but for one rank (and the seed), at least two ranks each."""
+  """Groups of finished runs equal but for one rank (and the seed), at least two ranks each.
+
+  The full-rank runs beside them have the same duration, or as many tokens within 5 %.
+  """
   usable = table[
     (table['state'] == 'finished')
     & table['validation_loss'].notna()
-    & (table['excluded'].isna() | table['axis'].notna())
+    & (table['paired'] | table['axis'].notna())
   ]
-  same = ['connection_name', 'connection_preset', 'connection_constraint', 'size', 'duration', 'lr']
+  same = ['connection_name', 'connection_preset', 'connection_constraint', 'size', 'lr']
   out = []
   for axis in selection.AXES:
-    others = [name for name in selection.AXES if name != axis]
-    for _, rows in usable.groupby(same + others, dropna=False, sort=False):
-      swept = rows[rows[axis].notna()]
-      if swept[axis].nunique() < 2:
-        continue
-      full = rows[rows[axis].isna()]
-      keep = swept.rename(columns={axis: 'rank'})
-      phi, interval, problem = _exponent(axis, keep, fitted, points)
-      arm, size = keep['arm'].iloc[0], keep['size'].iloc[0]
-      out.append(RankSweep(axis, arm, size, keep, full, phi, interval, problem))
+    keys = same + [name for name in selection.AXES if name != axis]
+    for _, rows in usable.groupby(keys, dropna=False, sort=False):
+      for _, swept in rows[rows[axis].notna()].groupby('duration', sort=False):
+        if swept[axis].nunique() < 2:
+          continue
+        near = np.abs(np.log(rows['tokens'] / swept['tokens'].median())) < 0.05
+        full = rows[rows[axis].isna() & (near | (rows['duration'] == swept['duration'].iloc[0]))]
+        keep = swept.rename(columns={axis: 'rank'})
+        phi, interval, problem = _exponent(axis, keep, fitted, points)
+        name = (keep['arm'].iloc[0], keep['size'].iloc[0])
+        out.append(RankSweep(axis, *name, keep, full, phi, interval, problem))
   return out
 
 
@@ -235,8 +249,7 @@ def _exponent(
   merged = Points(
     {name: np.concatenate([base.log_x[name], extra.log_x[name]]) for name in base.log_x},
     *(
-      np.concatenate([getattr(base, k), getattr(extra, k)])
-      for k in ('loss', 'arm', 'cluster', 'size', 'run')
+      np.concatenate([getattr(base, k), getattr(extra, k)]) for k in ('loss', 'arm', 'cluster', 'size', 'run')
     ),
     axes={axis: log_r},
   )
@@ -247,6 +260,19 @@ def _exponent(
   if reason is not None:
     return None, None, reason
   return joint.parameters[name], delta(joint)[name], None
+
+
+def rate_sweeps(table: pd.DataFrame) -> list[RateSweep]:
+  """Learning-rate grids (at least three rates) of the size grid, diverged runs included."""
+  tried = table[table['axis'].isna() & table['state'].isin(['finished', 'diverged'])]
+  out = []
+  for (arm, size, _), rows in tried.groupby(['arm', 'size', 'duration'], sort=False):
+    if rows['lr'].nunique() < 3:
+      continue
+    found = best_learning_rate(rows['lr'].to_numpy(float), rows['validation_loss'].to_numpy(float))
+    best = None if found.log_x is None else float(np.exp(found.log_x))
+    out.append(RateSweep(arm, size, rows, best, found.problem))
+  return out
 
 
 def fits_json(s: Study) -> dict[str, object]:
@@ -268,6 +294,10 @@ def fits_json(s: Study) -> dict[str, object]:
         {k: getattr(r, k) for k in ('axis', 'arm', 'size', 'phi', 'phi_interval', 'problem')}
         | {'runs': r.rows['run_id'].tolist(), 'full_rank_runs': r.full['run_id'].tolist()}
         for r in s.ranks
+      ],
+      'learning_rates': [
+        {k: getattr(r, k) for k in ('arm', 'size', 'best', 'problem')} | {'runs': r.rows['run_id'].tolist()}
+        for r in s.rates
       ],
       'excluded': [
         {'run_id': row['run_id'], 'arm': row['arm'], 'reason': row['excluded']}

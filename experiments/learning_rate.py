@@ -8,9 +8,9 @@ from ml_collections import ConfigDict
 
 from experiments import quick
 
-GRID = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
+GRID = (8e-3, 1.6e-2, 3.2e-2, 6.4e-2)
 SIZES = (quick.SIZES[0], quick.SIZES[-1])
-TOKENS = 400_000.0
+TOKENS = 200_000.0
 
 
 def runs(arg: str | None = None) -> list[ConfigDict]:

@@ -7,15 +7,17 @@ experiments/learning_rate.py (experiments/LOG.md).
 
 from ml_collections import ConfigDict
 
-from mhc_jax.config import base_config
+from mhc_jax.config import base_config, build_model
+from mhc_jax.cost import parameters
+from mhc_jax.data import VOCAB_SIZE
 
 # (width, depth): parameters grow about twofold from one to the next.
-SIZES = ((32, 2), (48, 2), (48, 4), (64, 4))
-TOKENS_PER_PARAM = 10
+SIZES = ((32, 2), (32, 4), (48, 4), (64, 4))
+TOKENS_PER_PARAM = 5
 LEARNING_RATES = {'residual': 8e-3, 'hc': 8e-3, 'mhc': 8e-3, 'identity': 8e-3}
-RANK_SIZE = (48, 2)
+RANK_SIZE = (32, 2)
 GENERATOR_RANKS = (1, 2, 4)
-WEIGHT_RANKS = (4, 8, 16)
+WEIGHT_RANKS = (2, 4, 8)
 
 
 def config(arm: str, width: int, depth: int, seed: int) -> ConfigDict:
@@ -23,15 +25,22 @@ def config(arm: str, width: int, depth: int, seed: int) -> ConfigDict:
   c = base_config()
   c.arm, c.seed = arm, seed
   c.model.connection.name = arm
+  c.data.batch_size = 8
   c.model.width, c.model.depth, c.model.heads = width, depth, width // 16
   c.transfer.base_width, c.transfer.base_depth = SIZES[0]
   c.optimizer.lr = LEARNING_RATES[arm]
   c.optimizer.warmup_fraction = 0.05
   c.duration.tokens_per_param = float(TOKENS_PER_PARAM)
-  c.evaluation.every_steps, c.evaluation.sequences = 200, 256
-  c.log.every_steps, c.log.diagnostics_every_steps = 10, 200
-  c.checkpoint.every_steps, c.checkpoint.keep = 200, 2
+  c.evaluation.every_steps, c.evaluation.sequences = 250, 512
+  c.log.every_steps, c.log.diagnostics_every_steps = 10, 250
+  c.checkpoint.every_steps, c.checkpoint.keep = 250, 2
   return c
+
+
+def full_rank_tokens() -> float:
+  """Tokens of the full-rank run at RANK_SIZE."""
+  model = build_model(config('mhc', *RANK_SIZE, seed=0), VOCAB_SIZE)
+  return float(TOKENS_PER_PARAM * parameters(model)['matmul'])
 
 
 def runs(arg: str | None = None) -> list[ConfigDict]:
@@ -47,9 +56,10 @@ def runs(arg: str | None = None) -> list[ConfigDict]:
     c = config('mhc', *RANK_SIZE, seed=0)
     c.model.connection.rank = rank
     planned.append(c)
-  for rank in WEIGHT_RANKS:
+  for rank in WEIGHT_RANKS:  # for as many tokens as the full rank gets
     c = config('mhc', *RANK_SIZE, seed=0)
     c.model.weights.rank = rank
+    c.duration.tokens_per_param, c.duration.tokens = None, full_rank_tokens()
     planned.append(c)
   for c in planned:
     c.lock()

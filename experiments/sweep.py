@@ -77,8 +77,30 @@ def read_status(folder: str, run_id: str) -> dict[str, Any]:
 
 def table(planned: list[Any], folder: str) -> str:
   """The plan as text: run, arm, parameters by group, tokens, FLOPs, estimated seconds, state."""
-  groups = ('embedding', 'unembedding', 'attention', 'feed_forward', 'norm', 'hc_dynamic', 'hc_static')
-  head = ('run', 'arm', 'seed', 'width', 'depth', *groups, 'tokens', 'FLOPs', 'seconds', 'state')
+  groups = (
+    'embedding',
+    'unembedding',
+    'attention',
+    'feed_forward',
+    'norm',
+    'hc_dynamic',
+    'hc_static',
+  )
+  head = (
+    'run',
+    'arm',
+    'seed',
+    'width',
+    'depth',
+    'n',
+    'rank',
+    'W rank',
+    *groups,
+    'tokens',
+    'FLOPs',
+    'seconds',
+    'state',
+  )
   rows, total, rate = [head], 0.0, _flops_per_second(planned, folder)
   for run in planned:
     c, params = run.resolved, run.derived['params']
@@ -91,6 +113,9 @@ def table(planned: list[Any], folder: str) -> str:
         c['seed'],
         c['model']['width'],
         c['model']['depth'],
+        c['model']['connection']['streams'],
+        c['model']['connection']['rank'] or '-',
+        c['model']['weights']['rank'] or '-',
         *(f'{params[group]:,}' for group in groups),
         f'{run.derived["tokens"]:,}',
         f'{run.derived["flops"]:.2e}',
@@ -153,9 +178,9 @@ def run_group(configs: list[ConfigDict], folder: str, quiet: bool) -> list[tuple
     run_id = resolve(config, corpus.digest).run_id
     try:
       state = train.run(config, os.path.join(folder, run_id), corpus, quiet)['state']
-    except OSError:
-      raise  # a full disk stops the sweep
     except Exception as error:  # recorded in status.json by the loop; the sweep goes on
+      if isinstance(error, OSError) and error.errno in train.FULL_DISK:
+        raise
       state = 'failed' if not isinstance(error, ConfigError) else 'busy'
       print(f'{run_id} {state}: {type(error).__name__}: {error}', file=sys.stderr, flush=True)
     ended.append((run_id, state))
@@ -164,7 +189,9 @@ def run_group(configs: list[ConfigDict], folder: str, quiet: bool) -> list[tuple
   return ended
 
 
-def execute(configs: list[ConfigDict], planned: list[Any], folder: str, workers: int) -> list[tuple[str, str]]:
+def execute(
+  configs: list[ConfigDict], planned: list[Any], folder: str, workers: int
+) -> list[tuple[str, str]]:
   """Trains all runs in `workers` processes, groups of equal shapes together and the longest first."""
   groups: dict[str, list[int]] = {}
   for index, run in enumerate(planned):
@@ -184,7 +211,10 @@ def execute(configs: list[ConfigDict], planned: list[Any], folder: str, workers:
   context = multiprocessing.get_context('spawn')
   with concurrent.futures.ProcessPoolExecutor(workers, context) as pool:
     futures = [pool.submit(run_group, job, folder, True) for job in jobs]
-    _watch(futures, planned, folder)
+    try:
+      _watch(futures, planned, folder)
+    except KeyboardInterrupt:  # workers got it too: they save and stop, and no new group starts
+      pool.shutdown(wait=True, cancel_futures=True)
     return [pair for future in futures if not future.cancelled() for pair in future.result()]
 
 
@@ -196,9 +226,7 @@ def _watch(futures: list[concurrent.futures.Future], planned: list[Any], folder:
   form = '{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining} {postfix}'
   with tqdm(total=total, initial=at_start, desc='sweep', bar_format=form, disable=plain) as bar:
     while True:
-      done, waiting = concurrent.futures.wait(
-        futures, 1, return_when=concurrent.futures.FIRST_EXCEPTION
-      )
+      done, waiting = concurrent.futures.wait(futures, 1, return_when=concurrent.futures.FIRST_EXCEPTION)
       stopped = [f for f in done if not f.cancelled() and (f.exception() or _interrupted(f.result()))]
       if stopped:
         for future in waiting:
@@ -211,8 +239,11 @@ def _watch(futures: list[concurrent.futures.Future], planned: list[Any], folder:
       if plain and (now - printed > 15 or not waiting):
         printed = now
         left = (now - began) * (total - flops) / max(flops - at_start, 1)
-        print(f'sweep: {ended}/{len(planned)} runs, {flops / total:.0%} of the FLOPs, about {left:.0f} s left',
-              file=sys.stderr, flush=True)
+        print(
+          f'sweep: {ended}/{len(planned)} runs, {flops / total:.0%} of the FLOPs, about {left:.0f} s left',
+          file=sys.stderr,
+          flush=True,
+        )
       if not waiting:
         return
 
@@ -296,7 +327,10 @@ def main(argv: list[str] | None = None) -> int:
   if chosen:
     execute([configs[i] for i in chosen], [planned[i] for i in chosen], folder, args.workers)
   states = [read_status(folder, planned[i].run_id)['state'] for i in chosen]
-  print(', '.join(f'{states.count(s)} {s}' for s in sorted(set(states))) or 'nothing to do', file=sys.stderr)
+  print(
+    ', '.join(f'{states.count(s)} {s}' for s in sorted(set(states))) or 'nothing to do',
+    file=sys.stderr,
+  )
   return 130 if 'interrupted' in states else int(any(state not in ENDED for state in states))
 
 

@@ -36,10 +36,10 @@ from mhc_jax.config import ConfigError
 
 PyTree = Any
 
-# Room for orbax's own metadata beside the arrays; measured: 20-60 kB for 100 leaves.
+# Room for orbax's own metadata beside the arrays; measured: 0.7 kB for each leaf.
 _METADATA_BYTES = 1 << 20
-# In the path of every module of orbax; in the path of every file it is writing.
-_ORBAX_MODULE, _HALF_WRITTEN = f'{os.sep}orbax{os.sep}checkpoint{os.sep}', '.orbax-checkpoint-tmp'
+_HALF_WRITTEN = '.orbax-checkpoint-tmp'  # in the name of a step that is being written
+_ORBAX = re.compile('orbax|tensorstore|OCDBT')  # in the log lines and module paths of orbax alone
 
 
 class CheckpointError(OSError):
@@ -383,7 +383,7 @@ def _quieten_orbax() -> None:
   def hook(unraisable) -> None:
     late_write = unraisable.object is None and str(unraisable.exc_value) == 'Event loop is closed'
     coroutine = getattr(unraisable.object, 'cr_code', None)
-    late_read = coroutine is not None and _ORBAX_MODULE in coroutine.co_filename
+    late_read = coroutine is not None and bool(_ORBAX.search(coroutine.co_filename))
     if not (late_write or late_read):
       earlier_hook(unraisable)
 
@@ -393,4 +393,4 @@ def _quieten_orbax() -> None:
 def _not_from_orbax(record: logging.LogRecord) -> bool:
   frames = traceback.extract_tb(record.exc_info[2]) if record.exc_info else []
   text = ' '.join([record.pathname, record.getMessage(), *(frame.filename for frame in frames)])
-  return _ORBAX_MODULE not in text and _HALF_WRITTEN not in text
+  return not _ORBAX.search(text)

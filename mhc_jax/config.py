@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder as optional
 
+from mhc_jax.constraints.base import Constraint
 from mhc_jax.hyper_connection import ConnectionSpec
 from mhc_jax.presets import connection_spec
 
@@ -95,9 +96,7 @@ def base_config() -> ConfigDict:
       'batch_size': 16,  # sequences per update, over all devices
       'cross_documents': False,  # True: attention sees earlier documents in its window
       'repeat': False,  # True: allow more than one epoch
-      'dir': optional(
-        str
-      ),  # where data sets are kept; None: TFDS's default. Not part of the run id
+      'dir': optional(str),  # where data sets are kept; None: TFDS's default. Not part of the run id
     }
   )
   c.model = ConfigDict(
@@ -168,11 +167,9 @@ def base_config() -> ConfigDict:
       'batch_size': 64,
     }  # also before the first update and at the end
   )
-  c.log = ConfigDict(
-    {'every_steps': 10, 'diagnostics_every_steps': optional(int), 'tensorboard': False}
-  )
+  c.log = ConfigDict({'every_steps': 10, 'diagnostics_every_steps': optional(int), 'tensorboard': True})
   c.checkpoint = ConfigDict({'every_steps': optional(int), 'keep': 2})  # None: only at the end
-  # Diverged: non-finite, or above the loss of step 0 for this many logged steps in a row after warmup.
+  # Diverged: anything non-finite, or a loss above the first for this many updates in a row after warmup.
   c.divergence = ConfigDict({'patience': 10})
   c.mesh = ConfigDict({'data': 1, 'fsdp': 1})  # devices along each axis. Not part of the run id
   return c
@@ -209,9 +206,7 @@ def _set(config: ConfigDict, keys: list[str], text: str) -> None:
   """Sets one field from the text of an override, in the field's own type."""
   node = config
   for depth, key in enumerate(keys):
-    if not isinstance(node, ConfigDict) or (
-      key not in node and 'constraint_params' not in keys[:depth]
-    ):
+    if not isinstance(node, ConfigDict) or (key not in node and 'constraint_params' not in keys[:depth]):
       known = list(node.keys()) if isinstance(node, ConfigDict) else []
       near = difflib.get_close_matches(key, known, 1, 0.0)
       hint = f'; did you mean {".".join([*keys[:depth], near[0]])}?' if near else ''
@@ -240,20 +235,21 @@ def _require(condition: bool, message: str) -> None:
     raise ConfigError(message)
 
 
-def build_connection(c: ConfigDict) -> ConnectionSpec:
-  """model.connection -> ConnectionSpec; raises ConfigError for unknown names and impossible sizes."""
-  fields = {
-    key: value
-    for key, value in c.items()
-    if key not in ('constraint_params', 'output_init_scaling')
-  }
+def build_connection(c: ConfigDict, constraint: Constraint | None = None) -> ConnectionSpec:
+  """model.connection -> ConnectionSpec, with a constraint of one's own in place of the named one.
+
+  Raises ConfigError for unknown names and impossible sizes.
+  """
+  fields = {key: value for key, value in c.items() if key not in ('constraint_params', 'output_init_scaling')}
+  if constraint is not None:
+    fields['constraint'] = constraint
   try:
     return connection_spec(constraint_params=c.constraint_params.to_dict(), **fields)
   except (TypeError, ValueError) as error:
     raise ConfigError(f'model.connection: {error}') from None
 
 
-def build_model(config: ConfigDict, vocab_size: int) -> ModelConfig:
+def build_model(config: ConfigDict, vocab_size: int, constraint: Constraint | None = None) -> ModelConfig:
   """config -> ModelConfig with derived sizes; raises ConfigError for impossible ones."""
   c = config.model
   for name in ('width', 'depth', 'heads', 'scan_unroll'):
@@ -279,7 +275,7 @@ def build_model(config: ConfigDict, vocab_size: int) -> ModelConfig:
   for name in ('base_width', 'base_depth'):
     base = config.transfer[name]
     _require(base is None or base >= 1, f'transfer.{name} must be at least 1 or None, got {base}')
-  connection = build_connection(c.connection)
+  connection = build_connection(c.connection, constraint)
   return ModelConfig(
     **{name: c[name] for name in ('width', 'depth', 'heads', 'remat', 'scan', 'scan_unroll')},
     **{name: c[name] for name in ('rope_theta', 'norm_eps')},
@@ -308,9 +304,7 @@ def build_optimizer(config: ConfigDict) -> OptimizerConfig:
     'set exactly one of optimizer.warmup_steps and optimizer.warmup_fraction',
   )
   for name in ('warmup_fraction', 'decay_fraction', 'final_fraction'):
-    _require(
-      c[name] is None or 0 <= c[name] <= 1, f'optimizer.{name} must lie in [0, 1], got {c[name]}'
-    )
+    _require(c[name] is None or 0 <= c[name] <= 1, f'optimizer.{name} must lie in [0, 1], got {c[name]}')
   for name in ('lr', 'eps', 'weight_decay'):
     _require(c[name] >= 0, f'optimizer.{name} must not be negative, got {c[name]}')
   for name in ('beta1', 'beta2'):
@@ -349,9 +343,7 @@ def check_counts(config: ConfigDict) -> None:
     f'data.batch_size={rows} must be a multiple of mesh.data * mesh.fsdp = {shards}',
   )
   rows = config.evaluation.batch_size
-  _require(
-    rows % shards == 0, f'evaluation.batch_size={rows} must be a multiple of {shards} devices'
-  )
+  _require(rows % shards == 0, f'evaluation.batch_size={rows} must be a multiple of {shards} devices')
   _require(
     config.evaluation.sequences % rows == 0,
     f'evaluation.sequences={config.evaluation.sequences} must be a multiple of evaluation.batch_size={rows}',

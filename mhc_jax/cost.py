@@ -1,9 +1,9 @@
 """Parameters and FLOPs of a model by term, hyper-connections included: pure functions of its sizes.
 
-Conventions. A multiply-add is 2 FLOPs; training is 3 x forward (no recomputation counted). Attention is counted
-in full, T x T, as it is executed. Left out: norms, softmax, activations, rotary embedding and residual additions
-(O(C) per token and sublayer), except the connection's own norm. XLA's count of matrix products equals the terms
-that are matrix products (tests/test_cost.py).
+Conventions. A multiply-add is 2 FLOPs; training is 3 x forward (no recomputation counted). Attention is
+counted in full, T x T, as it is executed. Left out: norms, softmax, activations, rotary embedding and
+residual additions (O(C) per token and sublayer), except the connection's own norm. XLA's count of matrix
+products equals the terms that are matrix products (tests/test_cost.py).
 """
 
 from mhc_jax.config import ModelConfig

@@ -1,7 +1,7 @@
 """What the coefficients of a model do to its streams: pure functions of one sequence's records.
 
-The model records, for each of its 2L sublayers, res_NMBT (None for H_res = I) and the Gram matrix of the streams
-after it. Gains follow mHC's Amax gain (arXiv 2512.24880, section 3.1 and Fig. 3, 7).
+The model records, for each of its 2L sublayers, res_NMBT (None for H_res = I) and the Gram matrix of the
+streams after it. Gains follow mHC's Amax gain (arXiv 2512.24880, section 3.1 and Fig. 3, 7).
 """
 
 from typing import Any

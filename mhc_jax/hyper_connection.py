@@ -75,9 +75,7 @@ class ConnectionSpec:
   write_gate: Gate
   init: Init
   dynamic: bool = True  # False: biases only
-  scope: str = (
-    'joint'  # 'joint': phi sees the whole nC vector; 'per_stream': one map for every stream
-  )
+  scope: str = 'joint'  # 'joint': phi sees the whole nC vector; 'per_stream': one map for every stream
   activation: str = 'none'  # 'tanh' bounds the dynamic part (HC)
   share_alpha: bool = False  # one alpha for reads and mixing (HC)
   rank: int | None = None  # rank of the generator phi; None is full
@@ -117,7 +115,7 @@ def init_params(
   alpha_PART (); b_PART (K_PART,). sublayer sets the home stream and may be traced. phi_scale
   multiplies phi's start (width transfer).
   """
-  n, parts, dtype = spec.streams, spec.parts, jnp.promote_types(float, jnp.float32)
+  n, parts, dtype = spec.streams, spec.parts, jnp.result_type(float)
   is_home_N = jnp.arange(n) == sublayer % n
   bias = {
     'pre': lambda: jnp.where(is_home_N, spec.init.read[1], spec.init.read[0]),
@@ -154,7 +152,7 @@ def _inverse_rms(x_NBTD: jax.Array, axes: tuple[int, ...], spec: ConnectionSpec)
 
 
 def _project(params: dict[str, jax.Array], x_NBTD: jax.Array) -> jax.Array:
-  """phi (n, C, K) applied to the streams, (K, B, T); the division by the norm comes afterwards (eq. 14-16)."""
+  """phi (n, C, K) applied to the streams, (K, B, T); division by the norm comes later (eq. 14-16)."""
   x_NBTD = x_NBTD.astype(jnp.promote_types(x_NBTD.dtype, jnp.float32))
   phi_NDK = params['phi'] if 'phi' in params else params['phi_in']
   # One product per stream, tokens flattened: contracting (n, C) at once makes XLA:CPU transpose the streams.
@@ -208,23 +206,15 @@ def generate(params: dict[str, jax.Array], x_NBTD: jax.Array, spec: ConnectionSp
     dynamic = (_joint_dynamic if spec.scope == 'joint' else _per_stream_dynamic)(phi, x_NBTD, spec)
     for part, value in dynamic.items():
       alpha = params['alpha_pre' if part == 'res' and spec.share_alpha else f'alpha_{part}']
-      coords[part] = coords[part] + alpha * (
-        jnp.tanh(value) if spec.activation == 'tanh' else value
-      )
-  coords = {
-    part: jnp.broadcast_to(value, (value.shape[0], *tokens)) for part, value in coords.items()
-  }
+      coords[part] = coords[part] + alpha * (jnp.tanh(value) if spec.activation == 'tanh' else value)
+  coords = {part: jnp.broadcast_to(value, (value.shape[0], *tokens)) for part, value in coords.items()}
   pre_NBT = _gate(spec.read_gate, coords.get('pre'), (n, *tokens), dtype)
   post_NBT = _gate(spec.write_gate, coords.get('post'), (n, *tokens), dtype)
-  res_NMBT = (
-    None if spec.constraint.name == 'identity' else spec.constraint.matrix(coords['res'], n)
-  )
+  res_NMBT = None if spec.constraint.name == 'identity' else spec.constraint.matrix(coords['res'], n)
   return Coefficients(pre_NBT, post_NBT, res_NMBT)
 
 
-def _gate(
-  gate: Gate, coords_NBT: jax.Array | None, shape: tuple[int, ...], dtype: Any
-) -> jax.Array | None:
+def _gate(gate: Gate, coords_NBT: jax.Array | None, shape: tuple[int, ...], dtype: Any) -> jax.Array | None:
   if coords_NBT is not None:
     return gate(coords_NBT)
   return None if gate.scale == 1.0 else jnp.full(shape, gate.scale, dtype)
@@ -265,9 +255,7 @@ def read(pre_NBT: jax.Array | None, x_NBTD: jax.Array) -> jax.Array:
 
 
 @jax.custom_vjp
-def _write(
-  res_NMBT: jax.Array | None, post_NBT: jax.Array, x_NBTD: jax.Array, y_BTD: jax.Array
-) -> jax.Array:
+def _write(res_NMBT: jax.Array | None, post_NBT: jax.Array, x_NBTD: jax.Array, y_BTD: jax.Array) -> jax.Array:
   wide = jnp.promote_types(x_NBTD.dtype, jnp.float32)
   res_NMBT, post_NBT = lax.optimization_barrier((res_NMBT, post_NBT))
   new = []
@@ -316,7 +304,7 @@ def init_collapse(spec: ConnectionSpec, width: int) -> dict[str, jax.Array]:
   """Parameters of the learned collapse (DeepSeek-V4's head), {} otherwise: phi 0, so it starts as a mean."""
   if spec.collapse != 'learned':
     return {}
-  n, dtype = spec.streams, jnp.promote_types(float, jnp.float32)
+  n, dtype = spec.streams, jnp.result_type(float)
   return {
     'phi': jnp.zeros((n, width, n), dtype),
     'alpha': jnp.asarray(spec.init.alpha, dtype),

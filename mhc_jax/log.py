@@ -50,7 +50,7 @@ class MetricsLog:
     with open(partial, 'w', encoding='utf-8') as file:
       file.writelines(kept)
     os.replace(partial, self._path)
-    self._file = open(self._path, 'a', encoding='utf-8')  # noqa: SIM115 (closed by close)
+    self._file = open(self._path, 'a', encoding='utf-8')
     self._board = None
     if tensorboard:
       from tensorboardX import SummaryWriter

@@ -22,13 +22,13 @@ from mhc_jax.layers.rope import rope
 
 def _normal(std: float):
   def init(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    return std * jax.random.normal(key, shape, jnp.promote_types(float, jnp.float32))
+    return std * jax.random.normal(key, shape, jnp.result_type(float))
 
   return init
 
 
 def _ones(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-  return jnp.ones(shape, jnp.promote_types(float, jnp.float32))
+  return jnp.ones(shape, jnp.result_type(float))
 
 
 class Linear(nn.Module):
@@ -115,9 +115,7 @@ class Block(nn.Module):
     if not c.connection.parts:
       return {}
     # phi is output-like (infinite fan-in, finite fan-out): its start falls as 1 / width, not 1 / sqrt(width).
-    init = functools.partial(
-      hc.init_params, spec=c.connection, width=c.width, phi_scale=c.width_ratio**-0.5
-    )
+    init = functools.partial(hc.init_params, spec=c.connection, width=c.width, phi_scale=c.width_ratio**-0.5)
     return self.param(name, lambda key: init(key, sublayer=sublayer))
 
 
@@ -148,9 +146,7 @@ class Transformer(nn.Module):
     std = 1 / (c.base_width or c.width)
     unembedding_DV = self.param('unembedding', _normal(std), (c.width, c.vocab_size))
     wide = jnp.promote_types(c.dtype, jnp.float32)
-    logits_BTV = jnp.einsum(
-      'btd,dv->btv', x_BTD, unembedding_DV.astype(c.dtype), preferred_element_type=wide
-    )
+    logits_BTV = jnp.einsum('btd,dv->btv', x_BTD, unembedding_DV.astype(c.dtype), preferred_element_type=wide)
     return logits_BTV / c.width_ratio, records
 
   def _layers(self, x_NBTD: jax.Array, mask_BTS: jax.Array, record: bool):

@@ -1,10 +1,11 @@
 """AdamW as one visible optax chain, its schedules, and width/depth transfer by parameter group.
 
-Transfer follows CompleteP (arXiv 2505.01618) with alpha = 1, relative to a base width and depth: m_N = width
-ratio, m_L = depth ratio. In the model: hidden maps start with variance 1 / fan-in, F's output is divided by
-m_L, logits by m_N, attention scores scale by 1 / K. Here: hidden maps learn with lr / m_N and decay with
-weight_decay * m_N; Adam's eps is divided by m_N m_L. The generator phi of a connection has infinite fan-in and
-finite fan-out, so it learns with lr / m_N too; alphas and biases are scalars and keep lr.
+Transfer follows CompleteP (arXiv 2505.01618) with alpha = 1, relative to a base width and depth: m_N =
+width ratio, m_L = depth ratio. In the model: hidden maps start with variance 1 / fan-in, F's output is
+divided by m_L, logits by m_N, attention scores scale by 1 / K. Here: hidden maps learn with lr / m_N and
+decay with weight_decay * m_N; Adam's eps is divided by m_N m_L. The generator phi of a connection has
+infinite fan-in and finite fan-out, so it learns with lr / m_N too; alphas and biases are scalars and keep
+lr.
 """
 
 import re
@@ -52,8 +53,8 @@ def groups(params: Any) -> Any:
 def schedule(step: jax.Array, num_steps: jax.Array, warmup: jax.Array, c: OptimizerConfig) -> jax.Array:
   """The multiplier of lr for update `step` (0-based) of num_steps, float32.
 
-  Warmup is linear, (step + 1) / warmup. 'wsd' falls linearly over the last decay_fraction of the updates; 'cosine'
-  from warmup to the end; both to final_fraction. 'step' is mHC's: 0.316 from 80 %, 0.1 from 90 % of the updates.
+  Warmup is linear, (step + 1) / warmup. 'wsd' falls linearly over the last decay_fraction of the updates,
+  'cosine' from warmup to the end; both to final_fraction. 'step' is mHC's: 0.316 from 80 %, 0.1 from 90 %.
   """
   step, num_steps = jnp.asarray(step, jnp.float32), jnp.asarray(num_steps, jnp.float32)
   if c.schedule == 'wsd':

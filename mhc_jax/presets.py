@@ -90,9 +90,7 @@ def connection_spec(
   presets = PRESETS[name]
   preset = next(iter(presets)) if preset is None else preset
   if preset not in presets:
-    raise ValueError(
-      f'connection.preset of {name!r} must be one of {", ".join(presets)}, got {preset!r}'
-    )
+    raise ValueError(f'connection.preset of {name!r} must be one of {", ".join(presets)}, got {preset!r}')
   fields = dict(presets[preset])
   n = fields.pop('streams', streams)
   if n < 1:
@@ -103,9 +101,7 @@ def connection_spec(
     constraint = default_constraint
   if isinstance(constraint, str):
     if constraint not in CONSTRAINTS:
-      raise ValueError(
-        f'connection.constraint must be one of {", ".join(CONSTRAINTS)}, got {constraint!r}'
-      )
+      raise ValueError(f'connection.constraint must be one of {", ".join(CONSTRAINTS)}, got {constraint!r}')
     same = constraint == default_constraint
     params = {**(default_params if same else {}), **(constraint_params or {})}
     constraint = CONSTRAINTS[constraint](**params)

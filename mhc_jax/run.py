@@ -15,10 +15,13 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from mhc_jax import cost
 from mhc_jax import config as config_lib
-from mhc_jax.config import ConfigError, ModelConfig, OptimizerConfig
-from mhc_jax.data import Corpus, VOCAB_SIZE
+from mhc_jax import cost
+from mhc_jax.config import DTYPES, ConfigError, ModelConfig, OptimizerConfig
+from mhc_jax.constraints.base import Constraint
+from mhc_jax.data import VOCAB_SIZE
+from mhc_jax.hyper_connection import Gate, Init
+from mhc_jax.presets import PRESETS, connection_spec
 
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
 
@@ -39,10 +42,13 @@ class Run:
     return self.derived['num_steps']
 
 
-def resolve(config: ConfigDict, digest: str) -> Run:
-  """ConfigDict and the corpus's content digest -> Run; raises ConfigError for impossible values."""
+def resolve(config: ConfigDict, digest: str, constraint: Constraint | None = None) -> Run:
+  """ConfigDict and the corpus's content digest -> Run; raises ConfigError for impossible values.
+
+  constraint: one of the caller's own in place of the named one; its name and params enter the run id.
+  """
   config_lib.check_counts(config)
-  model = config_lib.build_model(config, VOCAB_SIZE)
+  model = config_lib.build_model(config, VOCAB_SIZE, constraint)
   optimizer = config_lib.build_optimizer(config)
   resolved = config.to_dict()
   resolved['arm'] = config.arm or config.model.connection.name
@@ -83,13 +89,38 @@ def _resolved_connection(given: dict[str, Any], model: ModelConfig) -> dict[str,
     written[gate] = dataclasses.asdict(written[gate])
   return {
     'name': given['name'],
-    'preset': given['preset'],
+    'preset': given['preset'] or next(iter(PRESETS[given['name']])),
     **written,
     'constraint': spec.constraint.name,
     'constraint_params': dict(spec.constraint.params),
     'init': json.loads(json.dumps(dataclasses.asdict(spec.init))),
     'output_init_scaling': given['output_init_scaling'],
   }
+
+
+def rebuild_model(resolved: dict[str, Any]) -> ModelConfig:
+  """The ModelConfig of a resolved configuration (config.json); ConfigError for an unknown constraint."""
+  m = resolved['model']
+  connection = {key: value for key, value in m['connection'].items() if key != 'output_init_scaling'}
+  init = {key: tuple(v) if isinstance(v, list) else v for key, v in connection.pop('init').items()}
+  for gate in ('read_gate', 'write_gate'):
+    connection[gate] = Gate(**connection[gate])
+  try:
+    spec = connection_spec(**connection, init=Init(**init))
+  except ValueError as error:
+    raise ConfigError(f'model.connection: {error}') from None
+  same = ('width', 'depth', 'heads', 'kv_heads', 'head_dim', 'ffn_width', 'vocab_size')
+  same += ('remat', 'scan', 'scan_unroll', 'rope_theta', 'norm_eps')
+  scaled = m['connection']['output_init_scaling']
+  return ModelConfig(
+    **{name: m[name] for name in same},
+    connection=spec,
+    output_gain=spec.streams**0.5 if scaled else 1.0,
+    weights_rank=m['weights']['rank'],
+    dtype=DTYPES[m['dtype']],
+    base_width=resolved['transfer']['base_width'],
+    base_depth=resolved['transfer']['base_depth'],
+  )
 
 
 def steps_of(duration: ConfigDict, tokens_per_step: int, flops_per_token: float, params: int) -> int:

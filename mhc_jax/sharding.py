@@ -1,7 +1,8 @@
 """The device mesh and where arrays live on it. One device is the same code with axes of size 1.
 
-Axes: `data` splits the batch; `fsdp` splits the batch and every parameter and optimizer moment along its largest
-divisible dimension (fully sharded data parallelism, ZeRO-3). JAX's runtime is the only distributed engine.
+Axes: `data` splits the batch; `fsdp` splits the batch and every parameter and optimizer moment along its
+largest divisible dimension (fully sharded data parallelism, ZeRO-3). JAX's runtime is the only
+distributed engine.
 """
 
 from typing import Any
@@ -51,6 +52,4 @@ def state_sharding(abstract: Any, mesh: Mesh) -> Any:
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
   """This process's rows of a global batch -> global arrays split over data and fsdp."""
   sharding = NamedSharding(mesh, BATCH)
-  return {
-    name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()
-  }
+  return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}

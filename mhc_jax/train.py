@@ -1,15 +1,13 @@
-"""Training: the pure train_step, the loop around it, resuming, and the command for one run.
+"""Training: the loop around train_step, resuming, and the command for one run.
 
-config -> data -> model -> **train_step** -> checkpoint -> metrics.jsonl. The only place that wires the parts.
+config -> data -> model -> train_step -> checkpoint -> metrics.jsonl: the only place that wires the parts.
 
   python -m mhc_jax.train --config configs/laptop.py --workdir runs/laptop
 """
 
 import argparse
 import contextlib
-import dataclasses
 import errno
-import functools
 import math
 import os
 import signal
@@ -19,18 +17,16 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import filelock
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mhc_jax import optimizer as optim
 from mhc_jax.checkpoint import CheckpointError, Checkpoints
-from mhc_jax.config import ConfigError, ModelConfig, OptimizerConfig, parse
+from mhc_jax.config import ConfigError, parse
+from mhc_jax.constraints.base import Constraint
 from mhc_jax.data import (
   Corpus,
   Windows,
@@ -40,102 +36,10 @@ from mhc_jax.data import (
   validation_batches,
   windows,
 )
-from mhc_jax.diagnostics import diagnose
 from mhc_jax.log import MetricsLog, Progress, write_json
-from mhc_jax.model import Transformer, loss_sums
 from mhc_jax.run import Run, check_workdir, git_revision, resolve, versions
-from mhc_jax.sharding import make_mesh, put_batch, state_sharding
-
-
-@flax.struct.dataclass
-class TrainState:
-  """The number of updates done, the parameters (nested dicts) and optax's state."""
-
-  step: jax.Array
-  params: Any
-  opt_state: Any
-
-
-Hparams = dict[str, jax.Array]  # lr, weight_decay, num_steps, warmup: traced, so no recompilation
-Batch = dict[str, jax.Array]  # inputs, targets, weights, segments, each (B, T)
-
-
-@dataclasses.dataclass(frozen=True)
-class Programs:
-  """The jitted functions of one model on one mesh; built once per shape by `programs`."""
-
-  init: Callable[[jax.Array], TrainState]
-  step: Callable[[TrainState, Batch, Hparams], tuple[TrainState, dict[str, jax.Array]]]
-  evaluate: Callable[[Any, Batch], tuple[jax.Array, jax.Array]]
-  diagnose: Callable[[Any, Batch], dict[str, jax.Array]]
-  abstract: TrainState  # shapes, dtypes and shardings
-
-
-def init_state(key: jax.Array, model: ModelConfig, optimizer: OptimizerConfig) -> TrainState:
-  """Initial state. A parameter's value depends on key and its own path alone, not on the connection."""
-  tokens = jnp.zeros((1, 2), jnp.int32)
-  params = Transformer(model).init(key, tokens, tokens)['params']
-  opt_state = optim.adamw(optimizer, model, jnp.zeros(()), jnp.zeros(())).init(params)
-  return TrainState(jnp.zeros((), jnp.int32), params, opt_state)
-
-
-def loss_fn(params: Any, batch: Batch, model: ModelConfig) -> jax.Array:
-  """Mean cross-entropy in nats per predicted token."""
-  logits_BTV, _ = Transformer(model).apply({'params': params}, batch['inputs'], batch['segments'])
-  total, count = loss_sums(logits_BTV, batch['targets'], batch['weights'])
-  return total / count
-
-
-def train_step(
-  state: TrainState, batch: Batch, hparams: Hparams, model: ModelConfig, optimizer: OptimizerConfig
-) -> tuple[TrainState, dict[str, jax.Array]]:
-  """One update. Metrics: loss (before the update), global norms of gradient and update, lr."""
-  loss, grads = jax.value_and_grad(loss_fn)(state.params, batch, model)
-  lr = hparams['lr'] * optim.schedule(state.step, hparams['num_steps'], hparams['warmup'], optimizer)
-  transform = optim.adamw(optimizer, model, lr, hparams['weight_decay'])
-  updates, opt_state = transform.update(grads, state.opt_state, state.params)
-  metrics = {
-    'loss': loss,
-    'grad_norm': optax.global_norm(grads),
-    'update_norm': optax.global_norm(updates),
-    'lr': lr,
-  }
-  params = optax.apply_updates(state.params, updates)
-  return TrainState(state.step + 1, params, opt_state), metrics
-
-
-def programs(model: ModelConfig, optimizer: OptimizerConfig, mesh: Mesh) -> Programs:
-  """The jitted functions for runs of these shapes; what differs by lr, seed or duration shares them."""
-  traced = {'lr': 0.0, 'weight_decay': 0.0, 'warmup_steps': None, 'warmup_fraction': 0.0}
-  return _programs(model, dataclasses.replace(optimizer, **traced), mesh)
-
-
-@functools.lru_cache(maxsize=8)
-def _programs(model: ModelConfig, optimizer: OptimizerConfig, mesh: Mesh) -> Programs:
-  init = functools.partial(init_state, model=model, optimizer=optimizer)
-  abstract = jax.eval_shape(init, jax.random.key(0))
-  sharding, replicated = state_sharding(abstract, mesh), NamedSharding(mesh, P())
-  abstract = jax.tree.map(
-    lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), abstract, sharding
-  )
-
-  def evaluate(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    logits_BTV, _ = Transformer(model).apply({'params': params}, batch['inputs'], batch['segments'])
-    return loss_sums(logits_BTV, batch['targets'], batch['weights'])
-
-  def record(params: Any, batch: Batch) -> dict[str, jax.Array]:
-    inputs = (batch['inputs'], batch['segments'])
-    _, records = Transformer(model).apply({'params': params}, *inputs, record=True)
-    return diagnose(records, model)
-
-  step = functools.partial(train_step, model=model, optimizer=optimizer)
-  return Programs(
-    init=jax.jit(init, out_shardings=sharding),
-    step=jax.jit(step, donate_argnums=0, out_shardings=(sharding, replicated)),
-    evaluate=jax.jit(evaluate, out_shardings=replicated),
-    diagnose=jax.jit(record, out_shardings=replicated),
-    abstract=abstract,
-  )
+from mhc_jax.sharding import make_mesh, put_batch
+from mhc_jax.train_step import Batch, programs
 
 
 def validation_loss(
@@ -162,9 +66,7 @@ def validation_arrays(run: Run, validation: Windows, mesh: Mesh) -> list[Batch]:
   """The validation batches, on the devices: the same for every run."""
   c = run.resolved['evaluation']
   count = c['sequences'] // c['batch_size']
-  batches = validation_batches(
-    validation, c['batch_size'], count, jax.process_index(), jax.process_count()
-  )
+  batches = validation_batches(validation, c['batch_size'], count, jax.process_index(), jax.process_count())
   return [put_batch(batch, mesh) for batch in batches]
 
 
@@ -184,6 +86,9 @@ class Divergence:
     above = step > self._warmup and metrics['loss'] > self.saved['initial_loss']
     self.saved['above'] = self.saved['above'] + 1 if above else 0
     return self.saved['above'] >= self._patience
+
+
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextlib.contextmanager
@@ -206,13 +111,22 @@ def stop_on_signal() -> Iterator[list[int]]:
       signal.signal(number, old)
 
 
-def run(config: ConfigDict, workdir: str, corpus: Corpus | None = None, quiet: bool = False) -> dict:
+def run(
+  config: ConfigDict,
+  workdir: str,
+  corpus: Corpus | None = None,
+  quiet: bool = False,
+  constraint: Constraint | None = None,
+) -> dict[str, Any]:
   """Trains one run in workdir, or goes on where it stopped; returns its status (status.json).
+
+  constraint: a Constraint of the caller's own, in place of the one that the configuration names.
 
   Raises ConfigError for a mistake in the configuration, with nothing written; OSError on a full disk.
   """
+  resolve(config, '', constraint)  # refuses a bad configuration before a corpus is prepared
   corpus = corpus or load_corpus(config.data.name, config.data.dir)
-  plan = resolve(config, corpus.digest)
+  plan = resolve(config, corpus.digest, constraint)
   train, validation = load_data(plan, corpus)
   mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
   check_workdir(workdir, plan)
@@ -261,12 +175,14 @@ class Loop:
       checkpoints = Checkpoints(os.path.join(self.workdir, 'checkpoints'), self.c['checkpoint']['keep'])
       self.checkpoints = stack.enter_context(checkpoints)
       found = checkpoints.restore_latest(self.programs.abstract)
-      start, self.state, extra = found or (0, self.programs.init(jax.random.key(self.c['seed'])), {})
+      start, self.state, extra = found or (
+        0,
+        self.programs.init(jax.random.key(self.c['seed'])),
+        {},
+      )
       self.seconds = extra.get('seconds', 0.0)
       self.final = extra.get('final', {})
-      self.divergence = Divergence(
-        self.c['divergence']['patience'], self.warmup, extra.get('divergence', {})
-      )
+      self.divergence = Divergence(self.c['divergence']['patience'], self.warmup, extra.get('divergence', {}))
       last_step = start if found else None
       self.log = MetricsLog(self.workdir, last_step, self.c['log']['tensorboard'])
       stack.callback(self.log.close)
@@ -306,6 +222,9 @@ class Loop:
       for step, batch in enumerate(batches, start + 1):
         inputs = put_batch(batch, self.mesh)
         self.state, metrics = self.programs.step(self.state, inputs, self.hparams)
+        if step == start + 1:  # it compiled: not counted as training time
+          jax.block_until_ready(metrics)
+          self.clock, self.timed_step = time.monotonic(), step
         if waiting and self._log(*waiting):
           return 'diverged', waiting[0]
         waiting = (step, metrics)
@@ -349,25 +268,31 @@ class Loop:
       self.final['train/loss'] = values['loss']
       row |= self._timing(step)
       self.progress.update(step, values['loss'], row['time/tokens_per_second'])
-    if not diverged and (last or self._due(step, 'evaluation', 'every_steps')):
-      losses = self._validation_loss()
-      row |= losses
-      self.final |= losses
-    if not diverged and self._due_diagnostics(step):
-      sequence = {name: value[:1] for name, value in self.validation[0].items()}
-      found = jax.device_get(self.programs.diagnose(self.state.params, sequence))
-      row |= {f'diagnostics/{name}': np.asarray(value).tolist() for name, value in found.items()}
-    if diverged or last or len(row) > 10 or self._due(step, 'log', 'every_steps'):
-      self.log.write(row)
+    found = {} if diverged else self._validation(step) | self._diagnostics(step)
+    if found or diverged or last or self._due(step, 'log', 'every_steps'):
+      self.log.write(row | found)
     return diverged
 
-  def _validation_loss(self) -> dict[str, float]:
-    return validation_loss(
-      self.programs.evaluate, self.state.params, self.validation, self.bytes_per_token
-    )
+  def _validation(self, step: int) -> dict[str, float]:
+    if step != self.plan.num_steps and not self._due(step, 'evaluation', 'every_steps'):
+      return {}
+    losses = validation_loss(self.programs.evaluate, self.state.params, self.validation, self.bytes_per_token)
+    self.final |= losses
+    return losses
+
+  def _diagnostics(self, step: int) -> dict[str, list[float]]:
+    """On the first validation sequence, the same for all runs."""
+    if not self._due_diagnostics(step):
+      return {}
+    sequence = {name: value[:1] for name, value in self.validation[0].items()}
+    found = jax.device_get(self.programs.diagnose(self.state.params, sequence))
+    return {f'diagnostics/{name}': np.asarray(value).tolist() for name, value in found.items()}
 
   def _timing(self, step: int) -> dict[str, float]:
-    """Seconds of this run so far, over all its restarts, and tokens per second since the last look."""
+    """Seconds spent on updates so far, over all restarts, and tokens per second since the last look.
+
+    Left out: compilation (the first update after each start), evaluation and checkpoints.
+    """
     now = time.monotonic()
     passed, self.clock = now - self.clock, now
     self.seconds += passed
@@ -402,7 +327,7 @@ class Loop:
 
 
 def end_with_message(main: Callable[[], int]) -> int:
-  """Runs a command; user mistakes end in one line and 2, a full disk or lost checkpoints in one line and 1."""
+  """Runs a command; mistakes end in one line and 2, a full disk or lost checkpoints in one and 1."""
   try:
     return main()
   except ConfigError as error:
@@ -412,7 +337,7 @@ def end_with_message(main: Callable[[], int]) -> int:
     print(f'error: {error}', file=sys.stderr)
     return 1
   except OSError as error:
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if error.errno not in FULL_DISK:
       raise
     print(
       f'error: {error.strerror}: free some space and run the same command again, '

@@ -2,9 +2,14 @@
 
 import os
 
-os.environ['XLA_FLAGS'] = (
-  os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
-).strip()
+# Compiling is most of the suite's time: unoptimised code halves it. One thread each: pytest-xdist runs
+# a process per core.
+FLAGS = (
+  '--xla_force_host_platform_device_count=8',
+  '--xla_backend_optimization_level=0',
+  '--xla_cpu_multi_thread_eigen=false',
+)
+os.environ['XLA_FLAGS'] = ' '.join((os.environ.get('XLA_FLAGS', ''), *FLAGS)).strip()
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
 import jax

@@ -6,12 +6,14 @@ computed in promote_types(dtype, float32): bfloat16 is raised to float32, float6
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 PROPERTIES = (
   'row_stochastic',  # H 1 = 1
@@ -67,3 +69,33 @@ def stochastic_defect(h_NMX: jax.Array) -> jax.Array:
   columns_X = jnp.abs(h_NMX.sum(0) - 1).max(0)
   negative_X = jnp.maximum(-h_NMX, 0).max((0, 1))
   return jnp.maximum(jnp.maximum(rows_X, columns_X), negative_X)
+
+
+def linear_map(a_RK: np.ndarray, coords_KX: jax.Array) -> jax.Array:
+  """A constant matrix applied to the coordinates, (K, *X) -> (R, *X), without rounding to bfloat16.
+
+  Faster than gather and scatter where a_RK picks entries: both directions are one product.
+  """
+  return jnp.tensordot(jnp.asarray(a_RK, coords_KX.dtype), coords_KX, 1, precision=lax.Precision.HIGHEST)
+
+
+def product(a_NKX: jax.Array, b_KMX: jax.Array) -> jax.Array:
+  """Matrix products of small matrices with tokens minor, (n, k, *X), (k, m, *X) -> (n, m, *X)."""
+  terms = [a_NKX[:, k][:, None] * b_KMX[k][None] for k in range(b_KMX.shape[0])]
+  return functools.reduce(jnp.add, terms)
+
+
+def materialise(flag: jax.Array, stage: Callable[..., Any], *inputs: Any) -> Any:
+  """stage(*inputs), stored before anything uses it; flag must be True, without the compiler knowing.
+
+  XLA:CPU drops optimization_barrier and fuses a chain of small operations into each of its
+  consumers, which then recompute it; the results of a branch it cannot foresee, it stores. Where
+  flag is False after all (NaN logits), the result is NaN.
+  """
+
+  def branch(*inputs):
+    shapes = jax.eval_shape(stage, *inputs)
+    other = jax.tree.map(lambda s: jnp.full(s.shape, jnp.nan, s.dtype), shapes)
+    return lax.cond(flag, stage, lambda *_: other, *inputs)
+
+  return lax.platform_dependent(*inputs, cpu=branch, default=stage)

@@ -16,11 +16,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
-from mhc_jax.constraints.base import Constraint, promote, stochastic_defect
-from mhc_jax.constraints.elementary import near_identity
+from mhc_jax.constraints.base import Constraint, materialise, promote, stochastic_defect
+from mhc_jax.constraints.elementary import log_near_identity
 
 # order: 'columns' first (rows last) or 'rows' first. eps_mode 'add': x / (sum + eps), 'clamp':
 # x / max(sum, eps). softmax_eps is added to every entry after the first normalisation.
@@ -65,82 +64,102 @@ class _Steps(NamedTuple):
   softmax_eps: float
 
 
+def _terms(m_NMX: jax.Array, axis: int) -> list[jax.Array]:
+  return [lax.index_in_dim(m_NMX, k, axis) for k in range(m_NMX.shape[axis])]
+
+
 def _sum(m_NMX: jax.Array, axis: int) -> jax.Array:
   """Sum over one of the leading axes; explicit additions, which XLA:CPU vectorises over tokens."""
-  terms = [lax.index_in_dim(m_NMX, k, axis) for k in range(m_NMX.shape[axis])]
-  return functools.reduce(jnp.add, terms)
+  return functools.reduce(jnp.add, _terms(m_NMX, axis))
 
 
-def _normalise(m_NMX: jax.Array, axis: int, steps: _Steps) -> tuple[jax.Array, jax.Array]:
-  """One normalisation over `axis`; returns it and the inverse of its divisors."""
+def _log_sum_exp(z_NMX: jax.Array, axis: int) -> jax.Array:
+  top = functools.reduce(jnp.maximum, _terms(z_NMX, axis))
+  return top + jnp.log(_sum(jnp.exp(z_NMX - top), axis))
+
+
+def _inverse_sum(m_NMX: jax.Array, axis: int, steps: _Steps) -> jax.Array:
+  """What one normalisation over `axis` multiplies m by."""
   total = _sum(m_NMX, axis)
-  inverse = 1 / (jnp.maximum(total, steps.eps) if steps.eps_mode == 'clamp' else total + steps.eps)
-  return m_NMX * inverse, inverse
+  return 1 / (jnp.maximum(total, steps.eps) if steps.eps_mode == 'clamp' else total + steps.eps)
 
 
-def _backward_step(
-  u_NMX: jax.Array, m_NMX: jax.Array, inverse: jax.Array, axis: int, steps: _Steps
-) -> jax.Array:
-  """From the gradient with respect to log m, m = _normalise(...), to that for log of its input.
-
-  The same formula holds for divisors sum + eps and for plain sums.
+def _inner(u_NMX: jax.Array, inverse: jax.Array, axis: int, steps: _Steps) -> jax.Array:
+  """The s in u - m s: from the gradient u with respect to log of a normalisation's result m to that
+  with respect to log of its input. The same formula holds for divisors sum + eps and for plain sums.
   """
   inner = _sum(u_NMX, axis)
   if steps.eps_mode == 'clamp':  # where the clamp holds, the divisor is a constant
     inner = jnp.where(inverse * steps.eps < 1, inner, 0)
-  return u_NMX - m_NMX * inner
+  return inner
 
 
-def _first_iteration(
-  logits_NMX: jax.Array, steps: _Steps
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """The logarithm after the first softmax, the matrix after the iteration, its inverse divisors."""
-  log_m_NMX = jax.nn.log_softmax(logits_NMX, steps.axis)
+def _first_iteration(logits_NMX: jax.Array, steps: _Steps) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """The matrix after the first softmax, after the iteration, and the latter's inverse divisors."""
+  axis, other = steps.axis, 1 - steps.axis
+  stage = functools.partial(materialise, logits_NMX[(0,) * logits_NMX.ndim] < jnp.inf)
+  log_sum = stage(lambda z_NMX: _log_sum_exp(z_NMX, axis), logits_NMX)
   if steps.eps or steps.softmax_eps:
-    return log_m_NMX, *_normalise(jnp.exp(log_m_NMX) + steps.softmax_eps, 1 - steps.axis, steps)
+    p_NMX = jnp.exp(logits_NMX - log_sum)
+    inverse = stage(lambda p: _inverse_sum(p + steps.softmax_eps, other, steps), p_NMX)
+    return p_NMX, (p_NMX + steps.softmax_eps) * inverse, inverse
   # Without eps a sum may underflow here, and only here: so a softmax again.
-  m_NMX = jax.nn.softmax(log_m_NMX, 1 - steps.axis)
-  return log_m_NMX, m_NMX, jnp.ones_like(_sum(m_NMX, 1 - steps.axis))
+  second = stage(lambda z, log_sum: _log_sum_exp(z - log_sum, other), logits_NMX, log_sum)
+  m_NMX = stage(lambda z, *logs: jnp.exp(z - logs[0] - logs[1]), logits_NMX, log_sum, second)
+  return jnp.exp(logits_NMX - log_sum), m_NMX, jnp.ones_like(second)
+
+
+def _iteration(count: jax.Array, m_NMX: jax.Array, steps: _Steps) -> tuple[jax.Array, tuple]:
+  """Two normalisations, the first over steps.axis; returns the matrix and their inverse divisors."""
+  axis, other = steps.axis, 1 - steps.axis
+  stage = functools.partial(materialise, count >= 0)
+  first = stage(lambda m: _inverse_sum(m, axis, steps), m_NMX)
+  second = stage(lambda m, first: _inverse_sum(m * first, other, steps), m_NMX, first)
+  return m_NMX * first * second, (first, second)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _iterate(logits_NMX: jax.Array, iterations: int, steps: _Steps) -> jax.Array:
-  def iteration(_, m_NMX):
-    m_NMX = _normalise(m_NMX, steps.axis, steps)[0]
-    return _normalise(m_NMX, 1 - steps.axis, steps)[0]
-
   m_NMX = _first_iteration(logits_NMX, steps)[1]
-  return lax.fori_loop(0, iterations - 1, iteration, m_NMX)
+  return lax.fori_loop(0, iterations - 1, lambda count, m_NMX: _iteration(count, m_NMX, steps)[0], m_NMX)
 
 
 def _iterate_forward(logits_NMX, iterations, steps):
   return _iterate(logits_NMX, iterations, steps), logits_NMX
 
 
+def _back(carry, inverses, steps):
+  """Back through one _iteration: (m, gradient with respect to log m) after it, to those before it."""
+  count, m_NMX, u_NMX = carry
+  first, second = inverses
+  axis, other = steps.axis, 1 - steps.axis
+  stage = functools.partial(materialise, count >= 0)
+
+  def first_inner(m_NMX, u_NMX, first, s):
+    return _inner(u_NMX - m_NMX * s, first, axis, steps)
+
+  s = stage(lambda u_NMX, second: _inner(u_NMX, second, other, steps), u_NMX, second)
+  t = stage(first_inner, m_NMX, u_NMX, first, s)
+  between_NMX = m_NMX / second
+  return (count + 1, between_NMX / first, u_NMX - m_NMX * s - between_NMX * t), None
+
+
 def _iterate_backward(iterations, steps, logits_NMX, g_NMX):
   """Reruns the iterations, keeping the 2n inverse divisors of each, and walks back through them."""
-  axis, other = steps.axis, 1 - steps.axis
 
-  def iteration(m_NMX, _):
-    m_NMX, first = _normalise(m_NMX, axis, steps)
-    m_NMX, second = _normalise(m_NMX, other, steps)
-    return m_NMX, (first, second)
+  def forward(carry, _):
+    count, m_NMX = carry
+    m_NMX, inverses = _iteration(count, m_NMX, steps)
+    return (count + 1, m_NMX), inverses
 
-  def back(carry, inverses):
-    m_NMX, u_NMX = carry
-    first, second = inverses
-    u_NMX = _backward_step(u_NMX, m_NMX, second, other, steps)
-    m_NMX = m_NMX / second
-    return (m_NMX / first, _backward_step(u_NMX, m_NMX, first, axis, steps)), None
-
-  log_m_NMX, m_NMX, inverse = _first_iteration(logits_NMX, steps)
-  m_NMX, inverses = lax.scan(iteration, m_NMX, length=iterations - 1)
-  (m_NMX, u_NMX), _ = lax.scan(back, (m_NMX, m_NMX * g_NMX), inverses, reverse=True)
-  u_NMX = _backward_step(u_NMX, m_NMX, inverse, other, steps)
-  p_NMX = jnp.exp(log_m_NMX)
+  p_NMX, m_NMX, inverse = _first_iteration(logits_NMX, steps)
+  (_, m_NMX), inverses = lax.scan(forward, (0, m_NMX), length=iterations - 1)
+  back = functools.partial(_back, steps=steps)
+  (_, m_NMX, u_NMX), _ = lax.scan(back, (0, m_NMX, m_NMX * g_NMX), inverses, reverse=True)
+  u_NMX -= m_NMX * _inner(u_NMX, inverse, 1 - steps.axis, steps)
   if steps.softmax_eps:
     u_NMX = u_NMX * p_NMX / (p_NMX + steps.softmax_eps)
-  return (u_NMX - p_NMX * _sum(u_NMX, axis),)
+  return (u_NMX - p_NMX * _sum(u_NMX, steps.axis),)
 
 
 _iterate.defvjp(_iterate_forward, _iterate_backward)
@@ -194,16 +213,12 @@ def birkhoff_sinkhorn(iterations: int = 20, preset: str = 'paper', **overrides: 
       logits_NMX = logits_NMX.swapaxes(0, 1)
     return _iterate(logits_NMX, iterations, steps)
 
-  def identity(n: int, mixing: float = 0.01) -> np.ndarray:
-    h_NM = near_identity(n, mixing)  # symmetric: the same point for every order and transpose
-    return np.log(h_NM / h_NM[0, 0]).reshape(-1)
-
   return Constraint(
     name='birkhoff_sinkhorn',
     params={'iterations': iterations, 'transpose': transpose, **settings},
     num_coordinates=lambda n: n * n,
     matrix=matrix,
-    identity=identity,
+    identity=log_near_identity,  # symmetric: the same point for every order and transpose
     dimension=lambda n: (n - 1) ** 2,
     defect=stochastic_defect,
     properties=frozenset({'nonnegative'})

@@ -62,3 +62,34 @@ def identity() -> Constraint:
     ),
     flops=lambda n: 0,
   )
+
+
+def log_near_identity(n: int, mixing: float = 0.01) -> np.ndarray:
+  """Row-major logits (n * n) of near_identity, 0 on the diagonal.
+
+  mixing is raised to 1e-6: finite logits do not reach the identity, and gradients vanish beside it.
+  """
+  h_NM = near_identity(n, max(mixing, 1e-6))
+  return np.log(h_NM / h_NM[0, 0]).reshape(-1)
+
+
+def row_stochastic() -> Constraint:
+  """Rows are softmaxes of row-major logits (n * n)."""
+
+  def matrix(coords_KX: jax.Array, n: int) -> jax.Array:
+    return jax.nn.softmax(promote(coords_KX).reshape(n, n, *coords_KX.shape[1:]), 1)
+
+  def defect(h_NMX: jax.Array) -> jax.Array:
+    negative_X = jnp.maximum(-h_NMX, 0).max((0, 1))
+    return jnp.maximum(jnp.abs(h_NMX.sum(1) - 1).max(0), negative_X)
+
+  return Constraint(
+    name='row_stochastic',
+    num_coordinates=lambda n: n * n,
+    matrix=matrix,
+    identity=log_near_identity,
+    dimension=lambda n: n * (n - 1),
+    defect=defect,
+    properties=frozenset({'row_stochastic', 'nonnegative', 'closed_under_product', 'exact'}),
+    flops=lambda n: 5 * n * n,
+  )

@@ -70,12 +70,8 @@ def validation_batches(
       ' or seq_len, or take a bigger corpus'
     )
   edges = [stretch * len(source) // count for stretch in range(count + 1)]
-  chosen = [
-    edges[i] + _hash(f'validation window {i}') % (edges[i + 1] - edges[i]) for i in range(count)
-  ]
-  return [
-    source.take([chosen[batch * batch_size + row] for row in rows]) for batch in range(num_batches)
-  ]
+  chosen = [edges[i] + _hash(f'validation window {i}') % (edges[i + 1] - edges[i]) for i in range(count)]
+  return [source.take([chosen[batch * batch_size + row] for row in rows]) for batch in range(num_batches)]
 
 
 def _process_rows(batch_size: int, process_index: int, process_count: int) -> range:

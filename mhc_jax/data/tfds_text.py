@@ -121,9 +121,7 @@ def _text_feature(name: str, features) -> str:
   """'text', or the only Text feature, or else the only string."""
   if not isinstance(features, tfds.features.FeaturesDict):
     raise ConfigError(f'data.name={name!r}: the dataset has no named features, so no text')
-  strings = [
-    key for key, f in features.items() if f.shape == () and f.np_dtype in (str, bytes, object)
-  ]
+  strings = [key for key, f in features.items() if f.shape == () and f.np_dtype in (str, bytes, object)]
   texts = [key for key in strings if isinstance(features[key], tfds.features.Text)]
   media = tfds.features.Image, tfds.features.Video, tfds.features.Audio
   if 'text' in strings:

@@ -1,0 +1,288 @@
+"""The report as one self-contained HTML file: summary, law, figures, comparisons, exclusions.
+
+Where: the end of the main path; Study and the drawn panels -> index.html. Only words and layout
+here: every number comes from study.py.
+"""
+
+import math
+from pathlib import Path
+
+from analysis.draw import Panel
+from analysis.html import (
+  Raw,
+  bullets,
+  figures,
+  folded,
+  loss,
+  number,
+  paragraph,
+  span,
+  table,
+  text,
+  warning,
+)
+from analysis.page_record import excluded, interactive, method, run_table, setting
+from analysis.selection import AXIS_LABEL
+from analysis.shape_figures import GAINS, exponent_words
+from analysis.study import Multiplier, Study
+
+HERE = Path(__file__).parent
+
+
+def write_page(s: Study, panels: list[Panel], absent: list[str], folder: Path, command: str) -> Path:
+  """Writes folder/index.html and returns its path."""
+  by_name = {panel.name: panel for panel in panels}
+
+  def shown(*names: str) -> Raw:
+    return figures([by_name[name] for name in names if name in by_name], folder)
+
+  ranks = [f'loss_vs_{axis}' for axis in AXIS_LABEL]
+  sections = [
+    ('summary', 'Summary', summary(s)),
+    (
+      'compute',
+      'Loss against compute',
+      shown('loss_vs_flops', 'loss_at_equal_flops', 'compute_multiplier') + law(s),
+    ),
+    ('gap', f'Gap to {s.reference or "the reference"}', shown('gap_absolute', 'gap_relative') + gap_table(s)),
+    ('shape', 'Width and depth', shown('loss_vs_width', 'loss_vs_depth')),
+    ('rank', 'Manifold rank', shown(*ranks) + rank_words(s)),
+    (
+      'rates',
+      'Learning rates',
+      rates(s) and shown(*sorted(n for n in by_name if 'learning_rate' in n)) + rates(s),
+    ),
+    ('gains', 'Gains by layer', gain_words(s) + shown(*GAINS)),
+    ('training', 'Training curves', shown('training_loss', 'gradient_norm') + interactive(s)),
+    ('checks', 'Does the law hold?', shown('residuals', 'rollout') + checks(s)),
+    ('excluded', 'Runs left out', excluded(s)),
+    ('missing', 'Figures left out', bullets(absent) if absent else ''),
+    ('runs', 'All runs', run_table(s)),
+    ('setting', 'Configuration and versions', setting(s)),
+    ('method', 'Method', method(s, command)),
+  ]
+  sections = [item for item in sections if item[2]]
+  contents = ''.join(f'<li><a href="#{key}">{text(title)}</a></li>' for key, title, _ in sections)
+  body = ''.join(
+    f'<section id={key}><h2>{text(title)}</h2>{inside}</section>' for key, title, inside in sections
+  )
+  states = s.table['state'].value_counts()
+  counted = ', '.join(f'{count} {state}' for state, count in states.items())
+  page = (
+    '<!doctype html><html lang=en><head><meta charset=utf-8>'
+    '<meta name=viewport content="width=device-width, initial-scale=1">'
+    f'<title>Scaling report: {text(s.sweep.name)}</title>'
+    f'<style>{(HERE / "page.css").read_text()}</style></head><body><main>'
+    f'<h1>Scaling report: {text(s.sweep.name)}</h1>'
+    f'<p class=sub>{len(s.table)} planned runs: {text(counted)}.</p>'
+    f'{bullets(headline_text(s))}{warning(s.sweep.warnings, "Warnings")}'
+    f'<nav aria-label=Contents><ol>{contents}</ol></nav>{body}</main></body></html>\n'
+  )
+  path = folder / 'index.html'
+  path.write_text(page)
+  return path
+
+
+def multiplier_words(m: Multiplier) -> str:
+  """m with its interval, or the reason why there is none."""
+  if m.flops is None:
+    return m.problem or ''
+  return f'{m.flops:.3f} [{m.flops_interval[0]:.3f}, {m.flops_interval[1]:.3f}]'
+
+
+def headline_text(s: Study) -> list[str]:
+  """What the sweep found, in one sentence per arm."""
+  shown = [m for m in s.multipliers if m.flops is not None]
+  if not shown:
+    return [s.choice.reason if s.fit is None else _no_multiplier(s)]
+  words = []
+  for m in shown:
+    low, high = m.flops_interval
+    verdict = 'saves compute' if low > 1 else 'costs compute' if high < 1 else 'undecided'
+    words.append(
+      f'{m.arm}: {s.reference} needs {m.flops:.2f} times the compute for equal loss '
+      f'(95 % {low:.2f} to {high:.2f}; {verdict}).'
+    )
+  return words
+
+
+def _no_multiplier(s: Study) -> str:
+  if s.multipliers:
+    return f'Compute multipliers: {s.multipliers[0].problem}.'
+  return f'One arm ({s.reference}) has finished runs, so there is nothing to compare it with.'
+
+
+def summary(s: Study) -> Raw:
+  """One row per arm."""
+  m_of = {m.arm: m for m in s.multipliers}
+  rows = []
+  for arm, own in s.table.groupby('arm', sort=False):
+    grid = own[own['paired']]
+    row = [arm, _multiplier_cell(s, arm, m_of.get(arm))]
+    if len(grid):
+      largest = grid[grid['size'] == grid.loc[grid['flops'].idxmax(), 'size']]
+      largest = largest[largest['flops'] > 0.9 * largest['flops'].max()]
+      row += [loss(largest['validation_loss'].mean()), number(largest['flops'].mean(), 3)]
+      row += [largest['size'].iloc[0], largest['seed'].nunique()]
+    else:
+      row += ['–', '–', '–', 0]
+    done, planned = int((own['state'] == 'finished').sum()), len(own)
+    row += [f'{done} of {planned}', int((own['state'] == 'diverged').sum())]
+    rows.append(row)
+  head = ['arm', 'compute multiplier m [95 %]', 'loss at largest compute', 'FLOPs there']
+  head += ['size (width x depth)', 'seeds there', 'finished', 'diverged']
+  return table(head, rows, left=(0, 1)) + paragraph(
+    'Loss: validation, nats per token, mean over seeds. m: FLOPs that the reference needs, over '
+    'those of the arm, for equal loss; above 1 the arm saves compute.'
+  )
+
+
+def _multiplier_cell(s: Study, arm: str, m: Multiplier | None) -> str:
+  if m is not None:
+    return multiplier_words(m) if m.flops is not None else f'none: {m.problem}'
+  if s.fit is None:
+    return 'none: no law fitted'
+  return '1 (reference)' if arm == s.reference else 'none: not in the law'
+
+
+def law(s: Study) -> Raw:
+  """The fitted law with its numbers, or why there is none."""
+  out = paragraph(s.choice.reason)
+  if s.document is None:
+    return out
+  doc = s.document
+  names = list(doc['intervals'])
+  methods = list(doc['intervals_by_method'])
+  rows = []
+  for name in names:
+    if name in doc['verdicts']:
+      rows.append([name, doc['verdicts'][name]] + [''] * len(methods))
+      continue
+    ends = [span(doc['intervals_by_method'][method][name]) for method in methods]
+    rows.append([name, number(doc[name]), *ends])
+  head = ['parameter', 'value', *(f'{method.replace("_", " ")} 95 %' for method in methods)]
+  out += paragraph(
+    f'Joint fit of all arms: {doc["formula"]}, where an arm multiplies '
+    + ('C by m' if doc['law'] == 'compute' else 'N and D by the square root of m each')
+    + f' and shares everything else. {doc["n_points"]} runs, {len(names)} parameters.',
+    f'Quoted intervals: {doc["interval_method"].replace("_", " ")}. Scores of paired runs '
+    f'correlate by {doc["within_cluster_correlation"]:.2f}.',
+    f'Caveat: {doc["caveat"]}.' if doc['caveat'] else '',
+  )
+  out += table(head, rows, left=(0,))
+  out += warning([*doc['flags'], *doc['doubts']], 'The fit itself warns')
+  out += currencies(s)
+  return out
+
+
+def currencies(s: Study) -> Raw:
+  """The multipliers in FLOPs, equal tokens, and seconds."""
+  shown = [m for m in s.multipliers if m.flops is not None]
+  if not shown:
+    return Raw('')
+  rows = [[m.arm, number(m.flops, 3), number(m.equal_tokens, 3), number(m.seconds, 3)] for m in shown]
+  return (
+    Raw('<h3>The multiplier in three currencies</h3>')
+    + table(['arm', 'equal FLOPs', 'equal size and tokens', 'equal seconds'], rows)
+    + paragraph(
+      'FLOPs count the hyper-connection terms. Equal size and tokens ignores their cost; equal '
+      'seconds uses the measured training speed on this hardware at the largest common size.'
+    )
+  )
+
+
+def gap_table(s: Study) -> Raw:
+  """Paired gaps by size."""
+  if not s.gaps:
+    return Raw('')
+  rows = [
+    [
+      g.arm,
+      g.size,
+      number(math.exp(g.log_flops), 3),
+      g.pairs,
+      f'{g.difference:+.4f}',
+      '–' if g.low is None else f'[{g.low:+.4f}, {g.high:+.4f}]',
+      f'{100 * g.ratio:.2f} %',
+      f'{g.tokens_ratio:.3f}',
+      f'{g.flops_ratio:.3f}',
+    ]
+    for g in s.gaps
+  ]
+  head = ['arm', 'size', 'FLOPs', 'pairs', 'gap (nats)', '95 %', 'ratio']
+  head += ['tokens / reference', 'FLOPs / reference']
+  return folded('Gaps as a table', table(head, rows, left=(0, 1)))
+
+
+def rank_words(s: Study) -> Raw:
+  """Exponents of the rank sweeps."""
+  if not s.ranks:
+    return Raw('')
+  return bullets(f'{AXIS_LABEL[r.axis]}, {r.arm} at {r.size}: {exponent_words(r)}' for r in s.ranks)
+
+
+def rates(s: Study) -> Raw:
+  """Optimal learning rates."""
+  if not s.rates:
+    return Raw('')
+  rows = [
+    [r.arm, r.size, r.rows['lr'].nunique(), number(r.best, 3), r.problem or 'inside the grid']
+    for r in s.rates
+  ]
+  head = ['arm', 'size', 'rates tried', 'best rate', 'the optimum is']
+  return table(head, rows, left=(0, 1, 4)) + paragraph(
+    'Interpolated in log rate. An optimum at the edge of the grid is not one: widen the grid.'
+  )
+
+
+def gain_words(s: Study) -> Raw:
+  """What the gains mean."""
+  return paragraph(
+    'Amax gain of the residual maps H_res, last logged value on one fixed validation sequence: 1 '
+    'keeps the size of the streams; the product over sublayers shows whether they blow up.'
+  )
+
+
+def checks(s: Study) -> Raw:
+  """Nested models, rollout and the choice of loss as tables."""
+  out = Raw('')
+  if s.nested:
+    rows = [
+      [
+        c.name,
+        c.parameters,
+        _percent(c.in_sample_error),
+        _percent(c.held_out_error),
+        _percent(c.left_out_error),
+        '–' if c.f_statistic is None else f'{c.f_statistic:.2f} {c.degrees}',
+        '–' if c.p_value is None else number(c.p_value, 2),
+      ]
+      for c in s.nested
+    ]
+    head = ['arm model', 'parameters', 'fitted error', 'largest size held out']
+    head += ['each size held out', 'clustered F (degrees)', 'p against the simpler']
+    out += Raw('<h3>Do arms differ, and only by a multiplier?</h3>') + table(head, rows)
+  if s.rollout:
+    rows = [
+      [
+        f'{r.sizes_fitted} smallest',
+        f'{r.extrapolation:.0f}x',
+        _percent(r.in_sample_error),
+        _percent(r.held_out_error),
+        f'{100 * r.bias:+.2f} %',
+        f'{100 * r.coverage:.0f} % of {r.runs_held_out}',
+      ]
+      for r in s.rollout
+    ]
+    head = ['fitted sizes', 'extrapolation', 'fitted error', 'held-out error', 'bias']
+    head += ['inside the 95 % band of a new run']
+    out += Raw('<h3>Rollout</h3>') + table(head, rows)
+  if s.sensitivity:
+    names = [k for k in s.sensitivity[0] if k != 'loss']
+    rows = [[r['loss'], *(number(r[k]) for k in names)] for r in s.sensitivity]
+    out += Raw('<h3>Choice of loss</h3>') + table(['loss', *names], rows)
+  return out
+
+
+def _percent(value: float | None) -> str:
+  return '–' if value is None else f'{100 * value:.2f} %'

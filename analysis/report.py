@@ -1,0 +1,62 @@
+"""`python -m analysis.report RUNS`: results.csv, fits.json, figures and one HTML page of a sweep.
+
+Where: the end of the main path. RUNS/results.csv has every planned run; RUNS/report/ the rest.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from analysis.figures import draw_all
+from analysis.page import headline_text, write_page
+from analysis.runs import read_sweep
+from analysis.study import fits_json, study
+from mhc_jax.config import ConfigError
+
+EXAMPLES = """examples:
+  python -m analysis.report runs/quick
+  python -m analysis.report runs/quick --resamples 4000
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Command line; returns the exit code (2 and one line for a folder without a plan)."""
+  parser = argparse.ArgumentParser(
+    'python -m analysis.report',
+    description='Fit, plot and report a sweep from its run folders (complete or not).',
+    epilog=EXAMPLES,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  parser.add_argument('runs', type=Path, help='folder of a sweep, like runs/quick')
+  parser.add_argument('--resamples', type=int, default=500, help='bootstrap draws (default %(default)s)')
+  a = parser.parse_args(argv)
+  try:
+    if a.resamples < 2:
+      raise ConfigError(f'--resamples {a.resamples}: at least 2 are needed')
+    sweep = read_sweep(a.runs)
+  except ConfigError as e:
+    print(f'error: {e}', file=sys.stderr)
+    return 2
+  s = study(sweep, a.resamples, progress=True)
+  folder = a.runs / 'report'
+  folder.mkdir(exist_ok=True)
+  # Figures of an earlier report must not outlive the runs that they show.
+  for old in folder.iterdir():
+    if old.suffix in ('.png', '.svg', '.csv', '.json', '.html'):
+      old.unlink()
+  s.table.drop(columns=['cluster', 'paired']).to_csv(a.runs / 'results.csv', index=False)
+  (folder / 'fits.json').write_text(json.dumps(fits_json(s), indent=1) + '\n')
+  panels, absent = draw_all(s, folder)
+  command = f'python -m experiments.sweep {sweep.name}\npython -m analysis.report {a.runs}'
+  if a.resamples != 500:
+    command += f' --resamples {a.resamples}'
+  page = write_page(s, panels, absent, folder, command)
+  for line in (*headline_text(s), *(f'warning: {w}' for w in sweep.warnings), *absent):
+    print(line)
+  print(f'wrote {a.runs / "results.csv"}, {folder / "fits.json"}, {len(panels)} figures, {page}')
+  return 0
+
+
+if __name__ == '__main__':
+  sys.exit(main())

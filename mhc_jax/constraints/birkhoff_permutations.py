@@ -1,0 +1,88 @@
+"""Doubly stochastic matrices as convex mixtures of permutations (mHC-lite, arXiv 2601.05732)."""
+
+import itertools
+import math
+
+import jax
+import numpy as np
+
+from mhc_jax.constraints.base import Constraint, linear_map, promote, stochastic_defect
+
+LARGEST = 5  # 5! = 120 coordinates per matrix; 6! = 720
+
+
+def permutation_matrices(n: int, count: int | None = None) -> np.ndarray:
+  """(K, n, n): all n! permutations, lexicographic, the identity first; or `count` of them.
+
+  A choice takes the n cyclic shifts first, then distinct permutations drawn with a fixed seed.
+  Raises ValueError where there are too many or too few.
+  """
+  if count is None:
+    if n > LARGEST:
+      raise ValueError(
+        f'birkhoff_permutations: n = {n} has {math.factorial(n)} permutations; set count to choose '
+        f'some of them (all are used up to n = {LARGEST})'
+      )
+    chosen = list(itertools.permutations(range(n)))
+  else:
+    if not 1 <= count <= math.factorial(n):
+      raise ValueError(
+        f'birkhoff_permutations: count must lie between 1 and n! = {math.factorial(n)} at n = {n}, '
+        f'got {count}'
+      )
+    chosen = [tuple((i + shift) % n for i in range(n)) for shift in range(n)][:count]
+    rng = np.random.default_rng(0)
+    while len(chosen) < count:
+      candidate = tuple(int(i) for i in rng.permutation(n))
+      if candidate not in chosen:
+        chosen.append(candidate)
+  return np.eye(n)[np.array(chosen)]
+
+
+def _mixture(coords_KX: jax.Array, p_KNM: np.ndarray) -> jax.Array:
+  n = p_KNM.shape[1]
+  weights_KX = jax.nn.softmax(promote(coords_KX), 0)
+  h_RX = linear_map(p_KNM.reshape(-1, n * n).T, weights_KX)
+  return h_RX.reshape(n, n, *coords_KX.shape[1:])
+
+
+def _near_identity(p_KNM: np.ndarray, mixing: float) -> np.ndarray:
+  """Logits with equal weights on all but the identity; rows' mean off-diagonal mass `mixing`."""
+  count, n = p_KNM.shape[:2]
+  if count == 1:
+    return np.zeros(1)
+  moved = 1 - np.trace(p_KNM[1:], axis1=1, axis2=2).mean() / n  # share of streams a permutation moves
+  others = min(max(mixing, 1e-6) / moved, 1 - 1e-6)
+  return np.log(np.r_[1 - others, np.full(count - 1, others / (count - 1))])
+
+
+def permutation_hull_dimension(p_KNM: np.ndarray) -> int:
+  """Dimension of the convex hull of the given permutations."""
+  differences = (p_KNM[1:] - p_KNM[:1]).reshape(len(p_KNM) - 1, -1)
+  return int(np.linalg.matrix_rank(differences)) if len(differences) else 0
+
+
+def birkhoff_permutations(count: int | None = None) -> Constraint:
+  """H = sum_k softmax(coordinates)_k P_k over all n! permutations (n <= 5), or over `count` of them.
+
+  With a choice the set is the hull of those permutations, and defect is a lower bound (sums and signs).
+  Raises ValueError, when used with an n, for more permutations than LARGEST! or than there are.
+  """
+  full = count is None
+  properties = {'row_stochastic', 'column_stochastic', 'nonnegative', 'nonexpansive', 'exact'}
+
+  def dimension(n: int) -> int:
+    p_KNM = permutation_matrices(n, count)
+    return (n - 1) ** 2 if full else permutation_hull_dimension(p_KNM)
+
+  return Constraint(
+    name='birkhoff_permutations',
+    params={'count': count},
+    num_coordinates=lambda n: len(permutation_matrices(n, count)),
+    matrix=lambda coords_KX, n: _mixture(coords_KX, permutation_matrices(n, count)),
+    identity=lambda n, mixing=0.01: _near_identity(permutation_matrices(n, count), mixing),
+    dimension=dimension,
+    defect=stochastic_defect,
+    properties=frozenset(properties | ({'closed_under_product'} if full else set())),
+    flops=lambda n: (2 * n * n + 5) * len(permutation_matrices(n, count)),
+  )

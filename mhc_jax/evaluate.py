@@ -1,0 +1,113 @@
+"""Validation loss of a run's last checkpoint and a sample of its text; reads the workdir, writes nothing.
+
+python -m mhc_jax.evaluate runs/laptop
+python -m mhc_jax.evaluate runs/laptop --prompt 'def main' --bytes 400 --temperature 0.7
+"""
+
+import argparse
+import functools
+import json
+import os
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mhc_jax import train
+from mhc_jax.checkpoint import Checkpoints
+from mhc_jax.config import ConfigError, ModelConfig
+from mhc_jax.data import BOS, Corpus, decode, encode, load_corpus, validation_batches, windows
+from mhc_jax.model import Transformer
+from mhc_jax.run import rebuild_model
+from mhc_jax.sharding import make_mesh, put_batch
+from mhc_jax.train_step import evaluate_sums
+
+
+def load(workdir: str) -> tuple[dict[str, Any], ModelConfig, int, Any]:
+  """(config.json, model, step, parameters) of the newest undamaged checkpoint.
+
+  Raises ConfigError where workdir holds no run or no checkpoint.
+  """
+  path = os.path.join(workdir, 'config.json')
+  if not os.path.exists(path):
+    raise ConfigError(f'{workdir} holds no run (no config.json)')
+  with open(path, encoding='utf-8') as file:
+    resolved = json.load(file)
+  model = rebuild_model(resolved)
+  tokens = jnp.zeros((1, 2), jnp.int32)
+  init = functools.partial(Transformer(model).init, jax.random.key(0), tokens, tokens)
+  with Checkpoints(os.path.join(workdir, 'checkpoints')) as checkpoints:
+    found = checkpoints.restore_latest({'params': jax.eval_shape(init)['params']}, only_part=True)
+  if found is None:
+    raise ConfigError(f'{workdir} has no checkpoint yet')
+  return resolved, model, found[0], found[1]['params']
+
+
+def validation(resolved: dict[str, Any], model: ModelConfig, params: Any, corpus: Corpus) -> dict[str, float]:
+  """The loss over the validation batches that training used, in nats per token and bits per byte."""
+  c, data = resolved['evaluation'], resolved['data']
+  split = windows(corpus.validation, data['seq_len'], data['cross_documents'])
+  mesh = make_mesh(1, 1)
+  batches = [
+    put_batch(batch, mesh)
+    for batch in validation_batches(split, c['batch_size'], c['sequences'] // c['batch_size'])
+  ]
+  evaluate = jax.jit(functools.partial(evaluate_sums, model=model))
+  return train.validation_loss(evaluate, params, batches, corpus.bytes_per_token)
+
+
+def sample(
+  model: ModelConfig,
+  params: Any,
+  prompt: str,
+  length: int,
+  window: int,
+  temperature: float,
+  seed: int,
+) -> str:
+  """prompt continued by `length` bytes; the model sees the last `window` tokens. Temperature 0 is greedy."""
+
+  @jax.jit
+  def next_token(params: Any, tokens_1T: jax.Array, last: jax.Array, key: jax.Array) -> jax.Array:
+    logits_1TV, _ = Transformer(model).apply({'params': params}, tokens_1T, jnp.zeros_like(tokens_1T))
+    logits_V = logits_1TV[0, last].at[BOS].set(-jnp.inf)
+    greedy = jnp.argmax(logits_V)
+    drawn = jax.random.categorical(key, logits_V / jnp.maximum(temperature, 1e-6))
+    return jnp.where(temperature > 0, drawn, greedy)
+
+  tokens = [BOS, *(int(token) for token in encode(prompt))]
+  for index in range(length):
+    seen = tokens[-window:]
+    padded = jnp.asarray([seen + [0] * (window - len(seen))], jnp.int32)
+    key = jax.random.fold_in(jax.random.key(seed), index)
+    tokens.append(int(next_token(params, padded, jnp.int32(len(seen) - 1), key)))
+  return decode(tokens[1:])
+
+
+def main(argv: list[str] | None = None) -> int:
+  """The command line; returns the exit code."""
+  parser = argparse.ArgumentParser(
+    prog='python -m mhc_jax.evaluate',
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  parser.add_argument('workdir', help='folder of a run')
+  parser.add_argument('--prompt', default='import ', help='start of the sample')
+  parser.add_argument('--bytes', type=int, default=200, help='length of the sample (default 200)')
+  parser.add_argument('--temperature', type=float, default=0.8, help='0 is greedy (default 0.8)')
+  parser.add_argument('--seed', type=int, default=0)
+  args = parser.parse_args(argv)
+  resolved, model, step, params = load(args.workdir)
+  corpus = load_corpus(resolved['data']['name'], resolved['data']['dir'])
+  if corpus.digest != resolved['data']['digest']:
+    raise ConfigError(f'{args.workdir} was trained on another version of {corpus.name} than is here')
+  losses = validation(resolved, model, params, corpus)
+  print(f'step {step}: ' + ', '.join(f'{name} {value:.4f}' for name, value in losses.items()))
+  window = resolved['data']['seq_len']
+  print(sample(model, params, args.prompt, args.bytes, window, args.temperature, args.seed))
+  return 0
+
+
+if __name__ == '__main__':
+  sys.exit(train.end_with_message(main))

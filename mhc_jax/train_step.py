@@ -1,0 +1,120 @@
+"""The pure train_step, and the jitted functions of one model on one mesh.
+
+config -> data -> model -> **train_step** -> checkpoint -> metrics. What differs between runs of equal shapes
+(learning rate, weight decay, seed, duration) enters as arrays, so that they share one compilation.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from mhc_jax import optimizer as optim
+from mhc_jax.config import ModelConfig, OptimizerConfig
+from mhc_jax.diagnostics import diagnose
+from mhc_jax.model import Transformer, loss_sums
+from mhc_jax.sharding import state_sharding
+
+
+@flax.struct.dataclass
+class TrainState:
+  """The number of updates done, the parameters (nested dicts) and optax's state."""
+
+  step: jax.Array
+  params: Any
+  opt_state: Any
+
+
+# Initialisation runs once: compiling it well costs seconds and saves milliseconds.
+_UNOPTIMISED = {'xla_backend_optimization_level': 0}
+
+Hparams = dict[str, jax.Array]  # lr, weight_decay, num_steps, warmup: traced, so no recompilation
+Batch = dict[str, jax.Array]  # inputs, targets, weights, segments, each (B, T)
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+  """The jitted functions of one model on one mesh; built once per shape by `programs`."""
+
+  init: Callable[[jax.Array], TrainState]
+  step: Callable[[TrainState, Batch, Hparams], tuple[TrainState, dict[str, jax.Array]]]
+  evaluate: Callable[[Any, Batch], tuple[jax.Array, jax.Array]]
+  diagnose: Callable[[Any, Batch], dict[str, jax.Array]]
+  abstract: TrainState  # shapes, dtypes and shardings
+
+
+def init_state(key: jax.Array, model: ModelConfig, optimizer: OptimizerConfig) -> TrainState:
+  """Initial state. A parameter's value depends on key and its own path alone, not on the connection."""
+  tokens = jnp.zeros((1, 2), jnp.int32)
+  params = Transformer(model).init(key, tokens, tokens)['params']
+  opt_state = optim.adamw(optimizer, model, jnp.zeros(()), jnp.zeros(())).init(params)
+  return TrainState(jnp.zeros((), jnp.int32), params, opt_state)
+
+
+def evaluate_sums(params: Any, batch: Batch, model: ModelConfig) -> tuple[jax.Array, jax.Array]:
+  """(sum of cross-entropies in nats, number of predicted tokens) of a batch."""
+  logits_BTV, _ = Transformer(model).apply({'params': params}, batch['inputs'], batch['segments'])
+  return loss_sums(logits_BTV, batch['targets'], batch['weights'])
+
+
+def loss_fn(params: Any, batch: Batch, model: ModelConfig) -> jax.Array:
+  """Mean cross-entropy in nats per predicted token."""
+  total, count = evaluate_sums(params, batch, model)
+  return total / count
+
+
+def train_step(
+  state: TrainState, batch: Batch, hparams: Hparams, model: ModelConfig, optimizer: OptimizerConfig
+) -> tuple[TrainState, dict[str, jax.Array]]:
+  """One update. Metrics: loss (before the update), global norms of gradient and update, lr."""
+  loss, grads = jax.value_and_grad(loss_fn)(state.params, batch, model)
+  lr = hparams['lr'] * optim.schedule(state.step, hparams['num_steps'], hparams['warmup'], optimizer)
+  transform = optim.adamw(optimizer, model, lr, hparams['weight_decay'])
+  updates, opt_state = transform.update(grads, state.opt_state, state.params)
+  metrics = {
+    'loss': loss,
+    'grad_norm': optax.tree.norm(grads),
+    'update_norm': optax.tree.norm(updates),
+    'lr': lr,
+  }
+  params = optax.apply_updates(state.params, updates)
+  return TrainState(state.step + 1, params, opt_state), metrics
+
+
+def programs(model: ModelConfig, optimizer: OptimizerConfig, mesh: Mesh) -> Programs:
+  """The jitted functions for runs of these shapes; what differs by lr, seed or duration shares them."""
+  traced = {'lr': 0.0, 'weight_decay': 0.0, 'warmup_steps': None, 'warmup_fraction': 0.0}
+  return _programs(model, dataclasses.replace(optimizer, **traced), mesh)
+
+
+@functools.lru_cache(maxsize=8)
+def _programs(model: ModelConfig, optimizer: OptimizerConfig, mesh: Mesh) -> Programs:
+  init = functools.partial(init_state, model=model, optimizer=optimizer)
+  abstract = jax.eval_shape(init, jax.random.key(0))
+  sharding, replicated = state_sharding(abstract, mesh), NamedSharding(mesh, P())
+  abstract = jax.tree.map(
+    lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+    abstract,
+    sharding,
+  )
+
+  def record(params: Any, batch: Batch) -> dict[str, jax.Array]:
+    inputs = (batch['inputs'], batch['segments'])
+    _, records = Transformer(model).apply({'params': params}, *inputs, record=True)
+    return diagnose(records, model)
+
+  step = functools.partial(train_step, model=model, optimizer=optimizer)
+  return Programs(
+    init=jax.jit(init, out_shardings=sharding, compiler_options=_UNOPTIMISED),
+    step=jax.jit(step, donate_argnums=0, out_shardings=(sharding, replicated)),
+    evaluate=jax.jit(functools.partial(evaluate_sums, model=model), out_shardings=replicated),
+    diagnose=jax.jit(record, out_shardings=replicated),
+    abstract=abstract,
+  )

@@ -1,0 +1,176 @@
+"""The command lines on CSVs: analysis.fit and analysis.reproduce, their output and their errors."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from analysis import fit, reproduce
+from analysis.points import parse_columns, read_points
+from mhc_jax.config import ConfigError
+
+TRUE = {'E': 1.8172, 'A': 477.83, 'B': 2143.4, 'alpha': 0.3473, 'beta': 0.3672}
+
+
+def loss_of(n, d):
+  return TRUE['E'] + TRUE['A'] * n ** -TRUE['alpha'] + TRUE['B'] * d ** -TRUE['beta']
+
+
+def write_points(path, arms=(('one', 1.0),), noise=0.003, seeds=1):
+  """A CSV like somebody's own: 6 sizes, 5 ratios of tokens to parameters."""
+  rng, rows = np.random.default_rng(0), []
+  for arm, m in arms:
+    for n in np.geomspace(5e7, 5e9, 6):
+      for ratio in (5, 10, 20, 40, 80):
+        for seed in range(seeds):
+          loss = loss_of(n * m**0.5, n * ratio * m**0.5) * np.exp(noise * rng.standard_normal())
+          rows.append({'params': n, 'tokens': n * ratio, 'loss': loss, 'model': arm, 'seed': seed})
+  pd.DataFrame(rows).assign(flops=lambda t: 6 * t['params'] * t['tokens']).to_csv(path, index=False)
+  return path
+
+
+COLUMNS = 'N=params,D=tokens,loss=loss'
+
+
+def test_fit_writes_the_documented_json(tmp_path):
+  points, out = write_points(tmp_path / 'points.csv'), tmp_path / 'new' / 'fits.json'
+  command = [str(points), '--law', 'chinchilla', '--columns', COLUMNS, '--out', str(out)]
+  assert fit.main([*command, '--resamples', '30']) == 0
+  found = json.loads(out.read_text())
+  for name, value in TRUE.items():
+    low, high = found['intervals'][name]
+    assert low < found[name] < high
+    # 30 runs with noise 0.003: a few standard errors.
+    assert found[name] == pytest.approx(value, rel=0.6 if name in 'AB' else 0.1), name
+  assert found['n_points'] == 30 and found['flags'] == [] and found['objective'] > 0
+  assert set(found['intervals_by_method']) == {'delta', 'case_bootstrap'}
+  assert found['interval_method'] == 'delta' and 'fewer than 40 runs' in found['caveat']
+  assert [step['sizes_fitted'] for step in found['rollout']] == [3, 4, 5]
+  assert found['a'] == pytest.approx(found['beta'] / (found['alpha'] + found['beta']))
+
+
+def test_many_runs_quote_the_bootstrap_and_arms_their_multiplier(tmp_path, capsys):
+  points = write_points(tmp_path / 'p.csv', (('base', 1.0), ('new', 1.2)), seeds=1)
+  columns = f'{COLUMNS},arm=model,seed=seed'
+  assert fit.main([str(points), '--columns', columns, '--resamples', '30']) == 0
+  found = json.loads(capsys.readouterr().out)
+  assert found['n_points'] == 60 and found['reference'] == 'base'
+  low, high = found['intervals']['m[new]']
+  assert low < 1.2 < high and high / low < 1.1
+  assert len(found['nested']) == 4 and found['nested'][1]['p_value'] < 0.01
+  assert found['nested'][2]['name'] == 'rho_N and rho_D per arm'
+
+
+def test_missing_columns_are_derived(tmp_path):
+  points = write_points(tmp_path / 'p.csv')
+  given = read_points(points, parse_columns(COLUMNS))
+  derived = read_points(points, parse_columns('N=params,C=flops,loss=loss'))
+  np.testing.assert_allclose(derived.log_x['D'], given.log_x['D'], rtol=1e-12)
+  np.testing.assert_allclose(given.log_x['C'], derived.log_x['C'], rtol=1e-12)
+  assert len(set(given.size)) == 6
+
+
+def test_highest_losses_are_dropped_with_a_sentence(tmp_path, capsys):
+  points = write_points(tmp_path / 'p.csv')
+  command = [str(points), '--columns', COLUMNS, '--resamples', '0', '--drop-highest', '2']
+  assert fit.main(command) == 0
+  found = json.loads(capsys.readouterr().out)
+  assert found['n_points'] == 28 and len(found['excluded']) == 2
+  assert 'line 2: loss' in ''.join(found['excluded'])
+
+
+@pytest.mark.parametrize(
+  ('change', 'options', 'words'),
+  [
+    ({}, ['--columns', 'N=parms,D=tokens,loss=loss'], "no column 'parms' for N; the nearest"),
+    ({'loss': [np.nan]}, [], 'line 2: loss'),
+    ({'tokens': [-5.0]}, [], 'line 2: D'),
+    ({'params': ['many']}, [], "line 2: N (column 'params') is many"),
+    ({'params': [1e8] * 30, 'tokens': [1e9] * 30}, [], 'one model size'),
+    ({}, ['--columns', 'N=params,D=tokens'], 'which column is the loss'),
+    ({}, ['--columns', 'N=params,X=tokens,loss=loss'], "unknown role 'X'"),
+    ({}, ['--columns', 'N,loss=loss'], 'is not ROLE=COLUMN'),
+    ({}, ['--columns', 'loss=loss'], 'at least one of'),
+    ({}, ['--law', 'width_depth'], 'needs column W'),
+    ({}, ['--delta', '-1'], '--delta -1'),
+    ({}, ['--drop-highest', '99'], 'the file has 30 rows'),
+    ({}, ['--drop-highest', '27'], 'cannot fit the 5 parameters'),
+    ({}, ['--reference', 'x', '--columns', f'{COLUMNS},arm=model'], 'the arms are one'),
+  ],
+)
+def test_bad_input_ends_in_one_line(tmp_path, capsys, change, options, words):
+  path = write_points(tmp_path / 'p.csv')
+  table = pd.read_csv(path).astype(object)
+  for column, values in change.items():
+    table.loc[: len(values) - 1, column] = values
+  table.to_csv(path, index=False)
+  defaults = [] if '--columns' in options else ['--columns', COLUMNS]
+  assert fit.main([str(path), *defaults, *options, '--out', str(tmp_path / 'o' / 'x.json')]) == 2
+  error = capsys.readouterr().err
+  assert error.startswith('error: ') and error.count('\n') == 1 and words in error
+  assert not (tmp_path / 'o').exists()
+
+
+def test_bad_files(tmp_path, capsys):
+  for name, content in (('empty.csv', ''), ('head.csv', 'params,tokens,loss\n')):
+    (tmp_path / name).write_text(content)
+    assert fit.main([str(tmp_path / name), '--columns', COLUMNS]) == 2
+  assert fit.main([str(tmp_path / 'absent.csv')]) == 2
+  errors = capsys.readouterr().err.splitlines()
+  assert len(errors) == 3 and 'no such file' in errors[2]
+  with pytest.raises(ConfigError, match='needs column'):
+    fit.run(
+      fit._parser().parse_args(
+        [str(write_points(tmp_path / 'p.csv')), '--law', 'compute', '--columns', 'N=params,loss=loss']
+      )
+    )
+
+
+def expectation(path, **change):
+  spec = {'method': 'law', 'law': 'chinchilla', 'columns': COLUMNS, 'resamples': 30}
+  spec |= {'expect': {'E': {'value': 1.8172, 'within': 0.1}, 'objective': {'at_most': 1.0}}}
+  path.write_text(json.dumps(spec | change))
+  return str(path)
+
+
+def test_reproduce_meets_and_misses(tmp_path, capsys):
+  points, file = str(write_points(tmp_path / 'p.csv')), tmp_path / 'e.json'
+  wide = {'alpha': {'value': [0.33, 0.37], 'within': 0.1}}
+  assert reproduce.main([points, '--expect', expectation(file, intervals=wide)]) == 0
+  out = capsys.readouterr().out
+  assert '4 of 4 met' in out and 'MISSED' not in out
+  wrong = {'E': {'value': 1.9, 'within': 0.001}, 'objective': {'at_most': 1e-9}}
+  assert reproduce.main([points, '--expect', expectation(file, expect=wrong)]) == 1
+  assert '0 of 2 met' in capsys.readouterr().out
+
+
+def test_reproduce_isoflop_exponents(tmp_path, capsys):
+  rows = []
+  for group, share in (('x', 0.1), ('y', 0.05)):
+    for c in np.geomspace(1e18, 1e21, 5):
+      for n in share * c**0.5 * np.geomspace(0.2, 5, 9):
+        loss = 1.5 + 0.1 * np.log(n / (share * c**0.5)) ** 2 + 50 * c**-0.1
+        rows.append({'set': group, 'n': n, 'flops': c, 'loss': loss})
+  points, file = tmp_path / 'iso.csv', tmp_path / 'e.json'
+  pd.DataFrame(rows).to_csv(points, index=False)
+  spec = {'method': 'isoflop', 'columns': 'N=n,C=flops,loss=loss', 'group_by': ['set']}
+  spec |= {'within': 0.004, 'interpolation': 'akima'}
+  wanted = [{'group': [g], 'n_exponent': 0.5} for g in 'xy']
+  file.write_text(json.dumps(spec | {'expect': wanted}))
+  assert reproduce.main([str(points), '--expect', str(file)]) == 0
+  assert '2 of 2 met' in capsys.readouterr().out
+  file.write_text(json.dumps(spec | {'expect': [wanted[0] | {'n_exponent': 0.51}]}))
+  assert reproduce.main([str(points), '--expect', str(file)]) == 1
+
+
+def test_reproduce_refuses_bad_expectations(tmp_path, capsys):
+  points, file = str(write_points(tmp_path / 'p.csv')), tmp_path / 'e.json'
+  for text in ('{', '[]', '{"method": "magic"}', '{"method": "law", "law": "chinchilla"}'):
+    file.write_text(text)
+    assert reproduce.main([points, '--expect', str(file)]) == 2
+  assert reproduce.main([points, '--expect', str(tmp_path / 'absent.json')]) == 2
+  for change in ({'law': 'magic'}, {'expect': {'gamma': {'value': 1, 'within': 1}}}):
+    assert reproduce.main([points, '--expect', expectation(file, **change)]) == 2
+  errors = capsys.readouterr().err.splitlines()
+  assert len(errors) == 7 and all(line.startswith('error: ') for line in errors)

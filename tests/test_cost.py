@@ -1,0 +1,163 @@
+"""cost.py against the real parameter tree, the real program's matrix products, and XLA's count."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+
+from mhc_jax import hyper_connection as hc
+from mhc_jax.config import base_config, build_model
+from mhc_jax.cost import forward_flops_per_token, parameters, train_flops_per_token
+from mhc_jax.model import Transformer
+from mhc_jax.presets import PRESETS
+
+VOCAB, B, T = 11, 2, 6
+
+CASES = {
+  **{f'{name} {preset}': {'name': name, 'preset': preset} for name in PRESETS for preset in PRESETS[name]},
+  'mhc rank 2': {'name': 'mhc', 'rank': 2},
+  'hc rank 1': {'name': 'hc', 'rank': 1},
+  'mhc static': {'name': 'mhc', 'dynamic': False},
+  'mhc of 2 streams': {'name': 'mhc', 'streams': 2},
+  'identity of 1 stream': {'name': 'identity', 'streams': 1},
+  'factored weights': {'name': 'residual', 'weights_rank': 3},
+  'grouped queries': {'name': 'mhc', 'kv_heads': 1},
+}
+
+
+def model(case):
+  fields = dict(CASES[case])
+  c = base_config()
+  c.model.update(
+    {'width': 16, 'depth': 3, 'heads': 4, 'ffn_width': 20, 'kv_heads': fields.pop('kv_heads', 4)}
+  )
+  c.model.weights.rank = fields.pop('weights_rank', None)
+  c.model.connection.update(fields)
+  return build_model(c, VOCAB)
+
+
+def abstract_inputs():
+  return (jax.ShapeDtypeStruct((B, T), jnp.int32),) * 2
+
+
+@functools.cache
+def variables(config):
+  return jax.eval_shape(Transformer(config).init, jax.random.key(0), *abstract_inputs())
+
+
+def tree(config):
+  """{path: size} of the real parameters."""
+  leaves = jax.tree_util.tree_leaves_with_path(variables(config)['params'])
+  return {jax.tree_util.keystr(path, simple=True, separator='/'): leaf.size for path, leaf in leaves}
+
+
+def group(name):
+  """The group that a parameter belongs to, from its path alone."""
+  parts = name.split('/')
+  if 'connection' in name or parts[0] == 'collapse':
+    return 'hc_dynamic' if 'phi' in parts[-1] or parts[0] == 'collapse' else 'hc_static'
+  if 'norm' in parts[-1]:
+    return 'norm'
+  return parts[1] if parts[0] == 'layers' else parts[0]
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_parameters_by_group_are_those_of_the_tree(case):
+  config = model(case)
+  counted = dict.fromkeys(parameters(config), 0)
+  for name, size in tree(config).items():
+    for key in (group(name), 'total'):
+      counted[key] += size
+  counted['matmul'] = counted['attention'] + counted['feed_forward'] + counted['unembedding']
+  counted['non_embedding'] = counted['total'] - counted['embedding'] - counted['unembedding']
+  assert counted == parameters(config)
+
+
+def matrix_products(jaxpr, times=1):
+  """(equation, how often it runs) of every matrix product; bodies of scans count by their length."""
+  for equation in jaxpr.eqns:
+    if equation.primitive.name == 'dot_general':
+      yield equation, times
+    assert equation.primitive.name != 'while' or not list(inner_products(equation)), 'unknown trip count'
+    inner_times = times * equation.params['length'] if equation.primitive.name == 'scan' else times
+    yield from ((inner, n * inner_times) for inner, n in inner_products(equation))
+
+
+def inner_products(equation):
+  for value in equation.params.values():
+    if hasattr(value, 'jaxpr') or hasattr(value, 'eqns'):
+      yield from matrix_products(getattr(value, 'jaxpr', value))
+
+
+def product_flops(equation):
+  (contracted, _), _ = equation.params['dimension_numbers']
+  left = equation.invars[0].aval.shape
+  return 2 * equation.outvars[0].aval.size * math.prod(left[axis] for axis in contracted)
+
+
+def forward_products(config):
+  jaxpr = jax.make_jaxpr(Transformer(config).apply)(variables(config), *abstract_inputs())
+  return list(matrix_products(jaxpr.jaxpr))
+
+
+def product_terms(config):
+  """The terms of cost.py that are matrix products, without the norms and reads inside two of them."""
+  terms, spec = forward_flops_per_token(config, T), config.connection
+  norms = 3 * spec.streams * config.width
+  if 'hc_generator' in terms:
+    terms['hc_generator'] -= 2 * config.depth * spec.dynamic * norms
+  if 'hc_collapse' in terms:
+    terms['hc_collapse'] -= norms + 2 * spec.streams * config.width
+  names = ('unembedding', 'attention_maps', 'attention_scores', 'feed_forward')
+  return sum(terms[name] for name in (*names, *terms.keys() & {'hc_generator', 'hc_collapse'}))
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_flops_of_matrix_products_are_those_of_the_program(case):
+  config = model(case)
+  counted = sum(times * product_flops(equation) for equation, times in forward_products(config))
+  assert counted == B * T * product_terms(config)
+
+
+def xla_flops(function, *shapes):
+  return jax.jit(function).lower(*shapes).cost_analysis()['flops']
+
+
+def test_xla_counts_each_matrix_product_alike():
+  """Exact before optimisation and one product at a time: XLA counts the body of a loop once."""
+  seen = {}
+  for equation, _ in forward_products(model('mhc deepseek_v4')):
+    shapes = tuple(jax.ShapeDtypeStruct(v.aval.shape, jnp.float32) for v in equation.invars)
+    numbers = equation.params['dimension_numbers']
+    seen[str((shapes, numbers))] = (equation, numbers, shapes)
+  assert len(seen) >= 8  # kinds of products; layers share theirs
+  for equation, numbers, shapes in seen.values():
+    product = functools.partial(lax.dot_general, dimension_numbers=numbers)
+    assert xla_flops(product, *shapes) == product_flops(equation)
+
+
+def test_xla_counts_reads_and_writes_alike():
+  """Up to the first addition of each sum, which multiply-adds count and XLA does not."""
+  n, width = 4, 16
+  config = model('mhc paper')
+  terms = {k: v / (2 * config.depth) for k, v in forward_flops_per_token(config, T).items()}
+  shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+  gates, streams = shape((n, B, T)), shape((n, B, T, width))
+  read = xla_flops(hc.read, gates, streams)
+  assert read == B * T * (terms['hc_read'] - width)
+  write = xla_flops(hc.write, shape((n, n, B, T)), gates, streams, shape((B, T, width)))
+  assert write == B * T * (terms['hc_mix'] + terms['hc_write'] - n * width)
+
+
+def test_terms_of_the_connection_follow_its_parts():
+  terms = {case: forward_flops_per_token(model(case), T) for case in CASES}
+  assert not any(name.startswith('hc_') for name in terms['residual plain'])
+  assert terms['identity sigmoid']['hc_mix'] == terms['identity sigmoid']['hc_constraint'] == 0
+  assert terms['mhc static']['hc_generator'] == 0
+  assert terms['mhc rank 2']['hc_generator'] < terms['mhc paper']['hc_generator']
+  assert terms['mhc paper']['hc_constraint'] == 6 * 20 * 4 * 16  # 2L sublayers, 20 times 4 n^2
+  for case in CASES:
+    assert train_flops_per_token(model(case), T) == 3 * sum(terms[case].values())

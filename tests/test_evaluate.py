@@ -1,0 +1,64 @@
+"""evaluate reports what training reported, from the files of the run alone."""
+
+import json
+import random
+
+import pytest
+
+from mhc_jax import evaluate, train
+from mhc_jax.config import ConfigError, build_model, parse
+from mhc_jax.data import VOCAB_SIZE, load_corpus
+from mhc_jax.run import rebuild_model, resolve
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+  """A finished run of two updates on a small corpus of its own: (workdir, status)."""
+  folder = tmp_path_factory.mktemp('evaluate')
+  text = folder / 'text'
+  text.mkdir()
+  words = random.Random(0)
+  for index in range(40):
+    (text / f'{index}.txt').write_text(' '.join(words.choice('abcdefgh') * 3 for _ in range(300)))
+  overrides = [f'--config.data.name=text_files:{text}', f'--config.data.dir={folder}']
+  overrides += ['--config.duration.steps=2', '--config.evaluation.sequences=4']
+  overrides += ['--config.evaluation.batch_size=4', '--config.log.diagnostics_every_steps=None']
+  overrides += ['--config.model.weights.rank=4', '--config.model.connection.preset=deepseek_v4']
+  config = parse('configs/laptop.py:smoke', overrides)
+  status = train.run(config, str(folder / 'run'), quiet=True)
+  return folder / 'run', status
+
+
+def test_same_loss_as_training(trained, capsys):
+  """The same parameters on the same batches through the same function: equal to rounding (rel 1e-6)."""
+  workdir, status = trained
+  resolved, model, step, params = evaluate.load(str(workdir))
+  corpus = load_corpus(resolved['data']['name'], resolved['data']['dir'])
+  found = evaluate.validation(resolved, model, params, corpus)
+  assert step == 2
+  for name in ('validation/loss', 'validation/bits_per_byte'):
+    assert found[name] == pytest.approx(status['final'][name], rel=1e-6)
+  assert evaluate.main([str(workdir), '--bytes', '5', '--prompt', 'abc']) == 0
+  out = capsys.readouterr().out
+  assert out.startswith('step 2: validation/loss') and 'abc' in out
+
+
+def test_greedy_sample_is_deterministic_and_of_the_asked_length(trained):
+  _, model, _, params = evaluate.load(str(trained[0]))
+  texts = [evaluate.sample(model, params, 'ab', 4, 16, 0.0, seed) for seed in (0, 1)]
+  assert texts[0] == texts[1] and texts[0].startswith('ab')
+
+
+def test_model_is_rebuilt_from_config_json_alone(trained):
+  """config.json -> the ModelConfig that training built, through JSON."""
+  config = parse('configs/laptop.py:smoke', ['--config.model.connection.name=hc'])
+  plan = resolve(config, 'digest')
+  assert rebuild_model(json.loads(json.dumps(plan.resolved))) == build_model(config, VOCAB_SIZE)
+
+
+@pytest.mark.parametrize('what', ['nothing', 'empty'])
+def test_no_run_or_no_checkpoint_is_one_clear_line(trained, tmp_path, what):
+  if what == 'empty':
+    (tmp_path / 'config.json').write_text((trained[0] / 'config.json').read_text())
+  with pytest.raises(ConfigError, match='no run' if what == 'nothing' else 'no checkpoint'):
+    evaluate.load(str(tmp_path))
