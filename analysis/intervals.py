@@ -21,8 +21,8 @@ from analysis.solve import descend, residuals, score
 LEVEL = 0.95
 FEW_RUNS = 40
 CAVEAT = (
-  'fewer than 40 runs: simulated coverage of nominal 95 % intervals is 90-98 % (delta method) and '
-  '80-95 % (percentile bootstraps)'
+  'fewer than 40 runs: intervals are approximate (simulated coverage of nominal 95 %: delta method 93-98 %, '
+  'python -m analysis.coverage; percentile bootstraps 81-98 %)'
 )
 
 

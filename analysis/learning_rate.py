@@ -54,6 +54,13 @@ def shifts(best: pd.DataFrame) -> dict[str, float]:
   return moves
 
 
+def picks(best: pd.DataFrame) -> dict[str, float]:
+  """The one rate of the grid for each arm: that of the lowest loss averaged over the sizes that tried it."""
+  columns = [name for name in best.columns if name.startswith('loss at ')]
+  means = best.groupby('arm', sort=False)[columns].agg(lambda losses: losses.mean(skipna=False))
+  return {str(arm): float(name.removeprefix('loss at ')) for arm, name in means.idxmin(axis=1).items()}
+
+
 def main(argv: list[str] | None = None) -> int:
   """The command line; returns the exit code."""
   parser = argparse.ArgumentParser(
@@ -70,6 +77,7 @@ def main(argv: list[str] | None = None) -> int:
   print(best.drop(columns=['grid_step']).to_string(index=False, na_rep='-', float_format='%.4g'))
   for arm, steps in shifts(best).items():
     print(f'{arm}: the best rate moves by {steps:.2f} grid steps between sizes')
+  print(f'lowest mean loss over sizes: {picks(best)}')
   return 0
 
 

@@ -189,11 +189,17 @@ def parse(path: str, overrides: list[str]) -> ConfigDict:
   if spec is None or not os.path.isfile(filename):
     raise ConfigError(f'no config file {filename!r}; look in configs/')
   module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
   try:
+    spec.loader.exec_module(module)
     config = module.get_config(argument or None)
+  except ConfigError:
+    raise
   except ValueError as error:
     raise ConfigError(str(error)) from None
+  except (AttributeError, KeyError, NameError, SyntaxError, TypeError) as error:
+    what = ' '.join(f'{type(error).__name__}: {error}'.split())
+    raise ConfigError(f'{filename} does not work: {what}') from None
+  _require(isinstance(config, ConfigDict), f'{filename}: get_config must return a ConfigDict')
   for override in overrides:
     name, equals, text = override.partition('=')
     if not name.startswith('--config.') or not equals:
@@ -206,16 +212,14 @@ def _set(config: ConfigDict, keys: list[str], text: str) -> None:
   """Sets one field from the text of an override, in the field's own type."""
   node = config
   for depth, key in enumerate(keys):
-    if not isinstance(node, ConfigDict) or (key not in node and 'constraint_params' not in keys[:depth]):
-      known = list(node.keys()) if isinstance(node, ConfigDict) else []
-      near = difflib.get_close_matches(key, known, 1, 0.0)
-      hint = f'; did you mean {".".join([*keys[:depth], near[0]])}?' if near else ''
-      raise ConfigError(f'unknown config field {".".join(keys)}{hint}')
+    free = depth > 0 and keys[depth - 1] == 'constraint_params'
+    known = isinstance(node, ConfigDict) and (key in node or (free and depth == len(keys) - 1))
+    _require(known, f'unknown config field {".".join(keys)}{_nearest(keys[:depth], key, node)}')
     if depth < len(keys) - 1:
       node = node[key]
   key = keys[-1]
-  if isinstance(node.get(key), ConfigDict):
-    raise ConfigError(f'{".".join(keys)} is a section; set one of {", ".join(node[key])}')
+  if key in node and isinstance(node[key], ConfigDict):
+    raise ConfigError(f'{".".join(keys)} is a section; set one of {", ".join(node[key]) or "its fields"}')
   kind = node.get_type(key) if key in node else None
   try:
     value = text if kind is str and text != 'None' else ast.literal_eval(text)
@@ -224,10 +228,34 @@ def _set(config: ConfigDict, keys: list[str], text: str) -> None:
   if kind is float and isinstance(value, int) and not isinstance(value, bool):
     value = float(value)
   try:
+    if kind is int and isinstance(value, bool):
+      raise TypeError
     with node.unlocked():
       node[key] = value
   except TypeError:
     raise ConfigError(f'{".".join(keys)} takes {kind.__name__}, got {text!r}') from None
+
+
+def _nearest(path: list[str], key: str, known: Any) -> str:
+  near = difflib.get_close_matches(key, list(known), 1, 0.0) if isinstance(known, ConfigDict) else []
+  return f'; did you mean {".".join([*path, near[0]])}?' if near else ''
+
+
+def check_fields(config: ConfigDict) -> None:
+  """Raises ConfigError unless the fields are those of base_config(), with None only where it is allowed."""
+
+  def check(given: ConfigDict, known: ConfigDict, path: list[str]) -> None:
+    for key in [*given.keys(), *(key for key in known if key not in given)]:
+      name = '.'.join([*path, key])
+      _require(key in known, f'unknown config field {name}{_nearest(path, key, known)}')
+      _require(key in given, f'config field {name} is missing')
+      if key != 'constraint_params' and isinstance(known[key], ConfigDict):
+        _require(isinstance(given[key], ConfigDict), f'{name} must be a section')
+        check(given[key], known[key], [*path, key])
+      elif given[key] is None and known[key] is not None:
+        _require(name == 'optimizer.clip_norm', f'{name} must have a value, got None')
+
+  check(config, base_config(), [])
 
 
 def _require(condition: bool, message: str) -> None:
@@ -272,6 +300,8 @@ def build_model(config: ConfigDict, vocab_size: int, constraint: Constraint | No
   )
   _require(c.dtype in DTYPES, f'model.dtype must be one of {", ".join(DTYPES)}, got {c.dtype!r}')
   _require(c.remat in ('none', 'layer'), f'model.remat must be none or layer, got {c.remat!r}')
+  _require(c.rope_theta > 0, f'model.rope_theta must be positive, got {c.rope_theta}')
+  _require(c.norm_eps >= 0, f'model.norm_eps must not be negative, got {c.norm_eps}')
   for name in ('base_width', 'base_depth'):
     base = config.transfer[name]
     _require(base is None or base >= 1, f'transfer.{name} must be at least 1 or None, got {base}')
@@ -305,8 +335,9 @@ def build_optimizer(config: ConfigDict) -> OptimizerConfig:
   )
   for name in ('warmup_fraction', 'decay_fraction', 'final_fraction'):
     _require(c[name] is None or 0 <= c[name] <= 1, f'optimizer.{name} must lie in [0, 1], got {c[name]}')
-  for name in ('lr', 'eps', 'weight_decay'):
-    _require(c[name] >= 0, f'optimizer.{name} must not be negative, got {c[name]}')
+  for name in ('lr', 'weight_decay', 'warmup_steps'):
+    _require(c[name] is None or c[name] >= 0, f'optimizer.{name} must not be negative, got {c[name]}')
+  _require(c.eps > 0, f'optimizer.eps must be positive, got {c.eps}')
   for name in ('beta1', 'beta2'):
     _require(0 <= c[name] < 1, f'optimizer.{name} must lie in [0, 1), got {c[name]}')
   _require(
@@ -330,6 +361,7 @@ def check_counts(config: ConfigDict) -> None:
     for name in names:
       value = config[section][name]
       _require(value is None or value >= 1, f'{section}.{name} must be at least 1, got {value}')
+  _require(0 <= config.seed < 2**31, f'seed must lie between 0 and 2**31 - 1, got {config.seed}')
   given = [name for name in DURATIONS if config.duration[name] is not None]
   _require(
     len(given) == 1,

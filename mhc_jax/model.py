@@ -137,14 +137,15 @@ class Transformer(nn.Module):
     x_BTD = embedding_VD[tokens_BT].astype(c.dtype)
     x_NBTD = hc.expand(x_BTD, c.connection.streams)
     x_NBTD, records = self._layers(x_NBTD, causal_mask(segments_BT), record)
-    head = {}
-    if hc.init_collapse(c.connection, c.width):
-      head = self.param('collapse', lambda key: hc.init_collapse(c.connection, c.width))
-    x_BTD = hc.collapse(x_NBTD, c.connection.collapse, head, c.connection)
-    x_BTD = rms_norm(x_BTD, self.param('final_norm', _ones, (c.width,)), c.norm_eps)
+    final_norm_D = self.param('final_norm', _ones, (c.width,))
     # Small at the start, so that the first loss is close to log V; constant in width (CompleteP).
     std = 1 / (c.base_width or c.width)
     unembedding_DV = self.param('unembedding', _normal(std), (c.width, c.vocab_size))
+    head = {}  # last, because Flax numbers the keys of a module's own parameters: all arms start alike
+    if hc.init_collapse(c.connection, c.width):
+      head = self.param('collapse', lambda key: hc.init_collapse(c.connection, c.width))
+    x_BTD = hc.collapse(x_NBTD, c.connection.collapse, head, c.connection)
+    x_BTD = rms_norm(x_BTD, final_norm_D, c.norm_eps)
     wide = jnp.promote_types(c.dtype, jnp.float32)
     logits_BTV = jnp.einsum('btd,dv->btv', x_BTD, unembedding_DV.astype(c.dtype), preferred_element_type=wide)
     return logits_BTV / c.width_ratio, records

@@ -7,6 +7,8 @@ import dataclasses
 import math
 from collections.abc import Callable
 
+import numpy as np
+
 from mhc_jax.constraints import CONSTRAINTS
 from mhc_jax.constraints.base import Constraint
 from mhc_jax.hyper_connection import ConnectionSpec, Gate, Init
@@ -114,11 +116,30 @@ def connection_spec(
   init = dataclasses.replace(init, **{k: v for k, v in changes.items() if v is not None})
   fields.update({k: v for k, v in overrides.items() if v is not None})
   spec = ConnectionSpec(streams=n, constraint=constraint, init=init, **fields)
-  _check_rank(spec)
+  _check(spec)
   return spec
 
 
-def _check_rank(spec: ConnectionSpec) -> None:
+_CHOICES = {
+  'scope': ('joint', 'per_stream'),
+  'activation': ('none', 'tanh'),
+  'collapse': ('mean', 'sum', 'learned'),
+}
+
+
+def _check(spec: ConnectionSpec) -> None:
+  for name, choices in _CHOICES.items():
+    value = getattr(spec, name)
+    if value not in choices:
+      raise ValueError(f'connection.{name} must be one of {", ".join(choices)}, got {value!r}')
+  mixing = spec.init.mixing
+  if mixing is not None:
+    with np.errstate(all='ignore'):
+      start = spec.constraint.identity(spec.streams, mixing) if 0 <= mixing <= 1 else np.nan
+    if not np.isfinite(start).all():
+      raise ValueError(
+        f'{spec.constraint.name} has no start with connection.mixing={mixing}; 0.01 is a usual value'
+      )
   outputs = spec.generator_shape[1]
   if spec.rank is not None and not (spec.dynamic and 1 <= spec.rank <= outputs):
     raise ValueError(

@@ -47,6 +47,7 @@ def resolve(config: ConfigDict, digest: str, constraint: Constraint | None = Non
 
   constraint: one of the caller's own in place of the named one; its name and params enter the run id.
   """
+  config_lib.check_fields(config)
   config_lib.check_counts(config)
   model = config_lib.build_model(config, VOCAB_SIZE, constraint)
   optimizer = config_lib.build_optimizer(config)

@@ -81,9 +81,7 @@ def test_every_token_but_bos_is_a_target_once(tokens):
 
 
 def test_window_count_at_the_edges():
-  assert [len(windows(np.zeros(n, np.uint16), 4, False)) for n in (0, 1, 4, 5, 8, 9)] == [
-    *(0, 0, 0, 1, 1, 2)
-  ]
+  assert [len(windows(np.zeros(n, np.uint16), 4, False)) for n in (0, 1, 4, 5, 8, 9)] == [*(0, 0, 0, 1, 1, 2)]
   for index in (-1, 2):
     with pytest.raises(IndexError):
       windows(np.zeros(9, np.uint16), 4, False)[index]
@@ -116,17 +114,13 @@ def test_batches_are_a_function_of_seed_and_step_alone(numbered):
   for start in (0, 1, 17, 29):  # other starts, other ends
     part = shown(train_batches(numbered, num_steps=30, start_step=start, **arguments))
     np.testing.assert_array_equal(part, whole[start:])
-  np.testing.assert_array_equal(
-    shown(train_batches(numbered, num_steps=12, **arguments)), whole[:12]
-  )
+  np.testing.assert_array_equal(shown(train_batches(numbered, num_steps=12, **arguments)), whole[:12])
   assert not list(train_batches(numbered, num_steps=30, start_step=30, **arguments))
 
 
 def test_a_late_start_reads_nothing_before_it(numbered):
   begin = time.perf_counter()
-  batches = train_batches(
-    numbered, batch_size=8, seed=0, repeat=True, num_steps=10**9, start_step=10**8
-  )
+  batches = train_batches(numbered, batch_size=8, seed=0, repeat=True, num_steps=10**9, start_step=10**8)
   assert next(batches)['inputs'].shape == (8, SEQ_LEN)
   assert time.perf_counter() - begin < 1
 
@@ -136,8 +130,7 @@ def test_processes_cut_the_same_global_batch(numbered, count):
   arguments = {'batch_size': 8, 'seed': 5, 'repeat': True, 'num_steps': 10}
   whole = list(train_batches(numbered, **arguments))
   parts = [
-    list(train_batches(numbered, process_index=p, process_count=count, **arguments))
-    for p in range(count)
+    list(train_batches(numbered, process_index=p, process_count=count, **arguments)) for p in range(count)
   ]
   for step, batch in enumerate(whole):
     for key, value in batch.items():
@@ -192,9 +185,7 @@ def test_repetition_is_refused_unless_asked_for(numbered):
 @pytest.mark.parametrize('batch_size', [0, 6])
 def test_a_batch_must_divide_by_processes(numbered, batch_size):
   with pytest.raises(ConfigError, match=f'batch_size={batch_size}'):
-    train_batches(
-      numbered, batch_size=batch_size, seed=0, repeat=True, num_steps=1, process_count=4
-    )
+    train_batches(numbered, batch_size=batch_size, seed=0, repeat=True, num_steps=1, process_count=4)
   with pytest.raises(ConfigError, match=f'batch_size={batch_size}'):
     validation_batches(numbered, batch_size, 1, process_count=4)
 

@@ -166,9 +166,7 @@ def start(library: Path, data_dir: Path, moment: str) -> subprocess.Popen:
   return subprocess.Popen(arguments, stdin=pipe, stdout=pipe, text=True)
 
 
-@pytest.mark.parametrize(
-  'moment', ['while TFDS writes', 'while tokens are written', 'before completion']
-)
+@pytest.mark.parametrize('moment', ['while TFDS writes', 'while tokens are written', 'before completion'])
 def test_killed_preparation_is_not_taken_for_complete(library, tmp_path, moment):
   process = start(library, tmp_path / 'data', moment)
   process.communicate('go\n', timeout=60)

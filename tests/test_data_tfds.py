@@ -70,9 +70,7 @@ def load(config: str, data_dir: Path) -> tuple[list[bytes], list[bytes]]:
   return documents(corpus.train), documents(corpus.validation)
 
 
-@pytest.mark.parametrize(
-  ('config', 'held_out'), [('all_splits', 'validation'), ('no_validation', 'test')]
-)
+@pytest.mark.parametrize(('config', 'held_out'), [('all_splits', 'validation'), ('no_validation', 'test')])
 def test_given_splits_are_used(tmp_path, config, held_out):
   train, validation = load(config, tmp_path)
   assert sorted(train) == sorted(text_of('train', i) for i in range(40))
@@ -109,9 +107,7 @@ def test_dataset_prepared_anew_is_tokenised_anew(tmp_path, monkeypatch):
   assert load_corpus('mhc_toy/all_splits', str(tmp_path)).digest != first.digest
 
 
-@pytest.mark.skipif(
-  importlib.util.find_spec('tensorflow') is not None, reason='TensorFlow is installed here'
-)
+@pytest.mark.skipif(importlib.util.find_spec('tensorflow') is not None, reason='TensorFlow is installed here')
 def test_builder_that_needs_tensorflow_says_so(tmp_path, capfd):
   with pytest.raises(ConfigError, match='needs your own TensorFlow, which is not') as error:
     load_corpus('mhc_toy/tensorflow', str(tmp_path))

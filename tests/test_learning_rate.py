@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 
-from analysis.learning_rate import optima, shifts
+from analysis.learning_rate import optima, picks, shifts
 
 GRID = (0.01, 0.02, 0.04, 0.08)
 
@@ -27,6 +27,7 @@ def test_interpolated_optimum_and_shift():
   assert list(best['best_lr']) == [0.02, 0.04]
   assert abs(shifts(best)['mhc'] - 1) < 1e-5
   assert best.loc[0, 'loss at 0.08'] == np.inf
+  assert picks(optima(table(lambda width: 0.02 if width == 32 else 0.03))) == {'mhc': 0.02}
 
 
 def test_optimum_at_the_edge_is_refused_with_a_reason():

@@ -100,9 +100,7 @@ def layer_and_gradients(inputs, cot_NBTD, name):
 def test_layer_equals_source(x64, name, seed):
   oracle = load(name, seed)
   inputs = {k: oracle[k] for k in ('x', 'phi', 'base', 'scale', 'Wf')}
-  (out_NBTD, c, h_BTD, y_BTD), grads = layer_and_gradients(
-    inputs, stream_major(oracle['cot']), name
-  )
+  (out_NBTD, c, h_BTD, y_BTD), grads = layer_and_gradients(inputs, stream_major(oracle['cot']), name)
   close(out_NBTD, stream_major(oracle['out']))
   close(h_BTD, oracle['branch_in'])
   close(c.post_NBT, stream_major(oracle['h_post']))

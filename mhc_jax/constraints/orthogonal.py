@@ -116,7 +116,7 @@ def _multiplication(q_KX: jax.Array, table: tuple) -> jax.Array:
   return linear_map(picks_NMK.reshape(16, 4), q_KX).reshape(4, 4, *q_KX.shape[1:])
 
 
-def orthogonal_quaternion(eps: float = 1e-8) -> Constraint:
+def orthogonal_quaternion(eps: float = 1e-12) -> Constraint:
   """SO(4) as x -> q x conj(r) with unit quaternions q, r (n = 4 only).
 
   The 8 coordinates are two quaternions less 1, each divided by sqrt(norm^2 + eps): orthogonal up to

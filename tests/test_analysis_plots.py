@@ -1,0 +1,108 @@
+"""Paper figures from synthetic sweeps, and the coverage script on a handful of simulations."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from test_report import config_of, derived_of, write_run, write_sweep
+
+from analysis import coverage, plots
+
+
+@pytest.fixture
+def blank_images(monkeypatch):
+  """Figures are built but not rendered."""
+  monkeypatch.setattr('matplotlib.figure.Figure.savefig', lambda self, path, **_: path.write_text('<svg/>'))
+
+
+def add_matrices(folder, arm):
+  """Token-mean H_res of every sublayer in the last metrics row, as training may log them."""
+  for path in folder.glob('*/config.json'):
+    if json.loads(path.read_text())['arm'] == arm:
+      file = path.with_name('metrics.jsonl')
+      rows = [json.loads(line) for line in file.read_text().splitlines()]
+      count = len(rows[-1]['diagnostics/gain_forward'])
+      h = 0.6 * np.eye(4) + 0.1
+      rows[-1]['diagnostics/res_mean'] = [h.tolist()] * count
+      powers = [np.linalg.matrix_power(h, k + 1).tolist() for k in range(count)]
+      rows[-1]['diagnostics/composite_res_mean'] = powers
+      file.write_text('\n'.join(map(json.dumps, rows)) + '\n')
+
+
+def test_paper_figures_and_their_numbers(tmp_path, blank_images, capsys):
+  write_sweep(tmp_path, arms=('residual', 'mhc'), ranks=False)
+  add_matrices(tmp_path, 'mhc')
+  out = tmp_path / 'figures'
+  assert plots.main(['paper', str(tmp_path), '--out', str(out)]) == 0
+  said = capsys.readouterr().out
+  names = {p.stem for p in out.glob('paper_*.png')}
+  wanted = ('compute', 'gap_flops', 'gap_tokens', 'over_training', 'gains', 'heat_maps', 'residuals')
+  assert names == {f'paper_{name}' for name in wanted} and 'absent: IsoFLOP' in said
+  assert {p.stem for p in out.glob('*.svg')} == {p.stem for p in out.glob('*.png')}
+  arrow = pd.read_csv(out / 'paper_compute.csv').query("kind == 'arrow'").iloc[0]
+  assert arrow['low'] < 1.2 < arrow['high'] and arrow['low'] < arrow['multiplier'] < arrow['high']
+  gap = pd.read_csv(out / 'paper_gap_tokens.csv')
+  final = gap[gap['tokens'] == gap['tokens'].max()]
+  table = pd.read_csv(out / 'final_losses.csv').set_index(['arm', 'size'])
+  assert final['gap'].mean() == pytest.approx(table.loc[('mhc', '128x4'), 'difference'], rel=0.05)
+  assert table.loc[('residual', '32x2'), 'runs'] == 2 and np.isnan(table.loc[('residual', '32x2'), 'low'])
+  heat = pd.read_csv(out / 'paper_heat_maps.csv')
+  sums = heat.groupby(['kind', 'sublayer', 'row'])['value'].sum()
+  np.testing.assert_allclose(sums, 1.0, rtol=1e-12)
+  assert set(heat['sublayer']) == {1, 5, 8}
+  residual = pd.read_csv(out / 'paper_residuals.csv')
+  assert len(residual) == 14 and residual['residual_percent'].abs().max() < 2
+
+
+def test_isoflop_panels(tmp_path, blank_images, capsys):
+  """Three budgets, five sizes each, and the loss a parabola in log N about 0.3 C^0.4."""
+  planned = []
+  sizes = ((16, 2), (24, 2), (32, 2), (48, 2), (64, 2), (96, 2), (128, 2))
+  for k, budget in enumerate((1e11, 4e11, 1.6e12)):
+    for size in sizes[k : k + 5]:
+      counts = derived_of(config_of('residual', *size, 0))
+      tokens = budget / counts['flops_per_token']
+      config = config_of('residual', *size, 0, tokens=tokens)
+      counts = derived_of(config)
+      centre = derived_of(config_of('residual', *sizes[k + 2], 0))['params']['matmul']
+      wanted = 2.5 - 0.1 * k + 0.05 * np.log(counts['params']['matmul'] / centre) ** 2
+      bonus = ((wanted - 1.2) / 1.6) ** -5 * 1e12 / counts['flops']
+      planned.append(write_run(tmp_path, config, noise=0.0, bonus=bonus))
+  (tmp_path / 'plan.json').write_text(json.dumps({'sweep': 'isoflop', 'runs': planned}))
+  assert plots.main(['paper', str(tmp_path)]) == 0
+  table = pd.read_csv(tmp_path / 'paper' / 'paper_isoflop.csv')
+  assert len(table) == 3 and table['problem'].isna().all()
+  centres = [derived_of(config_of('residual', *s, 0))['params']['matmul'] for s in sizes[2:5]]
+  np.testing.assert_allclose(table['optimal_params'], centres, rtol=0.02)
+  assert 'N* ~ C^' in capsys.readouterr().out
+
+
+def test_plots_on_nothing(tmp_path, capsys):
+  assert plots.main(['paper', str(tmp_path / 'absent')]) == 2
+  assert capsys.readouterr().err.startswith('error: ')
+  (tmp_path / 'plan.json').write_text(json.dumps({'sweep': 'x', 'runs': [{'run_id': 'a', 'arm': 'mhc'}]}))
+  assert plots.main(['paper', str(tmp_path)]) == 0
+  said = capsys.readouterr().out
+  assert 'absent: Loss against compute: no run has finished.' in said and '.png' not in said
+
+
+def test_coverage_script(tmp_path, capsys, monkeypatch):
+  out = tmp_path / 'new' / 'coverage.json'
+  monkeypatch.setattr(coverage, 'single', lambda rng, *_: {'E': True, 'alpha': bool(rng.random() < 0.95)})
+  code = coverage.main(['--simulations', '6', '--seed', '1', '--out', str(out)])
+  rows = json.loads(out.read_text())['rows']
+  said = capsys.readouterr().out
+  # A coverage of 100 % is a miss too: the intervals would be too wide.
+  assert code == 1 and 'MISSED' in said
+  assert {row['design'] for row in rows} == {'single', 'paired', 'power'}
+  spread = [row for row in rows if row['quantity'] == 'sd(log m)']
+  assert [row['delta'] for row in spread] == [0.001, 'auto'] and all(0 < r['value'] < 0.1 for r in spread)
+  assert coverage.main(['--simulations', '0']) == 2
+
+
+def test_one_simulation_of_each_design():
+  rng = np.random.default_rng(0)
+  for width in (1e-3, 'auto'):
+    assert set(coverage.single(rng, 0.002, width)) == {'E', 'alpha', 'beta', 'loss at 10x'}
+    assert coverage.power(rng, width) == pytest.approx(np.log(1.2), abs=0.15)

@@ -1,0 +1,112 @@
+"""diagnostics.py on matrices whose gains are known, and through a model."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mhc_jax import diagnostics
+from mhc_jax.config import base_config, build_model
+from mhc_jax.model import Transformer
+
+COMPILER = {'xla_backend_optimization_level': 0, 'xla_cpu_use_fusion_emitters': False}  # 5 times as fast
+
+
+def matrices(*tokens):
+  """(S=1, n, n, B=1, T) from one matrix per token."""
+  return jnp.asarray(np.stack(tokens, -1)[None, :, :, None], jnp.float32)
+
+
+def test_gains_are_the_largest_row_and_column_sums():
+  h = [[1.0, -2.0], [0.5, 0.25]]  # rows: 3 and 0.75, signed -1 and 0.75; columns: 1.5 and 2.25, -1.75
+  found = {name: float(value[0]) for name, value in diagnostics.gains(matrices(h)).items()}
+  assert found == {
+    'gain_forward': 3.0,
+    'gain_backward': 2.25,
+    'gain_forward_signed': 1.0,
+    'gain_backward_signed': 1.75,
+  }
+
+
+def test_gains_are_means_over_tokens_of_the_maximum_of_each():
+  """Token 0 is largest in row 0, token 1 in row 1: a maximum of means would give 2."""
+  found = diagnostics.gains(matrices([[3.0, 0.0], [0.0, 1.0]], [[1.0, 0.0], [0.0, 5.0]]))
+  assert float(found['gain_forward'][0]) == float(found['gain_backward'][0]) == 4.0
+
+
+def test_composites_multiply_later_matrices_from_the_left(rng):
+  h = rng.normal(size=(3, 4, 4, 2, 5)).astype(np.float32)
+  found = jax.jit(diagnostics.composites, compiler_options=COMPILER)(h)
+  for b in range(2):
+    for t in range(5):
+      product = np.eye(4)
+      for s in range(3):
+        product = h[s, :, :, b, t] @ product
+        np.testing.assert_allclose(found[s, :, :, b, t], product, rtol=1e-5, atol=1e-5)
+
+
+def gram(x_NTD):
+  """(S=1, n, n, B=1, T)."""
+  return jnp.asarray(np.einsum('ntd,mtd->nmt', x_NTD, x_NTD)[None, :, :, None], jnp.float32)
+
+
+def test_stream_cosine_of_equal_opposite_and_orthogonal_streams(rng):
+  x_TD = rng.normal(size=(3, 8))
+  # Norms play no part; float32 rounding of sums of 8 terms.
+  close = functools.partial(pytest.approx, abs=1e-5)
+  assert float(diagnostics.stream_cosine(gram(np.stack([x_TD, 3 * x_TD, x_TD])))[0]) == close(1)
+  assert float(diagnostics.stream_cosine(gram(np.stack([x_TD, -x_TD])))[0]) == close(-1)
+  basis_NTD = np.broadcast_to(np.eye(4)[:, None], (4, 3, 4))
+  assert float(diagnostics.stream_cosine(gram(basis_NTD))[0]) == close(0)
+  assert diagnostics.stream_cosine(gram(x_TD[None])).tolist() == [1.0]
+
+
+def test_records_of_attention_and_feed_forward_alternate():
+  records = [{'a': jnp.array([0.0, 2.0]), 'b': None}, {'a': jnp.array([1.0, 3.0]), 'b': None}]
+  assert diagnostics.interleave(records, 'a').tolist() == [0, 1, 2, 3]
+  assert diagnostics.interleave(records, 'b') is None
+
+
+def diagnosed(disturb=None, **connection):
+  c = base_config()
+  c.model.update({'width': 8, 'depth': 2, 'heads': 2})
+  c.model.connection.update(connection)
+  model = build_model(c, 11)
+  inputs = (np.arange(6, dtype=np.int32)[None], np.zeros((1, 6), np.int32))
+
+  @functools.partial(jax.jit, compiler_options=COMPILER)
+  def run(key):
+    params = Transformer(model).init(key, *inputs)['params']
+    if disturb:
+      params['layers'][disturb]['b_res'] += 0.3 * jax.random.normal(key, (2, 16))
+    _, records = Transformer(model).apply({'params': params}, *inputs, record=True)
+    return diagnostics.diagnose(records, model)
+
+  return jax.tree.map(np.asarray, run(jax.random.key(0)))
+
+
+def test_of_a_residual_model():
+  found = diagnosed(name='residual')
+  assert {value.shape for value in found.values()} == {(4,)}
+  for name, value in found.items():
+    np.testing.assert_array_equal(value, 0.0 if name == 'defect' else 1.0, err_msg=name)
+
+
+def test_of_an_unconstrained_model_whose_feed_forward_mixing_is_disturbed():
+  """Sublayers 1 and 3 are the disturbed ones; the composite of 2 is that of 1."""
+  found = diagnosed('feed_forward_connection', name='hc', preset='static')
+  single, composite = found['gain_forward'], found['composite_gain_forward']
+  np.testing.assert_array_equal(single[::2], 1.0)
+  assert (single[1::2] > 1.1).all() and composite[0] == 1.0
+  assert composite[1] == pytest.approx(single[1], rel=1e-6)
+  assert composite[2] == pytest.approx(composite[1], rel=1e-6) and composite[3] != composite[2]
+  assert (found['defect'] == 0).all(), 'no equation is violated by an unconstrained matrix'
+
+
+def test_of_mhc_at_its_start():
+  found = diagnosed(name='mhc')
+  np.testing.assert_allclose(found['gain_forward'], 1, rtol=1e-6)  # rows are normalised last
+  assert (found['defect'] < 1e-3).all() and (found['stream_cosine'] < 1).all()
+  assert (np.diff(found['composite_gain_forward']) < 1e-5).all()

@@ -1,0 +1,132 @@
+"""The sweep: finished runs are skipped, failures recorded, shards disjoint, plans printed."""
+
+import json
+import os
+import random
+
+import pytest
+
+from experiments import sweep
+from mhc_jax.config import ConfigError, parse
+
+
+@pytest.fixture(scope='module')
+def tiny(tmp_path_factory):
+  """An experiment of three one-update runs of equal shapes on a corpus of its own."""
+  folder = tmp_path_factory.mktemp('sweep')
+  words = random.Random(0)
+  (folder / 'text').mkdir()
+  for index in range(40):
+    (folder / 'text' / f'{index}.txt').write_text(' '.join(words.choice('abcdefgh') * 3 for _ in range(300)))
+
+  def runs(arg):
+    assert arg in (None, 'small')
+    configs = []
+    for seed, arm in enumerate(('residual', 'residual', 'other')):
+      overrides = [f'--config.data.name=text_files:{folder}/text', f'--config.data.dir={folder}']
+      overrides += ['--config.model.connection.name=residual', '--config.log.diagnostics_every_steps=None']
+      overrides += ['--config.duration.steps=1', f'--config.seed={seed}', f'--config.arm={arm}']
+      overrides += ['--config.evaluation.sequences=4', '--config.evaluation.batch_size=4']
+      configs.append(parse('configs/laptop.py:smoke', overrides))
+    return configs
+
+  return runs
+
+
+@pytest.fixture
+def experiment(tiny, monkeypatch):
+  monkeypatch.setitem(sweep.EXPERIMENTS, 'tiny', tiny)
+  return 'tiny'
+
+
+def states(folder):
+  plan = json.loads((folder / 'plan.json').read_text())['runs']
+  return [sweep.read_status(str(folder), run['run_id'])['state'] for run in plan]
+
+
+def test_runs_records_failures_skips_finished_and_retries(experiment, tmp_path, monkeypatch, capsys):
+  """One arm first; then all, one of which breaks; then nothing is left to do; then the broken one again."""
+  out = ['--out', str(tmp_path)]
+  assert sweep.main([experiment, '--only', 'other', *out]) == 0
+  assert states(tmp_path / 'tiny') == ['missing', 'missing', 'finished']
+  assert not list((tmp_path / 'tiny').glob('*/checkpoints/0')), 'only the last checkpoint stays'
+
+  from mhc_jax import train
+
+  real = train.Loop._train
+
+  def broken(self, start, received):
+    if self.c['seed'] == 0:
+      raise RuntimeError('broken on purpose')
+    return real(self, start, received)
+
+  monkeypatch.setattr(train.Loop, '_train', broken)
+  assert sweep.main([experiment, *out]) == 1
+  assert states(tmp_path / 'tiny') == ['failed', 'finished', 'finished']
+  failed = json.loads((tmp_path / 'tiny' / 'plan.json').read_text())['runs'][0]['run_id']
+  assert 'broken on purpose' in sweep.read_status(str(tmp_path / 'tiny'), failed)['error']
+  assert 'broken on purpose' in capsys.readouterr().err
+
+  monkeypatch.setattr(train.Loop, '_train', real)
+  assert sweep.main([experiment, *out]) == 0
+  assert states(tmp_path / 'tiny')[0] == 'failed', 'failed runs stay until they are asked for'
+  assert sweep.main([experiment, '--retry-failed', *out]) == 0
+  assert states(tmp_path / 'tiny') == ['finished'] * 3
+
+
+def test_a_run_in_use_is_left_to_its_process(experiment, tmp_path):
+  """The lock is the operating system's: no status is touched, and the others run."""
+  import filelock
+
+  configs, planned = sweep.plan(experiment)
+  workdir = tmp_path / planned[0].run_id
+  workdir.mkdir()
+  with filelock.FileLock(workdir / '.lock'):
+    ended = sweep.run_group(configs[:1], str(tmp_path), quiet=True)
+  assert ended == [(planned[0].run_id, 'busy')] and not (workdir / 'status.json').exists()
+
+
+def test_shards_are_disjoint_and_cover_the_plan(experiment, tmp_path):
+  _, planned = sweep.plan(experiment)
+  shards = [sweep.select(planned, str(tmp_path), None, f'{i}/2', False) for i in range(2)]
+  assert shards == [[0, 2], [1]]
+  for bad in ('2/2', 'x', '-1/2', '1'):
+    with pytest.raises(ConfigError, match='--shard'):
+      sweep.select(planned, str(tmp_path), None, bad, False)
+  with pytest.raises(ConfigError, match='residual'):
+    sweep.select(planned, str(tmp_path), 'nobody', None, False)
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(experiment, tmp_path, capsys):
+  assert sweep.main([f'{experiment}:small', '--dry-run', '--out', str(tmp_path)]) == 0
+  table = capsys.readouterr().out
+  _, planned = sweep.plan(experiment)
+  for run in planned:
+    assert run.run_id in table and f'{run.derived["params"]["attention"]:,}' in table
+  assert '3 runs, about' in table and not list(tmp_path.iterdir())
+
+
+def test_equal_runs_and_unknown_experiments_are_refused(tiny, monkeypatch):
+  monkeypatch.setitem(sweep.EXPERIMENTS, 'twice', lambda arg: [*tiny(None), tiny(None)[0]])
+  with pytest.raises(ConfigError, match='twice'):
+    sweep.plan('twice')
+  with pytest.raises(ConfigError, match='quick'):
+    sweep.plan('nobody')
+
+
+def test_workers_share_the_runs(experiment, tmp_path, monkeypatch):
+  """Two processes: every run is done once, and groups of equal shapes stay in one process."""
+  configs, planned = sweep.plan(experiment)
+  monkeypatch.setenv('XLA_FLAGS', os.environ['XLA_FLAGS'])  # execute adds to it: undone afterwards
+  ended = sweep.execute(configs, planned, str(tmp_path), workers=2)
+  assert sorted(ended) == sorted((run.run_id, 'finished') for run in planned)
+
+
+def test_mixed_code_is_warned_of(experiment, tmp_path, capsys):
+  _, planned = sweep.plan(experiment)
+  folder = tmp_path / planned[0].run_id
+  folder.mkdir()
+  status = {'state': 'finished', 'git_revision': 'other', 'versions': {}}
+  (folder / 'status.json').write_text(json.dumps(status))
+  sweep.warn_of_mixtures(planned, str(tmp_path))
+  assert 'another git revision (other)' in capsys.readouterr().err
