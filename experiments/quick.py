@@ -14,7 +14,7 @@ from mhc_jax.data import VOCAB_SIZE
 # (width, depth): parameters grow about twofold from one to the next.
 SIZES = ((32, 2), (32, 4), (48, 4), (64, 4))
 TOKENS_PER_PARAM = 5
-LEARNING_RATES = {'residual': 8e-3, 'hc': 8e-3, 'mhc': 8e-3, 'identity': 8e-3}
+LEARNING_RATES = {'residual': 1.6e-2, 'hc': 1.6e-2, 'mhc': 1.6e-2, 'identity': 1.6e-2}
 RANK_SIZE = (32, 2)
 GENERATOR_RANKS = (1, 2, 4)
 WEIGHT_RANKS = (2, 4, 8)

@@ -2,7 +2,7 @@
 
 import os
 
-# Compiling is most of the suite's time: unoptimised code takes a third of it. One thread each: pytest-xdist runs
+# Compiling is most of the time: unoptimised code takes a third of it. One thread each: pytest-xdist runs
 # a process per core.
 FLAGS = (
   '--xla_force_host_platform_device_count=8',

@@ -14,15 +14,13 @@ import numpy as np
 import pytest
 
 from mhc_jax.constraints import CONSTRAINTS
-from mhc_jax.constraints.base import Constraint, stochastic_defect
-from mhc_jax.constraints.birkhoff_dual import birkhoff_dual
+from mhc_jax.constraints.base import Constraint
 from mhc_jax.constraints.birkhoff_kronecker import birkhoff_kronecker
 from mhc_jax.constraints.birkhoff_orthostochastic import birkhoff_orthostochastic
 from mhc_jax.constraints.birkhoff_permutations import birkhoff_permutations
 from mhc_jax.constraints.birkhoff_sinkhorn import birkhoff_sinkhorn
 from mhc_jax.constraints.circulant import circulant
 from mhc_jax.constraints.elementary import row_stochastic, unconstrained
-from mhc_jax.constraints.orthogonal import orthogonal_quaternion
 from mhc_jax.constraints.spectral_sphere import spectral_sphere
 
 STREAMS = (1, 2, 3, 4, 8)
