@@ -13,7 +13,7 @@ from mhc_jax.data import VOCAB_SIZE
 
 # (width, depth): parameters grow about twofold from one to the next.
 SIZES = ((32, 2), (32, 4), (48, 4), (64, 4))
-TOKENS_PER_PARAM = 5
+TOKENS_PER_PARAM = 3
 LEARNING_RATES = {'residual': 1.6e-2, 'hc': 1.6e-2, 'mhc': 1.6e-2, 'identity': 1.6e-2}
 RANK_SIZE = (32, 2)
 GENERATOR_RANKS = (1, 2, 4)
@@ -31,9 +31,9 @@ def config(arm: str, width: int, depth: int, seed: int) -> ConfigDict:
   c.optimizer.lr = LEARNING_RATES[arm]
   c.optimizer.warmup_fraction = 0.05
   c.duration.tokens_per_param = float(TOKENS_PER_PARAM)
-  c.evaluation.every_steps, c.evaluation.sequences = 250, 512
-  c.log.every_steps, c.log.diagnostics_every_steps = 10, 250
-  c.checkpoint.every_steps, c.checkpoint.keep = 250, 2
+  c.evaluation.every_steps, c.evaluation.sequences = 200, 512
+  c.log.every_steps, c.log.diagnostics_every_steps = 10, 200
+  c.checkpoint.every_steps, c.checkpoint.keep = 200, 2
   return c
 
 

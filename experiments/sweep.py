@@ -238,9 +238,10 @@ def _watch(futures: list[concurrent.futures.Future], planned: list[Any], folder:
       bar.update(flops - bar.n)
       if plain and (now - printed > 15 or not waiting):
         printed = now
-        left = (now - began) * (total - flops) / max(flops - at_start, 1)
+        left = (now - began) * (total - flops) / (flops - at_start) if flops > at_start else None
+        text = 'compiling' if left is None else f'about {left:.0f} s left'
         print(
-          f'sweep: {ended}/{len(planned)} runs, {flops / total:.0%} of the FLOPs, about {left:.0f} s left',
+          f'sweep: {ended}/{len(planned)} runs, {flops / total:.0%} of the FLOPs, {text}',
           file=sys.stderr,
           flush=True,
         )
