@@ -1,7 +1,7 @@
 """Every constraint beside 20 Sinkhorn iterations: time, defect, size. Called by experiments.bench.
 
-Times are of jitted matrix() alone and of matrix() with its gradient, at logits of standard deviation 3; ratios
-are taken within a round, so that a machine whose speed drifts does not favour a constraint.
+Times are of jitted matrix() alone and of matrix() with its gradient, at logits of standard deviation 3; the
+ratios are taken within a round, so that a machine whose speed drifts does not favour a constraint.
 """
 
 import argparse

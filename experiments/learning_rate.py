@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from experiments import quick
 
 GRID = (8e-3, 1.6e-2, 3.2e-2, 6.4e-2)
-SIZES = (quick.SIZES[0], quick.SIZES[-1])
+SIZES = (quick.SIZES[0], (64, 4))
 TOKENS = 200_000.0
 
 

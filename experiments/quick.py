@@ -11,8 +11,8 @@ from mhc_jax.config import base_config, build_model
 from mhc_jax.cost import parameters
 from mhc_jax.data import VOCAB_SIZE
 
-# (width, depth): parameters grow about twofold from one to the next.
-SIZES = ((32, 2), (32, 4), (48, 4), (64, 4))
+# (width, depth): the last two have about as many parameters, in another shape.
+SIZES = ((32, 2), (32, 4), (64, 2), (48, 4))
 TOKENS_PER_PARAM = 3
 LEARNING_RATES = {'residual': 1.6e-2, 'hc': 1.6e-2, 'mhc': 1.6e-2, 'identity': 1.6e-2}
 RANK_SIZE = (32, 2)

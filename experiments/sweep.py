@@ -15,7 +15,9 @@ import functools
 import json
 import multiprocessing
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -186,7 +188,20 @@ def run_group(configs: list[ConfigDict], folder: str, quiet: bool) -> list[tuple
     ended.append((run_id, state))
     if state == 'interrupted':
       break
+  parent = multiprocessing.parent_process()
+  if parent is not None and not parent.is_alive():
+    os._exit(130)  # nobody takes the answer
   return ended
+
+
+def _stop_with_parent() -> None:
+  """In a worker: the sweep's death, by whatever signal, ends its runs as Ctrl-C would, after a checkpoint."""
+
+  def watch() -> None:
+    multiprocessing.parent_process().join()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+  threading.Thread(target=watch, daemon=True).start()
 
 
 def execute(
@@ -209,7 +224,7 @@ def execute(
   flags = os.environ.get('XLA_FLAGS', '')
   os.environ['XLA_FLAGS'] = f'{flags} --xla_cpu_multi_thread_eigen=false'.strip()
   context = multiprocessing.get_context('spawn')
-  with concurrent.futures.ProcessPoolExecutor(workers, context) as pool:
+  with concurrent.futures.ProcessPoolExecutor(workers, context, _stop_with_parent) as pool:
     futures = [pool.submit(run_group, job, folder, True) for job in jobs]
     try:
       _watch(futures, planned, folder)
