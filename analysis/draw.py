@@ -5,6 +5,7 @@ Where: under figures.py and plots.py. Uses matplotlib's Figure directly: no glob
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,10 +54,16 @@ def looks(arms: list[str]) -> dict[str, dict[str, str]]:
   return out
 
 
+@functools.cache
+def style() -> dict:
+  """The settings of the style file, read once."""
+  return dict(matplotlib.rc_params_from_file(STYLE, use_default_template=False))
+
+
 @contextlib.contextmanager
 def figure(width: float = 4.4, height: float = 3.1, **grid) -> Iterator[tuple[Figure, Axes]]:
   """A figure in the project's style with its axes (an array of them if `grid` asks for several)."""
-  with matplotlib.rc_context(fname=STYLE):
+  with matplotlib.rc_context(style()):
     fig = Figure(figsize=(width, height))
     yield fig, fig.subplots(**grid)
 
@@ -64,7 +71,7 @@ def figure(width: float = 4.4, height: float = 3.1, **grid) -> Iterator[tuple[Fi
 def save(fig: Figure, folder: Path, name: str, caption: str, table: pd.DataFrame) -> Panel:
   """Writes name.png, name.svg and name.csv."""
   folder.mkdir(parents=True, exist_ok=True)
-  with matplotlib.rc_context(fname=STYLE):
+  with matplotlib.rc_context(style()):
     fig.savefig(folder / f'{name}.png')
     fig.set_layout_engine('none')  # the first save has laid the figure out
     fig.savefig(folder / f'{name}.svg', metadata={'Date': None})

@@ -29,6 +29,13 @@ from analysis.study import Multiplier, Study
 HERE = Path(__file__).parent
 
 
+METHODS = {
+  'delta': 'delta method',
+  'case_bootstrap': 'bootstrap of runs',
+  'cluster_bootstrap': 'bootstrap of paired groups',
+}
+
+
 def write_page(s: Study, panels: list[Panel], absent: list[str], folder: Path, command: str) -> Path:
   """Writes folder/index.html and returns its path."""
   by_name = {panel.name: panel for panel in panels}
@@ -66,8 +73,7 @@ def write_page(s: Study, panels: list[Panel], absent: list[str], folder: Path, c
   body = ''.join(
     f'<section id={key}><h2>{text(title)}</h2>{inside}</section>' for key, title, inside in sections
   )
-  states = s.table['state'].value_counts()
-  counted = ', '.join(f'{count} {state}' for state, count in states.items())
+  counted = ', '.join(f'{count} {state}' for state, count in s.table['state'].value_counts().items())
   page = (
     '<!doctype html><html lang=en><head><meta charset=utf-8>'
     '<meta name=viewport content="width=device-width, initial-scale=1">'
@@ -78,9 +84,8 @@ def write_page(s: Study, panels: list[Panel], absent: list[str], folder: Path, c
     f'{bullets(headline_text(s))}{warning(s.sweep.warnings, "Warnings")}'
     f'<nav aria-label=Contents><ol>{contents}</ol></nav>{body}</main></body></html>\n'
   )
-  path = folder / 'index.html'
-  path.write_text(page)
-  return path
+  (folder / 'index.html').write_text(page)
+  return folder / 'index.html'
 
 
 def multiplier_words(m: Multiplier) -> str:
@@ -160,12 +165,12 @@ def law(s: Study) -> Raw:
       continue
     ends = [span(doc['intervals_by_method'][method][name]) for method in methods]
     rows.append([name, number(doc[name]), *ends])
-  head = ['parameter', 'value', *(f'{method.replace("_", " ")} 95 %' for method in methods)]
+  head = ['parameter', 'value', *(f'95 %, {METHODS[method]}' for method in methods)]
   out += paragraph(
     f'Joint fit of all arms: {doc["formula"]}, where an arm multiplies '
     + ('C by m' if doc['law'] == 'compute' else 'N and D by the square root of m each')
     + f' and shares everything else. {doc["n_points"]} runs, {len(names)} parameters.',
-    f'Quoted intervals: {doc["interval_method"].replace("_", " ")}. Scores of paired runs '
+    f'Quoted intervals: {METHODS[doc["interval_method"]]}. Scores of paired runs '
     f'correlate by {doc["within_cluster_correlation"]:.2f}.',
     f'Caveat: {doc["caveat"]}.' if doc['caveat'] else '',
   )

@@ -109,7 +109,9 @@ def study(sweep: Sweep, resamples: int = 500, progress: bool = False) -> Study:
     doc,
     multipliers(fitted, doc, inside, reference),
     sensitivity(fitted),
-    nested(points, choice.law, reference, delta=DELTA) if fitted and len(points.arms) > 1 else [],
+    nested(points, choice.law, reference, delta=fitted.problem.delta)
+    if fitted and len(points.arms) > 1
+    else [],
     rollout(points, choice.law, fitted.design.arms, delta=DELTA) if fitted else [],
     gaps(table, reference),
     rank_sweeps(table, fitted, points),
@@ -169,7 +171,7 @@ def sensitivity(fitted: Fit | None) -> list[dict]:
     return []
   out = []
   for loss, width in (('huber', 1e-3), ('huber', 1e-2), ('mse_log', 1e-3), ('mse', 1e-3)):
-    other = fit(fitted.points, fitted.law, fitted.design.arms, loss, width, start_count=9)
+    other = fit(fitted.points, fitted.law, fitted.design.arms, loss, width, start_count=0)
     label = (
       f'Huber, delta = {width:g}'
       if loss == 'huber'
@@ -254,7 +256,7 @@ def _exponent(
     axes={axis: log_r},
   )
   arms = ArmModel('common', fitted.design.arms.reference, (axis,))
-  joint = fit(merged, fitted.law, arms, delta=DELTA, start_count=9)
+  joint = fit(merged, fitted.law, arms, delta=fitted.problem.delta, start_count=9)
   name = f'phi[{axis}]'
   reason = verdicts(joint)[name]
   if reason is not None:

@@ -155,6 +155,8 @@ def _project(params: dict[str, jax.Array], x_NBTD: jax.Array) -> jax.Array:
   """phi (n, C, K) applied to the streams, (K, B, T); division by the norm comes later (eq. 14-16)."""
   x_NBTD = x_NBTD.astype(jnp.promote_types(x_NBTD.dtype, jnp.float32))
   phi_NDK = params['phi'] if 'phi' in params else params['phi_in']
+  if 'norm_weight' in params:
+    phi_NDK = params['norm_weight'][..., None] * phi_NDK
   # One product per stream, tokens flattened: contracting (n, C) at once makes XLA:CPU transpose the streams.
   products = [
     jnp.dot(x_BTD.reshape(-1, x_BTD.shape[-1]), phi_DK, precision=PRECISION)
@@ -196,13 +198,14 @@ def generate(params: dict[str, jax.Array], x_NBTD: jax.Array, spec: ConnectionSp
   """The coefficients of one sublayer (mHC eq. 7-8) from streams (n, B, T, C), in at least float32.
 
   pre (n, B, T), post (n, B, T), res (n, n, B, T); each coordinate is alpha * f(norm(x) phi) + b, taken
-  through the gates and the constraint.
+  through the gates and the constraint. A norm with a learned weight (n, C), or (1, C) per stream, is
+  params['norm_weight'] in addition (the paper absorbs it in phi).
   """
   n, tokens = spec.streams, x_NBTD.shape[1:3]
   dtype = jnp.promote_types(x_NBTD.dtype, jnp.float32)
   coords = {part: params[f'b_{part}'][:, None, None].astype(dtype) for part in spec.parts}
   if spec.dynamic and spec.parts:
-    phi = {name: value for name, value in params.items() if name.startswith('phi')}
+    phi = {name: value for name, value in params.items() if name.startswith(('phi', 'norm_weight'))}
     dynamic = (_joint_dynamic if spec.scope == 'joint' else _per_stream_dynamic)(phi, x_NBTD, spec)
     for part, value in dynamic.items():
       alpha = params['alpha_pre' if part == 'res' and spec.share_alpha else f'alpha_{part}']
@@ -210,7 +213,9 @@ def generate(params: dict[str, jax.Array], x_NBTD: jax.Array, spec: ConnectionSp
   coords = {part: jnp.broadcast_to(value, (value.shape[0], *tokens)) for part, value in coords.items()}
   pre_NBT = _gate(spec.read_gate, coords.get('pre'), (n, *tokens), dtype)
   post_NBT = _gate(spec.write_gate, coords.get('post'), (n, *tokens), dtype)
-  res_NMBT = None if spec.constraint.name == 'identity' else spec.constraint.matrix(coords['res'], n)
+  res_NMBT = None
+  if spec.constraint.name != 'identity':  # with one stream, some sets have no coordinates
+    res_NMBT = spec.constraint.matrix(coords.get('res', jnp.zeros((0, *tokens), dtype)), n)
   return Coefficients(pre_NBT, post_NBT, res_NMBT)
 
 

@@ -17,15 +17,14 @@ def loss_of(n, d):
   return TRUE['E'] + TRUE['A'] * n ** -TRUE['alpha'] + TRUE['B'] * d ** -TRUE['beta']
 
 
-def write_points(path, arms=(('one', 1.0),), noise=0.003, seeds=1):
-  """A CSV like somebody's own: 6 sizes, 5 ratios of tokens to parameters."""
+def write_points(path, arms=(('one', 1.0),), noise=0.003, sizes=6, ratios=(5, 10, 20, 40, 80)):
+  """A CSV like somebody's own: sizes over two decades, ratios of tokens to parameters."""
   rng, rows = np.random.default_rng(0), []
   for arm, m in arms:
-    for n in np.geomspace(5e7, 5e9, 6):
-      for ratio in (5, 10, 20, 40, 80):
-        for seed in range(seeds):
-          loss = loss_of(n * m**0.5, n * ratio * m**0.5) * np.exp(noise * rng.standard_normal())
-          rows.append({'params': n, 'tokens': n * ratio, 'loss': loss, 'model': arm, 'seed': seed})
+    for n in np.geomspace(5e7, 5e9, sizes):
+      for ratio in ratios:
+        loss = loss_of(n * m**0.5, n * ratio * m**0.5) * np.exp(noise * rng.standard_normal())
+        rows.append({'params': n, 'tokens': n * ratio, 'loss': loss, 'model': arm, 'seed': 0})
   pd.DataFrame(rows).assign(flops=lambda t: 6 * t['params'] * t['tokens']).to_csv(path, index=False)
   return path
 
@@ -50,16 +49,26 @@ def test_fit_writes_the_documented_json(tmp_path):
   assert found['a'] == pytest.approx(found['beta'] / (found['alpha'] + found['beta']))
 
 
-def test_many_runs_quote_the_bootstrap_and_arms_their_multiplier(tmp_path, capsys):
-  points = write_points(tmp_path / 'p.csv', (('base', 1.0), ('new', 1.2)), seeds=1)
-  columns = f'{COLUMNS},arm=model,seed=seed'
-  assert fit.main([str(points), '--columns', columns, '--resamples', '30']) == 0
+def test_forty_runs_quote_the_bootstrap(tmp_path, capsys):
+  points = write_points(tmp_path / 'p.csv', sizes=8)
+  assert fit.main([str(points), '--columns', COLUMNS, '--resamples', '30']) == 0
   found = json.loads(capsys.readouterr().out)
-  assert found['n_points'] == 60 and found['reference'] == 'base'
+  assert found['n_points'] == 40 and found['caveat'] is None
+  assert found['interval_method'] == 'case_bootstrap'
+  assert found['intervals'] == found['intervals_by_method']['case_bootstrap']
+
+
+def test_arms_get_a_multiplier_and_nested_tests(tmp_path, capsys):
+  points = write_points(tmp_path / 'p.csv', (('base', 1.0), ('new', 1.2)), sizes=5, ratios=(5, 20, 80))
+  columns = f'{COLUMNS},arm=model,seed=seed'
+  assert fit.main([str(points), '--columns', columns, '--resamples', '5']) == 0
+  found = json.loads(capsys.readouterr().out)
+  assert found['n_points'] == 30 and found['reference'] == 'base'
   low, high = found['intervals']['m[new]']
-  assert low < 1.2 < high and high / low < 1.1
-  assert len(found['nested']) == 4 and found['nested'][1]['p_value'] < 0.01
+  assert low < 1.2 < high and high / low < 1.2
+  assert len(found['nested']) == 4 and found['nested'][1]['p_value'] < 0.05
   assert found['nested'][2]['name'] == 'rho_N and rho_D per arm'
+  assert set(found['intervals_by_method']) == {'delta', 'case_bootstrap', 'cluster_bootstrap'}
 
 
 def test_missing_columns_are_derived(tmp_path):

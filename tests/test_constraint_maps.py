@@ -1,5 +1,6 @@
 """The maps themselves against formulas in plain numpy, and birkhoff_dual against converged Sinkhorn."""
 
+import argparse
 import functools
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 import scipy.linalg
 import scipy.special
 
+from experiments import bench_constraints
 from mhc_jax.constraints import CONSTRAINTS
 from mhc_jax.constraints.birkhoff_dual import birkhoff_dual
 from mhc_jax.constraints.birkhoff_kronecker import birkhoff_kronecker
@@ -177,3 +179,18 @@ def test_parameters_tell_constraints_apart():
   """Name and parameters enter a run's id; equal ones are equal."""
   assert birkhoff_permutations(3) == birkhoff_permutations(3) != birkhoff_permutations(4)
   assert len({CONSTRAINTS[name]() for name in CONSTRAINTS}) == len(CONSTRAINTS)
+
+
+def test_bench_compares_with_sinkhorn(monkeypatch):
+  """Ratios to 20 Sinkhorn iterations, defects by logit std, and what is undefined with its reason."""
+  names = ('birkhoff_sinkhorn', 'circulant', 'orthogonal_quaternion')
+  monkeypatch.setattr(bench_constraints, 'CONSTRAINTS', {k: CONSTRAINTS[k] for k in names})
+  args = argparse.Namespace(streams=3, tokens=64, repeats=2, calls=1)
+  result = bench_constraints.bench_constraints(args)
+  sinkhorn_, circulant_ = (result['constraints'][name] for name in names[:2])
+  for what in ('forward', 'forward_backward'):
+    assert sinkhorn_[what]['ratio_to_sinkhorn'] == {'median': 1, 'min': 1, 'max': 1}
+    assert 0 < circulant_[what]['seconds']['min'] <= circulant_[what]['seconds']['max']
+  assert sinkhorn_['defect_by_std']['10'] > 0.01 > 1e-6 > circulant_['defect_by_std']['10']
+  assert (circulant_['coordinates'], circulant_['dimension']) == (3, 2)
+  assert 'got n = 3' in result['undefined']['orthogonal_quaternion']

@@ -9,7 +9,7 @@ from scipy.optimize import check_grad, minimize
 from analysis.compare import clustered_f, nested, paired_gap, pooled_spread, rollout
 from analysis.estimate import fit, make_problem
 from analysis.identify import choose_law, doubts, verdicts
-from analysis.intervals import band, bootstrap, delta, noise, percentile
+from analysis.intervals import band, bootstrap, contrast_variance, delta, noise, percentile
 from analysis.isoflop import best_learning_rate, isoflop, minimum, power_law
 from analysis.laws import LAWS, ArmModel, Points, design, natural, power_covariates, predict
 from analysis.solve import Problem, linear_solve, objective, starts, variable_projection
@@ -235,15 +235,15 @@ def test_influence_is_the_effect_of_leaving_a_run_out():
 def test_delta_intervals_cover_and_bands_widen():
   hits = {'E': [], 'alpha': [], 'beta': [], 'far': []}
   far = points_nd(np.array([1.6e10]), np.array([3.2e11]), np.array([chinchilla_loss(1.6e10, 3.2e11)]))
-  for seed in range(80):
+  for seed in range(50):
     found = fit(noisy_points(0.004, seed), CHINCHILLA, start_count=0)
     ends = delta(found)
     for name in ('E', 'alpha', 'beta'):
       hits[name].append(ends[name][0] < TRUE[name] < ends[name][1])
     b = band(found, far)
     hits['far'].append(bool(b.low[0] < far.loss[0] < b.high[0]))
-  # 80 draws of a 95 % interval: below 87 % has probability 0.2 % each.
-  assert all(np.mean(v) >= 0.87 for v in hits.values()), {k: np.mean(v) for k, v in hits.items()}
+  # 50 draws of a 95 % interval: below 86 % has probability 0.1 % each.
+  assert all(np.mean(v) >= 0.86 for v in hits.values()), {k: np.mean(v) for k, v in hits.items()}
   assert b.new_low[0] < b.low[0] < b.loss[0] < b.high[0] < b.new_high[0]
   near = band(found, noisy_points(0.0))
   assert (b.high / b.low)[0] - 1 > 1.5 * (np.median(near.high / near.low) - 1)
@@ -251,7 +251,7 @@ def test_delta_intervals_cover_and_bands_widen():
 
 def test_bootstraps_agree_with_the_delta_method():
   found = fit(noisy_points(0.004), CHINCHILLA, delta='auto')
-  ends = percentile(found, bootstrap(found, 300))
+  ends = percentile(found, bootstrap(found, 200))
   for name in ('E', 'alpha', 'beta', 'a'):
     widths = [e[1] - e[0] for e in (ends[name], delta(found)[name])]
     assert 0.4 < widths[0] / widths[1] < 2.0, name
@@ -262,7 +262,7 @@ def test_clustered_bootstrap_resamples_whole_clusters():
   found = fit(points, COMPUTE, delta='auto')
   name, width = 'm[b]', {}
   for clustered in (False, True):
-    low, high = percentile(found, bootstrap(found, 200, clustered))[name]
+    low, high = percentile(found, bootstrap(found, 120, clustered))[name]
     width[clustered] = np.log(high / low)
     assert low < found.parameters[name] < high
   # Pairs move together under rho = 0.9, so their difference is known better than single runs say.
@@ -280,24 +280,31 @@ def test_shared_noise_is_found():
   assert wide[0] < 0.2 and 0.65 < wide[1] < 0.9
 
 
+def test_contrasts_without_clusters_are_the_usual_covariance():
+  found = fit(noisy_points(0.004), CHINCHILLA)
+  variance, freedom = contrast_variance(found, np.eye(5))
+  np.testing.assert_allclose(variance, np.diag(found.covariance_PP), rtol=1e-9)
+  assert (freedom == 20).all()
+
+
 def test_delta_intervals_cover_when_arms_share_noise():
   hits = {'E': [], 'alpha': [], 'm[b]': []}
   truth = {'E': 1.5, 'alpha': 0.25, 'm[b]': 1.2}
-  for seed in range(100):
+  for seed in range(60):
     arms = {'a': 1.0, 'b': 1.2, 'c': 1.1, 'd': 1.15}
     points = arm_points(0.003, arms, (1.5, 1.2, 0.25), seed, rho=0.7, budgets=6, decades=2)
     ends = delta(fit(points, COMPUTE, delta=0.004, start_count=0))
     for name, value in truth.items():
       hits[name].append(ends[name][0] < value < ends[name][1])
-  # 100 draws of a 95 % interval: below 88 % has probability 0.2 %. Treating the 24 runs as
+  # 60 draws of a 95 % interval: below 87 % has probability 0.2 %. Treating the 24 runs as
   # independent covers E and alpha in about 80 %.
-  assert all(np.mean(v) >= 0.88 for v in hits.values()), {k: np.mean(v) for k, v in hits.items()}
+  assert all(np.mean(v) >= 0.87 for v in hits.values()), {k: np.mean(v) for k, v in hits.items()}
 
 
 def test_joint_fit_resolves_a_compute_multiplier():
   """The issue's target: sd(log m) <= 0.03 at one seed and noise 0.01 nats."""
   found = []
-  for seed in range(100):
+  for seed in range(60):
     points = arm_points(0.0, {'a': 1.0, 'b': 1.2})
     noise = 0.01 * np.random.default_rng(seed).standard_normal(len(points))
     joint = fit(dataclasses.replace(points, loss=points.loss + noise), COMPUTE, delta='auto', start_count=0)
@@ -317,8 +324,8 @@ def test_nested_models_and_clustered_f():
     models = [ArmModel('common', 'a'), ArmModel('none', 'a')]
     big, small = (fit(same, COMPUTE, m, delta=0.004, start_count=0) for m in models)
     rejected.append(clustered_f(big, small)[2] < 0.05)
-  # 25 draws of a 5 % test: more than 5 rejections has probability 0.1 %.
-  assert sum(rejected) <= 5
+  # Measured size of this test at 5 %: 3 % (400 seeds); it errs on the careful side with 10 clusters.
+  assert sum(rejected) <= 2
 
 
 def test_rollout_sees_a_wrong_law():

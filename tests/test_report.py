@@ -9,6 +9,8 @@ import pandas as pd
 import pytest
 
 from analysis.report import main
+from analysis.runs import read_sweep
+from analysis.selection import classify, drop_small_arms, pair_up
 
 VERSIONS = {'jax': '0.10.2', 'flax': '0.12.8'}
 MULTIPLIER = {'residual': 1.0, 'hc': 1.08, 'mhc': 1.2, 'identity': 1.15}
@@ -147,6 +149,12 @@ def blank_images(monkeypatch):
   monkeypatch.setattr('matplotlib.figure.Figure.savefig', lambda self, path, **_: path.write_text('<svg/>'))
 
 
+@pytest.fixture
+def no_figures(monkeypatch):
+  """Only numbers and the page, for tests that say nothing about figures."""
+  monkeypatch.setattr('analysis.report.draw_all', lambda *_: ([], []))
+
+
 def report(folder, resamples=4):
   """Runs the command; returns fits.json, results.csv and the page's text."""
   assert main([str(folder), '--resamples', str(resamples)]) == 0
@@ -190,6 +198,18 @@ def test_complete_sweep(complete):
     results[results['excluded'].isna()]['run_id']
   )
   assert (folder / 'report' / 'fits.json').read_text().find('NaN') < 0
+
+
+def test_gaps_pair_equal_seeds(complete):
+  folder, _, _ = complete
+  table = drop_small_arms(classify(read_sweep(folder).table)).set_index('run_id')
+  pairs = pair_up(table.reset_index(), 'residual')
+  assert set(pairs) == {'hc', 'mhc', 'identity'}
+  for arm, rows in pairs.items():
+    own, other = table.loc[rows['run_id_own']], table.loc[rows['run_id_ref']]
+    assert len(rows) == 7 and (own['arm'] == arm).all() and (other['arm'] == 'residual').all()
+    for name in ('seed', 'size', 'tokens'):
+      assert own[name].tolist() == other[name].tolist()
 
 
 def test_figures_have_numbers_and_render(complete):
@@ -266,7 +286,7 @@ def test_too_few_sizes_print_no_numbers(tmp_path, blank_images):
   assert all(r['phi'] is None for r in fits['rank_sweeps'])
 
 
-def test_parameters_that_are_not_identified_are_words(tmp_path, blank_images):
+def test_parameters_that_are_not_identified_are_words(tmp_path, no_figures):
   sizes = ((32, 2), (32, 3), (48, 2), (48, 3))  # 12-fold compute: E cannot be seen in the noise
   write_sweep(tmp_path, sizes=sizes, ranks=False, noise=0.02)
   fits, _, page = report(tmp_path)
@@ -310,7 +330,7 @@ def test_grid_of_sizes_and_tokens_gets_the_law_of_both(tmp_path, blank_images):
   assert m['flops'] < 0.97 * m['equal_tokens']
 
 
-def test_mixtures_and_learning_rates(tmp_path, blank_images):
+def test_mixtures_and_learning_rates(tmp_path, no_figures):
   planned = write_sweep(tmp_path, ranks=False)
   more = write_run(tmp_path, config_of('mhc', 32, 4, 0, lr=0.032), bonus=0.5, revision='r2')
   other = write_run(tmp_path, config_of('mhc', 64, 2, 1, digest='xyz'))
@@ -329,6 +349,12 @@ def test_mixtures_and_learning_rates(tmp_path, blank_images):
   ):
     assert any(w.startswith(start) for w in fits['warnings']) and start in words(page)
   assert stray['run_id'] not in set(results['run_id'])
+
+
+def test_text_from_files_is_escaped(tmp_path, no_figures):
+  write_sweep(tmp_path, arms=('a<b>&',), sizes=SIZES[:1], ranks=False)
+  _, _, page = report(tmp_path)
+  assert 'a&lt;b&gt;&amp;' in page and '<b>' not in re.sub(r'<script.*?</script>', '', page, flags=re.S)
 
 
 def test_learning_rate_sweep(tmp_path, blank_images):

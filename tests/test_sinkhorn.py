@@ -1,6 +1,7 @@
 """Sinkhorn: values and gradients against plain numpy, large logits, orientation, backward."""
 
 import functools
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -126,6 +127,18 @@ def test_deepseek_v4_at_eps_0_is_paper_on_transposed_logits(x64, rng, n):
   h_NMX = v4.matrix(logits_NMX.swapaxes(0, 1).reshape(n * n, -1), n)
   expected_NMX = birkhoff_sinkhorn(preset='paper').matrix(logits_NMX.reshape(n * n, -1), n)
   np.testing.assert_allclose(h_NMX, expected_NMX, rtol=1e-13)
+
+
+@pytest.mark.parametrize('seed', (0, 1))
+def test_equals_lucidrains(x64, seed):
+  """Its linear and log-domain Sinkhorn (columns, then rows), and the gradient of sum(H * arange)."""
+  with np.load(pathlib.Path(__file__).parent / f'oracles/lucidrains_mhcv2_seed{seed}.npz') as file:
+    logits_NM, *values, grad_NM = (file[f'sk_{k}'] for k in ('logits', 'out', 'log_out', 'grad'))
+  cot_NM = np.arange(16.0).reshape(4, 4)
+  h_NM1, actual_NM1 = matrix_and_gradient(logits_NM[..., None], cot_NM[..., None], 'paper', 20)
+  for value_NM in values:
+    np.testing.assert_allclose(h_NM1[..., 0], value_NM, rtol=1e-9)
+  np.testing.assert_allclose(actual_NM1[..., 0], grad_NM, rtol=1e-9, atol=1e-12 * cot_NM.max())
 
 
 def test_rows_last_leaves_the_error_in_the_columns(rng):

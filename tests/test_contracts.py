@@ -1,0 +1,103 @@
+"""Contracts discovered from folders: every config builds, every experiment is valid, files stay small."""
+
+import ast
+import pathlib
+import re
+
+import jax
+import pytest
+
+from experiments import sweep
+from mhc_jax.config import base_config, build_model, parse
+from mhc_jax.data import VOCAB_SIZE
+from mhc_jax.run import resolve
+from mhc_jax.train_step import init_state
+
+ROOT = pathlib.Path(__file__).parent.parent
+CONFIGS = sorted(path for path in (ROOT / 'configs').glob('*.py') if path.name != '__init__.py')
+SOURCES = sorted(
+  path for name in ('mhc_jax', 'experiments', 'analysis') for path in (ROOT / name).rglob('*.py')
+)
+
+
+@pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
+def test_every_config_resolves_and_builds(path):
+  """Locked, valid, and its parameters are those that cost.py counts."""
+  config = parse(str(path), [])
+  assert config.is_locked
+  run = resolve(config, 'digest')
+  abstract = jax.eval_shape(lambda key: init_state(key, run.model, run.optimizer), jax.random.key(0))
+  assert sum(leaf.size for leaf in jax.tree.leaves(abstract.params)) == run.derived['params']['total']
+
+
+def test_every_experiment_is_listed():
+  """A file with runs() that sweep.py does not know would never run."""
+  files = {path.stem for path in (ROOT / 'experiments').glob('*.py') if 'def runs(' in path.read_text()}
+  assert files == set(sweep.EXPERIMENTS)
+
+
+@pytest.mark.parametrize('name', sweep.EXPERIMENTS)
+def test_every_experiment_plans_valid_and_different_runs(name):
+  runs = [resolve(config, 'digest') for config in sweep.EXPERIMENTS[name](None)]
+  assert runs and len({run.run_id for run in runs}) == len(runs)
+  with pytest.raises(ValueError, match='argument'):
+    sweep.EXPERIMENTS[name]('nonsense')
+
+
+def test_quick_has_what_its_report_needs():
+  """Four arms at four or more sizes of several widths and depths, paired seeds, three ranks of each kind."""
+  runs = [run.resolved for run in (resolve(c, 'd') for c in sweep.EXPERIMENTS['quick'](None))]
+  full = [
+    r for r in runs if r['model']['connection']['rank'] is None and r['model']['weights']['rank'] is None
+  ]
+  for arm in ('residual', 'hc', 'mhc', 'identity'):
+    sizes = {(r['model']['width'], r['model']['depth']) for r in full if r['arm'] == arm}
+    assert len(sizes) >= 4 and len({w for w, _ in sizes}) > 1 and len({d for _, d in sizes}) > 1
+    assert {r['seed'] for r in full if r['arm'] == arm} == {0, 1}
+  assert len({r['model']['connection']['rank'] for r in runs} - {None}) >= 3
+  assert len({r['model']['weights']['rank'] for r in runs} - {None}) >= 3
+
+
+def test_what_is_not_in_the_run_id_and_what_is():
+  config = base_config()
+  config.duration.steps, config.optimizer.warmup_steps = 10, 1
+  name = resolve(config, 'd').run_id
+  config.mesh.data, config.data.dir, config.arm = 2, 'elsewhere', 'label'
+  assert resolve(config, 'd').run_id == name
+  assert resolve(config, 'other corpus').run_id != name
+  config.seed = 1
+  assert resolve(config, 'd').run_id != name
+
+
+def test_no_defaults_hidden_in_the_core():
+  """`.get(name, default)` walks round the lock of a config."""
+  pattern = re.compile(r'\b(config|c|cfg)(\.\w+)*\.get\([^)]*,')
+  for path in (ROOT / 'mhc_jax').rglob('*.py'):
+    assert not pattern.search(path.read_text()), path
+
+
+@pytest.mark.parametrize('path', SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_and_functions_stay_small(path):
+  """Fewer than 400 lines a file; at most 60 a function without the functions inside it.
+
+  base_config is a table of fields.
+  """
+  text = path.read_text()
+  assert len(text.splitlines()) < 400
+  for node in ast.walk(ast.parse(text)):
+    if isinstance(node, ast.FunctionDef) and node.name != 'base_config':
+      inner = [child for child in node.body if isinstance(child, ast.FunctionDef)]
+      lines = node.end_lineno - node.lineno - sum(child.end_lineno - child.lineno for child in inner)
+      assert lines <= 60, node.name
+
+
+def test_custom_constraint_needs_no_change_of_the_package():
+  """The Python API takes a Constraint; its name and parameters are its run id."""
+  from mhc_jax.constraints import CONSTRAINTS
+
+  config = base_config()
+  config.duration.steps, config.optimizer.warmup_steps = 10, 1
+  mine = [CONSTRAINTS['birkhoff_sinkhorn'](iterations=t) for t in (3, 4)]
+  ids = [resolve(config, 'd', constraint).run_id for constraint in mine]
+  assert len({*ids, resolve(config, 'd').run_id}) == 3
+  assert build_model(config, VOCAB_SIZE, mine[0]).connection.constraint is mine[0]
