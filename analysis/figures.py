@@ -72,11 +72,12 @@ def curve_at(s: Study, arm: str, flops: np.ndarray) -> Band:
 
 
 def fitted_curve(s: Study, arm: str) -> tuple[np.ndarray, Band] | None:
-  """(FLOPs, band) of an arm over its runs and EXTRAPOLATE times further, or None."""
+  """(FLOPs, band) of an arm over its runs and, where E is identified, further; or None."""
   if not has_curve(s, arm):
     return None
   own = s.table[s.table['excluded'].isna() & (s.table['arm'] == arm)]
-  flops = np.geomspace(own['flops'].min(), own['flops'].max() * EXTRAPOLATE, 60)
+  beyond = 1.0 if 'E' in s.document['verdicts'] else EXTRAPOLATE
+  flops = np.geomspace(own['flops'].min(), own['flops'].max() * beyond, 60)
   return flops, curve_at(s, arm, flops)
 
 
@@ -90,7 +91,8 @@ def loss_vs_flops(s: Study, folder: Path) -> Panel | str:
   caption = 'Validation loss against training compute; every marker is one run.'
   if any(row['kind'] == 'fit' for row in rows):
     caption += (
-      ' Lines: the joint fit, dotted beyond the largest run'
+      ' Lines: the joint fit'
+      + ('' if 'E' in s.document['verdicts'] else ', dotted beyond the largest run')
       + (', along the compute-optimal frontier' if s.fit.law.name == 'chinchilla' else '')
       + '. Shaded: 95 % band of the curve (a single new run scatters more; see the CSV).'
     )
@@ -112,7 +114,7 @@ def draw_loss_vs_flops(ax: Axes, s: Study) -> list[dict]:
     if fitted is None:
       continue
     c, b = fitted
-    inside = c <= own['flops'].max()
+    inside = c <= own['flops'].max() * (1 + 1e-9)
     ax.plot(c[inside], b.loss[inside], color=look['color'], lw=1.2)
     ax.plot(c[~inside], b.loss[~inside], color=look['color'], lw=0.9, ls=':')
     ax.fill_between(c, b.low, b.high, color=look['color'], alpha=0.15, lw=0)
@@ -147,7 +149,7 @@ def equal_flops(s: Study, folder: Path) -> Panel | str:
       if fitted is None:
         continue
       c, b = fitted
-      c, low, mid, high = (v[c <= own['flops'].max()] for v in (c, b.low, b.loss, b.high))
+      c, low, mid, high = (v[c <= own['flops'].max() * (1 + 1e-9)] for v in (c, b.low, b.loss, b.high))
       low, mid, high = (100 * v / reference_at(c) for v in (low, mid, high))
       ax.plot(c, mid, color=look['color'], ls=look['linestyle'], lw=1.2)
       rows += [

@@ -106,7 +106,8 @@ def headline_text(s: Study) -> list[str]:
     verdict = 'saves compute' if low > 1 else 'costs compute' if high < 1 else 'undecided'
     words.append(
       f'{m.arm}: {s.reference} needs {m.flops:.2f} times the compute for equal loss '
-      f'(95 % {low:.2f} to {high:.2f}; {verdict}).'
+      f'(95 % {low:.2f} to {high:.2f}; {verdict})'
+      + (f', {m.equal_tokens:.2f} times at equal size and tokens.' if m.equal_tokens else '.')
     )
   return words
 
@@ -138,7 +139,8 @@ def summary(s: Study) -> Raw:
   head += ['size (width x depth)', 'seeds there', 'finished', 'diverged']
   return table(head, rows, left=(0, 1)) + paragraph(
     'Loss: validation, nats per token, mean over seeds. m: FLOPs that the reference needs, over '
-    'those of the arm, for equal loss; above 1 the arm saves compute.'
+    'those of the arm, for equal loss; above 1 the arm saves compute.',
+    '' if s.seed_spread is None else f'Spread between seeds: {s.seed_spread:.3f} nats (standard deviation).',
   )
 
 
@@ -175,6 +177,11 @@ def law(s: Study) -> Raw:
     f'Caveat: {doc["caveat"]}.' if doc['caveat'] else '',
   )
   out += table(head, rows, left=(0,))
+  if 'E' in doc['verdicts']:
+    out += paragraph(
+      'E is not identified: inside the measured range the curve is as good as a law without a floor, so it '
+      'is not drawn or used beyond it, and the exponent is that of this range.'
+    )
   out += warning([*doc['flags'], *doc['doubts']], 'The fit itself warns')
   out += currencies(s)
   return out

@@ -16,8 +16,8 @@ from analysis.study import Study
 
 HERE = Path(__file__).parent
 METRICS = {
-  'validation/loss': 'validation loss',
   'train/loss': 'training loss',
+  'validation/loss': 'validation loss',
   'train/grad_norm': 'gradient norm',
 }
 MOST_POINTS = 150  # per curve in the page; the files of the run hold all of them

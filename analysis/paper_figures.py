@@ -17,7 +17,7 @@ from analysis.figures import curve_at, draw_gap, draw_loss_vs_flops, has_curve
 from analysis.isoflop import isoflop, power_law
 from analysis.runs import Run, curve
 from analysis.selection import pair_up
-from analysis.shape_figures import GAINS, draw_gain, largest
+from analysis.shape_figures import GAINS, draw_gain, largest, smooth
 from analysis.study import Multiplier, Study
 
 MATRICES = ('res_mean', 'composite_res_mean')
@@ -89,13 +89,6 @@ def _pairs_at_largest(s: Study) -> list[tuple[str, Run, Run]]:
   return out
 
 
-def _smooth(y: np.ndarray) -> np.ndarray:
-  """Running mean over 5 % of the curve (edges: over what there is)."""
-  width = max(1, len(y) // 20)
-  kernel = np.ones(width)
-  return np.convolve(y, kernel, 'same') / np.convolve(np.ones(len(y)), kernel, 'same')
-
-
 def _difference(own: Run, other: Run, metric: str) -> pd.DataFrame:
   """Metric of two runs at the arm's tokens (the reference interpolated): tokens, own, other."""
   (x, y), (xr, yr) = curve(own, metric), curve(other, metric)
@@ -115,7 +108,7 @@ def over_training(s: Study, folder: Path) -> Panel | str:
       table = _difference(own, other, 'train/loss')
       if not len(table):
         continue
-      gap = _smooth((table['own'] - table['other']).to_numpy())
+      gap = smooth((table['own'] - table['other']).to_numpy())
       label = None if any(row['arm'] == arm for row in rows) else arm
       left.plot(table['tokens'], gap, color=style[arm]['color'], lw=1.0, label=label)
       rows += [

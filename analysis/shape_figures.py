@@ -87,7 +87,9 @@ def rank_plot(s: Study, folder: Path, axis: str) -> Panel | str:
       look = style[r.arm]
       mean = r.rows.groupby('rank')['validation_loss'].mean()
       ax.plot(mean.index, mean, **look, label=f'{r.arm}, {r.size}')
-      ax.plot(r.rows['rank'], r.rows['validation_loss'], '.', color=look['color'], ms=3)
+      if s.seed_spread is not None:
+        bar = s.seed_spread / np.sqrt(r.rows.groupby('rank')['validation_loss'].size())
+        ax.errorbar(mean.index, mean, yerr=bar, fmt='none', color=look['color'], lw=0.9)
       levels = [(f'{r.arm}, full rank', r.full, look['color'])]
       residual = _residual_like(s, r)
       if residual is not None:
@@ -99,7 +101,9 @@ def rank_plot(s: Study, folder: Path, axis: str) -> Panel | str:
     _plain_log2(ax, [v for r in sweeps for v in r.rows['rank']])
     ax.set(xlabel=AXIS_LABEL[axis], ylabel='validation loss (nats per token)')
     legend(fig, ax)
-  caption = f'Loss against the {AXIS_LABEL[axis]}, at one size; dots are runs, the line their mean.'
+  caption = f'Loss against the {AXIS_LABEL[axis]}, at one size, mean over seeds.'
+  if s.seed_spread is not None:
+    caption += f' Bars: one standard error, from the spread between seeds ({s.seed_spread:.3f} nats).'
   for r in sweeps:
     caption += f' {r.arm}, {r.size}: {exponent_words(r)}'
   return save(fig, folder, f'loss_vs_{axis}', caption, pd.DataFrame(rows))
@@ -210,45 +214,72 @@ def draw_gain(ax: Axes, s: Study, name: str) -> list[dict]:
   return rows
 
 
-def _curves(s: Study, folder: Path, metric: str, label: str, log: bool, stem: str) -> Panel | str:
+def training_loss(s: Study, folder: Path) -> Panel | str:
+  """Training loss (running mean) with the validation loss as markers, at the largest size."""
   style, rows, seen = looks(list(dict.fromkeys(s.table['arm']))), [], set()
   with figure() as (fig, ax):
+    tops = []
     for _, run in largest(s, finished=False).iterrows():
-      x, y = curve(s.sweep.runs[run['run_id']], metric)
-      if not x:
+      arm, files = run['arm'], s.sweep.runs[run['run_id']]
+      x, y = (np.array(v) for v in curve(files, 'train/loss'))
+      if not len(x):
         continue
-      look, arm = style[run['arm']], run['arm']
-      ax.plot(
-        x,
-        y,
-        color=look['color'],
-        ls=look['linestyle'],
-        lw=1.0,
-        label=None if arm in seen else arm,
-      )
-      if run['state'] == 'diverged':
-        ax.plot(x[-1], y[-1], 'x', color='#D00000', ms=6)
+      y, look = smooth(y), style[arm]
+      label = None if arm in seen else arm
       seen.add(arm)
-      rows += [
-        {'arm': arm, 'run_id': run['run_id'], 'tokens': a, metric: b} for a, b in zip(x, y, strict=True)
-      ]
+      ax.plot(x, y, color=look['color'], ls=look['linestyle'], lw=1.0, label=label)
+      tops.append(float(np.interp(0.04 * x[-1], x, y)))
+      xv, yv = curve(files, 'validation/loss')
+      ax.plot(xv, yv, look['marker'], color=look['color'], ms=3)
+      if run['state'] == 'diverged':
+        ax.plot(x[-1], y[-1], 'x', color='#D00000', ms=7)
+      for metric, xs, ys in (('train/loss', x, y), ('validation/loss', xv, yv)):
+        rows += [
+          {'arm': arm, 'run_id': run['run_id'], 'metric': metric, 'tokens': t, 'loss': v}
+          for t, v in zip(xs, ys, strict=True)
+        ]
     if not rows:
-      return f'{label}: no run logged {metric}.'
-    ax.set_ylabel(label)
-    if log:
-      log_axis(ax, label, 'y')
+      return 'Loss over training: no run logged train/loss.'
+    ax.set_ylim(top=max(tops))  # the first steps would squeeze the rest
     ax.xaxis.set_major_formatter(EngFormatter(sep=''))
-    ax.set_xlabel('training tokens')
+    ax.set(xlabel='training tokens', ylabel='loss (nats per token)')
     legend(fig, ax)
-  caption = f'{label.capitalize()} over training, one line per seed; {_sizes(s, False)}.'
-  return save(fig, folder, stem, caption, pd.DataFrame(rows))
+  caption = (
+    'Training loss (running mean over 5 % of the run; markers: validation loss), one line per seed; '
+    f'{_sizes(s, False)}. The first 4 % may lie above the axis.'
+  )
+  return save(fig, folder, 'training_loss', caption, pd.DataFrame(rows))
 
 
-def training_loss(s: Study, folder: Path) -> Panel | str:
-  """Validation loss over training."""
-  return _curves(s, folder, 'validation/loss', 'validation loss (nats)', False, 'training_loss')
+def smooth(y: np.ndarray) -> np.ndarray:
+  """Running mean over 5 % of the curve (edges: over what there is)."""
+  width = max(1, len(y) // 20)
+  kernel = np.ones(width)
+  return np.convolve(y, kernel, 'same') / np.convolve(np.ones(len(y)), kernel, 'same')
 
 
 def gradient_norm(s: Study, folder: Path) -> Panel | str:
   """Gradient norm over training (mHC Fig. 2b, 5b)."""
-  return _curves(s, folder, 'train/grad_norm', 'gradient norm', True, 'gradient_norm')
+  style, rows, seen = looks(list(dict.fromkeys(s.table['arm']))), [], set()
+  with figure() as (fig, ax):
+    for _, run in largest(s, finished=False).iterrows():
+      arm = run['arm']
+      x, y = curve(s.sweep.runs[run['run_id']], 'train/grad_norm')
+      if not x:
+        continue
+      look, label = style[arm], None if arm in seen else arm
+      seen.add(arm)
+      ax.plot(x, y, color=look['color'], ls=look['linestyle'], lw=0.9, label=label)
+      if run['state'] == 'diverged':
+        ax.plot(x[-1], y[-1], 'x', color='#D00000', ms=7)
+      rows += [
+        {'arm': arm, 'run_id': run['run_id'], 'tokens': a, 'grad_norm': b} for a, b in zip(x, y, strict=True)
+      ]
+    if not rows:
+      return 'Gradient norm over training: no run logged train/grad_norm.'
+    log_axis(ax, 'gradient norm', 'y')
+    ax.xaxis.set_major_formatter(EngFormatter(sep=''))
+    ax.set_xlabel('training tokens')
+    legend(fig, ax)
+  caption = f'Gradient norm over training, one line per seed; {_sizes(s, False)}.'
+  return save(fig, folder, 'gradient_norm', caption, pd.DataFrame(rows))

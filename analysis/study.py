@@ -83,6 +83,15 @@ class Study:
     """Finished runs of the size grid: those of the law, and those of arms too small for it."""
     return self.table[self.table['paired']]
 
+  @property
+  def seed_spread(self) -> float | None:
+    """Standard deviation of the final loss between seeds (nats), pooled over arms and sizes."""
+    groups = [g for _, g in self.grid.groupby(['arm', 'size', 'duration', 'lr'])['validation_loss']]
+    freedom = sum(len(g) - 1 for g in groups)
+    if not freedom:
+      return None
+    return float(np.sqrt(sum(((g - g.mean()) ** 2).sum() for g in groups) / freedom))
+
 
 def study(sweep: Sweep, resamples: int = 500, progress: bool = False) -> Study:
   """Computes all of it from the sweep's runs; partial sweeps leave parts empty, with reasons."""
@@ -291,6 +300,7 @@ def fits_json(s: Study) -> dict[str, object]:
       'choice_of_loss': s.sensitivity,
       'nested': [{k: v for k, v in vars(c).items() if k != 'fit'} for c in s.nested],
       'rollout': [vars(step) for step in s.rollout],
+      'seed_standard_deviation': s.seed_spread,
       'gaps': [vars(g) for g in s.gaps],
       'rank_sweeps': [
         {k: getattr(r, k) for k in ('axis', 'arm', 'size', 'phi', 'phi_interval', 'problem')}

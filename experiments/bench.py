@@ -104,19 +104,26 @@ def main(argv: list[str] | None = None) -> int:
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  parser.add_argument('what', choices=('step',))
+  parser.add_argument('what', choices=('step', 'constraints'))
   parser.add_argument('--width', type=int, default=64)
   parser.add_argument('--depth', type=int, default=4)
   parser.add_argument('--batch', type=int, default=16, help='sequences')
   parser.add_argument('--seq-len', type=int, default=128)
   parser.add_argument('--streams', type=int, default=4)
   parser.add_argument('--dtype', default='float32')
+  parser.add_argument('--tokens', type=int, default=16384, help='of the constraints bench')
   parser.add_argument('--repeats', type=int, default=7, help='rounds (default 7)')
   parser.add_argument('--calls', type=int, default=4, help='steps in a round (default 4)')
   args = parser.parse_args(argv)
   if args.repeats < 1 or args.calls < 1:
     raise ConfigError('--repeats and --calls must be at least 1')
-  print(json.dumps(bench_step(args), indent=1))
+  if args.what == 'constraints':
+    from experiments.bench_constraints import bench_constraints  # which imports this file
+
+    result = bench_constraints(args)
+  else:
+    result = bench_step(args)
+  print(json.dumps(result, indent=1))
   return 0
 
 
