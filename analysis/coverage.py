@@ -130,7 +130,7 @@ def main(argv: list[str] | None = None) -> int:
   for row in rows:
     verdict = {True: 'met', False: 'MISSED', None: ''}[row['met']]
     words = (row['design'], row['case'], f'delta {row["delta"]}', row['quantity'])
-    print('  '.join(f'{w:<20}' for w in words) + f'{row["value"]:.4f}  {verdict}')
+    print('  '.join(f'{w:<24}' for w in words) + f'{row["value"]:.4f}  {verdict}')
   if a.out is not None:
     a.out.parent.mkdir(parents=True, exist_ok=True)
     record = {'simulations': a.simulations, 'seed': a.seed, 'wanted': WANTED, 'rows': rows}

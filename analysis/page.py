@@ -21,6 +21,7 @@ from analysis.html import (
   text,
   warning,
 )
+from analysis.intervals import residual_variance
 from analysis.page_record import excluded, interactive, method, run_table, setting
 from analysis.selection import AXIS_LABEL
 from analysis.shape_figures import GAINS, exponent_words
@@ -176,6 +177,7 @@ def law(s: Study) -> Raw:
     f'correlate by {doc["within_cluster_correlation"]:.2f}.',
     f'Caveat: {doc["caveat"]}.' if doc['caveat'] else '',
   )
+  out += paragraph(lack_of_fit(s))
   out += table(head, rows, left=(0,))
   if 'E' in doc['verdicts']:
     out += paragraph(
@@ -184,6 +186,20 @@ def law(s: Study) -> Raw:
     )
   out += warning([*doc['flags'], *doc['doubts']], 'The fit itself warns')
   out += currencies(s)
+  return out
+
+
+def lack_of_fit(s: Study) -> str:
+  """How far the law misses the runs, against how far seeds differ."""
+  missed = math.sqrt(residual_variance(s.fit))
+  if s.seed_spread is None:
+    return (
+      f'Runs scatter about the fit by {100 * missed:.2f} % of the loss; no size has two seeds to compare.'
+    )
+  seeds = s.seed_spread / float(s.fit.points.loss.mean())
+  out = f'Runs scatter about the fit by {100 * missed:.2f} % of the loss, seeds by {100 * seeds:.2f} %.'
+  if missed > 1.5 * seeds:
+    out += ' The law misses more than seeds explain: sizes differ by more than their compute.'
   return out
 
 
@@ -256,7 +272,7 @@ def gain_words(s: Study) -> Raw:
 
 
 def checks(s: Study) -> Raw:
-  """Nested models, rollout and the choice of loss as tables."""
+  """Nested models, rollout and other choices as tables."""
   out = Raw('')
   if s.nested:
     rows = [
@@ -278,7 +294,7 @@ def checks(s: Study) -> Raw:
     rows = [
       [
         f'{r.sizes_fitted} smallest',
-        f'{r.extrapolation:.0f}x',
+        f'{r.extrapolation:.1f}x',
         _percent(r.in_sample_error),
         _percent(r.held_out_error),
         f'{100 * r.bias:+.2f} %',
@@ -290,9 +306,9 @@ def checks(s: Study) -> Raw:
     head += ['inside the 95 % band of a new run']
     out += Raw('<h3>Rollout</h3>') + table(head, rows)
   if s.sensitivity:
-    names = [k for k in s.sensitivity[0] if k != 'loss']
-    rows = [[r['loss'], *(number(r[k]) for k in names)] for r in s.sensitivity]
-    out += Raw('<h3>Choice of loss</h3>') + table(['loss', *names], rows)
+    names = [k for k in s.sensitivity[0] if k != 'choice']
+    rows = [[r['choice'], *(number(r[k]) for k in names)] for r in s.sensitivity]
+    out += Raw('<h3>Other losses and conventions</h3>') + table(['choice', *names], rows)
   return out
 
 

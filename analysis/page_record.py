@@ -125,8 +125,9 @@ def method(s: Study, command: str) -> Raw:
       'times the robust residual scale, at least 0.001), covariates centred, objective divided by '
       f'delta squared, BFGS with analytic gradients; {o["starts_at_optimum"]} of {o["starts"]} '
       f'starts reached the optimum; condition number {doc["condition_number"]:.1e}.',
-      'Delta intervals: Student t with runs minus parameters degrees of freedom, covariance with '
-      'one correlation for runs of equal size, seed and budget. Bootstraps: '
+      'Delta intervals: Student t. Runs of equal size, seed and budget share part of their noise (its '
+      'variance is estimated); degrees of freedom after Satterthwaite, so that the curve is known only from '
+      'as many pieces of information as there are such groups. Bootstraps: '
       f'{doc["resamples"]} resamples of runs, and of such groups, percentile intervals.',
       'Every run has its influence on the fit in fits.json.',
     ]

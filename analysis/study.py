@@ -117,7 +117,7 @@ def study(sweep: Sweep, resamples: int = 500, progress: bool = False) -> Study:
     fitted,
     doc,
     multipliers(fitted, doc, inside, reference),
-    sensitivity(fitted),
+    sensitivity(fitted, inside),
     nested(points, choice.law, reference, delta=fitted.problem.delta)
     if fitted and len(points.arms) > 1
     else [],
@@ -174,23 +174,28 @@ def cost_ratios(inside: pd.DataFrame, arm: str, reference: str) -> tuple[float, 
   return float(cost), float(cost * own['tokens_per_second'].median() / base['tokens_per_second'].median())
 
 
-def sensitivity(fitted: Fit | None) -> list[dict]:
-  """Exponents, E and multipliers under other losses: how much the choice of loss decides."""
+def sensitivity(fitted: Fit | None, inside: pd.DataFrame) -> list[dict]:
+  """The same fit under other losses and, for L(N, D), other counts of N: what the choices decide."""
   if fitted is None:
     return []
+  points, width = fitted.points, fitted.problem.delta
+  cases = [
+    ('Huber, delta = 0.001', points, 'huber', 1e-3),
+    ('Huber, delta = 0.01', points, 'huber', 1e-2),
+    ('squares of log loss', points, 'mse_log', 1e-3),
+    ('squares of loss', points, 'mse', 1e-3),
+  ]
+  if 'N' in fitted.law.covariates:
+    cases += [
+      ('N = all parameters', selection.to_points(inside, 'total'), 'huber', width),
+      ('N = without embeddings', selection.to_points(inside, 'non_embedding'), 'huber', width),
+    ]
   out = []
-  for loss, width in (('huber', 1e-3), ('huber', 1e-2), ('mse_log', 1e-3), ('mse', 1e-3)):
-    other = fit(fitted.points, fitted.law, fitted.design.arms, loss, width, start_count=0)
-    label = (
-      f'Huber, delta = {width:g}'
-      if loss == 'huber'
-      else {
-        'mse_log': 'squares of log loss',
-        'mse': 'squares of loss',
-      }[loss]
-    )
+  for label, case_points, loss, delta_width in cases:
+    other = fit(case_points, fitted.law, fitted.design.arms, loss, delta_width, start_count=0)
     allowed = verdicts(other)
-    out.append({'loss': label} | {k: v if allowed[k] is None else None for k, v in other.parameters.items()})
+    shown = {k: v if allowed[k] is None else None for k, v in other.parameters.items()}
+    out.append({'choice': label} | shown)
   return out
 
 
@@ -297,7 +302,7 @@ def fits_json(s: Study) -> dict[str, object]:
       'reference': s.reference,
       'fit': s.document,
       'multipliers': [vars(m) for m in s.multipliers],
-      'choice_of_loss': s.sensitivity,
+      'other_choices': s.sensitivity,
       'nested': [{k: v for k, v in vars(c).items() if k != 'fit'} for c in s.nested],
       'rollout': [vars(step) for step in s.rollout],
       'seed_standard_deviation': s.seed_spread,

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
-from test_report import config_of, derived_of, write_run, write_sweep
+from synthetic_runs import config_of, derived_of, write_run, write_sweep
 
 from analysis import coverage, plots
 

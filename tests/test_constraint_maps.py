@@ -4,7 +4,6 @@ import argparse
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.linalg
@@ -16,7 +15,7 @@ from mhc_jax.constraints.birkhoff_dual import birkhoff_dual
 from mhc_jax.constraints.birkhoff_kronecker import birkhoff_kronecker
 from mhc_jax.constraints.birkhoff_orthostochastic import birkhoff_orthostochastic
 from mhc_jax.constraints.birkhoff_permutations import birkhoff_permutations
-from mhc_jax.constraints.birkhoff_sinkhorn import birkhoff_sinkhorn, sinkhorn
+from mhc_jax.constraints.birkhoff_sinkhorn import birkhoff_sinkhorn
 from mhc_jax.constraints.birkhoff_transport import birkhoff_transport
 from mhc_jax.constraints.circulant import circulant
 from mhc_jax.constraints.orthogonal import orthogonal_cayley, orthogonal_quaternion
@@ -113,7 +112,7 @@ def test_equals_formula(x64, rng, name):
   np.testing.assert_allclose(matrices(constraint, coords_KX, n), expected_XNM, atol=1e-11)
 
 
-@pytest.mark.parametrize('n', (2, 4, 8))
+@pytest.mark.parametrize('n', (2, 4, 9))  # 9: the elimination in loops
 def test_dual_is_the_limit_of_sinkhorn(x64, rng, n):
   """Value, and gradient against autodiff through iterations that have converged."""
   logits_KX, cot_NMX = 1.5 * rng.normal(size=(n * n, 5)), rng.normal(size=(n, n, 5))
@@ -130,22 +129,20 @@ def test_dual_is_the_limit_of_sinkhorn(x64, rng, n):
     np.testing.assert_allclose(actual, expected, atol=1e-10)
 
 
-@pytest.mark.parametrize('n', (3, 4))
+@pytest.mark.parametrize('n', (3, 4, 8))
 def test_dual_in_float32_leaves_no_defect(rng, n):
   """<= 1e-6 up to logit std 10; the same at 100, where 20 Sinkhorn iterations are off by 1 and more."""
   logits_KX = rng.normal(size=(n * n, 4096))
   constraint = birkhoff_dual()
-  evaluate = jax.jit(lambda c: constraint.defect(constraint.matrix(c, n)))
+  evaluate = jax.jit(lambda c: constraint.defect(constraint.matrix(c, n)), compiler_options=COMPILER)
   for std in (1, 3, 10, 100):
     assert evaluate((std * logits_KX).astype(np.float32)).max() <= 1e-6
 
 
 def test_dual_stops_where_it_is_told(rng):
-  logits_NMX = (10 * rng.normal(size=(4, 4, 100))).astype(np.float32)
-  one, many = (birkhoff_dual(k).matrix(logits_NMX.reshape(16, -1), 4) for k in (1, 50))
-  defect = birkhoff_dual().defect
-  assert defect(one).max() > 1e-2 > 1e-6 > defect(many).max()
-  assert defect(sinkhorn(jnp.asarray(logits_NMX))).max() > 1e-2
+  logits_KX = (10 * rng.normal(size=(9, 100))).astype(np.float32)
+  one, many = (matrices(birkhoff_dual(k), logits_KX, 3).sum(1) for k in (1, 30))
+  assert np.abs(one - 1).max() > 1e-2 > 1e-6 > np.abs(many - 1).max()
 
 
 def test_permutations_in_lexicographic_order(x64):

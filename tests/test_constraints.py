@@ -248,9 +248,8 @@ def check(constraint: Constraint, n: int) -> None:
   check_dimension(constraint, n)
   check_identity(constraint, n)
   check_defect(constraint, n)
-  if n in (4, 8):
-    check_claims(constraint, n, 'float32')
   if n == 4:
+    check_claims(constraint, n, 'float32')
     check_low_precision(constraint, n)
 
 

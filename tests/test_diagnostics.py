@@ -11,8 +11,6 @@ from mhc_jax import diagnostics
 from mhc_jax.config import base_config, build_model
 from mhc_jax.model import Transformer
 
-COMPILER = {'xla_backend_optimization_level': 0, 'xla_cpu_use_fusion_emitters': False}  # 5 times as fast
-
 
 def matrices(*tokens):
   """(S=1, n, n, B=1, T) from one matrix per token."""
@@ -38,7 +36,7 @@ def test_gains_are_means_over_tokens_of_the_maximum_of_each():
 
 def test_composites_multiply_later_matrices_from_the_left(rng):
   h = rng.normal(size=(3, 4, 4, 2, 5)).astype(np.float32)
-  found = jax.jit(diagnostics.composites, compiler_options=COMPILER)(h)
+  found = jax.jit(diagnostics.composites)(h)
   for b in range(2):
     for t in range(5):
       product = np.eye(4)
@@ -76,7 +74,7 @@ def diagnosed(disturb=None, **connection):
   model = build_model(c, 11)
   inputs = (np.arange(6, dtype=np.int32)[None], np.zeros((1, 6), np.int32))
 
-  @functools.partial(jax.jit, compiler_options=COMPILER)
+  @jax.jit
   def run(key):
     params = Transformer(model).init(key, *inputs)['params']
     if disturb:

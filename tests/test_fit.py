@@ -8,9 +8,8 @@ from scipy.optimize import check_grad, minimize
 
 from analysis.compare import clustered_f, nested, paired_gap, pooled_spread, rollout
 from analysis.estimate import fit, make_problem
-from analysis.identify import choose_law, doubts, verdicts
+from analysis.identify import doubts, verdicts
 from analysis.intervals import band, bootstrap, contrast_variance, delta, noise, percentile
-from analysis.isoflop import best_learning_rate, isoflop, minimum, power_law
 from analysis.laws import LAWS, ArmModel, Points, design, natural, power_covariates, predict
 from analysis.solve import Problem, linear_solve, objective, starts, variable_projection
 from mhc_jax.config import ConfigError
@@ -355,40 +354,6 @@ def test_paired_gaps_pool_the_spread_over_sizes():
   assert one.difference - one.low == pytest.approx(half, rel=1e-5)
   assert pooled_spread([groups[1], groups[1]]) is None
   assert paired_gap('mhc', 'm', groups[1], ones[:1], (ones[:1], ones[:1]), None).low is None
-
-
-def test_choice_of_law():
-  assert choose_law(noisy_points(0.0)).law is CHINCHILLA
-  n = np.geomspace(1e5, 1e7, 6)
-  path = points_nd(n, 20 * n, chinchilla_loss(n, 20 * n))
-  assert choose_law(path).law is COMPUTE and 'cannot be told apart' in choose_law(path).reason
-  assert 'same number of tokens' in choose_law(points_nd(n, np.full(6, 1e8), n)).reason
-  assert choose_law(path.take(np.arange(3))).law is None
-  narrow = points_nd(n[:1] * np.linspace(1, 1.5, 5), np.full(5, 1e8), np.ones(5))
-  assert 'factor of 1.5' in choose_law(narrow).reason
-
-
-def test_isoflop_minima_and_their_guards():
-  budgets = np.geomspace(1e18, 1e21, 4)
-  share = np.geomspace(0.25, 4, 7)
-  rows = [(c, n) for c in budgets for n in 0.1 * c**0.49 * share]
-  c, n = (np.array(v) for v in zip(*rows, strict=True))
-  loss = chinchilla_loss(n, c / (6 * n))
-  a = TRUE['beta'] / (TRUE['alpha'] + TRUE['beta'])
-  for method in ('parabola', 'akima'):
-    found = [(b, m.log_x) for b, m in isoflop(np.log(c), np.log(n), loss, method) if not m.problem]
-    line = power_law(*np.array(found).T)
-    # alpha != beta biases both slightly (2603.22339).
-    assert len(found) == 4 and line.exponent == pytest.approx(a, abs=0.02)
-  x = np.linspace(0, 1, 6)
-  assert 'downwards' in minimum(x, np.exp(-((x - 0.5) ** 2))).problem
-  assert 'outside' in minimum(x, np.exp((x - 2) ** 2)).problem
-  assert 'edge' in minimum(x, np.exp(x), 'akima').problem
-  assert 'points' in minimum(x[:2], x[:2] + 1).problem
-  rate = np.geomspace(1e-4, 1e-2, 5)
-  best = best_learning_rate(rate, 2 + 0.1 * np.log(rate / 2e-3) ** 2)
-  assert np.exp(best.log_x) == pytest.approx(2e-3, rel=0.05)
-  assert best_learning_rate(rate, np.array([5, 4, 3, 2, np.nan])).log_x is None
 
 
 def test_prediction_agrees_with_the_formula():

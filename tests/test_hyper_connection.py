@@ -11,12 +11,7 @@ from mhc_jax import hyper_connection as hc
 from mhc_jax.presets import INITS, PRESETS, connection_spec
 
 N, B, T, D = 4, 2, 3, 8
-COMPILER = {'xla_backend_optimization_level': 0, 'xla_cpu_use_fusion_emitters': False}  # 5 times as fast
 ALL_PRESETS = [(name, preset) for name, presets in PRESETS.items() for preset in presets]
-
-
-def fast(function):
-  return jax.jit(function, compiler_options=COMPILER)
 
 
 def sigmoid(x):
@@ -82,7 +77,7 @@ def test_custom_backwards_equal_autodiff_of_einsums(x64, rng, mixed, gated):
     def scalar(inputs):
       return sum(jnp.sum(w * jnp.cos(out)) for w, out in zip(weights, sublayer(*inputs), strict=True))
 
-    return fast(jax.value_and_grad(scalar))(inputs)
+    return jax.jit(jax.value_and_grad(scalar))(inputs)
 
   ours, plain = value(our_sublayer), value(plain_sublayer)
   # Sums of at most 4 * 24 terms of order 1 in float64.
@@ -107,7 +102,7 @@ def test_bfloat16_streams_are_accumulated_in_float32_and_rounded_once(rng):
   pre, post, res = dyadic(rng, (N, B, T), 6), dyadic(rng, (N, B, T), 6), dyadic(rng, (N, N, B, T), 6)
   coefficients = [jnp.asarray(a, jnp.float32) for a in (pre, post, res)]
 
-  @fast
+  @jax.jit
   def run(pre, post, res, x, y, g):
     h, pull_read = jax.vjp(hc.read, pre, x)
     new, pull_write = jax.vjp(hc.write, res, post, x, y)
@@ -150,7 +145,7 @@ def coefficients_at_start(spec, sublayer):
   """With the generator's contribution removed: float64 arrays of one token."""
   params = hc.init_params(jax.random.key(0), spec, D, sublayer)
   params = {name: jnp.zeros_like(v) if name == 'phi' else v for name, v in params.items()}
-  found = fast(lambda params, x: hc.generate(params, x, spec))(params, jnp.ones((N, 1, 1, D)))
+  found = jax.jit(lambda params, x: hc.generate(params, x, spec))(params, jnp.ones((N, 1, 1, D)))
   return [np.asarray(value)[..., 0, 0] for value in found]
 
 
@@ -182,7 +177,7 @@ def test_mixing_and_alpha_replace_one_value_of_the_init(x64):
 
 def test_the_home_stream_follows_a_traced_sublayer_index():
   spec = connection_spec('mhc')
-  traced = fast(jax.vmap(lambda s: hc.init_params(jax.random.key(0), spec, D, s)['b_pre']))(jnp.arange(8))
+  traced = jax.jit(jax.vmap(lambda s: hc.init_params(jax.random.key(0), spec, D, s)['b_pre']))(jnp.arange(8))
   assert np.argmax(traced, 1).tolist() == [0, 1, 2, 3] * 2
 
 
@@ -192,7 +187,7 @@ def test_full_and_factored_generators_start_with_the_stated_variance():
 
   def start(seed, phi_scale=1.0, **fields):
     spec = connection_spec('mhc', **fields)
-    return fast(lambda key: hc.init_params(key, spec, width, 0, phi_scale))(jax.random.key(seed))
+    return jax.jit(lambda key: hc.init_params(key, spec, width, 0, phi_scale))(jax.random.key(seed))
 
   full = start(0)['phi']
   assert full.shape == (n, width, n * n + 2 * n)
@@ -212,8 +207,8 @@ def test_a_factored_generator_is_the_full_one_of_its_product(x64, rng, name):
   params, x_NBTD = random_params(rng, low), streams(rng)
   product = {k: v for k, v in params.items() if not k.startswith('phi')}
   product['phi'] = jnp.einsum('ndr,rk->ndk', params['phi_in'], params['phi_out'])
-  ours = fast(lambda p, x: hc.generate(p, x, low))(params, x_NBTD)
-  wanted = fast(lambda p, x: hc.generate(p, x, full))(product, x_NBTD)
+  ours = jax.jit(lambda p, x: hc.generate(p, x, low))(params, x_NBTD)
+  wanted = jax.jit(lambda p, x: hc.generate(p, x, full))(product, x_NBTD)
   for actual, desired in zip(ours, wanted, strict=True):
     np.testing.assert_allclose(actual, desired, rtol=1e-10, atol=1e-12)
 
@@ -237,7 +232,7 @@ def test_hc_is_the_formula_of_its_paper(x64, rng, preset):
     beta += p['alpha_post'] * bound(normed @ w_beta)
     a_m += p['alpha_pre'] * bound(normed @ w_m)
     a_r += p['alpha_pre'] * np.moveaxis(bound(normed @ w_r), 3, 1)
-  c = fast(lambda p, x: hc.generate(p, x, spec))(p, x)
+  c = jax.jit(lambda p, x: hc.generate(p, x, spec))(p, x)
   np.testing.assert_allclose(c.pre_NBT, a_m, rtol=1e-12, atol=1e-12)
   np.testing.assert_allclose(c.post_NBT, beta, rtol=1e-12, atol=1e-12)
   np.testing.assert_allclose(c.res_NMBT, a_r.swapaxes(0, 1), rtol=1e-12, atol=1e-12)
@@ -255,7 +250,7 @@ def test_expand_copies_and_collapses_undo_it(rng):
 def test_the_learned_collapse_starts_as_a_mean(x64, rng):
   spec = dataclasses.replace(connection_spec('mhc', 'deepseek_v4'), collapse_eps=0.0)
   x_NBTD = streams(rng)
-  found = fast(lambda x: hc.collapse(x, 'learned', hc.init_collapse(spec, D), spec))(x_NBTD)
+  found = jax.jit(lambda x: hc.collapse(x, 'learned', hc.init_collapse(spec, D), spec))(x_NBTD)
   np.testing.assert_allclose(found, np.mean(x_NBTD, 0), rtol=1e-12, atol=1e-12)
 
 

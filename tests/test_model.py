@@ -15,12 +15,7 @@ from mhc_jax.presets import PRESETS, connection_spec
 
 VOCAB, B, T = 11, 2, 6
 TOKENS = np.random.default_rng(1).integers(0, VOCAB, (B, T)).astype(np.int32)
-COMPILER = {'xla_backend_optimization_level': 0, 'xla_cpu_use_fusion_emitters': False}  # 5 times as fast
 SEGMENTS = np.array([[0, 0, 0, 0, 0, 0], [0, 0, 1, 1, 1, 2]], np.int32)
-
-
-def fast(function):
-  return jax.jit(function, compiler_options=COMPILER)
 
 
 def model(connection='residual', weights_rank=None, transfer=None, **fields):
@@ -38,13 +33,13 @@ def model(connection='residual', weights_rank=None, transfer=None, **fields):
 
 @functools.cache
 def initial(config):
-  init = fast(lambda key: Transformer(config).init(key, TOKENS, SEGMENTS)['params'])
+  init = jax.jit(lambda key: Transformer(config).init(key, TOKENS, SEGMENTS)['params'])
   return init(jax.random.key(0))
 
 
 @functools.cache
 def forward(config):
-  return fast(lambda params: Transformer(config).apply({'params': params}, TOKENS, SEGMENTS)[0])
+  return jax.jit(lambda params: Transformer(config).apply({'params': params}, TOKENS, SEGMENTS)[0])
 
 
 def disturbed(params, rng, names=('norm', 'final_norm')):
@@ -176,7 +171,7 @@ def test_gradients_respect_time_and_documents():
   token_1T = np.arange(T, dtype=np.int32)[None]
   weight_V = np.random.default_rng(0).normal(size=VOCAB).astype(np.float32)
 
-  @fast
+  @jax.jit
   def influence_on(position, params, segments):
     def output(embedding):
       changed = {**params, 'embedding': embedding}
@@ -203,7 +198,7 @@ def gradients(config):
     total, count = loss_sums(logits_BTV, np.roll(TOKENS, -1, 1), jnp.ones((B, T)))
     return total / count, records
 
-  return fast(jax.value_and_grad(loss, has_aux=True))
+  return jax.jit(jax.value_and_grad(loss, has_aux=True))
 
 
 def restacked(params, depth):
@@ -287,7 +282,7 @@ def test_factored_weights_start_with_the_variance_of_full_ones():
 
   def start(rank):
     linear = Linear((inputs, *outputs), rank, jnp.float32)
-    return fast(lambda key: linear.init(key, x)['params'])(jax.random.key(0))
+    return jax.jit(lambda key: linear.init(key, x)['params'])(jax.random.key(0))
 
   full, low = start(None)['w'], start(rank)
   product = np.einsum('ir,rhk->ihk', low['u'], low['v'])

@@ -53,8 +53,6 @@ class Session:
     if limit is not None:
       command = [sys.executable, '-c', LIMITED, str(limit), *command]
     environment = os.environ | {
-      'JAX_PLATFORMS': 'cpu',
-      'XLA_FLAGS': '--xla_cpu_multi_thread_eigen=false --xla_backend_optimization_level=0',
       # One compilation for all sessions of this file.
       'JAX_COMPILATION_CACHE_DIR': str(folder / 'compiled'),
       'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',

@@ -13,7 +13,6 @@ from mhc_jax.sharding import make_mesh, put_batch, state_sharding
 from mhc_jax.train_step import programs
 
 VOCAB, B, T = 16, 8, 8
-COMPILER = {'xla_backend_optimization_level': 0, 'xla_cpu_use_fusion_emitters': False}  # 5 times as fast
 
 
 def batch():
@@ -34,26 +33,20 @@ def updated(arm, data, fsdp):
   """
   c = base_config()
   c.model.update({'width': 16, 'depth': 2, 'heads': 2})
-  c.model.connection.name = arm
+  c.model.connection.update({'name': arm, 'streams': 2})
   c.optimizer.warmup_steps, c.optimizer.eps, c.optimizer.clip_norm = 0, 1.0, 0.1
   mesh = make_mesh(data, fsdp)
   found = programs(build_model(c, VOCAB), build_optimizer(c), mesh)
-  start = found.init.lower(jax.random.key(0)).compile(COMPILER)(jax.random.key(0))
+  start = found.init(jax.random.key(0))
   initial = jax.tree.map(jnp.copy, start)  # start is donated
   hparams = {'lr': 0.1, 'weight_decay': 0.1, 'num_steps': 10.0, 'warmup': 0.0}
   inputs = (put_batch(batch(), mesh), jax.tree.map(jnp.float32, hparams))
-  step = found.step.lower(start, *inputs).compile(COMPILER)
-  state, _ = step(start, *inputs)
-  print('first', flush=True)
-  jax.block_until_ready(state)
-  print('done', flush=True)
-  state, metrics = step(state, *inputs)
-  jax.block_until_ready(state)
-  print('both', flush=True)
+  state, _ = found.step(start, *inputs)
+  state, metrics = found.step(state, *inputs)
   return initial, state, metrics
 
 
-@pytest.mark.parametrize('arm,data,fsdp', (('mhc', 2, 4), ('residual', 8, 1), ('residual', 1, 8)))
+@pytest.mark.parametrize('arm,data,fsdp', (('mhc', 2, 4), ('residual', 1, 8)))
 def test_the_sharded_step_is_the_step_of_one_device(arm, data, fsdp):
   alone, sharded = updated(arm, 1, 1), updated(arm, data, fsdp)
   for before, after in zip(jax.tree.leaves(alone[0]), jax.tree.leaves(sharded[0]), strict=True):

@@ -165,19 +165,26 @@ def test_backward_is_that_of_the_unrolled_loop(x64, rng, order, eps, eps_mode):
       m_NMX = m_NMX / (jnp.maximum(sums, eps) if eps_mode == 'clamp' else sums + eps)
     return m_NMX, jnp.concatenate([c.reshape(-1) for c in clamped])
 
-  def custom(logits_NMX):
-    return sinkhorn(logits_NMX, 4, order, eps, eps_mode, softmax_eps=1e-3)
+  def value_and_gradient(function):
+    def evaluate(logits_NMX):
+      (h_NMX, pull, clamped) = jax.vjp(function, logits_NMX, has_aux=True)
+      return h_NMX, pull(cot_NMX)[0], clamped
 
-  out, pull = jax.vjp(custom, logits_NMX)
-  expected, pull_expected, clamped = jax.vjp(unrolled, logits_NMX, has_aux=True)
+    return jax.jit(evaluate, compiler_options=COMPILER)(logits_NMX)
+
+  def custom(logits_NMX):
+    return sinkhorn(logits_NMX, 4, order, eps, eps_mode, softmax_eps=1e-3), None
+
+  h_NMX, grad_NMX, _ = value_and_gradient(custom)
+  expected_NMX, expected_grad_NMX, clamped = value_and_gradient(unrolled)
   assert (clamped.any() and not clamped.all()) == (eps_mode == 'clamp')
-  np.testing.assert_allclose(out, expected, rtol=1e-12)
-  np.testing.assert_allclose(pull(cot_NMX)[0], pull_expected(cot_NMX)[0], rtol=1e-10, atol=1e-12)
+  np.testing.assert_allclose(h_NMX, expected_NMX, rtol=1e-12)
+  np.testing.assert_allclose(grad_NMX, expected_grad_NMX, rtol=1e-10, atol=1e-12)
 
 
 def test_lower_precision_is_raised_and_higher_kept(x64):
   logits_KX = np.linspace(-1, 1, 16).reshape(16, 1)
-  matrix = birkhoff_sinkhorn().matrix
+  matrix = jax.jit(birkhoff_sinkhorn().matrix, static_argnums=1, compiler_options=COMPILER)
   low = matrix(jnp.asarray(logits_KX, jnp.bfloat16), 4)
   assert low.dtype == jnp.float32 and matrix(jnp.asarray(logits_KX), 4).dtype == jnp.float64
   rounded = jnp.asarray(logits_KX, jnp.bfloat16).astype(jnp.float32)

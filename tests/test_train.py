@@ -19,7 +19,6 @@ from mhc_jax.run import resolve
 from mhc_jax.sharding import make_mesh
 from mhc_jax.train_step import init_state, programs, train_step
 
-COMPILER = {'xla_backend_optimization_level': 0, 'xla_cpu_use_fusion_emitters': False}  # 5 times as fast
 TIMES = ('time/seconds', 'time/tokens_per_second')
 
 
@@ -225,13 +224,13 @@ def mhc():
   c.optimizer.schedule = 'constant'
   plan = resolve(c, 'digest')
   init = functools.partial(init_state, model=plan.model, optimizer=plan.optimizer)
-  state = jax.jit(init, compiler_options=COMPILER)(jax.random.key(0))
+  state = jax.jit(init)(jax.random.key(0))
   train_windows, _ = train.load_data(plan, corpus())
   batch = train_windows.take(range(4))
   hparams = {'lr': 1e-2, 'weight_decay': 0.1, 'num_steps': 10.0, 'warmup': 0.0}
   step = functools.partial(train_step, model=plan.model, optimizer=plan.optimizer)
   hparams = jax.tree.map(jnp.float32, hparams)
-  return state, batch, functools.partial(jax.jit(step, compiler_options=COMPILER), hparams=hparams)
+  return state, batch, functools.partial(jax.jit(step), hparams=hparams)
 
 
 @functools.cache

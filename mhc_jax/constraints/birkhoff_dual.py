@@ -11,11 +11,12 @@ subtraction, and float32 loses nothing where P is close to a permutation. A few 
 first; logits of wide range start at a higher temperature, which is halved until it is 1. Backward by
 the implicit function theorem: one more solve with the same matrix.
 
-Entries are lists of arrays over tokens, and stages are stored one by one (base.materialise):
-otherwise XLA:CPU recomputes the whole chain for every entry of its result.
+Stages are stored one by one (base.materialise): otherwise XLA:CPU recomputes the whole chain for
+every entry of its result. Where tokens are sharded, each Newton step has one scalar all-reduce.
 """
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -28,64 +29,99 @@ WARM_UP = 8  # Sinkhorn iterations before Newton's; each costs a fifth of one of
 HOT = 30.0  # range of the logits from which on the temperature starts above 1, ...
 COOL = 15.0  # ... at range / COOL
 LONGEST_STEP = 4.0  # largest change of log c_j - log c_k in one Newton step
-
-Vectors = tuple[jax.Array, ...]  # n arrays over tokens
-Weights = tuple[Vectors, ...]  # W_jk for k > j at [j][k - j - 1]
+UNROLLED = 8  # up to this n the elimination is written out, which is faster; the code grows as n^4
 
 
 def _sum(terms: list[jax.Array]) -> jax.Array:
   return functools.reduce(jnp.add, terms)
 
 
-def _row_factors(k_NMX: jax.Array, c_M: Vectors) -> Vectors:
-  """r with diag(r) K diag(c) 1 = 1."""
-  return tuple(1 / _sum([k_X * c_X for k_X, c_X in zip(k_MX, c_M, strict=True)]) for k_MX in k_NMX)
+def _row_factors(k_NMX: jax.Array, c_MX: jax.Array) -> jax.Array:
+  """r (n, *X) with diag(r) K diag(c) 1 = 1."""
+  return 1 / _sum([k_NMX[:, j] * c_MX[j][None] for j in range(len(c_MX))])
 
 
-def _column_factors(k_NMX: jax.Array, r_N: Vectors) -> Vectors:
-  return _row_factors(k_NMX.swapaxes(0, 1), r_N)
+def _column_factors(k_NMX: jax.Array, r_NX: jax.Array) -> jax.Array:
+  return 1 / _sum([k_NMX[i] * r_NX[i][None] for i in range(len(r_NX))])
 
 
-def _laplacian(k_NMX: jax.Array, r_N: Vectors, c_M: Vectors) -> tuple[Weights, Vectors]:
-  """The weights W of diag(r) K diag(c) and the residual 1 - column sums."""
-  n = len(c_M)
-  p = [[k_NMX[i, j] * r_N[i] for j in range(n)] for i in range(n)]
-  residual = tuple(1 - _sum([p[i][j] for i in range(n)]) * c_M[j] for j in range(n))
-  weights = tuple(
-    tuple(_sum([p[i][j] * p[i][k] for i in range(n)]) * c_M[j] * c_M[k] for k in range(j + 1, n))
-    for j in range(n)
-  )
-  return weights, residual
+def _laplacian(k_NMX: jax.Array, r_NX: jax.Array, c_MX: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """The weights W_jk of P = diag(r) K diag(c), and 1 - column sums (n, *X).
+
+  The weights of all pairs j < k, row by row, (n(n-1)/2, *X) up to n = UNROLLED; beyond it the whole
+  matrix (n, n, *X), whose diagonal nobody reads.
+  """
+  n = len(r_NX)
+  p_NMX = [k_NMX[i] * r_NX[i][None] for i in range(n)]
+  residual_MX = 1 - _sum(p_NMX) * c_MX
+  if n > UNROLLED:
+    gram_NMX = _sum([p_MX[:, None] * p_MX[None] for p_MX in p_NMX])
+    return gram_NMX * c_MX[:, None] * c_MX[None], residual_MX
+  pairs = [
+    _sum([p_MX[j] * p_MX[k] for p_MX in p_NMX]) * c_MX[j] * c_MX[k]
+    for j, k in itertools.combinations(range(n), 2)
+  ]
+  return jnp.stack(pairs), residual_MX
 
 
-def _solve(weights: Weights, b_M: Vectors) -> list[jax.Array]:
-  """x_1 .. x_{n-1} of the Laplacian system with x_n = 0, by elimination of one node after the other.
+def _solve_unrolled(w_PX: jax.Array, b_MX: jax.Array) -> jax.Array:
+  n, eps = len(b_MX), jnp.finfo(b_MX.dtype).eps
+  w = dict(zip(itertools.combinations(range(n), 2), w_PX, strict=True))
+  b, inverse = list(b_MX), []
+  for j in range(n - 1):
+    inverse.append(1 / (eps + _sum([w[j, k] for k in range(j + 1, n)])))
+    for k in range(j + 1, n):
+      share_X = w[j, k] * inverse[j]
+      b[k] = b[k] + share_X * b[j]
+      for m in range(k + 1, n):
+        w[k, m] = w[k, m] + share_X * w[j, m]
+  x = [jnp.zeros_like(b[0])] * n
+  for j in reversed(range(n - 1)):
+    x[j] = inverse[j] * _sum([b[j], *(w[j, k] * x[k] for k in range(j + 1, n - 1))])
+  return jnp.stack(x)
+
+
+def _solve_in_loops(w_NMX: jax.Array, b_MX: jax.Array) -> jax.Array:
+  n, eps = len(b_MX), jnp.finfo(b_MX.dtype).eps
+  index_M = jnp.arange(n).reshape(n, *(1,) * (b_MX.ndim - 1))
+
+  def later_row(w_NMX, j):
+    row_MX = jnp.where(index_M > j, lax.dynamic_index_in_dim(w_NMX, j, 0, False), 0)
+    return row_MX, 1 / (eps + row_MX.sum(0, keepdims=True))
+
+  def eliminate(j, carry):
+    w_NMX, b_MX = carry
+    row_MX, inverse_1X = later_row(w_NMX, j)
+    share_MX = materialise(j >= 0, jnp.multiply, row_MX, inverse_1X)
+    b_1X = lax.dynamic_index_in_dim(b_MX, j, 0)
+    return w_NMX + share_MX[:, None] * row_MX[None], b_MX + share_MX * b_1X
+
+  w_NMX, b_MX = lax.fori_loop(0, n - 1, eliminate, (w_NMX, b_MX))
+
+  def substitute(k, x_MX):
+    j = n - 2 - k
+    row_MX, inverse_1X = later_row(w_NMX, j)
+    b_1X = lax.dynamic_index_in_dim(b_MX, j, 0)
+    solved_1X = inverse_1X * (b_1X + (row_MX * x_MX).sum(0, keepdims=True))
+    return jnp.where(index_M == j, solved_1X, x_MX)
+
+  return lax.fori_loop(0, n - 1, substitute, jnp.zeros_like(b_MX))
+
+
+def _solve(weights: jax.Array, b_MX: jax.Array) -> jax.Array:
+  """x (n, *X), x_n = 0, of the Laplacian system with weights W, by eliminating one node after the other.
 
   eps joins every node to the last one: where W vanishes, rounding errors of b do not move x.
   """
-  n, eps = len(b_M), jnp.finfo(b_M[0].dtype).eps
-  w = {(j, k): weights[j][k - j - 1] for j in range(n) for k in range(j + 1, n)}
-  b, inverse = list(b_M), []
-  for j in range(n - 1):
-    inverse.append(1 / (eps + _sum([w[j, k] for k in range(j + 1, n)])))
-    for k in range(j + 1, n - 1):
-      share = w[j, k] * inverse[j]
-      b[k] = b[k] + share * b[j]
-      for m in range(k + 1, n):
-        w[k, m] = w[k, m] + share * w[j, m]
-  x = [None] * (n - 1)
-  for j in reversed(range(n - 1)):
-    x[j] = inverse[j] * _sum([b[j], *(w[j, k] * x[k] for k in range(j + 1, n - 1))])
-  return x
+  return (_solve_unrolled if len(b_MX) <= UNROLLED else _solve_in_loops)(weights, b_MX)
 
 
-def _newton(weights: Weights, residual: Vectors, c_M: Vectors) -> Vectors:
-  """One step of at most LONGEST_STEP; c_n stays."""
-  x = _solve(weights, residual)
-  highest = jnp.maximum(functools.reduce(jnp.maximum, x), 0)
-  lowest = jnp.minimum(functools.reduce(jnp.minimum, x), 0)
-  damping = jnp.minimum(1, LONGEST_STEP / (highest - lowest))
-  return (*(c * jnp.exp(damping * step) for c, step in zip(c_M, x, strict=False)), c_M[-1])
+def _newton(weights: jax.Array, residual_MX: jax.Array, c_MX: jax.Array) -> jax.Array:
+  """The next c: one step of at most LONGEST_STEP; c_n stays."""
+  x_MX = _solve(weights, residual_MX)
+  steps = list(x_MX)
+  longest_X = functools.reduce(jnp.maximum, steps) - functools.reduce(jnp.minimum, steps)
+  return c_MX * jnp.exp(jnp.minimum(1, LONGEST_STEP / longest_X)[None] * x_MX)
 
 
 def _row_max(z_NMX: jax.Array) -> jax.Array:
@@ -100,7 +136,7 @@ def _kernel(logits_NMX: jax.Array, potential_MX: jax.Array, temperature_X: jax.A
 
 def _annealed_potential(logits_NMX: jax.Array) -> jax.Array:
   """log c (n, *X) from one Sinkhorn and one Newton step per temperature; 0 for moderate logits."""
-  one_M = (jnp.ones_like(logits_NMX[0, 0]),) * logits_NMX.shape[0]
+  one_MX = jnp.ones_like(logits_NMX[0])
   range_NX = _row_max(logits_NMX) + _row_max(-logits_NMX)
   range_X = functools.reduce(jnp.maximum, list(range_NX))
 
@@ -108,25 +144,23 @@ def _annealed_potential(logits_NMX: jax.Array) -> jax.Array:
     count, potential_MX, temperature_X = carry
     stage = functools.partial(materialise, count >= 0)
     k_NMX = stage(_kernel, logits_NMX, potential_MX, temperature_X)
-    r_N = stage(_row_factors, k_NMX, one_M)
-    c_M = stage(_column_factors, k_NMX, r_N)
-    r_N = stage(_row_factors, k_NMX, c_M)
-    c_M = stage(_newton, *stage(_laplacian, k_NMX, r_N, c_M), c_M)
-    potential_MX += temperature_X[None] * jnp.log(jnp.stack(c_M))
+    c_MX = stage(_column_factors, k_NMX, stage(_row_factors, k_NMX, one_MX))
+    r_NX = stage(_row_factors, k_NMX, c_MX)
+    c_MX = stage(_newton, *stage(_laplacian, k_NMX, r_NX, c_MX), c_MX)
+    potential_MX += temperature_X[None] * jnp.log(c_MX)
     return count + 1, potential_MX, jnp.maximum(temperature_X / 2, 1)
 
   start = (0, jnp.zeros_like(logits_NMX[0]), jnp.where(range_X > HOT, range_X / COOL, 1))
   return lax.while_loop(lambda carry: jnp.any(carry[2] > 1), cool, start)[1]
 
 
-def _sinkhorn(k_NMX: jax.Array, r_NX: jax.Array) -> tuple[Vectors, Vectors]:
+def _sinkhorn(k_NMX: jax.Array) -> tuple[jax.Array, jax.Array]:
   def iteration(_, factors):
-    r_NX, _ = factors
-    c_MX = 1 / _sum([k_NMX[i] * r_NX[i][None] for i in range(len(k_NMX))])
-    return 1 / _sum([k_NMX[:, j] * c_MX[j][None] for j in range(len(k_NMX))]), c_MX
+    c_MX = _column_factors(k_NMX, factors[0])
+    return _row_factors(k_NMX, c_MX), c_MX
 
-  r_NX, c_MX = lax.fori_loop(0, WARM_UP, iteration, (r_NX, r_NX))
-  return tuple(r_NX), tuple(c_MX)
+  one_MX = jnp.ones_like(k_NMX[0])
+  return lax.fori_loop(0, WARM_UP, iteration, (_row_factors(k_NMX, one_MX), one_MX))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -143,23 +177,23 @@ def project(logits_NMX: jax.Array, max_iterations: int) -> jax.Array:
   stage = functools.partial(materialise, logits_NMX[(0,) * logits_NMX.ndim] < jnp.inf)
   potential_MX = _annealed_potential(logits_NMX)
   k_NMX = stage(_kernel, logits_NMX, potential_MX, jnp.ones_like(potential_MX[0]))
-  r_N, c_M = _sinkhorn(k_NMX, 1 / _sum([k_NMX[:, j] for j in range(n)]))
+  r_NX, c_MX = _sinkhorn(k_NMX)
 
   def unbalanced(carry):
-    count, _, _, (_, residual) = carry
-    worst = jnp.max(functools.reduce(jnp.maximum, [jnp.abs(b) for b in residual]))
+    count, _, _, (_, residual_MX) = carry
+    worst = jnp.max(functools.reduce(jnp.maximum, list(jnp.abs(residual_MX))))
     return (count < max_iterations) & (worst > tolerance)
 
   def improve(carry):
-    count, _, c_M, system = carry
+    count, _, c_MX, system = carry
     stage = functools.partial(materialise, count >= 0)
-    c_M = stage(_newton, *system, c_M)
-    r_N = stage(_row_factors, k_NMX, c_M)
-    return count + 1, r_N, c_M, stage(_laplacian, k_NMX, r_N, c_M)
+    c_MX = stage(_newton, *system, c_MX)
+    r_NX = stage(_row_factors, k_NMX, c_MX)
+    return count + 1, r_NX, c_MX, stage(_laplacian, k_NMX, r_NX, c_MX)
 
-  start = (0, r_N, c_M, stage(_laplacian, k_NMX, r_N, c_M))
-  _, r_N, c_M, _ = lax.while_loop(unbalanced, improve, start)
-  return k_NMX * jnp.stack(r_N)[:, None] * jnp.stack(c_M)[None]
+  start = (0, r_NX, c_MX, stage(_laplacian, k_NMX, r_NX, c_MX))
+  _, r_NX, c_MX, _ = lax.while_loop(unbalanced, improve, start)
+  return k_NMX * r_NX[:, None] * c_MX[None]
 
 
 def _project_forward(logits_NMX, max_iterations):
@@ -175,18 +209,17 @@ def _project_backward(max_iterations, h_NMX, g_NMX):
   if n == 1:
     return (jnp.zeros_like(h_NMX),)
   stage = functools.partial(materialise, h_NMX[(0,) * h_NMX.ndim] < jnp.inf)
-  one_N = (jnp.ones_like(h_NMX[0, 0]),) * n
+  one_NX = jnp.ones_like(h_NMX[0])
 
   def centred(h_NMX, g_NMX):
     return g_NMX - _sum([h_NMX[:, j] * g_NMX[:, j] for j in range(n)])[:, None]
 
-  def potentials(weights, h_NMX, g_NMX):
-    b_M = tuple(_sum([h_NMX[i] * g_NMX[i] for i in range(n)]))
-    return jnp.stack([*_solve(weights, b_M), jnp.zeros_like(b_M[0])])
+  def column_sums(h_NMX, g_NMX):
+    return _sum([h_NMX[i] * g_NMX[i] for i in range(n)])
 
   g_NMX = stage(centred, h_NMX, g_NMX)
-  weights, _ = stage(_laplacian, h_NMX, one_N, one_N)
-  b_MX = stage(potentials, weights, h_NMX, g_NMX)
+  weights, _ = stage(_laplacian, h_NMX, one_NX, one_NX)
+  b_MX = stage(_solve, weights, stage(column_sums, h_NMX, g_NMX))
   means_NX = _sum([h_NMX[:, j] * b_MX[j][None] for j in range(n)])
   return (h_NMX * (g_NMX - b_MX[None] + means_NX[:, None]),)
 

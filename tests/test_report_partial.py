@@ -1,0 +1,181 @@
+"""The report over synthetic run folders: partial, diverged, single-arm, mixed, broken."""
+
+import json
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+from synthetic_runs import MULTIPLIER, SIZES, config_of, derived_of, report, words, write_run, write_sweep
+
+
+@pytest.fixture
+def blank_images(monkeypatch):
+  """Figures are built but not rendered: most of a report's time, and none of its logic."""
+  monkeypatch.setattr('matplotlib.figure.Figure.savefig', lambda self, path, **_: path.write_text('<svg/>'))
+
+
+@pytest.fixture
+def no_figures(monkeypatch):
+  """Only numbers and the page, for tests that say nothing about figures."""
+  monkeypatch.setattr('analysis.report.draw_all', lambda *_: ([], []))
+
+
+def test_partial_sweep_says_what_is_missing(tmp_path, blank_images):
+  states = {('hc', (128, 4), 1): 'diverged', ('identity', (64, 4), 0): None}
+  states |= {('hc', (64, 2), 0): 'failed', ('residual', (32, 4), 0): 'running'}
+  write_sweep(tmp_path, states=states, ranks=False)
+  fits, results, page = report(tmp_path)
+  reasons = {e['arm']: e['reason'] for e in fits['excluded']}
+  assert sorted(e['reason'].split(':')[0] for e in fits['excluded']) == [
+    'diverged at step 40',
+    'failed',
+    'missing',
+    'not finished',
+  ]
+  assert len(results) == 28 and results['validation_loss'].notna().sum() == 24
+  text = words(page)
+  for sentence in (*reasons.values(), '24 finished', '1 diverged', '1 missing'):
+    assert sentence in text
+  assert fits['fit']['n_points'] == 24 and fits['multipliers'][0]['flops'] is not None
+
+
+def test_one_arm_has_a_law_but_no_multiplier(tmp_path, blank_images):
+  write_sweep(tmp_path, arms=('mhc',), ranks=False)
+  fits, _, page = report(tmp_path)
+  assert fits['reference'] == 'mhc' and fits['multipliers'] == [] and fits['gaps'] == []
+  assert fits['fit']['alpha'] == pytest.approx(0.2, abs=0.05)
+  assert 'nothing to compare it with' in words(page)
+  assert 'Gap to mhc: no finished run of another arm' in words(page)
+
+
+def test_too_few_sizes_print_no_numbers(tmp_path, blank_images):
+  write_sweep(tmp_path, sizes=SIZES[:3], ranks=False)
+  fits, _, page = report(tmp_path)
+  assert fits['law'] is None and fits['fit'] is None and fits['multipliers'] == []
+  assert 'cover 3 model sizes' in fits['choice'] and fits['choice'] in words(page)
+  assert fits['gaps'] and 'none: no law fitted' in words(page)
+  # Nor does a rank sweep turn into an exponent without a law.
+  assert all(r['phi'] is None for r in fits['rank_sweeps'])
+
+
+def test_parameters_that_are_not_identified_are_words(tmp_path, no_figures):
+  sizes = ((32, 2), (32, 3), (48, 2), (48, 3))  # 12-fold compute: E cannot be seen in the noise
+  write_sweep(tmp_path, sizes=sizes, ranks=False, noise=0.02)
+  fits, _, page = report(tmp_path)
+  assert fits['fit']['E'] is None and fits['fit']['intervals']['E'] is None
+  assert fits['fit']['verdicts']['E'].startswith('not identified')
+  assert fits['fit']['verdicts']['E'] in words(page)
+
+
+def test_nothing_finished(tmp_path, blank_images):
+  states = {(arm, size, seed): 'running' for arm in MULTIPLIER for size in SIZES for seed in (0, 1)}
+  write_sweep(tmp_path, states=states, ranks=False)
+  fits, results, page = report(tmp_path)
+  assert fits['choice'] == 'There is no finished run.' and len(results) == 28
+  assert 'no run has finished' in words(page)
+  (tmp_path / 'never').mkdir()
+  write_sweep(tmp_path / 'never', states=dict.fromkeys(states), ranks=False)
+  _, results, page = report(tmp_path / 'never')
+  assert (results['state'] == 'missing').all() and 'No run has started' in words(page)
+
+
+def test_grid_of_sizes_and_tokens_gets_the_law_of_both(tmp_path, blank_images):
+  planned = []
+  for size in ((32, 2), (64, 2), (64, 4), (128, 4), (128, 8)):
+    for ratio in (5.0, 20.0, 80.0):
+      for arm in ('residual', 'mhc'):
+        config = config_of(arm, *size, 0, ratio)
+        counts = derived_of(config)
+        n, d = counts['params']['matmul'], counts['tokens']
+        gain = 1.25**0.5 if arm == 'mhc' else 1.0
+        wanted = 1.2 + 60 * (gain * n) ** -0.4 + 200 * (gain * d) ** -0.35
+        bonus = ((wanted - 1.2) / 1.6) ** -5 * 1e12 / counts['flops'] / MULTIPLIER[arm]
+        planned.append(write_run(tmp_path, config, noise=0.001, bonus=bonus))
+  (tmp_path / 'plan.json').write_text(json.dumps({'sweep': 'grid', 'runs': planned}))
+  fits, _, page = report(tmp_path)
+  assert fits['law'] == 'chinchilla' and 'L(N, D) is fitted' in words(page)
+  assert fits['fit']['alpha'] == pytest.approx(0.4, abs=0.06)
+  assert fits['fit']['m[mhc]'] == pytest.approx(1.25, abs=0.05)
+  # At equal sizes and tokens m is 1.25; at equal FLOPs the arm pays for its hyper-connections.
+  (m,) = fits['multipliers']
+  assert m['equal_tokens'] == pytest.approx(fits['fit']['m[mhc]'])
+  assert m['flops'] < 0.97 * m['equal_tokens']
+
+
+def test_mixtures_and_learning_rates(tmp_path, no_figures):
+  planned = write_sweep(tmp_path, ranks=False)
+  more = write_run(tmp_path, config_of('mhc', 32, 4, 0, lr=0.032), bonus=0.5, revision='r2')
+  other = write_run(tmp_path, config_of('mhc', 64, 2, 1, digest='xyz'))
+  stray = write_run(tmp_path, config_of('mhc', 64, 2, 7))
+  plan = {'sweep': 'quick', 'runs': [*planned, more, other]}
+  (tmp_path / 'plan.json').write_text(json.dumps(plan))
+  fits, results, page = report(tmp_path)
+  reason = results.set_index('run_id')['excluded']
+  assert 'lr = 0.004 is better' in reason[more['run_id']]
+  assert 'other data digest' in reason[other['run_id']]
+  assert fits['fit']['n_points'] == 28
+  for start in (
+    'mixed git revision: r1',
+    'mixed data digest: abc',
+    '1 run folders are not in plan',
+  ):
+    assert any(w.startswith(start) for w in fits['warnings']) and start in words(page)
+  assert stray['run_id'] not in set(results['run_id'])
+
+
+def test_text_from_files_is_escaped(tmp_path, no_figures):
+  write_sweep(tmp_path, arms=('a<b>&',), sizes=SIZES[:1], ranks=False)
+  _, _, page = report(tmp_path)
+  assert 'a&lt;b&gt;&amp;' in page and '<b>' not in re.sub(r'<script.*?</script>', '', page, flags=re.S)
+
+
+def test_learning_rate_sweep(tmp_path, blank_images):
+  planned = []
+  for arm, best in (('residual', 0.008), ('mhc', 0.03)):
+    for lr in (0.002, 0.004, 0.008, 0.016, 0.032):
+      config = config_of(arm, 32, 2, 0, lr=lr)
+      state = 'diverged' if (arm, lr) == ('residual', 0.032) else 'finished'
+      bonus = np.exp(-(np.log(lr / best) ** 2))
+      planned.append(write_run(tmp_path, config, state, noise=0.0, bonus=bonus))
+  (tmp_path / 'plan.json').write_text(json.dumps({'sweep': 'learning_rate', 'runs': planned}))
+  fits, results, page = report(tmp_path)
+  found = {r['arm']: r for r in fits['learning_rates']}
+  assert found['residual']['best'] == pytest.approx(0.008, rel=0.2)
+  assert found['mhc']['best'] is None or found['mhc']['best'] > 0.025
+  assert results['excluded'].str.contains('learning-rate sweep').sum() == 7
+  table = pd.read_csv(tmp_path / 'report' / 'learning_rate_32x2.csv')
+  assert len(table) == 10 and (table['state'] == 'diverged').sum() == 1
+  assert 'Learning rates' in words(page)
+
+
+def test_broken_files_are_rows_not_errors(tmp_path, blank_images):
+  planned = [p['run_id'] for p in write_sweep(tmp_path, ranks=False)]
+  (tmp_path / planned[0] / 'status.json').write_text('{"state": "fin')
+  with (tmp_path / planned[5] / 'metrics.jsonl').open('a') as f:
+    f.write('{"step": 12')
+  rows = [json.loads(s) for s in (tmp_path / planned[6] / 'metrics.jsonl').read_text().splitlines()]
+  for row in rows:
+    row |= {'train/loss': None, 'diagnostics/gain_forward': [None, None]}
+  (tmp_path / planned[6] / 'metrics.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+  (tmp_path / planned[7] / 'config.json').unlink()
+  status = json.loads((tmp_path / planned[8] / 'status.json').read_text())
+  (tmp_path / planned[8] / 'status.json').write_text(json.dumps(status | {'final': None}))
+  fits, results, _ = report(tmp_path)
+  reason = results.set_index('run_id')['excluded']
+  assert reason[planned[0]] == 'failed: status.json is not JSON'
+  assert 'missing' in reason[planned[7]] and 'without validation_loss' in reason[planned[8]]
+  assert any('breaks off at line 22' in w for w in fits['warnings'])
+  assert fits['fit']['n_points'] == 25
+
+
+def test_a_second_report_replaces_the_first(tmp_path, blank_images):
+  write_sweep(tmp_path, sizes=SIZES[:3], ranks=False)
+  report(tmp_path)
+  stale = tmp_path / 'report' / 'loss_vs_weights_rank.png'
+  stale.write_text('old')
+  (tmp_path / 'report' / 'notes.txt').write_text('mine')
+  first = (tmp_path / 'report' / 'fits.json').read_text()
+  report(tmp_path)
+  assert not stale.exists() and (tmp_path / 'report' / 'notes.txt').exists()
+  assert (tmp_path / 'report' / 'fits.json').read_text() == first
