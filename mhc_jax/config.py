@@ -109,7 +109,7 @@ def base_config() -> ConfigDict:
       'dtype': 'float32',  # of activations and streams: float32, bfloat16 or float64
       'remat': 'none',  # 'layer' recomputes each block in the backward pass
       'scan': True,
-      'scan_unroll': 1,
+      'scan_unroll': 4,  # blocks per iteration: fewer copies of activations, more to compile
       'rope_theta': 10000.0,
       'norm_eps': 1e-6,
       'weights': ConfigDict({'rank': optional(int)}),  # W = U V of this rank; None is full

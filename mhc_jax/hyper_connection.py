@@ -12,7 +12,9 @@ computed in at least float32. Axes: N streams out, M streams in, B batch, T time
 
 import dataclasses
 import functools
+import itertools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -143,39 +145,74 @@ def init_params(
   return params
 
 
-def _inverse_rms(x_NBTD: jax.Array, axes: tuple[int, ...], spec: ConnectionSpec) -> jax.Array:
-  x_NBTD = x_NBTD.astype(jnp.promote_types(x_NBTD.dtype, jnp.float32))
-  mean_square = jnp.mean(jnp.square(x_NBTD), axes)
+def _inverse_rms(mean_square: jax.Array, spec: ConnectionSpec) -> jax.Array:
   if spec.norm_eps_outside:
     return 1 / (jnp.sqrt(mean_square) + spec.norm_eps)
   return lax.rsqrt(mean_square + spec.norm_eps)
 
 
-def _project(params: dict[str, jax.Array], x_NBTD: jax.Array) -> jax.Array:
-  """phi (n, C, K) applied to the streams, (K, B, T); division by the norm comes later (eq. 14-16)."""
-  x_NBTD = x_NBTD.astype(jnp.promote_types(x_NBTD.dtype, jnp.float32))
+def _raw_product(phi_NDK: jax.Array, x_NBTD: jax.Array) -> jax.Array:
+  """phi^T x (K, B T). One product per stream: contracting (n, C) at once, XLA:CPU transposes the streams."""
+  products = [
+    jnp.dot(x_BTD.astype(phi_NDK.dtype).reshape(-1, x_BTD.shape[-1]), phi_DK, precision=PRECISION)
+    for x_BTD, phi_DK in zip(x_NBTD, phi_NDK, strict=True)
+  ]
+  # The barriers here and below keep XLA:CPU from moving transposes into the products: 3 to 8 times slower.
+  return lax.optimization_barrier(functools.reduce(jnp.add, products)).T
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _normed_product(phi_NDK: jax.Array, x_NBTD: jax.Array, inverse: Callable) -> jax.Array:
+  """phi^T (x / rms(x)) over (n, C), as (phi^T x) / rms(x) (mHC eq. 14-16): (K, B, T).
+
+  With a backward of its own, that keeps the streams as they are stored and makes their gradient in one
+  pass; autodiff would keep them three times.
+  """
+  return _normed_product_forward(phi_NDK, x_NBTD, inverse)[0]
+
+
+def _normed_product_forward(phi_NDK, x_NBTD, inverse):
+  raw_KBT = _raw_product(phi_NDK, x_NBTD).reshape(-1, *x_NBTD.shape[1:3])
+  mean_square_BT = jnp.mean(jnp.square(x_NBTD.astype(phi_NDK.dtype)), (0, 3))
+  return raw_KBT * inverse(mean_square_BT)[None], (phi_NDK, x_NBTD, raw_KBT, mean_square_BT)
+
+
+def _normed_product_backward(inverse, saved, g_KBT):
+  phi_NDK, x_NBTD, raw_KBT, mean_square_BT = saved
+  n, _, _, width = x_NBTD.shape
+  inverse_BT, pull = jax.vjp(inverse, mean_square_BT)
+  (d_mean_square_BT,) = pull(jnp.sum(g_KBT * raw_KBT, 0))
+  scale_BT1 = (2 / (n * width) * d_mean_square_BT)[..., None]
+  g_XK = lax.optimization_barrier((g_KBT * inverse_BT[None]).reshape(len(g_KBT), -1).T)
+  d_phi, d_x = [], []
+  for x_BTD, phi_DK in zip(x_NBTD.astype(phi_NDK.dtype), phi_NDK, strict=True):
+    d_phi_KD = jnp.dot(g_XK.T, x_BTD.reshape(-1, width), precision=PRECISION)
+    d_phi.append(lax.optimization_barrier(d_phi_KD).T)
+    through_phi_BTD = jnp.dot(g_XK, phi_DK.T, precision=PRECISION).reshape(x_BTD.shape)
+    d_x.append((through_phi_BTD + scale_BT1 * x_BTD).astype(x_NBTD.dtype))
+  return jnp.stack(d_phi), jnp.stack(d_x)
+
+
+_normed_product.defvjp(_normed_product_forward, _normed_product_backward)
+
+
+def _project(params: dict[str, jax.Array], x_NBTD: jax.Array, spec: ConnectionSpec) -> jax.Array:
+  """The generator's outputs for normed streams, before alpha: (K, B, T)."""
   phi_NDK = params['phi'] if 'phi' in params else params['phi_in']
   if 'norm_weight' in params:
     phi_NDK = params['norm_weight'][..., None] * phi_NDK
-  # One product per stream, tokens flattened: contracting (n, C) at once makes XLA:CPU transpose the streams.
-  products = [
-    jnp.dot(x_BTD.reshape(-1, x_BTD.shape[-1]), phi_DK, precision=PRECISION)
-    for x_BTD, phi_DK in zip(x_NBTD, phi_NDK, strict=True)
-  ]
-  raw_XK = functools.reduce(jnp.add, products)
-  if 'phi_out' in params:
-    raw_XK = jnp.dot(raw_XK, params['phi_out'], precision=PRECISION)
-  return raw_XK.T.reshape(-1, *x_NBTD.shape[1:3])
+  dtype = jnp.promote_types(x_NBTD.dtype, phi_NDK.dtype)
+  out_KBT = _normed_product(phi_NDK.astype(dtype), x_NBTD, functools.partial(_inverse_rms, spec=spec))
+  if 'phi_out' not in params:
+    return out_KBT
+  out_KX = jnp.dot(params['phi_out'].T, out_KBT.reshape(len(out_KBT), -1), precision=PRECISION)
+  return out_KX.reshape(-1, *out_KBT.shape[1:])
 
 
 def _joint_dynamic(params, x_NBTD, spec) -> dict[str, jax.Array]:
   """The dynamic coordinates from the whole nC vector (mHC eq. 7): (K_part, B, T) of each part."""
-  raw_KBT = _project(params, x_NBTD) * _inverse_rms(x_NBTD, (0, 3), spec)[None]
-  stops, total = [], 0
-  for size in spec.parts.values():
-    total += size
-    stops.append(total)
-  return dict(zip(spec.parts, jnp.split(raw_KBT, stops[:-1]), strict=True))
+  stops = list(itertools.accumulate(spec.parts.values()))
+  return dict(zip(spec.parts, jnp.split(_project(params, x_NBTD, spec), stops[:-1]), strict=True))
 
 
 def _per_stream_dynamic(params, x_NBTD, spec) -> dict[str, jax.Array]:
@@ -183,13 +220,12 @@ def _per_stream_dynamic(params, x_NBTD, spec) -> dict[str, jax.Array]:
 
   Stream j yields its own read weight, its own write weight and column j of H_res.
   """
-  raw_NKBT = jnp.stack([_project(params, x_BTD[None]) for x_BTD in x_NBTD])
-  raw_NKBT = raw_NKBT * _inverse_rms(x_NBTD, (3,), spec)[:, None]
+  n, b, t, width = x_NBTD.shape
+  raw_KNBT = _project(params, x_NBTD.reshape(1, n * b, t, width), spec).reshape(-1, n, b, t)
   dynamic, start = {}, 0
   for part, size in spec.parts.items():
-    stop = start + size // spec.streams
-    piece_NKBT = raw_NKBT[:, start:stop]
-    dynamic[part] = piece_NKBT.swapaxes(0, 1).reshape(size, *raw_NKBT.shape[2:])
+    stop = start + size // n
+    dynamic[part] = raw_KNBT[start:stop].reshape(size, b, t)
     start = stop
   return dynamic
 
@@ -329,11 +365,7 @@ def collapse(
   and spec. Raises ValueError for another name.
   """
   if how == 'learned':
-    raw_NBT = jnp.einsum(
-      'nbtd,ndk->kbt', x_NBTD.astype(params['phi'].dtype), params['phi'], precision=PRECISION
-    )
-    scaled_NBT = params['alpha'] * raw_NBT * _inverse_rms(x_NBTD, (0, 3), spec)[None]
-    coords_NBT = scaled_NBT + params['b'][:, None, None]
+    coords_NBT = params['alpha'] * _project({'phi': params['phi']}, x_NBTD, spec) + params['b'][:, None, None]
     return read(jax.nn.sigmoid(coords_NBT) + spec.collapse_eps, x_NBTD)
   if how not in ('mean', 'sum'):
     raise ValueError(f'collapse must be mean, sum or learned, got {how!r}')

@@ -152,7 +152,9 @@ class Transformer(nn.Module):
 
   def _layers(self, x_NBTD: jax.Array, mask_BTS: jax.Array, record: bool):
     c = self.config
-    block = nn.remat(Block, prevent_cse=not c.scan) if c.remat == 'layer' else Block
+    # Only a loop with one block per iteration keeps XLA from merging the recomputation with the forward pass.
+    prevent_cse = not c.scan or c.scan_unroll > 1
+    block = nn.remat(Block, prevent_cse=prevent_cse) if c.remat == 'layer' else Block
     if not c.scan:
       records = []
       for layer in range(c.depth):
@@ -165,7 +167,7 @@ class Transformer(nn.Module):
       split_rngs={'params': True},
       in_axes=(0, nn.broadcast),
       length=c.depth,
-      unroll=c.scan_unroll,
+      unroll=min(c.scan_unroll, c.depth),
     )
     return scanned(c, record, name='layers')(x_NBTD, jnp.arange(c.depth), mask_BTS)
 

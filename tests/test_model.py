@@ -215,12 +215,13 @@ def close(actual, desired):
 
 
 def test_a_python_loop_and_an_unrolled_scan_are_the_scan(x64, rng):
-  scan = model('mhc')
-  loop, unrolled = dataclasses.replace(scan, scan=False), dataclasses.replace(scan, scan_unroll=2)
+  unrolled = model('mhc')
+  scan, loop = dataclasses.replace(unrolled, scan_unroll=1), dataclasses.replace(unrolled, scan=False)
   params = disturbed(initial(scan), rng)
   expected = forward(scan)(params)
   close(forward(unrolled)(params), expected)
   close(forward(loop)(restacked(params, 2)), expected)
+  assert 'unroll=1' in str(forward(scan).trace(params).jaxpr)
   assert 'unroll=2' in str(forward(unrolled).trace(params).jaxpr)
   assert 'length=2' not in str(forward(loop).trace(restacked(params, 2)).jaxpr)
 
