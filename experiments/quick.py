@@ -1,6 +1,6 @@
 """What `make sweep` runs: scaling curves of four arms, and manifold ranks, in minutes on two cores.
 
-residual, hc, mhc and identity at four sizes that vary width and depth, two paired seeds at the two
+residual, hc, mhc and identity at five sizes that vary width and depth, two paired seeds at the two
 smallest; mhc at three ranks of its generator and of its weights at one size. Learning rates come from
 experiments/learning_rate.py (experiments/LOG.md).
 """
@@ -11,8 +11,8 @@ from mhc_jax.config import base_config, build_model
 from mhc_jax.cost import parameters
 from mhc_jax.data import VOCAB_SIZE
 
-# (width, depth): the last two have about as many parameters, in another shape.
-SIZES = ((32, 2), (32, 4), (64, 2), (48, 4))
+# (width, depth): width and depth vary on their own and together.
+SIZES = ((32, 2), (32, 4), (64, 2), (48, 4), (64, 4))
 TOKENS_PER_PARAM = 3
 LEARNING_RATES = {'residual': 1.6e-2, 'hc': 1.6e-2, 'mhc': 1.6e-2, 'identity': 1.6e-2}
 RANK_SIZE = (32, 2)
