@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder as optional
 
+from mhc_jax.connection import ConnectionSpec
 from mhc_jax.constraints.base import Constraint
-from mhc_jax.hyper_connection import ConnectionSpec
 from mhc_jax.presets import connection_spec
 
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16, 'float64': jnp.float64}
@@ -116,7 +116,7 @@ def base_config() -> ConfigDict:
       # None keeps what presets.py sets.
       'connection': ConfigDict(
         {
-          'name': 'mhc',  # residual, hc, mhc or identity
+          'name': 'mhc',  # a key of presets.PRESETS
           'preset': optional(str),
           'streams': 4,
           'rank': optional(int),  # of the generator phi
@@ -127,7 +127,19 @@ def base_config() -> ConfigDict:
           'alpha': optional(float),
           'dynamic': optional(bool),
           'activation': optional(str),  # of the generator: 'none' or 'tanh'
-          'collapse': optional(str),  # mean, sum or learned
+          'generator': optional(str),  # 'matrix', or 'cp' with a rank
+          'scope': optional(str),  # of phi: 'joint' or 'per_stream'
+          'norm_scope': optional(str),  # of the norm before phi: 'joint' or 'per_stream'
+          'norm_weight': optional(bool),
+          'read_gate': optional(str),  # sigmoid, softmax, tanh, linear, fixed or elementwise
+          'read_scale': optional(float),  # None: the preset's; 1 / streams for a fixed gate
+          'read_rank': optional(int),  # of the elementwise read gate
+          'write_gate': optional(str),  # sigmoid, softmax, tanh, linear, fixed or one_hot
+          'write_scale': optional(float),  # m of m-sigmoid; 1 for a fixed gate
+          'gate_eps': optional(float),
+          'single_pass': optional(bool),  # reads by the map of the sublayer before (DeepSeek-V4.1)
+          'expansion': optional(str),  # replicate, one_hot or learned
+          'collapse': optional(str),  # mean, sum, learned, weights or read
           'output_init_scaling': False,  # HC's: output maps start sqrt(n) times larger
         }
       ),
@@ -263,12 +275,15 @@ def _require(condition: bool, message: str) -> None:
     raise ConfigError(message)
 
 
-def build_connection(c: ConfigDict, constraint: Constraint | None = None) -> ConnectionSpec:
-  """model.connection -> ConnectionSpec, with a constraint of one's own in place of the named one.
+def build_connection(c: ConfigDict, depth: int, constraint: Constraint | None = None) -> ConnectionSpec:
+  """model.connection -> ConnectionSpec of a model of that depth.
 
-  Raises ConfigError for unknown names and impossible sizes.
+  constraint: one of the caller's own in place of the named one. Raises ConfigError for unknown names and
+  impossible sizes.
   """
   fields = {key: value for key, value in c.items() if key not in ('constraint_params', 'output_init_scaling')}
+  if c.name == 'depth_matrix':
+    fields['streams'] = 2 * depth + 1  # the embedding and every sublayer's output
   if constraint is not None:
     fields['constraint'] = constraint
   try:
@@ -305,7 +320,7 @@ def build_model(config: ConfigDict, vocab_size: int, constraint: Constraint | No
   for name in ('base_width', 'base_depth'):
     base = config.transfer[name]
     _require(base is None or base >= 1, f'transfer.{name} must be at least 1 or None, got {base}')
-  connection = build_connection(c.connection, constraint)
+  connection = build_connection(c.connection, c.depth, constraint)
   return ModelConfig(
     **{name: c[name] for name in ('width', 'depth', 'heads', 'remat', 'scan', 'scan_unroll')},
     **{name: c[name] for name in ('rope_theta', 'norm_eps')},

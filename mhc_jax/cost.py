@@ -7,6 +7,7 @@ products equals the terms that are matrix products (tests/test_cost.py).
 """
 
 from mhc_jax.config import ModelConfig
+from mhc_jax.generator import cp_shapes
 
 
 def parameters(c: ModelConfig) -> dict[str, int]:
@@ -16,22 +17,21 @@ def parameters(c: ModelConfig) -> dict[str, int]:
   arXiv 2406.19146); tokens_per_param counts by it.
   """
   maps = _maps(c)
-  spec = c.connection
-  inputs, outputs = spec.generator_shape if spec.parts else (0, 0)
+  spec, n = c.connection, c.connection.streams
   dynamic = spec.dynamic and bool(spec.parts)
-  phi = inputs * c.width * outputs
-  if spec.rank is not None:
-    phi = spec.rank * (inputs * c.width + outputs)
   alphas = len(spec.parts) - (spec.share_alpha and 'res' in spec.parts)
-  head = c.width * spec.streams**2 + 1 + spec.streams if spec.collapse == 'learned' else 0
+  norm = (spec.generator_shape[0] if spec.parts else n) * c.width
+  norm *= spec.norm_weight and spec.dynamic and spec.has_params
+  head = c.width * n**2 if spec.collapse == 'learned' else 0
+  ends = {'learned': 1 + n, 'weights': n}.get(spec.collapse, 0) + n * c.width * (spec.expansion == 'learned')
   groups = {
     'embedding': c.vocab_size * c.width,
     'unembedding': c.width * c.vocab_size,
     'attention': c.depth * sum(_size(shape, c.weights_rank) for shape in maps['attention']),
     'feed_forward': c.depth * sum(_size(shape, c.weights_rank) for shape in maps['feed_forward']),
     'norm': (2 * c.depth + 1) * c.width,
-    'hc_dynamic': 2 * c.depth * phi * dynamic + head,
-    'hc_static': 2 * c.depth * (sum(spec.parts.values()) + alphas * dynamic),
+    'hc_dynamic': 2 * c.depth * (_generator(c) * dynamic + _elementwise(c)) + head,
+    'hc_static': 2 * c.depth * (sum(spec.parts.values()) + alphas * dynamic + norm) + ends,
   }
   total = sum(groups.values())
   matmul = groups['attention'] + groups['feed_forward'] + groups['unembedding']
@@ -48,19 +48,20 @@ def forward_flops_per_token(c: ModelConfig, seq_len: int) -> dict[str, float]:
     'attention_scores': 4 * c.depth * seq_len * c.heads * c.head_dim,
     'feed_forward': 2 * c.depth * sum(_size(s, c.weights_rank) for s in maps['feed_forward']),
   }
-  if not spec.parts:
+  if not spec.has_params:
     return flops
   inputs, outputs = spec.generator_shape
   copies = n // inputs  # 'per_stream' applies one small map n times
-  generator = inputs * c.width * outputs
-  if spec.rank is not None:
-    generator = spec.rank * (inputs * c.width + outputs)
+  product = _generator(c)
+  if spec.generator == 'cp':  # multiplied out: R = rank * parts
+    product = spec.rank * len(spec.parts) * (inputs * c.width + outputs)
   sublayers = 2 * c.depth
   flops |= {
-    'hc_generator': sublayers * spec.dynamic * (2 * copies * generator + 3 * n * c.width),
+    'hc_generator': sublayers * spec.dynamic * (2 * copies * product + 3 * n * c.width),
     'hc_read': sublayers * 2 * n * c.width,
     'hc_mix': sublayers * (2 * n * n * c.width if 'res' in spec.parts else 0),
     'hc_write': sublayers * 2 * n * c.width,
+    'hc_elementwise': sublayers * 2 * _elementwise(c),
     'hc_constraint': sublayers * spec.constraint.flops(n),
   }
   if spec.collapse == 'learned':
@@ -71,6 +72,22 @@ def forward_flops_per_token(c: ModelConfig, seq_len: int) -> dict[str, float]:
 def train_flops_per_token(c: ModelConfig, seq_len: int) -> float:
   """3 x forward."""
   return 3.0 * sum(forward_flops_per_token(c, seq_len).values())
+
+
+def _generator(c: ModelConfig) -> int:
+  """Parameters of one sublayer's phi."""
+  spec = c.connection
+  inputs, outputs = spec.generator_shape
+  if spec.rank is None:
+    return inputs * c.width * outputs
+  if spec.generator == 'cp':
+    return spec.rank * sum(sum(sides.values()) for sides in cp_shapes(spec, c.width).values())
+  return spec.rank * (inputs * c.width + outputs)
+
+
+def _elementwise(c: ModelConfig) -> int:
+  """Parameters of one sublayer's elementwise read."""
+  return 2 * (c.connection.read_rank or 0) * c.connection.streams * c.width
 
 
 def _maps(c: ModelConfig) -> dict[str, list[tuple[int, int]]]:

@@ -95,24 +95,30 @@ class Block(nn.Module):
   record: bool  # also return each sublayer's coefficients and stream products, for diagnostics
 
   @nn.compact
-  def __call__(self, x_NBTD: jax.Array, layer: jax.Array, mask_BTS: jax.Array):
-    c, records = self.config, []
+  def __call__(self, carry, layer: jax.Array, mask_BTS: jax.Array):
+    """carry: the streams, and in single-pass order the read map of the sublayer before, else None."""
+    (x_NBTD, earlier_NBT), c, records = carry, self.config, []
     sublayers = {
       'attention': functools.partial(Attention(c, name='attention'), mask_BTS=mask_BTS),
       'feed_forward': FeedForward(c, name='feed_forward'),
     }
     for index, (name, sublayer) in enumerate(sublayers.items()):
       params = self._connection(f'{name}_connection', 2 * layer + index)
-      coefficients = hc.generate(params, x_NBTD, c.connection)
-      y_BTD = sublayer(hc.read(coefficients.pre_NBT, x_NBTD)) / c.depth_ratio
-      x_NBTD = hc.write(coefficients.res_NMBT, coefficients.post_NBT, x_NBTD, y_BTD)
+      own = hc.generate(params, x_NBTD, c.connection, 2 * layer + index)
+      pre_NBT = earlier_NBT if c.connection.single_pass else own.pre_NBT
       if self.record:
-        records.append({**coefficients._asdict(), 'gram_NMBT': _gram(x_NBTD)})
-    return x_NBTD, records
+        coords = hc.coordinates(params, x_NBTD, c.connection)
+        records.append({**own._asdict(), 'pre_NBT': pre_NBT, 'coords': coords})
+      y_BTD = sublayer(hc.read(pre_NBT, x_NBTD)) / c.depth_ratio
+      x_NBTD = hc.write(own.res_NMBT, own.post_NBT, x_NBTD, y_BTD)
+      earlier_NBT = own.pre_NBT if c.connection.single_pass else None
+      if self.record:
+        records[-1]['gram_NMBT'] = _gram(x_NBTD)
+    return (x_NBTD, earlier_NBT), records
 
   def _connection(self, name: str, sublayer: jax.Array) -> dict[str, jax.Array]:
     c = self.config
-    if not c.connection.parts:
+    if not c.connection.has_params:
       return {}
     # phi is output-like (infinite fan-in, finite fan-out): its start falls as 1 / width, not 1 / sqrt(width).
     init = functools.partial(hc.init_params, spec=c.connection, width=c.width, phi_scale=c.width_ratio**-0.5)
@@ -133,24 +139,29 @@ class Transformer(nn.Module):
   @nn.compact
   def __call__(self, tokens_BT: jax.Array, segments_BT: jax.Array, record: bool = False):
     c = self.config
+    # Flax numbers the keys of a module's own parameters: those that all arms have come first, to start alike.
     embedding_VD = self.param('embedding', _normal(1.0), (c.vocab_size, c.width))
-    x_BTD = embedding_VD[tokens_BT].astype(c.dtype)
-    x_NBTD = hc.expand(x_BTD, c.connection.streams)
-    x_NBTD, records = self._layers(x_NBTD, causal_mask(segments_BT), record)
     final_norm_D = self.param('final_norm', _ones, (c.width,))
     # Small at the start, so that the first loss is close to log V; constant in width (CompleteP).
     std = 1 / (c.base_width or c.width)
     unembedding_DV = self.param('unembedding', _normal(std), (c.width, c.vocab_size))
-    head = {}  # last, because Flax numbers the keys of a module's own parameters: all arms start alike
-    if hc.init_collapse(c.connection, c.width):
-      head = self.param('collapse', lambda key: hc.init_collapse(c.connection, c.width))
-    x_BTD = hc.collapse(x_NBTD, c.connection.collapse, head, c.connection)
+    head = self._ends('collapse', hc.init_collapse)
+    copies = self._ends('expansion', hc.init_expand)
+    x_BTD = embedding_VD[tokens_BT].astype(c.dtype)
+    x_NBTD = hc.expand(x_BTD, c.connection.streams, c.connection.expansion, copies)
+    first_NBT = hc.one_hot(0, x_NBTD) if c.connection.single_pass else None
+    (x_NBTD, last_NBT), records = self._layers((x_NBTD, first_NBT), causal_mask(segments_BT), record)
+    x_BTD = hc.collapse(x_NBTD, c.connection.collapse, head, c.connection, last_NBT)
     x_BTD = rms_norm(x_BTD, final_norm_D, c.norm_eps)
     wide = jnp.promote_types(c.dtype, jnp.float32)
     logits_BTV = jnp.einsum('btd,dv->btv', x_BTD, unembedding_DV.astype(c.dtype), preferred_element_type=wide)
     return logits_BTV / c.width_ratio, records
 
-  def _layers(self, x_NBTD: jax.Array, mask_BTS: jax.Array, record: bool):
+  def _ends(self, name: str, init) -> dict[str, jax.Array]:
+    c = self.config
+    return self.param(name, lambda key: init(c.connection, c.width)) if init(c.connection, c.width) else {}
+
+  def _layers(self, carry, mask_BTS: jax.Array, record: bool):
     c = self.config
     # Only a loop with one block per iteration keeps XLA from merging the recomputation with the forward pass.
     prevent_cse = not c.scan or c.scan_unroll > 1
@@ -158,9 +169,9 @@ class Transformer(nn.Module):
     if not c.scan:
       records = []
       for layer in range(c.depth):
-        x_NBTD, record_l = block(c, record, name=f'layer_{layer}')(x_NBTD, layer, mask_BTS)
+        carry, record_l = block(c, record, name=f'layer_{layer}')(carry, layer, mask_BTS)
         records.append(record_l)
-      return x_NBTD, jax.tree.map(lambda *leaves: jnp.stack(leaves), *records)
+      return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *records)
     scanned = nn.scan(
       block,
       variable_axes={'params': 0},
@@ -169,7 +180,7 @@ class Transformer(nn.Module):
       length=c.depth,
       unroll=min(c.scan_unroll, c.depth),
     )
-    return scanned(c, record, name='layers')(x_NBTD, jnp.arange(c.depth), mask_BTS)
+    return scanned(c, record, name='layers')(carry, jnp.arange(c.depth), mask_BTS)
 
 
 def loss_sums(logits_BTV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array):

@@ -9,9 +9,9 @@ from collections.abc import Callable
 
 import numpy as np
 
+from mhc_jax.connection import READ_GATES, WRITE_GATES, ConnectionSpec, Gate, Init
 from mhc_jax.constraints import CONSTRAINTS
 from mhc_jax.constraints.base import Constraint
-from mhc_jax.hyper_connection import ConnectionSpec, Gate, Init
 
 # Start values by name, given n. Biases are coordinates, before the gate (hyper_connection.Init).
 INITS: dict[str, Callable[[int], Init]] = {
@@ -23,6 +23,8 @@ INITS: dict[str, Callable[[int], Init]] = {
   'near_identity': lambda n: Init(
     read=(-math.log(max(n - 1, 1)),) * 2, write=(0, 0), mixing=0.01, phi=1.0, alpha=0.01
   ),
+  # A sum of all streams.
+  'unit_reads': lambda n: Init(read=(1, 1), write=(0, 0), mixing=None, phi=1.0, alpha=0.01),
   # HC: one-hot cyclic reads, unit writes, H_res = I, phi = 0: exactly pre-norm at step 0.
   'pre_norm': lambda n: Init(read=(0, 1), write=(1, 1), mixing=0.0, phi=0.0, alpha=0.01),
 }
@@ -64,8 +66,42 @@ PRESETS: dict[str, dict[str, dict]] = {
       'collapse': 'learned',
       'collapse_eps': 1e-6,
     },
+    # Single-pass: streams seeded one-hot, each read map made one sublayer earlier, the last one collapses.
+    'deepseek_v4_1': {
+      **_MHC,
+      'constraint_params': {'preset': 'deepseek_v4'},
+      'read_gate': Gate('sigmoid', eps=1e-6),
+      'single_pass': True,
+      'expansion': 'one_hot',
+      'collapse': 'read',
+    },
   },
   'identity': {'sigmoid': {**_MHC_GATES, 'init': 'cyclic', 'constraint': 'identity'}},
+  # Qwen4-Exp (transformers 5.23): a low-rank read per channel, H_res = I. Its inject map sees v / n.
+  'gated_residual': {
+    'qwen4exp': {
+      'read_gate': 'elementwise',
+      'read_rank': 4,
+      'write_gate': Gate('sigmoid', 2.0),
+      'init': 'near_identity',
+      'constraint': 'identity',
+      'norm_scope': 'per_stream',
+      'norm_weight': True,
+    }
+  },
+  # Unmixed: sublayer t reads sum_s A_ts F_s over all earlier outputs, A learned, 1 at the start (a residual
+  # stream). One stream per output: 2 depth + 1 of them.
+  'depth_matrix': {
+    'static': {
+      'read_gate': Gate('linear'),
+      'write_gate': Gate('one_hot'),
+      'init': 'unit_reads',
+      'constraint': 'identity',
+      'dynamic': False,
+      'expansion': 'one_hot',
+      'collapse': 'weights',
+    }
+  },
 }
 
 
@@ -79,13 +115,19 @@ def connection_spec(
   init: str | Init | None = None,
   mixing: float | None = None,
   alpha: float | None = None,
+  read_gate: str | Gate | None = None,
+  read_scale: float | None = None,
+  write_gate: str | Gate | None = None,
+  write_scale: float | None = None,
+  gate_eps: float | None = None,
   **overrides,
 ) -> ConnectionSpec:
-  """The connection `name` ('residual', 'hc', 'mhc', 'identity') in one of its presets, n = streams.
+  """The connection `name`, a key of PRESETS, in one of its presets, with n = streams.
 
   None keeps the preset's value. constraint: a key of CONSTRAINTS or a Constraint of one's own; init: a key of
-  INITS or an Init; mixing and alpha replace that one value of it; overrides are fields of ConnectionSpec.
-  'residual' has one stream whatever `streams` says. Raises ValueError for unknown names and sizes.
+  INITS or an Init; mixing and alpha replace that one value of it; read_gate and write_gate: a Gate or its
+  kind, with scales and eps; overrides are fields of ConnectionSpec. 'residual' has one stream whatever
+  `streams` says. Raises ValueError for unknown names and sizes.
   """
   if name not in PRESETS:
     raise ValueError(f'connection.name must be one of {", ".join(PRESETS)}, got {name!r}')
@@ -115,15 +157,31 @@ def connection_spec(
   changes = {'mixing': mixing, 'alpha': alpha}
   init = dataclasses.replace(init, **{k: v for k, v in changes.items() if v is not None})
   fields.update({k: v for k, v in overrides.items() if v is not None})
+  fields['read_gate'] = _gate(fields['read_gate'], read_gate, read_scale, gate_eps, 1 / n)
+  fields['write_gate'] = _gate(fields['write_gate'], write_gate, write_scale, gate_eps, 1.0)
   spec = ConnectionSpec(streams=n, constraint=constraint, init=init, **fields)
   _check(spec)
   return spec
 
 
+def _gate(
+  preset: str | Gate, wanted: str | Gate | None, scale: float | None, eps: float | None, mean: float
+) -> Gate:
+  """The preset's gate with what is wanted instead; `mean` is the scale of gates that average or add up."""
+  gate = preset if wanted is None else wanted
+  if isinstance(gate, str):
+    gate = Gate(gate, mean if gate in ('fixed', 'elementwise') else 1.0)
+  changes = {'scale': scale, 'eps': eps if gate.has_coordinates else None}
+  return dataclasses.replace(gate, **{k: v for k, v in changes.items() if v is not None})
+
+
 _CHOICES = {
   'scope': ('joint', 'per_stream'),
+  'norm_scope': ('joint', 'per_stream'),
+  'generator': ('matrix', 'cp'),
   'activation': ('none', 'tanh'),
-  'collapse': ('mean', 'sum', 'learned'),
+  'expansion': ('replicate', 'one_hot', 'learned'),
+  'collapse': ('mean', 'sum', 'learned', 'weights', 'read'),
 }
 
 
@@ -132,6 +190,11 @@ def _check(spec: ConnectionSpec) -> None:
     value = getattr(spec, name)
     if value not in choices:
       raise ValueError(f'connection.{name} must be one of {", ".join(choices)}, got {value!r}')
+  for name, kinds in (('read_gate', READ_GATES), ('write_gate', WRITE_GATES)):
+    kind = getattr(spec, name).kind
+    if kind not in kinds:
+      raise ValueError(f'connection.{name} must be one of {", ".join(kinds)}, got {kind!r}')
+  _check_combinations(spec)
   mixing = spec.init.mixing
   if mixing is not None:
     with np.errstate(all='ignore'):
@@ -146,3 +209,17 @@ def _check(spec: ConnectionSpec) -> None:
       f'connection.rank must lie between 1 and {outputs}, the number of coordinates that phi generates, '
       f'got {spec.rank}'
     )
+
+
+def _check_combinations(spec: ConnectionSpec) -> None:
+  if spec.single_pass and not spec.read_gate.has_coordinates:
+    raise ValueError(f'connection.single_pass needs generated reads, not read_gate={spec.read_gate.kind}')
+  if (spec.collapse == 'read') != spec.single_pass:
+    raise ValueError('connection.collapse=read and connection.single_pass need each other')
+  if spec.generator == 'cp' and (spec.rank is None or spec.scope != 'joint'):
+    raise ValueError('connection.generator=cp needs a connection.rank and scope=joint')
+  elementwise = spec.read_gate.kind == 'elementwise'
+  if elementwise != (spec.read_rank is not None) or (elementwise and spec.read_rank < 1):
+    raise ValueError('connection.read_gate=elementwise and a connection.read_rank >= 1 need each other')
+  if elementwise and spec.scope != 'joint':
+    raise ValueError('connection.read_gate=elementwise needs scope=joint')

@@ -18,9 +18,9 @@ from ml_collections import ConfigDict
 from mhc_jax import config as config_lib
 from mhc_jax import cost
 from mhc_jax.config import DTYPES, ConfigError, ModelConfig, OptimizerConfig
+from mhc_jax.connection import Gate, Init
 from mhc_jax.constraints.base import Constraint
 from mhc_jax.data import VOCAB_SIZE
-from mhc_jax.hyper_connection import Gate, Init
 from mhc_jax.presets import PRESETS, connection_spec
 
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')

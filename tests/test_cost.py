@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,8 @@ CASES = {
   **{f'{name} {preset}': {'name': name, 'preset': preset} for name in PRESETS for preset in PRESETS[name]},
   'mhc rank 2': {'name': 'mhc', 'rank': 2},
   'hc rank 1': {'name': 'hc', 'rank': 1},
+  'mhc cp': {'name': 'mhc', 'generator': 'cp', 'rank': 2},
+  'mhc norm weight': {'name': 'mhc', 'norm_weight': True, 'expansion': 'learned'},
   'mhc static': {'name': 'mhc', 'dynamic': False},
   'mhc of 2 streams': {'name': 'mhc', 'streams': 2},
   'identity of 1 stream': {'name': 'identity', 'streams': 1},
@@ -57,8 +60,8 @@ def tree(config):
 def group(name):
   """The group that a parameter belongs to, from its path alone."""
   parts = name.split('/')
-  if 'connection' in name or parts[0] == 'collapse':
-    return 'hc_dynamic' if 'phi' in parts[-1] or parts[0] == 'collapse' else 'hc_static'
+  if 'connection' in name or parts[0] in ('collapse', 'expansion'):
+    return 'hc_dynamic' if re.match('phi|read_', parts[-1]) else 'hc_static'
   if 'norm' in parts[-1]:
     return 'norm'
   return parts[1] if parts[0] == 'layers' else parts[0]
@@ -112,7 +115,9 @@ def product_terms(config):
   if 'hc_collapse' in terms:
     terms['hc_collapse'] -= norms + 2 * spec.streams * config.width
   names = ('unembedding', 'attention_maps', 'attention_scores', 'feed_forward')
-  return sum(terms[name] for name in (*names, *terms.keys() & {'hc_generator', 'hc_collapse'}))
+  return sum(
+    terms[name] for name in (*names, *terms.keys() & {'hc_generator', 'hc_elementwise', 'hc_collapse'})
+  )
 
 
 @pytest.mark.parametrize('case', CASES)

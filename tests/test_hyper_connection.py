@@ -133,7 +133,8 @@ def test_coefficients_are_float32_for_bfloat16_streams(rng, name, preset):
   params = random_params(rng, spec, np.float32)
   x_NBTD = jax.ShapeDtypeStruct((spec.streams, B, T, D), jnp.bfloat16)
   found = jax.eval_shape(lambda x: hc.generate(params, x, spec), x_NBTD)
-  shapes = {'pre_NBT': (N, B, T), 'post_NBT': (N, B, T), 'res_NMBT': (N, N, B, T)}
+  per_channel = (D,) if spec.read_gate.kind == 'elementwise' else ()
+  shapes = {'pre_NBT': (N, B, T, *per_channel), 'post_NBT': (N, B, T), 'res_NMBT': (N, N, B, T)}
   for field, value in found._asdict().items():
     if value is not None:
       assert (value.dtype, value.shape) == (jnp.float32, shapes[field])
@@ -152,7 +153,7 @@ def coefficients_at_start(spec, sublayer):
 @pytest.mark.parametrize('sublayer', (0, 5))
 @pytest.mark.parametrize('init', INITS)
 def test_start_values_of_each_init(x64, init, sublayer):
-  name = 'hc' if init == 'pre_norm' else 'mhc'
+  name = 'hc' if init in ('pre_norm', 'unit_reads') else 'mhc'
   pre, post, res = coefficients_at_start(connection_spec(name, init=init), sublayer)
   home = np.arange(N) == sublayer % N
   near = np.full((N, N), 0.01 / 3) + np.eye(N) * (0.99 - 0.01 / 3)
@@ -161,6 +162,7 @@ def test_start_values_of_each_init(x64, init, sublayer):
     'zero': (np.full(N, 0.5), np.ones(N), np.full((N, N), 0.25)),
     'near_identity': (np.full(N, 0.25), np.ones(N), near),
     'pre_norm': (home.astype(float), np.ones(N), np.eye(N)),
+    'unit_reads': (np.ones(N), np.zeros(N), np.zeros((N, N))),
   }[init]
   for actual, wanted in zip((pre, post, res), expected, strict=True):
     np.testing.assert_allclose(actual, wanted, rtol=1e-12, atol=1e-12)
@@ -243,7 +245,7 @@ def test_expand_copies_and_collapses_undo_it(rng):
   x_NBTD = hc.expand(x_BTD, N)
   np.testing.assert_array_equal(hc.collapse(x_NBTD, 'mean'), x_BTD)
   np.testing.assert_array_equal(hc.collapse(x_NBTD, 'sum'), 4 * x_BTD)
-  with pytest.raises(ValueError, match='collapse must be mean, sum or learned'):
+  with pytest.raises(ValueError, match='collapse must be mean, sum, learned'):
     hc.collapse(x_NBTD, 'max')
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mhc_jax.config import base_config, build_model
-from mhc_jax.hyper_connection import Gate
+from mhc_jax.connection import Gate
 from mhc_jax.model import Linear, Transformer, loss_sums
 from mhc_jax.presets import PRESETS, connection_spec
 

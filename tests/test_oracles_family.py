@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 from test_oracles import COMPILER, SEEDS, close, deepseek_v4, layer_params, load, stream_major, sublayer
 
+from mhc_jax.connection import Gate
 from mhc_jax.constraints.base import product
 from mhc_jax.constraints.birkhoff_kronecker import birkhoff_kronecker
 from mhc_jax.constraints.birkhoff_permutations import birkhoff_permutations
 from mhc_jax.constraints.birkhoff_sinkhorn import birkhoff_sinkhorn
-from mhc_jax.hyper_connection import Gate, init_params
+from mhc_jax.hyper_connection import init_params
 from mhc_jax.presets import connection_spec
 
 # All these sources mix as x'_t = sum_s a[s, t] x_s, the transpose of H: permutation k of theirs is the

@@ -1,0 +1,107 @@
+"""What tells one hyper-connection from another, as data: gates, start values, ConnectionSpec.
+
+`presets.py` names the usual ones; `hyper_connection.py` computes with them.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from mhc_jax.constraints.base import Constraint
+
+
+@dataclasses.dataclass(frozen=True)
+class Gate:
+  """The map from a coordinate to a read or write weight: scale * kind(coordinate) + eps.
+
+  'linear', 'sigmoid', 'tanh': per stream; 'softmax': over the streams. Without coordinates: 'fixed', the
+  weight is `scale` for ever; 'one_hot' (writes), sublayer s writes stream s + 1 alone; 'elementwise'
+  (reads), a low-rank map yields one weight per stream and channel (generator.elementwise_read).
+  """
+
+  kind: str
+  scale: float = 1.0
+  eps: float = 0.0
+
+  @property
+  def has_coordinates(self) -> bool:
+    """Whether the generator yields one coordinate per stream for it."""
+    return self.kind in KINDS
+
+  def __call__(self, coords_NBT: jax.Array) -> jax.Array:
+    return self.scale * KINDS[self.kind](coords_NBT) + self.eps
+
+
+KINDS = {
+  'linear': lambda coords_NBT: coords_NBT,
+  'sigmoid': jax.nn.sigmoid,
+  'tanh': jnp.tanh,
+  'softmax': lambda coords_NBT: jax.nn.softmax(coords_NBT, 0),
+}
+READ_GATES = ('fixed', *KINDS, 'elementwise')
+WRITE_GATES = ('fixed', *KINDS, 'one_hot')
+
+
+@dataclasses.dataclass(frozen=True)
+class Init:
+  """Start values. A (other, home) pair gives the bias of all streams and that of the home stream.
+
+  The home stream of sublayer l is l mod n. mixing: off-diagonal mass of each row of H_res at the start,
+  None for zero coordinates. phi: standard deviation of the generator times sqrt(its fan-in). alpha: the
+  scalar in front of the generator.
+  """
+
+  read: tuple[float, float]
+  write: tuple[float, float]
+  mixing: float | None
+  phi: float
+  alpha: float
+
+
+@dataclasses.dataclass(frozen=True)
+class ConnectionSpec:
+  """Everything that tells one connection from another; `presets.py` names the usual ones."""
+
+  streams: int
+  constraint: Constraint
+  read_gate: Gate
+  write_gate: Gate
+  init: Init
+  dynamic: bool = True  # False: biases only
+  scope: str = 'joint'  # 'joint': phi sees the whole nC vector; 'per_stream': one map for every stream
+  norm_scope: str = 'joint'  # the norm before phi is of the whole nC vector or 'per_stream'
+  norm_weight: bool = False  # a learned weight after that norm (the paper absorbs it in phi)
+  activation: str = 'none'  # 'tanh' bounds the dynamic part (HC)
+  share_alpha: bool = False  # one alpha for reads and mixing (HC)
+  generator: str = 'matrix'  # 'cp': phi of each part is a sum of `rank` outer products (TEMPER)
+  rank: int | None = None  # rank of the generator phi; None is full
+  read_rank: int | None = None  # of the 'elementwise' read gate
+  norm_eps: float = 1e-6
+  norm_eps_outside: bool = False  # 1 / (rms + eps) instead of 1 / sqrt(mean square + eps)
+  single_pass: bool = False  # each sublayer reads by the map that the sublayer before it generated (V4.1)
+  expansion: str = 'replicate'  # 'one_hot': the embedding in stream 0; 'learned': scaled copies
+  collapse: str = 'mean'  # 'mean', 'sum', 'learned', 'weights' or 'read'
+  collapse_eps: float = 0.0
+
+  @property
+  def parts(self) -> dict[str, int]:
+    """Number of coordinates of each part that has any, in the order pre, post, res."""
+    n = self.streams
+    sizes = {
+      'pre': n * self.read_gate.has_coordinates,
+      'post': n * self.write_gate.has_coordinates,
+      'res': self.constraint.num_coordinates(n),
+    }
+    return {part: size for part, size in sizes.items() if size}
+
+  @property
+  def generator_shape(self) -> tuple[int, int]:
+    """(number of inputs per unit of width, number of outputs) of phi."""
+    outputs = sum(self.parts.values())
+    return (self.streams, outputs) if self.scope == 'joint' else (1, outputs // self.streams)
+
+  @property
+  def has_params(self) -> bool:
+    """Whether a sublayer's connection has any parameter."""
+    return bool(self.parts) or self.read_gate.kind == 'elementwise'

@@ -1,0 +1,195 @@
+"""The generator of a connection: from normed streams to the dynamic part of its coordinates.
+
+    dynamic = phi^T norm(x)     (mHC, arXiv 2512.24880, eq. 7 and 14-16)
+
+phi is a full matrix, of low rank, or a CP product; Qwen4-Exp's elementwise read is here too. Axes as in
+hyper_connection.py, and R rank, X tokens.
+"""
+
+import functools
+import itertools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from mhc_jax.connection import ConnectionSpec
+
+# Float32 products of the generator take at least tf32's accuracy on accelerators (paper: phi in tf32).
+PRECISION = lax.Precision.HIGH
+
+
+def init_generator(
+  key: jax.Array, spec: ConnectionSpec, width: int, phi_scale: float
+) -> dict[str, jax.Array]:
+  """phi (n, C, K); phi_in (n, C, R) and phi_out (R, K); or CP factors (n, R), (C, R) and (K, R) per part.
+
+  All with the same variance of the product. res with n^2 coordinates has a factor for each side of the
+  matrix (TEMPER, arXiv 2608.07851: CP over (n, C, n, n)).
+  """
+  inputs, outputs = spec.generator_shape
+  std, rank, dtype = spec.init.phi * phi_scale / math.sqrt(inputs * width), spec.rank, jnp.result_type(float)
+  if rank is None:
+    return {'phi': std * jax.random.normal(key, (inputs, width, outputs), dtype)}
+  if spec.generator == 'matrix':
+    key_in, key_out = jax.random.split(key)
+    return {
+      'phi_in': std * jax.random.normal(key_in, (inputs, width, rank), dtype),
+      'phi_out': jax.random.normal(key_out, (rank, outputs), dtype) / rank**0.5,
+    }
+  params = {}
+  for part, shapes in cp_shapes(spec, width).items():
+    for name, size in shapes.items():
+      key, key_now = jax.random.split(key)
+      scale = std / rank**0.5 if name == 'width' else 1.0
+      params[f'phi_{part}_{name}'] = scale * jax.random.normal(key_now, (size, rank), dtype)
+  return params
+
+
+def cp_shapes(spec: ConnectionSpec, width: int) -> dict[str, dict[str, int]]:
+  """part -> factor -> its length, for generator 'cp'."""
+  n, shapes = spec.streams, {}
+  for part, size in spec.parts.items():
+    square = part == 'res' and size == n * n
+    sides = {'row': n, 'column': n} if square else {'out': size}
+    shapes[part] = {'stream': n, 'width': width, **sides}
+  return shapes
+
+
+def _cp_factors(params: dict[str, jax.Array], spec: ConnectionSpec) -> tuple[jax.Array, jax.Array]:
+  """The CP factors as phi_in (n, C, R) and a block-diagonal phi_out (R, K); R = rank * number of parts."""
+  inner, outer = [], []
+  for part in spec.parts:
+    inner.append(params[f'phi_{part}_stream'][:, None] * params[f'phi_{part}_width'][None])
+    if f'phi_{part}_out' in params:
+      outer.append(params[f'phi_{part}_out'].T)
+    else:
+      rows, columns = params[f'phi_{part}_row'], params[f'phi_{part}_column']
+      outer.append((rows[:, None] * columns[None]).reshape(-1, rows.shape[1]).T)
+  return jnp.concatenate(inner, -1), jax.scipy.linalg.block_diag(*outer)
+
+
+def inverse_rms(mean_square: jax.Array, spec: ConnectionSpec) -> jax.Array:
+  """1 / rms with the spec's eps, of mean squares."""
+  if spec.norm_eps_outside:
+    return 1 / (jnp.sqrt(mean_square) + spec.norm_eps)
+  return lax.rsqrt(mean_square + spec.norm_eps)
+
+
+def _raw_product(phi_NDK: jax.Array, x_NBTD: jax.Array) -> jax.Array:
+  """phi^T x (K, B T). One product per stream: contracting (n, C) at once, XLA:CPU transposes the streams."""
+  products = [
+    jnp.dot(x_BTD.astype(phi_NDK.dtype).reshape(-1, x_BTD.shape[-1]), phi_DK, precision=PRECISION)
+    for x_BTD, phi_DK in zip(x_NBTD, phi_NDK, strict=True)
+  ]
+  # The barriers here and below keep XLA:CPU from moving transposes into the products: 3 to 8 times slower.
+  return lax.optimization_barrier(functools.reduce(jnp.add, products)).T
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _normed_product(phi_NDK: jax.Array, x_NBTD: jax.Array, inverse: Callable) -> jax.Array:
+  """phi^T (x / rms(x)) over (n, C), as (phi^T x) / rms(x) (mHC eq. 14-16): (K, B, T).
+
+  With a backward of its own, that keeps the streams as they are stored and makes their gradient in one
+  pass; autodiff would keep them three times.
+  """
+  return _normed_product_forward(phi_NDK, x_NBTD, inverse)[0]
+
+
+def _normed_product_forward(phi_NDK, x_NBTD, inverse):
+  raw_KBT = _raw_product(phi_NDK, x_NBTD).reshape(-1, *x_NBTD.shape[1:3])
+  mean_square_BT = jnp.mean(jnp.square(x_NBTD.astype(phi_NDK.dtype)), (0, 3))
+  return raw_KBT * inverse(mean_square_BT)[None], (phi_NDK, x_NBTD, raw_KBT, mean_square_BT)
+
+
+def _normed_product_backward(inverse, saved, g_KBT):
+  phi_NDK, x_NBTD, raw_KBT, mean_square_BT = saved
+  n, _, _, width = x_NBTD.shape
+  inverse_BT, pull = jax.vjp(inverse, mean_square_BT)
+  (d_mean_square_BT,) = pull(jnp.sum(g_KBT * raw_KBT, 0))
+  scale_BT1 = (2 / (n * width) * d_mean_square_BT)[..., None]
+  g_XK = lax.optimization_barrier((g_KBT * inverse_BT[None]).reshape(len(g_KBT), -1).T)
+  d_phi, d_x = [], []
+  for x_BTD, phi_DK in zip(x_NBTD.astype(phi_NDK.dtype), phi_NDK, strict=True):
+    d_phi_KD = jnp.dot(g_XK.T, x_BTD.reshape(-1, width), precision=PRECISION)
+    d_phi.append(lax.optimization_barrier(d_phi_KD).T)
+    through_phi_BTD = jnp.dot(g_XK, phi_DK.T, precision=PRECISION).reshape(x_BTD.shape)
+    d_x.append((through_phi_BTD + scale_BT1 * x_BTD).astype(x_NBTD.dtype))
+  return jnp.stack(d_phi), jnp.stack(d_x)
+
+
+_normed_product.defvjp(_normed_product_forward, _normed_product_backward)
+
+
+def project(params: dict[str, jax.Array], x_NBTD: jax.Array, spec: ConnectionSpec) -> jax.Array:
+  """The generator's outputs for normed streams, before alpha: (K, B, T)."""
+  if 'phi' in params:
+    phi_NDK, out_RK = params['phi'], None
+  elif 'phi_in' in params:
+    phi_NDK, out_RK = params['phi_in'], params['phi_out']
+  else:
+    phi_NDK, out_RK = _cp_factors(params, spec)
+  if 'norm_weight' in params:
+    phi_NDK = params['norm_weight'][..., None] * phi_NDK
+  phi_NDK = phi_NDK.astype(jnp.promote_types(x_NBTD.dtype, phi_NDK.dtype))
+  inverse = functools.partial(inverse_rms, spec=spec)
+  if spec.scope == 'joint' and spec.norm_scope == 'per_stream':
+    single = [_normed_product(phi_NDK[i : i + 1], x_NBTD[i : i + 1], inverse) for i in range(len(x_NBTD))]
+    out_KBT = functools.reduce(jnp.add, single)
+  else:
+    out_KBT = _normed_product(phi_NDK, x_NBTD, inverse)
+  if out_RK is None:
+    return out_KBT
+  out_KX = jnp.dot(out_RK.T, out_KBT.reshape(len(out_KBT), -1), precision=PRECISION)
+  return out_KX.reshape(-1, *out_KBT.shape[1:])
+
+
+def dynamic_coordinates(
+  params: dict[str, jax.Array], x_NBTD: jax.Array, spec: ConnectionSpec
+) -> dict[str, jax.Array]:
+  """phi^T norm(x), (K_part, B, T) of each part (mHC eq. 7).
+
+  scope 'per_stream' (HC, 2409.19606; mHC eq. 5): one map for all streams, each normed on its own; stream j
+  yields its own read weight, its own write weight and column j of H_res.
+  """
+  if spec.scope == 'joint':
+    stops = list(itertools.accumulate(spec.parts.values()))
+    return dict(zip(spec.parts, jnp.split(project(params, x_NBTD, spec), stops[:-1]), strict=True))
+  n, b, t, width = x_NBTD.shape
+  raw_KNBT = project(params, x_NBTD.reshape(1, n * b, t, width), spec).reshape(-1, n, b, t)
+  dynamic, start = {}, 0
+  for part, size in spec.parts.items():
+    stop = start + size // n
+    dynamic[part] = raw_KNBT[start:stop].reshape(size, b, t)
+    start = stop
+  return dynamic
+
+
+def init_elementwise_read(key: jax.Array, spec: ConnectionSpec, width: int) -> dict[str, jax.Array]:
+  """read_down (n, C, R) and read_up (R, n, C), normal with variance 1 / fan-in."""
+  n, rank, dtype = spec.streams, spec.read_rank, jnp.result_type(float)
+  key_down, key_up = jax.random.split(key)
+  return {
+    'read_down': jax.random.normal(key_down, (n, width, rank), dtype) / (n * width) ** 0.5,
+    'read_up': jax.random.normal(key_up, (rank, n, width), dtype) / rank**0.5,
+  }
+
+
+def elementwise_read(
+  params: dict[str, jax.Array], x_NBTD: jax.Array, spec: ConnectionSpec, scale: float
+) -> jax.Array:
+  """Read weights per stream and channel, (n, B, T, C), of Qwen4-Exp's gated residual (transformers 5.23).
+
+  sigmoid(U silu(D v / n)) * scale of the normed streams v = norm(x) * weight, each stream by its own norm;
+  the norm is part of the weights, so that read() applies them to the streams as they are.
+  """
+  x_NBTD = x_NBTD.astype(jnp.promote_types(x_NBTD.dtype, params['read_down'].dtype))
+  norm_NBT1 = inverse_rms(jnp.mean(jnp.square(x_NBTD), 3, keepdims=True), spec)
+  norm_NBTD = norm_NBT1 * params['norm_weight'][:, None, None] if 'norm_weight' in params else norm_NBT1
+  normed_NBTD = x_NBTD * norm_NBTD
+  down = functools.partial(jnp.einsum, 'nbtd,ndr->btr', precision=PRECISION)
+  hidden_BTR = jax.nn.silu(down(normed_NBTD, params['read_down']) / len(x_NBTD))
+  gate_NBTD = jax.nn.sigmoid(jnp.einsum('btr,rnd->nbtd', hidden_BTR, params['read_up'], precision=PRECISION))
+  return scale * gate_NBTD * norm_NBTD
