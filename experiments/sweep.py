@@ -25,12 +25,15 @@ from typing import Any
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from experiments import learning_rate, quick
+from experiments import ablation, identity_or_mixing, learning_rate, quick, stability
 from mhc_jax.config import ConfigError
 
 EXPERIMENTS: dict[str, Callable[[str | None], list[ConfigDict]]] = {
   'quick': quick.runs,
   'learning_rate': learning_rate.runs,
+  'identity_or_mixing': identity_or_mixing.runs,
+  'ablation': ablation.runs,
+  'stability': stability.runs,
 }
 
 ENDED = ('finished', 'diverged')

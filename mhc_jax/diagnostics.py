@@ -1,15 +1,19 @@
 """What the coefficients of a model do to its streams: pure functions of one sequence's records.
 
-The model records, for each of its 2L sublayers, res_NMBT (None for H_res = I) and the Gram matrix of the
-streams after it. Gains follow mHC's Amax gain (arXiv 2512.24880, section 3.1 and Fig. 3, 7).
+The model records, for each of its S = 2L sublayers, its coefficients and their coordinates, res_NMBT (None
+for H_res = I), and the Gram matrix of the streams after it. Gains follow mHC's Amax gain (arXiv
+2512.24880, section 3.1 and Fig. 3, 7). `diagnose` runs on the device; `with_spectra` adds eigenvalues on
+the host, because accelerators have no eigenvalues of non-symmetric matrices.
 """
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mhc_jax.config import ModelConfig
+from mhc_jax.connection import Gate
 
 
 def interleave(records: list[dict[str, jax.Array]], name: str) -> jax.Array | None:
@@ -36,15 +40,75 @@ def gains(h_SNMBT: jax.Array) -> dict[str, jax.Array]:
   """Amax gains of matrices (S, n, n, B, T): mean over tokens of each token's largest row or column sum.
 
   forward: rows, backward: columns. The paper leaves open whether the absolute value is inside the sum;
-  plain names take sum |H_ij|, '_signed' take |sum H_ij| (equal for non-negative matrices).
+  plain names take sum |H_ij|, '_signed' take |sum H_ij| (equal for non-negative matrices), '_of_mean' the
+  sum |H_ij| of the token-mean matrix.
   """
-  absolute = jnp.abs(h_SNMBT)
+  absolute, mean = jnp.abs(h_SNMBT), jnp.abs(h_SNMBT.mean((3, 4)))
   return {
     'gain_forward': absolute.sum(2).max(1).mean((1, 2)),
     'gain_backward': absolute.sum(1).max(1).mean((1, 2)),
     'gain_forward_signed': jnp.abs(h_SNMBT.sum(2)).max(1).mean((1, 2)),
     'gain_backward_signed': jnp.abs(h_SNMBT.sum(1)).max(1).mean((1, 2)),
+    'gain_forward_of_mean': mean.sum(2).max(1),
+    'gain_backward_of_mean': mean.sum(1).max(1),
   }
+
+
+def shape_of(h_SNMBT: jax.Array) -> dict[str, jax.Array]:
+  """Means over tokens of singular values and distances (Frobenius), and the token-mean matrix itself.
+
+  spectral_norm, sigma_min: largest and smallest singular value (float32: sigma_min below 1e-7 of the largest
+  is rounding). distance_to_mean: from J/n, all streams alike; distance_to_identity: from I.
+  """
+  n = h_SNMBT.shape[1]
+  sigma_SBTN = jnp.linalg.svd(jnp.moveaxis(h_SNMBT, (3, 4), (1, 2)), compute_uv=False)
+
+  def distance(centre_NM):
+    difference = h_SNMBT - centre_NM[None, :, :, None, None]
+    return jnp.sqrt(jnp.sum(jnp.square(difference), (1, 2))).mean((1, 2))
+
+  return {
+    'spectral_norm': sigma_SBTN[..., 0].mean((1, 2)),
+    'sigma_min': sigma_SBTN[..., -1].mean((1, 2)),
+    'distance_to_mean': distance(jnp.full((n, n), 1 / n)),
+    'distance_to_identity': distance(jnp.eye(n)),
+    'res_mean': h_SNMBT.mean((3, 4)),
+  }
+
+
+def effective_rank(spectrum: jax.Array) -> jax.Array:
+  """exp of the entropy of a spectrum normalised to sum 1, over the last axis (Roy and Vetterli 2007)."""
+  share = jnp.maximum(spectrum, 0)
+  share = share / jnp.maximum(share.sum(-1, keepdims=True), 1e-30)
+  return jnp.exp(-jnp.sum(jax.scipy.special.xlogy(share, share), -1))
+
+
+def depth_matrix(pre_SNBT: jax.Array, post_SNBT: jax.Array, res_SNMBT: jax.Array) -> jax.Array:
+  """A_ts = pre_t (H_{t-1} ... H_{s+1}) post_s, (S, S, B, T): how much sublayer t reads of what s wrote.
+
+  Zero for s >= t. Its blocks below the diagonal have rank <= n.
+  """
+
+  def step(carried_NSBT, inputs):
+    t, pre_NBT, post_NBT, res_NMBT = inputs
+    row_SBT = jnp.einsum('nbt,nsbt->sbt', pre_NBT, carried_NSBT)
+    carried_NSBT = jnp.einsum('nmbt,msbt->nsbt', res_NMBT, carried_NSBT)
+    return carried_NSBT.at[:, t].set(post_NBT), row_SBT
+
+  s, n = pre_SNBT.shape[:2]
+  empty = jnp.zeros((n, s, *pre_SNBT.shape[2:]), pre_SNBT.dtype)
+  return jax.lax.scan(step, empty, (jnp.arange(s), pre_SNBT, post_SNBT, res_SNMBT))[1]
+
+
+def gate_values(value_SNBT: jax.Array, gate: Gate, name: str) -> dict[str, jax.Array]:
+  """Mean weight of a gate over streams and tokens; for bounded gates, the share within 1 % of its bounds."""
+  out = {f'{name}_mean': value_SNBT.mean(tuple(range(1, value_SNBT.ndim)))}
+  lowest = {'sigmoid': 0.0, 'softmax': 0.0, 'tanh': -1.0}.get(gate.kind)
+  if lowest is not None:
+    position = ((value_SNBT - gate.eps) / gate.scale - lowest) / (1 - lowest)
+    saturated = (position < 0.01) | (position > 0.99)
+    out[f'{name}_saturation'] = saturated.mean(tuple(range(1, value_SNBT.ndim)))
+  return out
 
 
 def stream_cosine(gram_SNMBT: jax.Array) -> jax.Array:
@@ -57,18 +121,59 @@ def stream_cosine(gram_SNMBT: jax.Array) -> jax.Array:
   return (cosine_SNMBT.sum((1, 2)) - n).mean((1, 2)) / (n * (n - 1))
 
 
-def diagnose(records: list[dict[str, jax.Array]], config: ModelConfig) -> dict[str, Any]:
-  """All diagnostics of one batch of sequences: name -> (2L,) array."""
+def stream_rank(gram_SNMBT: jax.Array) -> jax.Array:
+  """Effective rank of the streams (n vectors of width C) at each token, mean over tokens, (S,)."""
+  eigenvalues_SBTN = jnp.linalg.eigvalsh(jnp.moveaxis(gram_SNMBT, (3, 4), (1, 2)))
+  return effective_rank(eigenvalues_SBTN).mean((1, 2))
+
+
+def diagnose(records: list[dict[str, Any]], config: ModelConfig) -> dict[str, jax.Array]:
+  """All diagnostics of a batch of sequences: name -> (S,), (S, n, n) for matrices, () for the whole model.
+
+  Sublayers in order; 'composite_' is the product of H_res up to and with each sublayer. What a connection
+  has not is not there.
+  """
+  spec = config.connection
   gram_SNMBT = interleave(records, 'gram_NMBT')
-  res_SNMBT = interleave(records, 'res_NMBT')
+  res_SNMBT, pre_SNBT, post_SNBT = (interleave(records, name) for name in ('res_NMBT', 'pre_NBT', 'post_NBT'))
   if res_SNMBT is None:
     eye_NM = jnp.eye(gram_SNMBT.shape[1], dtype=gram_SNMBT.dtype)
     res_SNMBT = jnp.broadcast_to(eye_NM[None, :, :, None, None], gram_SNMBT.shape)
-  composite = {f'composite_{name}': value for name, value in gains(composites(res_SNMBT)).items()}
-  defect_SBT = jax.vmap(config.connection.constraint.defect)(res_SNMBT)
-  return {
-    **gains(res_SNMBT),
-    **composite,
-    'defect': defect_SBT.max((1, 2)),
-    'stream_cosine': stream_cosine(gram_SNMBT),
-  }
+  product_SNMBT = composites(res_SNMBT)
+  composite = gains(product_SNMBT) | shape_of(product_SNMBT)
+  out = gains(res_SNMBT) | shape_of(res_SNMBT)
+  out |= {f'composite_{name}': value for name, value in composite.items()}
+  out['defect'] = jax.vmap(spec.constraint.defect)(res_SNMBT).max((1, 2))
+  out['stream_cosine'], out['stream_rank'] = stream_cosine(gram_SNMBT), stream_rank(gram_SNMBT)
+  if 'res' in records[0]['coords']:
+    logits_SKBT = interleave([record['coords'] for record in records], 'res')
+    out['logit_range'] = (logits_SKBT.max(1) - logits_SKBT.min(1)).mean((1, 2))
+  weights = {'pre': (pre_SNBT, spec.read_gate), 'post': (post_SNBT, spec.write_gate)}
+  for name, (value, gate) in weights.items():
+    if value is not None:
+      out |= gate_values(value, gate, name)
+  if all(value is None or value.ndim == 4 for value in (pre_SNBT, post_SNBT)):
+    out['depth_rank'] = _depth_rank(pre_SNBT, post_SNBT, res_SNMBT)
+  return out
+
+
+def _depth_rank(pre_SNBT: jax.Array | None, post_SNBT: jax.Array | None, res_SNMBT: jax.Array) -> jax.Array:
+  """Effective rank of the token-mean depth matrix, from its singular values."""
+  shape = (res_SNMBT.shape[0], *res_SNMBT.shape[2:])
+  if pre_SNBT is None:  # reads stream 0
+    pre_SNBT = jnp.zeros(shape).at[:, 0].set(1)
+  post_SNBT = jnp.ones(shape) if post_SNBT is None else post_SNBT
+  mean_SS = depth_matrix(pre_SNBT, post_SNBT, res_SNMBT).mean((2, 3))
+  return effective_rank(jnp.linalg.svd(mean_SS, compute_uv=False))
+
+
+def with_spectra(found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """Adds lambda_2, the second largest modulus of eigenvalues of token-mean matrices (0 for one stream)."""
+  out = dict(found)
+  for name in ('', 'composite_'):
+    matrices = found[f'{name}res_mean']
+    if not np.isfinite(matrices).all():
+      continue
+    modulus = np.sort(np.abs(np.linalg.eigvals(matrices)), -1)
+    out[f'{name}lambda_2'] = modulus[:, -2] if modulus.shape[1] > 1 else np.zeros(len(modulus))
+  return out

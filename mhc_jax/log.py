@@ -11,6 +11,7 @@ import sys
 import time
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 
@@ -65,7 +66,7 @@ class MetricsLog:
     if self._board is not None:
       for name, value in row.items():
         if '/' in name:
-          self._board.add_scalar(name, max(value) if isinstance(value, list) else value, row['step'])
+          self._board.add_scalar(name, np.max(value), row['step'])
 
   def sync(self) -> None:
     """Forces the rows to disk, before a checkpoint that counts on them."""

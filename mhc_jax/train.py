@@ -36,6 +36,7 @@ from mhc_jax.data import (
   validation_batches,
   windows,
 )
+from mhc_jax.diagnostics import with_spectra
 from mhc_jax.log import MetricsLog, Progress, write_json
 from mhc_jax.run import Run, check_workdir, git_revision, resolve, versions
 from mhc_jax.sharding import make_mesh, put_batch
@@ -285,7 +286,7 @@ class Loop:
     if not self._due_diagnostics(step):
       return {}
     sequence = {name: value[:1] for name, value in self.validation[0].items()}
-    found = jax.device_get(self.programs.diagnose(self.state.params, sequence))
+    found = with_spectra(jax.device_get(self.programs.diagnose(self.state.params, sequence)))
     return {f'diagnostics/{name}': np.asarray(value).tolist() for name, value in found.items()}
 
   def _timing(self, step: int) -> dict[str, float]:

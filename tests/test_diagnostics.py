@@ -9,7 +9,9 @@ import pytest
 
 from mhc_jax import diagnostics
 from mhc_jax.config import base_config, build_model
+from mhc_jax.connection import Gate
 from mhc_jax.model import Transformer
+from mhc_jax.presets import PRESETS
 
 
 def matrices(*tokens):
@@ -25,6 +27,8 @@ def test_gains_are_the_largest_row_and_column_sums():
     'gain_backward': 2.25,
     'gain_forward_signed': 1.0,
     'gain_backward_signed': 1.75,
+    'gain_forward_of_mean': 3.0,
+    'gain_backward_of_mean': 2.25,
   }
 
 
@@ -32,6 +36,7 @@ def test_gains_are_means_over_tokens_of_the_maximum_of_each():
   """Token 0 is largest in row 0, token 1 in row 1: a maximum of means would give 2."""
   found = diagnostics.gains(matrices([[3.0, 0.0], [0.0, 1.0]], [[1.0, 0.0], [0.0, 5.0]]))
   assert float(found['gain_forward'][0]) == float(found['gain_backward'][0]) == 4.0
+  assert float(found['gain_forward_of_mean'][0]) == 3.0
 
 
 def test_composites_multiply_later_matrices_from_the_left(rng):
@@ -61,6 +66,62 @@ def test_stream_cosine_of_equal_opposite_and_orthogonal_streams(rng):
   assert diagnostics.stream_cosine(gram(x_TD[None])).tolist() == [1.0]
 
 
+def test_singular_values_and_distances(rng):
+  h_XNM = rng.normal(size=(5, 3, 3))
+  found = {name: np.asarray(value)[0] for name, value in diagnostics.shape_of(matrices(*h_XNM)).items()}
+  sigma = np.linalg.svd(h_XNM, compute_uv=False)
+  norm = functools.partial(np.linalg.norm, axis=(1, 2))
+  expected = {
+    'spectral_norm': sigma[:, 0].mean(),
+    'sigma_min': sigma[:, -1].mean(),
+    'distance_to_mean': norm(h_XNM - 1 / 3).mean(),
+    'distance_to_identity': norm(h_XNM - np.eye(3)).mean(),
+    'res_mean': h_XNM.mean(0),
+  }
+  assert found.keys() == expected.keys()
+  for name, value in expected.items():
+    np.testing.assert_allclose(found[name], value, rtol=1e-4, err_msg=name)  # float32
+
+
+def test_effective_ranks(rng):
+  assert float(diagnostics.effective_rank(jnp.array([1.0, 1, 1, 0]))) == pytest.approx(3)
+  assert float(diagnostics.effective_rank(jnp.array([5.0, 0, 0]))) == pytest.approx(1)
+  basis_NTD = np.broadcast_to(np.eye(4)[:, None], (4, 3, 4))
+  assert float(diagnostics.stream_rank(gram(basis_NTD))[0]) == pytest.approx(4)
+  copies_NTD = np.broadcast_to(rng.normal(size=(3, 8)), (4, 3, 8))
+  assert float(diagnostics.stream_rank(gram(copies_NTD))[0]) == pytest.approx(1, abs=1e-4)
+
+
+def test_the_depth_matrix_is_pre_times_the_product_between_times_post(rng):
+  s, n = 5, 2
+  pre, post = rng.normal(size=(2, s, n, 1, 3)).astype(np.float32)
+  res = rng.normal(size=(s, n, n, 1, 3)).astype(np.float32)
+  found = jax.jit(diagnostics.depth_matrix)(pre, post, res)
+  for token in range(3):
+    for t in range(s):
+      for u in range(s):
+        between = np.eye(n)
+        for k in range(u + 1, t):
+          between = res[k, :, :, 0, token] @ between
+        wanted = pre[t, :, 0, token] @ between @ post[u, :, 0, token] if u < t else 0.0
+        assert float(found[t, u, 0, token]) == pytest.approx(wanted, rel=1e-4, abs=1e-5)
+  # Rank <= n below the diagonal although sublayers are more.
+  assert np.linalg.matrix_rank(np.asarray(found[2:, :2, 0, 0]), tol=1e-4) <= n
+
+
+def test_gates_at_their_bounds_are_saturated():
+  value = jnp.array([0.001, 0.5, 1.0, 1.999]).reshape(1, 4, 1, 1)
+  found = diagnostics.gate_values(value, Gate('sigmoid', 2.0), 'post')
+  assert float(found['post_saturation'][0]) == 0.5 and float(found['post_mean'][0]) == pytest.approx(0.875)
+  assert 'pre_saturation' not in diagnostics.gate_values(value, Gate('linear'), 'pre')
+
+
+def test_lambda_2_is_the_second_modulus():
+  rotation = np.array([[0.0, -0.5, 0], [0.5, 0, 0], [0, 0, 1]])
+  found = diagnostics.with_spectra({'res_mean': rotation[None], 'composite_res_mean': np.ones((2, 1, 1))})
+  assert found['lambda_2'] == pytest.approx(0.5) and found['composite_lambda_2'].tolist() == [0, 0]
+
+
 def test_records_of_attention_and_feed_forward_alternate():
   records = [{'a': jnp.array([0.0, 2.0]), 'b': None}, {'a': jnp.array([1.0, 3.0]), 'b': None}]
   assert diagnostics.interleave(records, 'a').tolist() == [0, 1, 2, 3]
@@ -87,9 +148,25 @@ def diagnosed(disturb=None, **connection):
 
 def test_of_a_residual_model():
   found = diagnosed(name='residual')
-  assert {value.shape for value in found.values()} == {(4,)}
   for name, value in found.items():
-    np.testing.assert_array_equal(value, 0.0 if name == 'defect' else 1.0, err_msg=name)
+    if name == 'depth_rank':
+      ones = np.tril(np.ones((4, 4)), -1)
+      wanted = diagnostics.effective_rank(jnp.linalg.svd(jnp.asarray(ones), compute_uv=False))
+    else:
+      assert len(value) == 4
+      wanted = 0.0 if 'distance' in name or name == 'defect' else 1.0
+    np.testing.assert_allclose(value, wanted, rtol=1e-6, err_msg=name)
+  assert len(found) == 26 and 'logit_range' not in found and 'pre_mean' not in found
+
+
+@pytest.mark.parametrize('name,preset', [(name, p) for name in PRESETS for p in PRESETS[name]])
+def test_every_connection_has_finite_diagnostics(name, preset):
+  found = diagnostics.with_spectra(diagnosed(name=name, preset=preset))
+  for key, value in found.items():
+    assert np.isfinite(value).all() and value.dtype in (np.float32, np.float64), key
+  assert ('logit_range' in found) == (name in ('hc', 'mhc'))
+  assert ('pre_saturation' in found) == (name in ('mhc', 'identity'))
+  assert ('depth_rank' in found) == (name != 'gated_residual')
 
 
 def test_of_an_unconstrained_model_whose_feed_forward_mixing_is_disturbed():

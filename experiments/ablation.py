@@ -1,0 +1,33 @@
+"""mHC's Table 1: what H_res, H_pre and H_post are worth, one by one.
+
+  python -m experiments.sweep ablation:small --workers 2
+  python -m analysis.plots paper runs/ablation
+
+A map that is off is fixed as in the paper: H_pre = 1 / n, H_post = 1, H_res = I. Once with HC's free matrices, as
+in the paper, and once with mHC's doubly stochastic ones; residual is the row where all are off.
+"""
+
+from ml_collections import ConfigDict
+
+from experiments import protocol
+
+OFF = {
+  'res': {'constraint': 'identity'},
+  'pre': {'read_gate': 'fixed'},
+  'post': {'write_gate': 'fixed'},
+}
+PARTS = (('res',), ('res', 'pre'), ('res', 'pre', 'post'), ('pre', 'post'))
+SEEDS = (0, 1, 2)
+
+
+def runs(arg: str | None = None) -> list[ConfigDict]:
+  """residual, and every set of maps of hc and mhc, at three seeds. Argument: 'small' or 'large'."""
+  scale = protocol.scale_of(arg)
+  arms = {'residual': {'name': 'residual'}}
+  for name in ('hc', 'mhc'):
+    for parts in PARTS:
+      off = [fields for part, fields in OFF.items() if part not in parts]
+      arms[f'{name} {"+".join(parts)}'] = {'name': name} | {k: v for fields in off for k, v in fields.items()}
+  return protocol.locked(
+    [protocol.config(scale, arm, connection, seed) for arm, connection in arms.items() for seed in SEEDS]
+  )
