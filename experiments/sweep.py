@@ -25,7 +25,7 @@ from typing import Any
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from experiments import ablation, identity_or_mixing, learning_rate, quick, stability
+from experiments import ablation, identity_or_mixing, learning_rate, quick, rank, stability
 from mhc_jax.config import ConfigError
 
 EXPERIMENTS: dict[str, Callable[[str | None], list[ConfigDict]]] = {
@@ -34,6 +34,7 @@ EXPERIMENTS: dict[str, Callable[[str | None], list[ConfigDict]]] = {
   'identity_or_mixing': identity_or_mixing.runs,
   'ablation': ablation.runs,
   'stability': stability.runs,
+  'rank': rank.runs,
 }
 
 ENDED = ('finished', 'diverged')

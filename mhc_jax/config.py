@@ -1,14 +1,10 @@
 """The configuration: every field with its default, and the frozen dataclasses that the core sees.
 
-A config file (configs/*.py) returns base_config() with changes; `parse` applies `--config.a.b=v`; the
-`*_config` functions check the values and build the dataclasses once. None means off or derived.
+A config file (configs/*.py) returns base_config() with changes; config_file.parse applies `--config.a.b=v`;
+the `build_*` functions check the values and build the dataclasses once. None means off or derived.
 """
 
-import ast
 import dataclasses
-import difflib
-import importlib.util
-import os
 from typing import Any
 
 import jax.numpy as jnp
@@ -17,6 +13,7 @@ from ml_collections.config_dict import placeholder as optional
 
 from mhc_jax.connection import ConnectionSpec
 from mhc_jax.constraints.base import Constraint
+from mhc_jax.manifold_updates import MANIFOLDS
 from mhc_jax.presets import connection_spec
 
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16, 'float64': jnp.float64}
@@ -82,6 +79,9 @@ class OptimizerConfig:
   warmup_fraction: float | None
   decay_fraction: float  # 'wsd': the last fraction of updates, linear to final_fraction
   final_fraction: float  # of lr, where 'wsd' and 'cosine' end
+  manifold: str | None  # set or optimizer of manifold_updates.py
+  manifold_pattern: str | None  # regular expression of the parameters' paths
+  manifold_value: float | None  # rank, radius, or LORO's updates between exact steps
 
 
 def base_config() -> ConfigDict:
@@ -160,6 +160,11 @@ def base_config() -> ConfigDict:
       'warmup_fraction': optional(float),
       'decay_fraction': 0.2,
       'final_fraction': 0.0,
+      # Keeps the parameters whose path matches on a set: fixed_rank, stiefel, row_sphere, spectral_ball,
+      # doubly_stochastic (after AdamW's update), or by an optimizer of their own: loro, manifold_muon.
+      'manifold': optional(str),
+      'manifold_pattern': optional(str),  # for example layers/(attention|feed_forward)/.*/w
+      'manifold_value': optional(float),  # rank, radius (None: 1), or LORO's updates between exact steps
     }
   )
   c.optimizer.clip_norm = 1.0
@@ -191,86 +196,8 @@ def base_config() -> ConfigDict:
 NOT_IN_ID = (('arm',), ('mesh',), ('data', 'dir'), ('log', 'tensorboard'), ('checkpoint',))
 
 
-def parse(path: str, overrides: list[str]) -> ConfigDict:
-  """Loads a config file (`file.py` or `file.py:argument`) and applies `--config.a.b=v` overrides.
-
-  Raises ConfigError for an unknown field (naming the nearest), a value of the wrong type, or a bad file.
-  """
-  filename, _, argument = path.partition(':')
-  spec = importlib.util.spec_from_file_location('config_file', filename)
-  if spec is None or not os.path.isfile(filename):
-    raise ConfigError(f'no config file {filename!r}; look in configs/')
-  module = importlib.util.module_from_spec(spec)
-  try:
-    spec.loader.exec_module(module)
-    config = module.get_config(argument or None)
-  except ConfigError:
-    raise
-  except ValueError as error:
-    raise ConfigError(str(error)) from None
-  except (AttributeError, KeyError, NameError, SyntaxError, TypeError) as error:
-    what = ' '.join(f'{type(error).__name__}: {error}'.split())
-    raise ConfigError(f'{filename} does not work: {what}') from None
-  _require(isinstance(config, ConfigDict), f'{filename}: get_config must return a ConfigDict')
-  for override in overrides:
-    name, equals, text = override.partition('=')
-    if not name.startswith('--config.') or not equals:
-      raise ConfigError(f'cannot read {override!r}: write --config.section.field=value')
-    _set(config, name.removeprefix('--config.').split('.'), text)
-  return config
-
-
-def _set(config: ConfigDict, keys: list[str], text: str) -> None:
-  """Sets one field from the text of an override, in the field's own type."""
-  node = config
-  for depth, key in enumerate(keys):
-    free = depth > 0 and keys[depth - 1] == 'constraint_params'
-    known = isinstance(node, ConfigDict) and (key in node or (free and depth == len(keys) - 1))
-    _require(known, f'unknown config field {".".join(keys)}{_nearest(keys[:depth], key, node)}')
-    if depth < len(keys) - 1:
-      node = node[key]
-  key = keys[-1]
-  if key in node and isinstance(node[key], ConfigDict):
-    raise ConfigError(f'{".".join(keys)} is a section; set one of {", ".join(node[key]) or "its fields"}')
-  kind = node.get_type(key) if key in node else None
-  try:
-    value = text if kind is str and text != 'None' else ast.literal_eval(text)
-  except (ValueError, SyntaxError):
-    value = text
-  if kind is float and isinstance(value, int) and not isinstance(value, bool):
-    value = float(value)
-  try:
-    if kind is int and isinstance(value, bool):
-      raise TypeError
-    with node.unlocked():
-      node[key] = value
-  except TypeError:
-    raise ConfigError(f'{".".join(keys)} takes {kind.__name__}, got {text!r}') from None
-
-
-def _nearest(path: list[str], key: str, known: Any) -> str:
-  near = difflib.get_close_matches(key, list(known), 1, 0.0) if isinstance(known, ConfigDict) else []
-  return f'; did you mean {".".join([*path, near[0]])}?' if near else ''
-
-
-def check_fields(config: ConfigDict) -> None:
-  """Raises ConfigError unless the fields are those of base_config(), with None only where it is allowed."""
-
-  def check(given: ConfigDict, known: ConfigDict, path: list[str]) -> None:
-    for key in [*given.keys(), *(key for key in known if key not in given)]:
-      name = '.'.join([*path, key])
-      _require(key in known, f'unknown config field {name}{_nearest(path, key, known)}')
-      _require(key in given, f'config field {name} is missing')
-      if key != 'constraint_params' and isinstance(known[key], ConfigDict):
-        _require(isinstance(given[key], ConfigDict), f'{name} must be a section')
-        check(given[key], known[key], [*path, key])
-      elif given[key] is None and known[key] is not None:
-        _require(name == 'optimizer.clip_norm', f'{name} must have a value, got None')
-
-  check(config, base_config(), [])
-
-
-def _require(condition: bool, message: str) -> None:
+def require(condition: bool, message: str) -> None:
+  """Raises ConfigError with this message unless the condition holds."""
   if not condition:
     raise ConfigError(message)
 
@@ -296,30 +223,30 @@ def build_model(config: ConfigDict, vocab_size: int, constraint: Constraint | No
   """config -> ModelConfig with derived sizes; raises ConfigError for impossible ones."""
   c = config.model
   for name in ('width', 'depth', 'heads', 'scan_unroll'):
-    _require(c[name] >= 1, f'model.{name} must be at least 1, got {c[name]}')
-  _require(c.width % c.heads == 0, f'model.heads={c.heads} does not divide model.width={c.width}')
+    require(c[name] >= 1, f'model.{name} must be at least 1, got {c[name]}')
+  require(c.width % c.heads == 0, f'model.heads={c.heads} does not divide model.width={c.width}')
   head_dim = c.width // c.heads
-  _require(head_dim % 2 == 0, f'width / heads = {head_dim} must be even for rotary embeddings')
+  require(head_dim % 2 == 0, f'width / heads = {head_dim} must be even for rotary embeddings')
   kv_heads = c.heads if c.kv_heads is None else c.kv_heads
-  _require(
+  require(
     kv_heads >= 1 and c.heads % kv_heads == 0,
     f'model.kv_heads={kv_heads} does not divide model.heads={c.heads}',
   )
   ffn_width = -(-8 * c.width // 24) * 8 if c.ffn_width is None else c.ffn_width
-  _require(ffn_width >= 1, f'model.ffn_width must be at least 1, got {ffn_width}')
+  require(ffn_width >= 1, f'model.ffn_width must be at least 1, got {ffn_width}')
   largest = min(c.width, kv_heads * head_dim, ffn_width)
   rank = c.weights.rank
-  _require(
+  require(
     rank is None or 1 <= rank <= largest,
     f'model.weights.rank must lie between 1 and {largest}, the smallest side of a weight, got {rank}',
   )
-  _require(c.dtype in DTYPES, f'model.dtype must be one of {", ".join(DTYPES)}, got {c.dtype!r}')
-  _require(c.remat in ('none', 'layer'), f'model.remat must be none or layer, got {c.remat!r}')
-  _require(c.rope_theta > 0, f'model.rope_theta must be positive, got {c.rope_theta}')
-  _require(c.norm_eps >= 0, f'model.norm_eps must not be negative, got {c.norm_eps}')
+  require(c.dtype in DTYPES, f'model.dtype must be one of {", ".join(DTYPES)}, got {c.dtype!r}')
+  require(c.remat in ('none', 'layer'), f'model.remat must be none or layer, got {c.remat!r}')
+  require(c.rope_theta > 0, f'model.rope_theta must be positive, got {c.rope_theta}')
+  require(c.norm_eps >= 0, f'model.norm_eps must not be negative, got {c.norm_eps}')
   for name in ('base_width', 'base_depth'):
     base = config.transfer[name]
-    _require(base is None or base >= 1, f'transfer.{name} must be at least 1 or None, got {base}')
+    require(base is None or base >= 1, f'transfer.{name} must be at least 1 or None, got {base}')
   connection = build_connection(c.connection, c.depth, constraint)
   return ModelConfig(
     **{name: c[name] for name in ('width', 'depth', 'heads', 'remat', 'scan', 'scan_unroll')},
@@ -340,26 +267,46 @@ def build_model(config: ConfigDict, vocab_size: int, constraint: Constraint | No
 def build_optimizer(config: ConfigDict) -> OptimizerConfig:
   """config.optimizer -> OptimizerConfig; raises ConfigError for values out of range."""
   c = config.optimizer
-  _require(
+  require(
     c.schedule in SCHEDULES,
     f'optimizer.schedule must be one of {", ".join(SCHEDULES)}, got {c.schedule!r}',
   )
-  _require(
+  require(
     (c.warmup_steps is None) != (c.warmup_fraction is None),
     'set exactly one of optimizer.warmup_steps and optimizer.warmup_fraction',
   )
   for name in ('warmup_fraction', 'decay_fraction', 'final_fraction'):
-    _require(c[name] is None or 0 <= c[name] <= 1, f'optimizer.{name} must lie in [0, 1], got {c[name]}')
+    require(c[name] is None or 0 <= c[name] <= 1, f'optimizer.{name} must lie in [0, 1], got {c[name]}')
   for name in ('lr', 'weight_decay', 'warmup_steps'):
-    _require(c[name] is None or c[name] >= 0, f'optimizer.{name} must not be negative, got {c[name]}')
-  _require(c.eps > 0, f'optimizer.eps must be positive, got {c.eps}')
+    require(c[name] is None or c[name] >= 0, f'optimizer.{name} must not be negative, got {c[name]}')
+  require(c.eps > 0, f'optimizer.eps must be positive, got {c.eps}')
   for name in ('beta1', 'beta2'):
-    _require(0 <= c[name] < 1, f'optimizer.{name} must lie in [0, 1), got {c[name]}')
-  _require(
+    require(0 <= c[name] < 1, f'optimizer.{name} must lie in [0, 1), got {c[name]}')
+  require(
     c.clip_norm is None or c.clip_norm > 0,
     f'optimizer.clip_norm must be positive or None, got {c.clip_norm}',
   )
+  _check_manifold(c)
   return OptimizerConfig(**c.to_dict())
+
+
+def _check_manifold(c: ConfigDict) -> None:
+  require(
+    c.manifold is None or c.manifold in MANIFOLDS,
+    f'optimizer.manifold must be one of {", ".join(MANIFOLDS)}, got {c.manifold!r}',
+  )
+  require(
+    (c.manifold is None) == (c.manifold_pattern is None),
+    'optimizer.manifold and optimizer.manifold_pattern need each other',
+  )
+  require(
+    c.manifold not in ('fixed_rank', 'loro') or (c.manifold_value or 0) >= 1,
+    f'optimizer.manifold={c.manifold} needs optimizer.manifold_value >= 1, got {c.manifold_value}',
+  )
+  require(
+    c.manifold_value is None or c.manifold_value > 0,
+    f'optimizer.manifold_value must be positive, got {c.manifold_value}',
+  )
 
 
 def check_counts(config: ConfigDict) -> None:
@@ -375,23 +322,23 @@ def check_counts(config: ConfigDict) -> None:
   for section, names in least.items():
     for name in names:
       value = config[section][name]
-      _require(value is None or value >= 1, f'{section}.{name} must be at least 1, got {value}')
-  _require(0 <= config.seed < 2**31, f'seed must lie between 0 and 2**31 - 1, got {config.seed}')
+      require(value is None or value >= 1, f'{section}.{name} must be at least 1, got {value}')
+  require(0 <= config.seed < 2**31, f'seed must lie between 0 and 2**31 - 1, got {config.seed}')
   given = [name for name in DURATIONS if config.duration[name] is not None]
-  _require(
+  require(
     len(given) == 1,
     f'set exactly one of duration.{{{", ".join(DURATIONS)}}}, got {given or "none"}',
   )
   value = config.duration[given[0]]
-  _require(value > 0, f'duration.{given[0]} must be positive, got {value}')
+  require(value > 0, f'duration.{given[0]} must be positive, got {value}')
   rows, shards = config.data.batch_size, config.mesh.data * config.mesh.fsdp
-  _require(
+  require(
     rows % shards == 0,
     f'data.batch_size={rows} must be a multiple of mesh.data * mesh.fsdp = {shards}',
   )
   rows = config.evaluation.batch_size
-  _require(rows % shards == 0, f'evaluation.batch_size={rows} must be a multiple of {shards} devices')
-  _require(
+  require(rows % shards == 0, f'evaluation.batch_size={rows} must be a multiple of {shards} devices')
+  require(
     config.evaluation.sequences % rows == 0,
     f'evaluation.sequences={config.evaluation.sequences} must be a multiple of evaluation.batch_size={rows}',
   )

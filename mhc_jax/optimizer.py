@@ -15,7 +15,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mhc_jax import manifold_updates
 from mhc_jax.config import ModelConfig, OptimizerConfig
+from mhc_jax.manifold_updates import matches, path_name
 
 # (regular expression on the parameter's path, kind); the first match counts and every parameter must match.
 # hidden: lr / m_N, decay * m_N. plain: lr, decay. scalar: lr, no decay.
@@ -32,11 +34,6 @@ GROUPS: tuple[tuple[str, str], ...] = (
   (r'.*/(attention|feed_forward)/\w+/[wu]', 'hidden'),
   (r'.*/(attention|feed_forward)/\w+/v', 'plain'),
 )
-
-
-def path_name(path: tuple[Any, ...]) -> str:
-  """'layers/attention/query/w' from a tree path."""
-  return '/'.join(str(getattr(key, 'key', key)) for key in path)
 
 
 def groups(params: Any) -> Any:
@@ -80,10 +77,45 @@ def warmup_steps(c: OptimizerConfig, num_steps: int) -> int:
 def adamw(
   c: OptimizerConfig, model: ModelConfig, lr: jax.Array, weight_decay: jax.Array
 ) -> optax.GradientTransformation:
-  """AdamW (arXiv 1711.05101) with decoupled decay; lr and weight_decay may be traced.
+  """AdamW (arXiv 1711.05101) with decoupled decay, and the manifold that c names; lr may be traced.
 
-  lr already includes the schedule. Its state does not depend on lr or weight_decay.
+  lr already includes the schedule. Its state does not depend on lr or weight_decay. c.manifold: a projection
+  after AdamW's update, or 'loro' or 'manifold_muon' in its place, for the parameters of c.manifold_pattern.
   """
+  clip = optax.identity() if c.clip_norm is None else optax.clip_by_global_norm(c.clip_norm)
+  plain = _adamw_unclipped(c, model, lr, weight_decay)
+  if c.manifold is None:
+    return optax.chain(clip, plain)
+  if c.manifold in manifold_updates.PROJECTIONS:
+    return optax.chain(clip, plain, manifold_updates.projected(projection(c), c.manifold_pattern))
+  if c.manifold == 'loro':
+    own = manifold_updates.loro(plain, lr / model.width_ratio, int(c.manifold_value))
+  else:  # a step of spectral norm lr is the right one at every width
+    own = manifold_updates.manifold_muon(lr)
+
+  def label(params: Any) -> Any:
+    return jax.tree.map(lambda ours: 'own' if ours else 'adamw', matches(c.manifold_pattern, params))
+
+  return optax.chain(clip, optax.partition({'own': own, 'adamw': plain}, label))
+
+
+def projection(c: OptimizerConfig) -> manifold_updates.Projection:
+  """The projection onto the set on which c.manifold_pattern's parameters are kept."""
+  if c.manifold == 'manifold_muon':
+    return manifold_updates.stiefel
+  return manifold_updates.PROJECTIONS[c.manifold](c.manifold_value)
+
+
+def start(c: OptimizerConfig, params: Any) -> Any:
+  """Initial parameters moved onto the manifold that c names, if any."""
+  if c.manifold in (None, 'loro'):
+    return params
+  return manifold_updates.project_params(projection(c), c.manifold_pattern, params)
+
+
+def _adamw_unclipped(
+  c: OptimizerConfig, model: ModelConfig, lr: jax.Array, weight_decay: jax.Array
+) -> optax.GradientTransformation:
   m_n, m_l = model.width_ratio, model.depth_ratio
   lr_of = {'hidden': 1 / m_n, 'plain': 1.0, 'scalar': 1.0}
   decay_of = {'hidden': m_n, 'plain': 1.0, 'scalar': 0.0}
@@ -97,7 +129,6 @@ def adamw(
     return jax.tree.map(lambda u, kind: -lr * lr_of[kind] * u, updates, groups(params))
 
   return optax.chain(
-    optax.identity() if c.clip_norm is None else optax.clip_by_global_norm(c.clip_norm),
     optax.scale_by_adam(c.beta1, c.beta2, c.eps / (m_n * m_l)),
     optax.stateless(decay),
     optax.stateless(descend),

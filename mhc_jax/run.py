@@ -9,19 +9,24 @@ import functools
 import hashlib
 import json
 import os
+import re
 import subprocess
 from importlib import metadata
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from mhc_jax import config as config_lib
-from mhc_jax import cost
+from mhc_jax import config_file, cost
+from mhc_jax import optimizer as optim
 from mhc_jax.config import DTYPES, ConfigError, ModelConfig, OptimizerConfig
 from mhc_jax.connection import Gate, Init
 from mhc_jax.constraints.base import Constraint
 from mhc_jax.data import VOCAB_SIZE
 from mhc_jax.presets import PRESETS, connection_spec
+from mhc_jax.train_step import init_state
 
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
 
@@ -47,10 +52,11 @@ def resolve(config: ConfigDict, digest: str, constraint: Constraint | None = Non
 
   constraint: one of the caller's own in place of the named one; its name and params enter the run id.
   """
-  config_lib.check_fields(config)
+  config_file.check_fields(config)
   config_lib.check_counts(config)
   model = config_lib.build_model(config, VOCAB_SIZE, constraint)
   optimizer = config_lib.build_optimizer(config)
+  _check_manifold(model, optimizer)
   resolved = config.to_dict()
   resolved['arm'] = config.arm or config.model.connection.name
   resolved['data']['digest'] = digest
@@ -76,6 +82,27 @@ def resolve(config: ConfigDict, digest: str, constraint: Constraint | None = Non
     'data_digest': digest,
   }
   return Run(run_id(resolved), resolved, model, optimizer, derived)
+
+
+def _check_manifold(model: ModelConfig, optimizer: OptimizerConfig) -> None:
+  """Raises ConfigError where the manifold does not fit the parameters that its pattern matches."""
+  if optimizer.manifold is None:
+    return
+
+  def first_update(key):
+    state = init_state(key, model, optimizer)
+    transform = optim.adamw(optimizer, model, jnp.zeros(()), jnp.zeros(()))
+    return transform.update(state.params, state.opt_state, state.params)
+
+  try:
+    jax.eval_shape(first_update, jax.random.key(0))
+  except re.error as error:
+    pattern = optimizer.manifold_pattern
+    raise ConfigError(
+      f'optimizer.manifold_pattern {pattern!r} is not a regular expression: {error}'
+    ) from None
+  except ValueError as error:
+    raise ConfigError(f'optimizer.manifold={optimizer.manifold}: {error}') from None
 
 
 def _resolved_connection(given: dict[str, Any], model: ModelConfig) -> dict[str, Any]:

@@ -25,7 +25,8 @@ from ml_collections import ConfigDict
 
 from mhc_jax import optimizer as optim
 from mhc_jax.checkpoint import CheckpointError, Checkpoints
-from mhc_jax.config import ConfigError, parse
+from mhc_jax.config import ConfigError
+from mhc_jax.config_file import parse
 from mhc_jax.constraints.base import Constraint
 from mhc_jax.data import (
   Corpus,

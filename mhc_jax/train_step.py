@@ -53,7 +53,7 @@ class Programs:
 def init_state(key: jax.Array, model: ModelConfig, optimizer: OptimizerConfig) -> TrainState:
   """Initial state. A parameter's value depends on key and its own path alone, not on the connection."""
   tokens = jnp.zeros((1, 2), jnp.int32)
-  params = Transformer(model).init(key, tokens, tokens)['params']
+  params = optim.start(optimizer, Transformer(model).init(key, tokens, tokens)['params'])
   opt_state = optim.adamw(optimizer, model, jnp.zeros(()), jnp.zeros(())).init(params)
   return TrainState(jnp.zeros((), jnp.int32), params, opt_state)
 

@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from mhc_jax import train
-from mhc_jax.config import ConfigError, base_config, build_model, check_fields, parse
+from mhc_jax.config import ConfigError, base_config, build_model
+from mhc_jax.config_file import check_fields, parse
 from mhc_jax.cost import parameters, train_flops_per_token
 from mhc_jax.data import VOCAB_SIZE
 from mhc_jax.presets import PRESETS

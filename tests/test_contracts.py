@@ -8,7 +8,8 @@ import jax
 import pytest
 
 from experiments import sweep
-from mhc_jax.config import base_config, build_model, parse
+from mhc_jax.config import base_config, build_model
+from mhc_jax.config_file import parse
 from mhc_jax.data import VOCAB_SIZE
 from mhc_jax.run import resolve
 from mhc_jax.train_step import init_state

@@ -6,7 +6,8 @@ import random
 import pytest
 
 from mhc_jax import evaluate, train
-from mhc_jax.config import ConfigError, build_model, parse
+from mhc_jax.config import ConfigError, build_model
+from mhc_jax.config_file import parse
 from mhc_jax.data import VOCAB_SIZE, load_corpus
 from mhc_jax.run import rebuild_model, resolve
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from mhc_jax.checkpoint import Checkpoints
-from mhc_jax.config import parse
+from mhc_jax.config_file import parse
 from mhc_jax.run import resolve
 from mhc_jax.sharding import make_mesh
 from mhc_jax.train_step import programs

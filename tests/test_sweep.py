@@ -7,7 +7,8 @@ import random
 import pytest
 
 from experiments import sweep
-from mhc_jax.config import ConfigError, parse
+from mhc_jax.config import ConfigError
+from mhc_jax.config_file import parse
 
 
 @pytest.fixture(scope='module')

@@ -1,0 +1,90 @@
+"""Configuration files and `--config.a.b=v`: reading, typed overrides, and checks of fields' names."""
+
+import ast
+import difflib
+import importlib.util
+import os
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from mhc_jax.config import ConfigError, base_config, require
+
+
+def parse(path: str, overrides: list[str]) -> ConfigDict:
+  """Loads a config file (`file.py` or `file.py:argument`) and applies `--config.a.b=v` overrides.
+
+  Raises ConfigError for an unknown field (naming the nearest), a value of the wrong type, or a bad file.
+  """
+  filename, _, argument = path.partition(':')
+  spec = importlib.util.spec_from_file_location('config_file', filename)
+  if spec is None or not os.path.isfile(filename):
+    raise ConfigError(f'no config file {filename!r}; look in configs/')
+  module = importlib.util.module_from_spec(spec)
+  try:
+    spec.loader.exec_module(module)
+    config = module.get_config(argument or None)
+  except ConfigError:
+    raise
+  except ValueError as error:
+    raise ConfigError(str(error)) from None
+  except (AttributeError, KeyError, NameError, SyntaxError, TypeError) as error:
+    what = ' '.join(f'{type(error).__name__}: {error}'.split())
+    raise ConfigError(f'{filename} does not work: {what}') from None
+  require(isinstance(config, ConfigDict), f'{filename}: get_config must return a ConfigDict')
+  for override in overrides:
+    name, equals, text = override.partition('=')
+    if not name.startswith('--config.') or not equals:
+      raise ConfigError(f'cannot read {override!r}: write --config.section.field=value')
+    _set(config, name.removeprefix('--config.').split('.'), text)
+  return config
+
+
+def _set(config: ConfigDict, keys: list[str], text: str) -> None:
+  """Sets one field from the text of an override, in the field's own type."""
+  node = config
+  for depth, key in enumerate(keys):
+    free = depth > 0 and keys[depth - 1] == 'constraint_params'
+    known = isinstance(node, ConfigDict) and (key in node or (free and depth == len(keys) - 1))
+    require(known, f'unknown config field {".".join(keys)}{_nearest(keys[:depth], key, node)}')
+    if depth < len(keys) - 1:
+      node = node[key]
+  key = keys[-1]
+  if key in node and isinstance(node[key], ConfigDict):
+    raise ConfigError(f'{".".join(keys)} is a section; set one of {", ".join(node[key]) or "its fields"}')
+  kind = node.get_type(key) if key in node else None
+  try:
+    value = text if kind is str and text != 'None' else ast.literal_eval(text)
+  except (ValueError, SyntaxError):
+    value = text
+  if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    value = float(value)
+  try:
+    if kind is int and isinstance(value, bool):
+      raise TypeError
+    with node.unlocked():
+      node[key] = value
+  except TypeError:
+    raise ConfigError(f'{".".join(keys)} takes {kind.__name__}, got {text!r}') from None
+
+
+def _nearest(path: list[str], key: str, known: Any) -> str:
+  near = difflib.get_close_matches(key, list(known), 1, 0.0) if isinstance(known, ConfigDict) else []
+  return f'; did you mean {".".join([*path, near[0]])}?' if near else ''
+
+
+def check_fields(config: ConfigDict) -> None:
+  """Raises ConfigError unless the fields are those of base_config(), with None only where it is allowed."""
+
+  def check(given: ConfigDict, known: ConfigDict, path: list[str]) -> None:
+    for key in [*given.keys(), *(key for key in known if key not in given)]:
+      name = '.'.join([*path, key])
+      require(key in known, f'unknown config field {name}{_nearest(path, key, known)}')
+      require(key in given, f'config field {name} is missing')
+      if key != 'constraint_params' and isinstance(known[key], ConfigDict):
+        require(isinstance(given[key], ConfigDict), f'{name} must be a section')
+        check(given[key], known[key], [*path, key])
+      elif given[key] is None and known[key] is not None:
+        require(name == 'optimizer.clip_norm', f'{name} must have a value, got None')
+
+  check(config, base_config(), [])
