@@ -4,7 +4,7 @@
   python -m analysis.plots paper runs/ablation
 
 A map that is off is fixed as in the paper: H_pre = 1 / n, H_post = 1, H_res = I. Once with HC's free
-matrices, which the paper ablates, and once with mHC's doubly stochastic ones; residual is the row where all are off.
+matrices, which the paper ablates, and once with mHC's; residual is the row where all are off.
 """
 
 from ml_collections import ConfigDict
