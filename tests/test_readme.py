@@ -1,10 +1,13 @@
 """The README tells the truth: its example runs, its paths exist, it stays short."""
 
+import json
 import pathlib
 import re
 
 import jax
 import jax.numpy as jnp
+import pytest
+from test_constraints import check
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / 'README.md').read_text()
@@ -12,7 +15,7 @@ README = (ROOT / 'README.md').read_text()
 
 def test_example_runs_and_learns_to_mix():
   """The example in somebody's own model: at most 15 lines, right shapes, gradients for every parameter."""
-  (code,) = re.findall(r'```python\n(.*?)```', README, re.DOTALL)
+  code, _ = re.findall(r'```python\n(.*?)```', README, re.DOTALL)
   assert len([line for line in code.splitlines() if line.strip()]) <= 15
   names: dict = {}
   exec(code, names)
@@ -22,6 +25,25 @@ def test_example_runs_and_learns_to_mix():
   grads = jax.jit(jax.grad(loss))(names['params'])
   for name, grad in grads[1].items():
     assert jnp.isfinite(grad).all() and (grad != 0).any(), name
+
+
+def test_own_constraint_conforms_and_trains(tmp_path, x64):
+  """The section is at most 25 lines; its claims hold; its run is named by its name and parameters."""
+  section = README[README.index('## Add a constraint') : README.index('## Where things are')]
+  assert len(section.strip().splitlines()) <= 25
+  _, code = re.findall(r'```python\n(.*?)```', README, re.DOTALL)
+  text = f"'--config.data.name=text_files:{ROOT}/analysis/*.py'"
+  code = code.replace('[]', f"[{text}, '--config.duration.steps=2']").replace(
+    'runs/lazy', str(tmp_path / 'run')
+  )
+  names: dict = {}
+  with pytest.MonkeyPatch.context() as patch, jax.enable_x64(False):
+    patch.chdir(ROOT)
+    exec(code, names)
+  for n in (1, 2, 4):
+    check(names['lazy_average'](), n)
+  config = json.loads((tmp_path / 'run' / 'config.json').read_text())
+  assert config['model']['connection']['constraint'] == 'lazy_average'
 
 
 def test_length_and_paths():
