@@ -4,6 +4,7 @@ Where: Study -> here -> `python -m analysis.plots paper`. Each returns a Panel, 
 why it is absent.
 """
 
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -196,6 +197,7 @@ def heat_maps(s: Study, folder: Path) -> Panel | str:
   rows = []
   with figure(WIDE, 1.5 * len(found) + 0.3, nrows=len(found), ncols=6, squeeze=False) as (fig, axes):
     for line, (arm, run_id, matrices) in zip(axes, found, strict=True):
+      line[0].set_ylabel(textwrap.fill(arm.replace('_', ' '), 14), fontsize=6.5)
       for k, name in enumerate(MATRICES):
         stack = matrices.get(name)
         for j, ax in enumerate(line[3 * k : 3 * k + 3]):
@@ -203,7 +205,7 @@ def heat_maps(s: Study, folder: Path) -> Panel | str:
             ax.set_axis_off()
             continue
           sublayer = (0, len(stack) // 2, len(stack) - 1)[j]
-          _heat(ax, stack[sublayer], f'{arm}: {"product to " if k else ""}{sublayer + 1}')
+          _heat(ax, stack[sublayer], f'{"product to " if k else "sublayer "}{sublayer + 1}')
           rows += [
             {'arm': arm, 'run_id': run_id, 'kind': name, 'sublayer': sublayer + 1}
             | {'row': a, 'column': b, 'value': float(v)}
@@ -233,7 +235,8 @@ def _heat(ax: Axes, matrix: np.ndarray, title: str) -> None:
     ax.text(k, n - 0.1, f'{matrix[:, k].sum():.2f}', fontsize=5, ha='center', va='center')
     if n <= 4:
       for j in range(n):
-        ax.text(j, k, f'{matrix[k, j]:.2f}', fontsize=4.5, ha='center', va='center')
+        ink = 'white' if abs(matrix[k, j]) > 0.6 * limit else 'black'
+        ax.text(j, k, f'{matrix[k, j]:.2f}', fontsize=4.5, ha='center', va='center', color=ink)
 
 
 def isoflop_panels(s: Study, folder: Path) -> Panel | str:
