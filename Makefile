@@ -15,8 +15,9 @@ install: .venv/.installed
 	touch $@
 
 sweep: install
-	$(RUN) -m experiments.sweep quick --workers $(WORKERS)
-	$(RUN) -m analysis.report runs/quick
+	$(RUN) -m experiments.sweep quick --workers $(WORKERS); code=$$?; \
+	  if [ $$code -gt 1 ]; then exit $$code; fi; \
+	  $(RUN) -m analysis.report runs/quick && exit $$code
 
 report: install
 	$(RUN) -m analysis.report runs/quick

@@ -45,12 +45,16 @@ def optima(table: pd.DataFrame) -> pd.DataFrame:
   return pd.DataFrame(rows)
 
 
-def shifts(best: pd.DataFrame) -> dict[str, float]:
-  """Largest move of each arm's best rate between sizes, in grid steps (interpolated where possible)."""
-  moves = {}
+def shifts(best: pd.DataFrame) -> dict[str, float | None]:
+  """Largest move of each arm's interpolated optimum between sizes, in grid steps.
+
+  None where a size has no optimum inside the grid, or where there is one size.
+  """
+  moves: dict[str, float | None] = {}
   for arm, rows in best.groupby('arm', sort=False):
-    log_lr = np.log(rows['optimal_lr'].astype(float).fillna(rows['best_lr']))
-    moves[str(arm)] = float(np.ptp(log_lr) / rows['grid_step'].mean())
+    log_lr = np.log(rows['optimal_lr'].astype(float))
+    known = len(rows) > 1 and log_lr.notna().all()
+    moves[str(arm)] = float(np.ptp(log_lr) / rows['grid_step'].mean()) if known else None
   return moves
 
 
@@ -76,7 +80,8 @@ def main(argv: list[str] | None = None) -> int:
   best.to_csv(folder / 'learning_rates.csv', index=False)
   print(best.drop(columns=['grid_step']).to_string(index=False, na_rep='-', float_format='%.4g'))
   for arm, steps in shifts(best).items():
-    print(f'{arm}: the best rate moves by {steps:.2f} grid steps between sizes')
+    moved = 'cannot be told' if steps is None else f'{steps:.2f} grid steps'
+    print(f'{arm}: move of the optimum between sizes: {moved}')
   print(f'lowest mean loss over sizes: {picks(best)}')
   return 0
 

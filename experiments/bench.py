@@ -9,13 +9,16 @@ Repeats are interleaved: A B C A B C ..., so that a machine whose speed drifts d
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
 
+from experiments.sweep import ONE_THREAD
 from mhc_jax import config as config_lib
 from mhc_jax import optimizer as optim
 from mhc_jax.config import ConfigError, base_config
@@ -27,10 +30,10 @@ ARMS = ('residual', 'hc', 'mhc', 'identity')
 
 
 def interleaved(
-  functions: dict[str, Callable[[], object]], repeats: int, calls: int
-) -> dict[str, list[float]]:
+  functions: dict[Any, Callable[[], object]], repeats: int, calls: int
+) -> dict[Any, list[float]]:
   """Seconds per call of each function: `repeats` rounds of `calls` calls each, after one round unmeasured."""
-  seconds: dict[str, list[float]] = {name: [] for name in functions}
+  seconds: dict[Any, list[float]] = {name: [] for name in functions}
   for round_ in range(repeats + 1):
     for name, function in functions.items():
       began = time.perf_counter()
@@ -42,13 +45,13 @@ def interleaved(
   return seconds
 
 
-def summary(values: list[float]) -> dict[str, float]:
+def summary(values: list[float] | np.ndarray) -> dict[str, float]:
   """Median and spread of the repeats."""
-  return {'median': float(np.median(values)), 'min': min(values), 'max': max(values)}
+  return {'median': float(np.median(values)), 'min': float(min(values)), 'max': float(max(values))}
 
 
-def step_function(arm: str, args: argparse.Namespace) -> Callable[[], object]:
-  """A closure that runs one train_step of the arm on one fixed batch of random tokens."""
+def arm_functions(arm: str, args: argparse.Namespace) -> dict[str, Callable[[], object]]:
+  """Closures of one arm on a batch of random tokens: its train_step, its diagnostics of one sequence."""
   c = base_config()
   c.model.connection.name, c.model.connection.streams = arm, args.streams
   c.model.width, c.model.depth, c.model.heads = args.width, args.depth, max(1, args.width // 16)
@@ -75,21 +78,24 @@ def step_function(arm: str, args: argparse.Namespace) -> Callable[[], object]:
     state, metrics = found.step(state, batch, hparams)
     return metrics
 
-  return run
+  sequence = {name: value[:1] for name, value in batch.items()}
+  return {'step': run, 'diagnostics': lambda: found.diagnose(state.params, sequence)}
 
 
 def bench_step(args: argparse.Namespace) -> dict[str, object]:
-  """Seconds of the train_step of every arm, and its ratio to residual's in the same round."""
-  seconds = interleaved({arm: step_function(arm, args) for arm in ARMS}, args.repeats, args.calls)
-  base = np.asarray(seconds['residual'])
+  """Seconds of the train_step of every arm, its ratio to residual's, and the share of diagnostics."""
+  functions = {(arm, what): f for arm in ARMS for what, f in arm_functions(arm, args).items()}
+  seconds = {key: np.asarray(v) for key, v in interleaved(functions, args.repeats, args.calls).items()}
+  base, every = seconds['residual', 'step'], args.diagnostics_every
   arms = {
     arm: {
-      'seconds': summary(values),
-      'ratio_to_residual': summary(list(np.asarray(values) / base)),
+      'seconds': summary(seconds[arm, 'step']),
+      'ratio_to_residual': summary(seconds[arm, 'step'] / base),
+      'diagnostics_percent': summary(100 * seconds[arm, 'diagnostics'] / (every * seconds[arm, 'step'])),
     }
-    for arm, values in seconds.items()
+    for arm in ARMS
   }
-  names = ('width', 'depth', 'batch', 'seq_len', 'streams', 'dtype', 'repeats', 'calls')
+  names = ('width', 'depth', 'batch', 'seq_len', 'streams', 'dtype', 'diagnostics_every', 'repeats', 'calls')
   return {
     'settings': {name: getattr(args, name) for name in names},
     'device': jax.devices()[0].device_kind,
@@ -111,12 +117,15 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument('--seq-len', type=int, default=128)
   parser.add_argument('--streams', type=int, default=4)
   parser.add_argument('--dtype', default='float32')
+  parser.add_argument('--diagnostics-every', type=int, default=10, help='steps (default 10)')
   parser.add_argument('--tokens', type=int, default=16384, help='of the constraints bench')
   parser.add_argument('--repeats', type=int, default=7, help='rounds (default 7)')
   parser.add_argument('--calls', type=int, default=4, help='steps in a round (default 4)')
   args = parser.parse_args(argv)
   if args.repeats < 1 or args.calls < 1:
     raise ConfigError('--repeats and --calls must be at least 1')
+  # As in a sweep's workers; XLA reads it when the first computation starts.
+  os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {ONE_THREAD}'.strip()
   if args.what == 'constraints':
     from experiments.bench_constraints import bench_constraints  # which imports this file
 
@@ -128,6 +137,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == '__main__':
-  from mhc_jax.train import end_with_message
+  from mhc_jax.command import end_with_message
 
   sys.exit(end_with_message(main))

@@ -1,8 +1,10 @@
-"""The learning rate of each arm, at the base size and at one four times wider and twice deeper.
+"""The learning rate of each arm, at the base size and at one twice as wide and twice as deep.
 
 Shows whether the transfer rules carry the optimum from the first size to the second for every arm.
 `python -m experiments.sweep learning_rate --workers 2`, then `python -m analysis.report runs/learning_rate`.
 """
+
+import itertools
 
 from ml_collections import ConfigDict
 
@@ -11,6 +13,7 @@ from experiments import quick
 GRID = (8e-3, 1.6e-2, 3.2e-2, 6.4e-2)
 SIZES = (quick.SIZES[0], (64, 4))
 TOKENS = 200_000.0
+SEEDS = (0, 1)
 
 
 def runs(arg: str | None = None) -> list[ConfigDict]:
@@ -20,8 +23,8 @@ def runs(arg: str | None = None) -> list[ConfigDict]:
   planned = []
   for width, depth in SIZES:
     for arm in quick.LEARNING_RATES:
-      for lr in GRID:
-        c = quick.config(arm, width, depth, seed=0)
+      for lr, seed in itertools.product(GRID, SEEDS):
+        c = quick.config(arm, width, depth, seed)
         c.optimizer.lr = lr
         c.duration.tokens_per_param, c.duration.tokens = None, TOKENS
         c.log.diagnostics_every_steps = None

@@ -11,6 +11,7 @@ Results: runs/NAME/plan.json and runs/NAME/RUN_ID/{config.json, metrics.jsonl, s
 
 import argparse
 import concurrent.futures
+import contextlib
 import functools
 import json
 import multiprocessing
@@ -20,13 +21,16 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
+import filelock
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from experiments import ablation, identity_or_mixing, learning_rate, quick, rank, stability
 from mhc_jax.config import ConfigError
+from mhc_jax.log import ENDED, read_status, write_json
 
 EXPERIMENTS: dict[str, Callable[[str | None], list[ConfigDict]]] = {
   'quick': quick.runs,
@@ -37,7 +41,8 @@ EXPERIMENTS: dict[str, Callable[[str | None], list[ConfigDict]]] = {
   'rank': rank.runs,
 }
 
-ENDED = ('finished', 'diverged')
+LEFT = ('missing', 'interrupted')  # states of runs that a broken pool did not come to
+ONE_THREAD = '--xla_cpu_multi_thread_eigen=false'
 ASSUMED_FLOPS_PER_SECOND = 10e9  # of one worker, until a finished run of the sweep says better
 
 
@@ -52,7 +57,10 @@ def plan(name: str) -> tuple[list[ConfigDict], list[Any]]:
   name, _, argument = name.partition(':')
   if name not in EXPERIMENTS:
     raise ConfigError(f'no experiment {name!r}; there are {", ".join(EXPERIMENTS)}')
-  configs = EXPERIMENTS[name](argument or None)
+  try:
+    configs = EXPERIMENTS[name](argument or None)
+  except ValueError as error:
+    raise ConfigError(f'{name}: {error}') from None
   planned, seen = [], {}
   for config in configs:
     corpus = _corpus(config.data.name, config.data.dir)
@@ -70,15 +78,6 @@ def _corpus(name: str, data_dir: str | None):
   from mhc_jax.data import load_corpus
 
   return load_corpus(name, data_dir)
-
-
-def read_status(folder: str, run_id: str) -> dict[str, Any]:
-  """A run's status.json; {'state': 'missing'} if there is none."""
-  path = os.path.join(folder, run_id, 'status.json')
-  if not os.path.exists(path):
-    return {'state': 'missing'}
-  with open(path, encoding='utf-8') as file:
-    return json.load(file)
 
 
 def table(planned: list[Any], folder: str) -> str:
@@ -126,7 +125,7 @@ def table(planned: list[Any], folder: str) -> str:
         f'{run.derived["tokens"]:,}',
         f'{run.derived["flops"]:.2e}',
         f'{seconds:.0f}',
-        read_status(folder, run.run_id)['state'],
+        read_status(os.path.join(folder, run.run_id))['state'],
       )
     )
   widths = [max(len(str(row[i])) for row in rows) for i in range(len(head))]
@@ -142,7 +141,7 @@ def table(planned: list[Any], folder: str) -> str:
 def _flops_per_second(planned: list[Any], folder: str) -> float:
   flops = seconds = 0.0
   for run in planned:
-    status = read_status(folder, run.run_id)
+    status = read_status(os.path.join(folder, run.run_id))
     if status['state'] == 'finished':
       flops, seconds = flops + run.derived['flops'], seconds + status['seconds']
   return flops / seconds if seconds else ASSUMED_FLOPS_PER_SECOND
@@ -154,7 +153,7 @@ def warn_of_mixtures(planned: list[Any], folder: str) -> None:
 
   now = {'git revision': git_revision(), 'versions': versions()}
   for run in planned:
-    status = read_status(folder, run.run_id)
+    status = read_status(os.path.join(folder, run.run_id))
     if status['state'] in ENDED:
       then = {'git revision': status['git_revision'], 'versions': status['versions']}
       for what, value in then.items():
@@ -176,6 +175,7 @@ def shapes(run: Any) -> str:
 def run_group(configs: list[ConfigDict], folder: str, quiet: bool) -> list[tuple[str, str]]:
   """Trains runs of equal shapes one after another; returns (run_id, state) of each."""
   from mhc_jax import train
+  from mhc_jax.command import FULL_DISK
   from mhc_jax.run import resolve
 
   ended = []
@@ -185,9 +185,9 @@ def run_group(configs: list[ConfigDict], folder: str, quiet: bool) -> list[tuple
     try:
       state = train.run(config, os.path.join(folder, run_id), corpus, quiet)['state']
     except Exception as error:  # recorded in status.json by the loop; the sweep goes on
-      if isinstance(error, OSError) and error.errno in train.FULL_DISK:
+      if isinstance(error, OSError) and error.errno in FULL_DISK:
         raise
-      state = 'failed' if not isinstance(error, ConfigError) else 'busy'
+      state = 'busy' if isinstance(error, train.BusyError) else 'failed'
       print(f'{run_id} {state}: {type(error).__name__}: {error}', file=sys.stderr, flush=True)
     ended.append((run_id, state))
     if state == 'interrupted':
@@ -225,8 +225,33 @@ def execute(
         break
     return ended
   # One thread per worker: small matrices do not feed two, and idle threads of XLA:CPU spin.
-  flags = os.environ.get('XLA_FLAGS', '')
-  os.environ['XLA_FLAGS'] = f'{flags} --xla_cpu_multi_thread_eigen=false'.strip()
+  os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {ONE_THREAD}'.strip()
+  ended = []
+  while jobs:
+    ended += _in_workers(jobs, planned, folder, workers)
+    # A worker that died (out of memory, kill) breaks its pool: its run is recorded, the others go on.
+    dead = [run for run in planned if read_status(os.path.join(folder, run.run_id))['state'] == 'running']
+    for run in dead:
+      _record_death(os.path.join(folder, run.run_id))
+    states = {run.run_id: read_status(os.path.join(folder, run.run_id))['state'] for run in planned}
+    again = [[configs[i] for i in group if states[planned[i].run_id] in LEFT] for group in ordered]
+    jobs = [job for job in again if job] if dead else []
+  return ended
+
+
+def _record_death(workdir: str) -> None:
+  lock = filelock.FileLock(os.path.join(workdir, '.lock'), timeout=0)
+  with contextlib.suppress(filelock.Timeout), lock:  # locked: another sweep's
+    error = 'the process died (killed, or out of memory); --retry-failed goes on from its last checkpoint'
+    status = read_status(workdir) | {'state': 'failed', 'error': error}
+    write_json(os.path.join(workdir, 'status.json'), status)
+    print(f'{os.path.basename(workdir)} failed: {error}', file=sys.stderr, flush=True)
+
+
+def _in_workers(
+  jobs: list[list[ConfigDict]], planned: list[Any], folder: str, workers: int
+) -> list[tuple[str, str]]:
+  """Runs the jobs in a pool of processes; what a broken pool took with it is not in the result."""
   context = multiprocessing.get_context('spawn')
   with concurrent.futures.ProcessPoolExecutor(workers, context, _stop_with_parent) as pool:
     futures = [pool.submit(run_group, job, folder, True) for job in jobs]
@@ -234,7 +259,11 @@ def execute(
       _watch(futures, planned, folder)
     except KeyboardInterrupt:  # workers got it too: they save and stop, and no new group starts
       pool.shutdown(wait=True, cancel_futures=True)
-    return [pair for future in futures if not future.cancelled() for pair in future.result()]
+  ended = []
+  for future in futures:
+    if not future.cancelled() and not isinstance(future.exception(), BrokenProcessPool):
+      ended += future.result()
+  return ended
 
 
 def _watch(futures: list[concurrent.futures.Future], planned: list[Any], folder: str) -> None:
@@ -250,7 +279,7 @@ def _watch(futures: list[concurrent.futures.Future], planned: list[Any], folder:
       if stopped:
         for future in waiting:
           future.cancel()
-      states = [read_status(folder, run.run_id)['state'] for run in planned]
+      states = [read_status(os.path.join(folder, run.run_id))['state'] for run in planned]
       ended, now = sum(state in ENDED for state in states), time.monotonic()
       flops = sum(_flops_done(run, folder) for run in planned)
       bar.set_postfix_str(f'{ended}/{len(planned)} runs', refresh=False)
@@ -274,7 +303,7 @@ def _interrupted(ended: list[tuple[str, str]]) -> bool:
 
 def _flops_done(run: Any, folder: str) -> float:
   """FLOPs of a run so far, from the last line of its metrics."""
-  status = read_status(folder, run.run_id)
+  status = read_status(os.path.join(folder, run.run_id))
   if status['state'] in (*ENDED, 'failed'):
     return run.derived['flops']
   path = os.path.join(folder, run.run_id, 'metrics.jsonl')
@@ -289,19 +318,22 @@ def _flops_done(run: Any, folder: str) -> float:
     return 0.0
 
 
-def select(planned: list[Any], folder: str, only: str | None, shard: str | None, retry: bool) -> list[int]:
-  """Indices of the runs to do now; raises ConfigError for an arm or shard that does not exist."""
+def select(
+  planned: list[Any], folder: str, only: str | None, shard: str | None, retry: bool
+) -> tuple[list[int], list[int]]:
+  """Indices of the runs asked for, and of those to do now; ConfigError for an unknown arm or shard."""
   arms = {run.resolved['arm'] for run in planned}
   if only is not None and only not in arms:
     raise ConfigError(f'no arm {only!r} in this experiment; there are {", ".join(sorted(arms))}')
   index, count = _parse_shard(shard)
-  chosen = []
+  asked, chosen = [], []
   for i, run in enumerate(planned):
-    state = read_status(folder, run.run_id)['state']
-    mine = i % count == index and only in (None, run.resolved['arm'])
-    if mine and state not in ENDED and (state != 'failed' or retry):
-      chosen.append(i)
-  return chosen
+    state = read_status(os.path.join(folder, run.run_id))['state']
+    if i % count == index and only in (None, run.resolved['arm']):
+      asked.append(i)
+      if state not in ENDED and (state != 'failed' or retry):
+        chosen.append(i)
+  return asked, chosen
 
 
 def _parse_shard(shard: str | None) -> tuple[int, int]:
@@ -316,8 +348,6 @@ def _parse_shard(shard: str | None) -> tuple[int, int]:
 
 def main(argv: list[str] | None = None) -> int:
   """The command line; returns 0 if every selected run ended, 1 if some failed, 130 if interrupted."""
-  from mhc_jax.log import write_json
-
   parser = argparse.ArgumentParser(
     prog='python -m experiments.sweep',
     description=__doc__,
@@ -335,7 +365,7 @@ def main(argv: list[str] | None = None) -> int:
     raise ConfigError(f'--workers must be at least 1, got {args.workers}')
   folder = os.path.join(args.out, args.name.replace(':', '-'))
   configs, planned = plan(args.name)
-  chosen = select(planned, folder, args.only, args.shard, args.retry_failed)
+  asked, chosen = select(planned, folder, args.only, args.shard, args.retry_failed)
   if args.dry_run:
     print(table(planned, folder))
     return 0
@@ -346,15 +376,17 @@ def main(argv: list[str] | None = None) -> int:
   print(f'{args.name}: {len(chosen)} of {len(planned)} runs to do, in {folder}', file=sys.stderr)
   if chosen:
     execute([configs[i] for i in chosen], [planned[i] for i in chosen], folder, args.workers)
-  states = [read_status(folder, planned[i].run_id)['state'] for i in chosen]
+  states = [read_status(os.path.join(folder, planned[i].run_id))['state'] for i in asked]
   print(
-    ', '.join(f'{states.count(s)} {s}' for s in sorted(set(states))) or 'nothing to do',
+    ', '.join(f'{states.count(s)} {s}' for s in sorted(set(states))),
+    '; --retry-failed tries failed runs again' if 'failed' in states else '',
+    sep='',
     file=sys.stderr,
   )
   return 130 if 'interrupted' in states else int(any(state not in ENDED for state in states))
 
 
 if __name__ == '__main__':
-  from mhc_jax.train import end_with_message
+  from mhc_jax.command import end_with_message
 
   sys.exit(end_with_message(main))

@@ -7,6 +7,7 @@ the `build_*` functions check the values and build the dataclasses once. None me
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder as optional
@@ -23,6 +24,10 @@ DURATIONS = ('steps', 'tokens', 'flops', 'tokens_per_param')
 
 class ConfigError(ValueError):
   """A mistake of the user's: one line that says what to do; programs end with exit code 2."""
+
+
+class BusyError(ConfigError):
+  """Another process is at work on the same run."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,6 +253,7 @@ def build_model(config: ConfigDict, vocab_size: int, constraint: Constraint | No
     base = config.transfer[name]
     require(base is None or base >= 1, f'transfer.{name} must be at least 1 or None, got {base}')
   connection = build_connection(c.connection, c.depth, constraint)
+  _check_connection(connection, c.width)
   return ModelConfig(
     **{name: c[name] for name in ('width', 'depth', 'heads', 'remat', 'scan', 'scan_unroll')},
     **{name: c[name] for name in ('rope_theta', 'norm_eps')},
@@ -262,6 +268,21 @@ def build_model(config: ConfigDict, vocab_size: int, constraint: Constraint | No
     base_width=config.transfer.base_width,
     base_depth=config.transfer.base_depth,
   )
+
+
+def _check_connection(spec: ConnectionSpec, width: int) -> None:
+  inputs = spec.generator_shape[0] * width
+  require(
+    spec.rank is None or spec.rank <= inputs,
+    f'connection.rank={spec.rank} is over {inputs}, the number of inputs of phi',
+  )
+  n = spec.streams
+  coords = jax.ShapeDtypeStruct((spec.constraint.num_coordinates(n), 1, 1), jnp.float32)
+  try:
+    jax.eval_shape(lambda coords_KX: spec.constraint.matrix(coords_KX, n), coords)
+  except (TypeError, ValueError) as error:
+    what = str(error).splitlines()[0]
+    raise ConfigError(f'connection.constraint={spec.constraint.name} does not work: {what}') from None
 
 
 def build_optimizer(config: ConfigDict) -> OptimizerConfig:

@@ -3,6 +3,7 @@
 import ast
 import difflib
 import importlib.util
+import math
 import os
 from typing import Any
 
@@ -28,7 +29,7 @@ def parse(path: str, overrides: list[str]) -> ConfigDict:
     raise
   except ValueError as error:
     raise ConfigError(str(error)) from None
-  except (AttributeError, KeyError, NameError, SyntaxError, TypeError) as error:
+  except Exception as error:  # whatever somebody's file may raise
     what = ' '.join(f'{type(error).__name__}: {error}'.split())
     raise ConfigError(f'{filename} does not work: {what}') from None
   require(isinstance(config, ConfigDict), f'{filename}: get_config must return a ConfigDict')
@@ -59,6 +60,8 @@ def _set(config: ConfigDict, keys: list[str], text: str) -> None:
     value = text
   if kind is float and isinstance(value, int) and not isinstance(value, bool):
     value = float(value)
+  if isinstance(value, float) and not math.isfinite(value):
+    raise ConfigError(f'{".".join(keys)} must be finite, got {text!r}')
   try:
     if kind is int and isinstance(value, bool):
       raise TypeError

@@ -95,6 +95,10 @@ class ConnectionSpec:
     }
     return {part: size for part, size in sizes.items() if size}
 
+  def alpha_of(self, part: str) -> str:
+    """The part whose alpha multiplies this one's dynamic coordinates."""
+    return 'pre' if part == 'res' and self.share_alpha and 'pre' in self.parts else part
+
   @property
   def generator_shape(self) -> tuple[int, int]:
     """(number of inputs per unit of width, number of outputs) of phi."""

@@ -19,7 +19,7 @@ def parameters(c: ModelConfig) -> dict[str, int]:
   maps = _maps(c)
   spec, n = c.connection, c.connection.streams
   dynamic = spec.dynamic and bool(spec.parts)
-  alphas = len(spec.parts) - (spec.share_alpha and 'res' in spec.parts)
+  alphas = len({spec.alpha_of(part) for part in spec.parts})
   norm = (spec.generator_shape[0] if spec.parts else n) * c.width
   norm *= spec.norm_weight and spec.dynamic and spec.has_params
   head = c.width * n**2 if spec.collapse == 'learned' else 0

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from mhc_jax import train
 from mhc_jax.checkpoint import Checkpoints
+from mhc_jax.command import end_with_message
 from mhc_jax.config import ConfigError, ModelConfig
 from mhc_jax.data import BOS, Corpus, decode, encode, load_corpus, validation_batches, windows
 from mhc_jax.model import Transformer
@@ -110,4 +111,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == '__main__':
-  sys.exit(train.end_with_message(main))
+  sys.exit(end_with_message(main))

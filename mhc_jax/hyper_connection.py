@@ -60,8 +60,7 @@ def init_params(
   params = {f'b_{part}': bias[part]().astype(dtype) for part in parts}
   if spec.dynamic and parts:
     for part in parts:
-      if not (part == 'res' and spec.share_alpha):
-        params[f'alpha_{part}'] = jnp.asarray(spec.init.alpha, dtype)
+      params[f'alpha_{spec.alpha_of(part)}'] = jnp.asarray(spec.init.alpha, dtype)
     params |= generator.init_generator(key, spec, width, phi_scale)
   if spec.read_gate.kind == 'elementwise':
     params |= generator.init_elementwise_read(jax.random.fold_in(key, 1), spec, width)
@@ -79,7 +78,7 @@ def coordinates(
   if spec.dynamic and spec.parts:
     phi = {name: value for name, value in params.items() if name.startswith(('phi', 'norm_weight'))}
     for part, value in generator.dynamic_coordinates(phi, x_NBTD, spec).items():
-      alpha = params['alpha_pre' if part == 'res' and spec.share_alpha else f'alpha_{part}']
+      alpha = params[f'alpha_{spec.alpha_of(part)}']
       coords[part] = coords[part] + alpha * (jnp.tanh(value) if spec.activation == 'tanh' else value)
   return {part: jnp.broadcast_to(value, (value.shape[0], *tokens)) for part, value in coords.items()}
 

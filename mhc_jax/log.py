@@ -14,6 +14,17 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+ENDED = ('finished', 'diverged')
+
+
+def read_status(workdir: str) -> dict[str, Any]:
+  """A run's status.json; {'state': 'missing'} if there is none."""
+  path = os.path.join(workdir, 'status.json')
+  if not os.path.exists(path):
+    return {'state': 'missing'}
+  with open(path, encoding='utf-8') as file:
+    return json.load(file)
+
 
 def write_json(path: str, value: Any) -> None:
   """Writes JSON so that the file is always whole: to a neighbour first, then renamed over it."""
@@ -54,19 +65,14 @@ class MetricsLog:
     self._file = open(self._path, 'a', encoding='utf-8')
     self._board = None
     if tensorboard:
-      from tensorboardX import SummaryWriter
-
-      purge = None if last_step is None else last_step + 1
-      self._board = SummaryWriter(os.path.join(workdir, 'tensorboard'), purge_step=purge)
+      self._board = _TensorBoard(os.path.join(workdir, 'tensorboard'), last_step)
 
   def write(self, row: dict[str, Any]) -> None:
     """Appends one row; lists (one value per sublayer) go to TensorBoard as their maximum."""
     self._file.write(json.dumps(finite(row)) + '\n')
     self._file.flush()
     if self._board is not None:
-      for name, value in row.items():
-        if '/' in name:
-          self._board.add_scalar(name, np.max(value), row['step'])
+      self._board.write({name: np.max(v) for name, v in row.items() if '/' in name}, row['step'])
 
   def sync(self) -> None:
     """Forces the rows to disk, before a checkpoint that counts on them."""
@@ -78,6 +84,36 @@ class MetricsLog:
     self._file.close()
     if self._board is not None:
       self._board.close()
+
+
+class _TensorBoard:
+  """An event file written in this thread: SummaryWriter hangs when its own thread meets a full disk."""
+
+  def __init__(self, folder: str, last_step: int | None):
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+    from tensorboardX.record_writer import RecordWriter
+
+    os.makedirs(folder, exist_ok=True)
+    self._event = Event
+    name = f'events.out.tfevents.{time.time_ns()}.{os.getpid()}'
+    self._records = RecordWriter(os.path.join(folder, name))
+    self._add(Event(wall_time=time.time(), file_version='brain.Event:2'))
+    if last_step is not None:  # hides what an earlier process wrote after its checkpoint
+      log = SessionLog(status=SessionLog.START)
+      self._add(Event(wall_time=time.time(), step=last_step + 1, session_log=log))
+
+  def _add(self, event: Any) -> None:
+    self._records.write(event.SerializeToString())
+
+  def write(self, scalars: dict[str, float], step: int) -> None:
+    from tensorboardX.summary import scalar
+
+    for name, value in scalars.items():
+      self._add(self._event(wall_time=time.time(), step=step, summary=scalar(name, value)))
+    self._records.flush()
+
+  def close(self) -> None:
+    self._records.close()
 
 
 def _rows_until(path: str, last_step: int) -> list[str]:

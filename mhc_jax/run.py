@@ -22,7 +22,7 @@ from mhc_jax import config as config_lib
 from mhc_jax import config_file, cost
 from mhc_jax import optimizer as optim
 from mhc_jax.config import DTYPES, ConfigError, ModelConfig, OptimizerConfig
-from mhc_jax.connection import Gate, Init
+from mhc_jax.connection import ConnectionSpec, Gate, Init
 from mhc_jax.constraints.base import Constraint
 from mhc_jax.data import VOCAB_SIZE
 from mhc_jax.presets import PRESETS, connection_spec
@@ -168,13 +168,31 @@ def steps_of(duration: ConfigDict, tokens_per_step: int, flops_per_token: float,
 
 
 def run_id(resolved: dict[str, Any]) -> str:
-  """First 12 hex digits of the SHA-256 of the resolved configuration less labels, hardware and paths."""
-  kept = json.loads(json.dumps(resolved, sort_keys=True))
-  for path in config_lib.NOT_IN_ID:
-    node = functools.reduce(lambda node, key: node[key], path[:-1], kept)
-    node.pop(path[-1], None)
-  text = json.dumps(kept, sort_keys=True, separators=(',', ':'))
+  """First 12 hex digits of the SHA-256 of what of the resolved configuration decides its numbers."""
+  text = json.dumps(_deciding(resolved), sort_keys=True, separators=(',', ':'))
   return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _deciding(resolved: dict[str, Any]) -> dict[str, Any]:
+  """The configuration less labels, hardware, paths and fields that are off (None, a connection's default).
+
+  So a new field that is off by default leaves the ids of older runs as they were.
+  """
+
+  def without_none(node: Any) -> Any:
+    if not isinstance(node, dict):
+      return node
+    return {key: without_none(value) for key, value in node.items() if value is not None}
+
+  kept = without_none(json.loads(json.dumps(resolved)))
+  for path in config_lib.NOT_IN_ID:
+    node = functools.reduce(lambda node, key: node.get(key, {}), path[:-1], kept)
+    node.pop(path[-1], None)
+  connection = kept['model']['connection']
+  for field in dataclasses.fields(ConnectionSpec):
+    if connection.get(field.name, dataclasses.MISSING) == field.default:
+      del connection[field.name]
+  return kept
 
 
 def check_workdir(workdir: str, run: Run) -> None:
@@ -185,7 +203,7 @@ def check_workdir(workdir: str, run: Run) -> None:
   with open(path, encoding='utf-8') as file:
     found = json.load(file)
   if run_id(found) != run.run_id:
-    name, old, new = _first_difference(found, json.loads(json.dumps(run.resolved)))
+    name, old, new = _first_difference(_deciding(found), _deciding(run.resolved))
     raise ConfigError(
       f'{workdir} holds a run with {name}={old!r}, this one has {new!r}: choose another --workdir'
     )
@@ -196,7 +214,7 @@ def _first_difference(old: Any, new: Any, name: str = '') -> tuple[str, Any, Any
     return name, old, new
   for key in sorted(old.keys() | new.keys()):
     path = f'{name}.{key}' if name else key
-    if old.get(key) != new.get(key) and (*path.split('.'),) not in config_lib.NOT_IN_ID:
+    if old.get(key) != new.get(key):
       return _first_difference(old.get(key), new.get(key), path)
   return name, old, new
 

@@ -7,7 +7,6 @@ config -> data -> model -> train_step -> checkpoint -> metrics.jsonl: the only p
 
 import argparse
 import contextlib
-import errno
 import math
 import os
 import signal
@@ -24,8 +23,9 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mhc_jax import optimizer as optim
-from mhc_jax.checkpoint import CheckpointError, Checkpoints
-from mhc_jax.config import ConfigError
+from mhc_jax.checkpoint import Checkpoints
+from mhc_jax.command import end_with_message
+from mhc_jax.config import BusyError, ConfigError
 from mhc_jax.config_file import parse
 from mhc_jax.constraints.base import Constraint
 from mhc_jax.data import (
@@ -38,7 +38,7 @@ from mhc_jax.data import (
   windows,
 )
 from mhc_jax.diagnostics import with_spectra
-from mhc_jax.log import MetricsLog, Progress, write_json
+from mhc_jax.log import ENDED, MetricsLog, Progress, read_status, write_json
 from mhc_jax.run import Run, check_workdir, git_revision, resolve, versions
 from mhc_jax.sharding import make_mesh, put_batch
 from mhc_jax.train_step import Batch, programs
@@ -90,9 +90,6 @@ class Divergence:
     return self.saved['above'] >= self._patience
 
 
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
 @contextlib.contextmanager
 def stop_on_signal() -> Iterator[list[int]]:
   """A list that SIGINT or SIGTERM appends to, so that the loop ends after a checkpoint; twice kills."""
@@ -127,20 +124,29 @@ def run(
   Raises ConfigError for a mistake in the configuration, with nothing written; OSError on a full disk.
   """
   resolve(config, '', constraint)  # refuses a bad configuration before a corpus is prepared
+  if config.model.dtype == 'float64' and not jax.config.jax_enable_x64:
+    raise ConfigError('model.dtype=float64 needs the environment variable JAX_ENABLE_X64=1')
   corpus = corpus or load_corpus(config.data.name, config.data.dir)
   plan = resolve(config, corpus.digest, constraint)
   train, validation = load_data(plan, corpus)
   mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
   check_workdir(workdir, plan)
   batches = validation_arrays(plan, validation, mesh)
-  os.makedirs(workdir, exist_ok=True)
+  try:
+    os.makedirs(workdir, exist_ok=True)
+  except (FileExistsError, NotADirectoryError, PermissionError) as error:
+    raise ConfigError(f'--workdir {workdir} cannot be a folder: {error.strerror}') from None
   lock = filelock.FileLock(os.path.join(workdir, '.lock'), timeout=0)
   try:
     with lock:
+      check_workdir(workdir, plan)  # again: another process may have been first
+      status = read_status(workdir)
+      if status['state'] in ENDED:
+        return status
       write_json(os.path.join(workdir, 'config.json'), plan.resolved)
       return Loop(plan, workdir, train, batches, corpus.bytes_per_token, mesh, quiet).run()
   except filelock.Timeout:
-    raise ConfigError(f'{workdir} is in use by another process') from None
+    raise BusyError(f'{workdir} is in use by another process') from None
 
 
 class Loop:
@@ -168,11 +174,21 @@ class Loop:
       'warmup': jnp.int32(warmup),
     }
     self.warmup = warmup
-    self.status: dict[str, Any] = {}
-    self.final: dict[str, float] = {}
+    self.status = read_status(workdir)
+    self.revision = _joined(self.status.get('git_revision'), git_revision())
+    self.seconds, self.final = 0.0, {}
 
   def run(self) -> dict[str, Any]:
     """Restores or initialises, trains to the end, and returns the status."""
+    try:
+      state, step = self._restore_and_train()
+    except BaseException as error:
+      self._write_status('failed', self.status.get('step', 0), error=f'{type(error).__name__}: {error}')
+      raise
+    self._write_status(state, step)
+    return self.status
+
+  def _restore_and_train(self) -> tuple[str, int]:
     with contextlib.ExitStack() as stack:
       checkpoints = Checkpoints(os.path.join(self.workdir, 'checkpoints'), self.c['checkpoint']['keep'])
       self.checkpoints = stack.enter_context(checkpoints)
@@ -192,16 +208,11 @@ class Loop:
       stack.callback(self.progress.close)
       received = stack.enter_context(stop_on_signal())
       self._write_status('running', start)
-      try:
-        state, step = self._train(start, received)
-      except BaseException as error:
-        self._write_status('failed', start, error=f'{type(error).__name__}: {error}')
-        raise
+      state, step = self._train(start, received)
       self.checkpoints.wait()
-      if state in ('finished', 'diverged'):
+      if state in ENDED:
         self.checkpoints.remove_all_but_last()
-      self._write_status(state, step)
-      return self.status
+      return state, step
 
   def _train(self, start: int, received: list[int]) -> tuple[str, int]:
     """The loop itself; returns how it ended and at which step."""
@@ -230,7 +241,8 @@ class Loop:
         if waiting and self._log(*waiting):
           return 'diverged', waiting[0]
         waiting = (step, metrics)
-        save = self._due(step, 'checkpoint', 'every_steps') or step == num_steps or bool(received)
+        stop = bool(received) and step < num_steps  # once: a signal may come at any moment
+        save = self._due(step, 'checkpoint', 'every_steps') or step == num_steps or stop
         if save or self._due(step, 'evaluation', 'every_steps') or self._due_diagnostics(step):
           if self._log(*waiting):
             return 'diverged', step
@@ -239,7 +251,7 @@ class Loop:
           self._save(step)
         if waiting is None:  # evaluation and saving are not training time
           self.clock = time.monotonic()
-        if received and step < num_steps:
+        if stop:
           return 'interrupted', step
     return 'finished', num_steps
 
@@ -271,6 +283,7 @@ class Loop:
       row |= self._timing(step)
       self.progress.update(step, values['loss'], row['time/tokens_per_second'])
     found = {} if diverged else self._validation(step) | self._diagnostics(step)
+    diverged = diverged or not math.isfinite(found.get('validation/loss', 0.0))
     if found or diverged or last or self._due(step, 'log', 'every_steps'):
       self.log.write(row | found)
     return diverged
@@ -316,7 +329,7 @@ class Loop:
       'num_steps': self.plan.num_steps,
       'error': error,
       'diverged_at': step if state == 'diverged' else None,
-      'git_revision': git_revision(),
+      'git_revision': self.revision,
       'versions': versions(),
       'device_kind': devices.flat[0].device_kind,
       'device_count': devices.size,
@@ -328,25 +341,11 @@ class Loop:
       write_json(os.path.join(self.workdir, 'status.json'), self.status)
 
 
-def end_with_message(main: Callable[[], int]) -> int:
-  """Runs a command; mistakes end in one line and 2, a full disk or lost checkpoints in one and 1."""
-  try:
-    return main()
-  except ConfigError as error:
-    print(f'error: {error}', file=sys.stderr)
-    return 2
-  except CheckpointError as error:
-    print(f'error: {error}', file=sys.stderr)
-    return 1
-  except OSError as error:
-    if error.errno not in FULL_DISK:
-      raise
-    print(
-      f'error: {error.strerror}: free some space and run the same command again, '
-      'it goes on from the last checkpoint',
-      file=sys.stderr,
-    )
-    return 1
+def _joined(before: str | None, now: str | None) -> str | None:
+  """The revisions that worked on a run, in order: a mixture differs from each of them."""
+  if before is None or now is None or before.split(' then ')[-1] == now:
+    return before if now is None else (now if before is None else before)
+  return f'{before} then {now}'
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from mhc_jax import train
+from mhc_jax.command import end_with_message
 from mhc_jax.config import ConfigError, base_config, build_model
 from mhc_jax.config_file import check_fields, parse
 from mhc_jax.cost import parameters, train_flops_per_token
@@ -135,7 +136,7 @@ def attempt(capsys, folder, workdir, overrides, config=SMOKE):
   name = f'--config.data.name=text_files:{folder / "text"}'
   args = ['--config', config, '--workdir', str(workdir), f'--config.data.dir={folder}', name]
   args += [f'--config.{override.replace("FOLDER", str(folder))}' for override in overrides.split()]
-  code = train.end_with_message(lambda: train.main(args))
+  code = end_with_message(lambda: train.main(args))
   return code, capsys.readouterr().err
 
 

@@ -21,6 +21,8 @@ CASES = {
   **{f'{name} {preset}': {'name': name, 'preset': preset} for name in PRESETS for preset in PRESETS[name]},
   'mhc rank 2': {'name': 'mhc', 'rank': 2},
   'hc rank 1': {'name': 'hc', 'rank': 1},
+  'hc without reads': {'name': 'hc', 'read_gate': 'fixed'},
+  'hc mixing alone': {'name': 'hc', 'read_gate': 'fixed', 'write_gate': 'fixed'},
   'mhc cp': {'name': 'mhc', 'generator': 'cp', 'rank': 2},
   'mhc norm weight': {'name': 'mhc', 'norm_weight': True, 'expansion': 'learned'},
   'mhc static': {'name': 'mhc', 'dynamic': False},

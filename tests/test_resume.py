@@ -30,15 +30,12 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)
 os.execv(sys.argv[2], sys.argv[2:])
 """
 OVERRIDES = (
-  'model.connection.name=residual',
-  'model.depth=1',
-  'model.scan=False',  # a second less to trace
+  'model.width=16',
   'data.seq_len=16',
   'data.batch_size=4',
   f'duration.steps={STEPS}',
   'evaluation.every_steps=20',
-  'log.diagnostics_every_steps=None',
-  'log.tensorboard=False',
+  'log.diagnostics_every_steps=15',
   'checkpoint.every_steps=7',
 )
 

@@ -1,8 +1,12 @@
 """The sweep: finished runs are skipped, failures recorded, shards disjoint, plans printed."""
 
 import json
+import multiprocessing
 import os
 import random
+import signal
+import threading
+import time
 
 import pytest
 
@@ -42,7 +46,7 @@ def experiment(tiny, monkeypatch):
 
 def states(folder):
   plan = json.loads((folder / 'plan.json').read_text())['runs']
-  return [sweep.read_status(str(folder), run['run_id'])['state'] for run in plan]
+  return [sweep.read_status(str(folder / run['run_id']))['state'] for run in plan]
 
 
 def test_runs_records_failures_skips_finished_and_retries(experiment, tmp_path, monkeypatch, capsys):
@@ -65,11 +69,11 @@ def test_runs_records_failures_skips_finished_and_retries(experiment, tmp_path, 
   assert sweep.main([experiment, *out]) == 1
   assert states(tmp_path / 'tiny') == ['failed', 'finished', 'finished']
   failed = json.loads((tmp_path / 'tiny' / 'plan.json').read_text())['runs'][0]['run_id']
-  assert 'broken on purpose' in sweep.read_status(str(tmp_path / 'tiny'), failed)['error']
+  assert 'broken on purpose' in sweep.read_status(str(tmp_path / 'tiny' / failed))['error']
   assert 'broken on purpose' in capsys.readouterr().err
 
   monkeypatch.setattr(train.Loop, '_train', real)
-  assert sweep.main([experiment, *out]) == 0
+  assert sweep.main([experiment, *out]) == 1, 'a failed run keeps the sweep from success'
   assert states(tmp_path / 'tiny')[0] == 'failed', 'failed runs stay until they are asked for'
   assert sweep.main([experiment, '--retry-failed', *out]) == 0
   assert states(tmp_path / 'tiny') == ['finished'] * 3
@@ -90,7 +94,7 @@ def test_a_run_in_use_is_left_to_its_process(experiment, tmp_path):
 def test_shards_are_disjoint_and_cover_the_plan(experiment, tmp_path):
   _, planned = sweep.plan(experiment)
   shards = [sweep.select(planned, str(tmp_path), None, f'{i}/2', False) for i in range(2)]
-  assert shards == [[0, 2], [1]]
+  assert shards == [([0, 2], [0, 2]), ([1], [1])]
   for bad in ('2/2', 'x', '-1/2', '1'):
     with pytest.raises(ConfigError, match='--shard'):
       sweep.select(planned, str(tmp_path), None, bad, False)
@@ -121,6 +125,31 @@ def test_workers_share_the_runs(experiment, tmp_path, monkeypatch):
   monkeypatch.setenv('XLA_FLAGS', os.environ['XLA_FLAGS'])  # execute adds to it: undone afterwards
   ended = sweep.execute(configs, planned, str(tmp_path), workers=2)
   assert sorted(ended) == sorted((run.run_id, 'finished') for run in planned)
+
+
+def test_a_worker_that_dies_costs_its_run_alone(experiment, tmp_path, monkeypatch):
+  """Killed as the system does when memory is short: recorded, the other runs end, a retry goes on."""
+  monkeypatch.setenv('XLA_FLAGS', os.environ['XLA_FLAGS'])
+  _, planned = sweep.plan(experiment)
+  out = ['--out', str(tmp_path), '--workers', '2']
+  victim = tmp_path / 'tiny' / planned[0].run_id
+
+  def kill():
+    while not (victim / 'status.json').exists():
+      time.sleep(0.01)
+    for child in multiprocessing.active_children():
+      held = {os.path.realpath(f'/proc/{child.pid}/fd/{fd}') for fd in os.listdir(f'/proc/{child.pid}/fd')}
+      if str(victim / 'metrics.jsonl') in held:
+        os.kill(child.pid, signal.SIGKILL)
+
+  killer = threading.Thread(target=kill)
+  killer.start()
+  assert sweep.main([experiment, *out]) == 1
+  killer.join()
+  assert sorted(states(tmp_path / 'tiny')) == ['failed', 'finished', 'finished']
+  assert 'the process died' in json.loads((victim / 'status.json').read_text())['error']
+  assert sweep.main([experiment, '--retry-failed', *out]) == 0
+  assert states(tmp_path / 'tiny') == ['finished'] * 3
 
 
 def test_mixed_code_is_warned_of(experiment, tmp_path, capsys):
