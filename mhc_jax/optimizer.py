@@ -5,7 +5,8 @@ width ratio, m_L = depth ratio. In the model: hidden maps start with variance 1 
 divided by m_L, logits by m_N, attention scores scale by 1 / K. Here: hidden maps learn with lr / m_N and
 decay with weight_decay * m_N; Adam's eps is divided by m_N m_L. The generator phi of a connection has
 infinite fan-in and finite fan-out, so it learns with lr / m_N too; alphas and biases are scalars and keep
-lr.
+lr, but for those of H_res: the matrices of all layers multiply, so that what training changes in the product
+grows with depth unless b_res and alpha_res learn with lr / m_L.
 """
 
 import re
@@ -20,11 +21,12 @@ from mhc_jax.config import ModelConfig, OptimizerConfig
 from mhc_jax.manifold_updates import matches, path_name
 
 # (regular expression on the parameter's path, kind); the first match counts and every parameter must match.
-# hidden: lr / m_N, decay * m_N. plain: lr, decay. scalar: lr, no decay.
+# hidden: lr / m_N, decay * m_N. plain: lr, decay. scalar: lr, no decay. mixing: lr / m_L, no decay.
 GROUPS: tuple[tuple[str, str], ...] = (
   (r'embedding', 'plain'),
   (r'unembedding', 'plain'),
   (r'(.*/)?(final_)?norm', 'scalar'),
+  (r'.*_connection/(b|alpha)_res', 'mixing'),
   (r'.*_connection/((b|alpha)_\w+|norm_weight)', 'scalar'),
   (r'.*_connection/(phi(_in|_\w+_width)?|read_down)', 'hidden'),
   (r'.*_connection/(phi_(out|\w+_(stream|out|row|column))|read_up)', 'plain'),
@@ -117,8 +119,8 @@ def _adamw_unclipped(
   c: OptimizerConfig, model: ModelConfig, lr: jax.Array, weight_decay: jax.Array
 ) -> optax.GradientTransformation:
   m_n, m_l = model.width_ratio, model.depth_ratio
-  lr_of = {'hidden': 1 / m_n, 'plain': 1.0, 'scalar': 1.0}
-  decay_of = {'hidden': m_n, 'plain': 1.0, 'scalar': 0.0}
+  lr_of = {'hidden': 1 / m_n, 'plain': 1.0, 'scalar': 1.0, 'mixing': 1 / m_l}
+  decay_of = {'hidden': m_n, 'plain': 1.0, 'scalar': 0.0, 'mixing': 0.0}
 
   def decay(updates: Any, params: Any) -> Any:
     return jax.tree.map(

@@ -22,7 +22,7 @@ def model(weights_rank=None, scan=True, **connection):
   c.model.update({'width': 16, 'depth': 4, 'heads': 2, 'scan': scan})
   c.model.weights.rank = weights_rank
   c.model.connection.update(connection)
-  c.transfer.base_width, c.transfer.base_depth = 8, 2  # m_N = m_L = 2
+  c.transfer.base_width, c.transfer.base_depth = 8, 1  # m_N = 2, m_L = 4
   return build_model(c, 11)
 
 
@@ -46,7 +46,7 @@ def by_path(tree):
 @pytest.mark.parametrize('arm', ARMS, ids=lambda arm: ' '.join(map(str, arm.values())))
 def test_every_parameter_has_a_group(arm):
   kinds = by_path(optim.groups(parameters(model(**arm))))
-  assert set(kinds.values()) <= {'hidden', 'plain', 'scalar'}
+  assert set(kinds.values()) <= {'hidden', 'plain', 'scalar', 'mixing'}
   assert kinds.keys() >= {'embedding', 'unembedding', 'final_norm'}
 
 
@@ -74,7 +74,9 @@ KINDS = {
     for leaf, kind in {
       'phi_in': 'hidden',
       'phi_out': 'plain',
-      **{f'{letter}_{part}': 'scalar' for letter in ('b', 'alpha') for part in ('pre', 'post', 'res')},
+      **{f'{letter}_{part}': 'scalar' for letter in ('b', 'alpha') for part in ('pre', 'post')},
+      'b_res': 'mixing',
+      'alpha_res': 'mixing',
     }.items()
   },
 }
@@ -89,7 +91,7 @@ def test_the_groups_are_these():
 
 
 def adamw_by_hand(params, gradients, rates, c, weight_decay):
-  """Three updates of every leaf in float64; m_N = m_L = 2."""
+  """Three updates of every leaf in float64; m_N = 2, m_L = 4."""
   params = {name: p.astype(np.float64) for name, p in params.items()}
   m = {name: np.zeros_like(p) for name, p in params.items()}
   v = {name: np.zeros_like(p) for name, p in params.items()}
@@ -99,9 +101,9 @@ def adamw_by_hand(params, gradients, rates, c, weight_decay):
       g = g.astype(np.float64) * min(1, c.clip_norm / norm)
       m[name] = c.beta1 * m[name] + (1 - c.beta1) * g
       v[name] = c.beta2 * v[name] + (1 - c.beta2) * g**2
-      direction = m[name] / (1 - c.beta1**t) / (np.sqrt(v[name] / (1 - c.beta2**t)) + c.eps / 4)
-      rate = lr / 2 if KINDS[name] == 'hidden' else lr
-      decay = {'hidden': 2, 'plain': 1, 'scalar': 0}[KINDS[name]] * weight_decay
+      direction = m[name] / (1 - c.beta1**t) / (np.sqrt(v[name] / (1 - c.beta2**t)) + c.eps / 8)
+      rate = lr / {'hidden': 2, 'plain': 1, 'scalar': 1, 'mixing': 4}[KINDS[name]]
+      decay = {'hidden': 2, 'plain': 1, 'scalar': 0, 'mixing': 0}[KINDS[name]] * weight_decay
       params[name] = params[name] - rate * (direction + decay * params[name])
   return params
 
@@ -109,7 +111,7 @@ def adamw_by_hand(params, gradients, rates, c, weight_decay):
 def test_three_updates_are_adamw_by_hand(rng):
   """With transfer, decay groups, an eps that matters, and clipping in the second update only."""
   config, c = model(**ARMS[-1]), optimizer(clip_norm=100.0, eps=0.1, beta2=0.9)
-  assert config.width_ratio == config.depth_ratio == 2
+  assert (config.width_ratio, config.depth_ratio) == (2, 4)
   shapes = parameters(config)
   scales, rates, weight_decay = (0.1, 10.0, 1.0), (0.5, 0.2, 0.1), 0.3
 

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
@@ -65,7 +66,9 @@ def test_the_sharded_step_is_the_step_of_one_device(arm, data, fsdp):
 @pytest.mark.parametrize('arm,data,fsdp', (('mhc', 2, 4), ('residual', 1, 8)))
 def test_fsdp_splits_every_large_parameter_and_moment(arm, data, fsdp):
   _, state, _ = updated(arm, data, fsdp)
-  for tree in (state.params, state.opt_state[1].mu, state.opt_state[1].nu):
+  moments = [optax.tree_utils.tree_get(state.opt_state, name) for name in ('mu', 'nu')]
+  for tree in (state.params, *moments):
+    assert jax.tree.structure(tree) == jax.tree.structure(state.params)
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
       divisible = any(size % fsdp == 0 for size in leaf.shape)
       shares = leaf.size // leaf.addressable_shards[0].data.size
