@@ -15,7 +15,6 @@ from scipy import stats
 
 from analysis.draw import Panel, figure, legend, log_axis, looks, save
 from analysis.figures import curve_at, draw_gap, draw_loss_vs_flops, has_curve
-from analysis.isoflop import isoflop, power_law
 from analysis.runs import Run, curve
 from analysis.selection import pair_up
 from analysis.shape_figures import GAINS, draw_gain, largest, smooth
@@ -237,48 +236,6 @@ def _heat(ax: Axes, matrix: np.ndarray, title: str) -> None:
       for j in range(n):
         ink = 'white' if abs(matrix[k, j]) > 0.6 * limit else 'black'
         ax.text(j, k, f'{matrix[k, j]:.2f}', fontsize=4.5, ha='center', va='center', color=ink)
-
-
-def isoflop_panels(s: Study, folder: Path) -> Panel | str:
-  """Loss against N at equal FLOPs, one panel per arm, with the parabola's minimum where it is inside."""
-  found = {}
-  for arm, own in s.grid.groupby('arm', sort=False):
-    log_c, log_n = np.log(own['flops'].to_numpy()), np.log(own['params_matmul'].to_numpy())
-    budgets = isoflop(log_c, log_n, own['validation_loss'].to_numpy())
-    budgets = [(c, m) for c, m in budgets if len(m.curve_log_x)]
-    if budgets:
-      found[arm] = (own, budgets)
-  if not found:
-    return 'IsoFLOP panels: no arm has three sizes at one compute budget (within 5 %).'
-  rows = []
-  with figure(WIDE, 2.8, ncols=len(found), squeeze=False, sharey=True) as (fig, axes):
-    for ax, (arm, (own, budgets)) in zip(axes[0], found.items(), strict=True):
-      for c, m in budgets:
-        near = own[np.abs(np.log(own['flops']) - c) < 0.05]
-        (line,) = ax.plot(near['params_matmul'], near['validation_loss'], 'o', ms=3)
-        ax.plot(np.exp(m.curve_log_x), m.curve_loss, color=line.get_color(), lw=0.9)
-        if m.log_x is not None:
-          ax.plot(np.exp(m.log_x), m.loss, '*', color=line.get_color(), ms=9)
-        best = {'optimal_params': None if m.log_x is None else np.exp(m.log_x), 'loss': m.loss}
-        rows.append({'arm': arm, 'flops': np.exp(c), **best, 'problem': m.problem})
-      ax.set_title(arm)
-      log_axis(ax, 'parameters (matmul)')
-    axes[0][0].set_ylabel('validation loss (nats per token)')
-  table = pd.DataFrame(rows)
-  caption = 'IsoFLOP panels; stars are minima inside the grid. ' + ' '.join(_optima(table))
-  return save(fig, folder, 'paper_isoflop', caption, table)
-
-
-def _optima(table: pd.DataFrame) -> list[str]:
-  """N*(C) and D*(C) of each arm in words."""
-  out = []
-  for arm, own in table.dropna(subset='optimal_params').groupby('arm', sort=False):
-    log_c, log_n = np.log(own['flops'].to_numpy(float)), np.log(own['optimal_params'].to_numpy(float))
-    line = power_law(log_c, log_n)
-    if line is not None:
-      ends = '' if line.low is None else f' (95 % {line.low:.2f} to {line.high:.2f})'
-      out.append(f'{arm}: N* ~ C^{line.exponent:.2f}{ends}, D* ~ C^{1 - line.exponent:.2f}.')
-  return out
 
 
 def residual_panels(s: Study, folder: Path) -> Panel | str:

@@ -1,4 +1,4 @@
-"""`python -m analysis.plots paper RUNS`: every figure of the papers from a sweep's folder.
+"""`python -m analysis.plots paper RUNS`: the papers' figures from a sweep's folder; `coordinates`: its own.
 
 Where: beside report.py, which draws the single panels; this adds the composite figures and the table of
 final losses. Every figure is written as PNG, SVG and CSV.
@@ -8,16 +8,17 @@ import argparse
 import sys
 from pathlib import Path
 
-from analysis import paper_figures
+from analysis import coordinate_figure, isoflop_figures, paper_figures
 from analysis.draw import Panel
 from analysis.figures import draw_all
-from analysis.runs import read_sweep
+from analysis.runs import Sweep, read_sweep
 from analysis.study import study
 from mhc_jax.config import ConfigError
 
 EXAMPLES = """examples:
   python -m analysis.plots paper runs/quick
   python -m analysis.plots paper runs/quick --out docs/figures
+  python -m analysis.plots coordinates runs/coordinate_check
 """
 
 COMPOSITES = (
@@ -27,7 +28,8 @@ COMPOSITES = (
   paper_figures.token_scaling,
   paper_figures.gains,
   paper_figures.heat_maps,
-  paper_figures.isoflop_panels,
+  isoflop_figures.isoflop_panels,
+  isoflop_figures.optimal_sizes,
   paper_figures.residual_panels,
 )
 
@@ -40,17 +42,24 @@ def main(argv: list[str] | None = None) -> int:
     epilog=EXAMPLES,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  parser.add_argument('what', choices=('paper',), help='the set of figures')
-  parser.add_argument('runs', type=Path, help='folder of a sweep, like runs/quick')
-  parser.add_argument('--out', type=Path, help='folder for the figures (default: RUNS/paper)')
+  parser.add_argument('what', choices=('paper', 'coordinates'), help='the set of figures')
+  parser.add_argument('runs', type=Path, help='folder of a sweep, like runs/quick, or of a coordinate check')
+  parser.add_argument('--out', type=Path, help='folder for the figures (default: RUNS/paper, RUNS/figures)')
   a = parser.parse_args(argv)
   try:
-    sweep = read_sweep(a.runs)
+    if a.what == 'paper':
+      _paper(read_sweep(a.runs), a.out or a.runs / 'paper')
+    else:
+      out = a.out or a.runs / 'figures'
+      _say(out, [coordinate_figure.coordinates(coordinate_figure.read(a.runs), out)])
   except ConfigError as e:
     print(f'error: {e}', file=sys.stderr)
     return 2
+  return 0
+
+
+def _paper(sweep: Sweep, out: Path) -> None:
   s = study(sweep, resamples=0)
-  out = a.out or a.runs / 'paper'
   panels, absent = draw_all(s, out)
   for make in COMPOSITES:
     made = make(s, out)
@@ -58,12 +67,15 @@ def main(argv: list[str] | None = None) -> int:
   out.mkdir(parents=True, exist_ok=True)
   table = paper_figures.final_losses(s)
   table.to_csv(out / 'final_losses.csv', index=False)
-  for panel in panels:
-    print(f'{out / panel.name}.png: {panel.caption}')
+  _say(out, panels)
   for sentence in absent:
     print(f'absent: {sentence}')
   print(f'{out / "final_losses.csv"}: {len(table)} rows')
-  return 0
+
+
+def _say(out: Path, panels: list[Panel]) -> None:
+  for panel in panels:
+    print(f'{out / panel.name}.png: {panel.caption}')
 
 
 if __name__ == '__main__':

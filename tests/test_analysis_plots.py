@@ -75,7 +75,11 @@ def test_isoflop_panels(tmp_path, blank_images, capsys):
   assert len(table) == 3 and table['problem'].isna().all()
   centres = [derived_of(config_of('residual', *s, 0))['params']['matmul'] for s in sizes[2:5]]
   np.testing.assert_allclose(table['optimal_params'], centres, rtol=0.02)
-  assert 'N* ~ C^' in capsys.readouterr().out
+  best = pd.read_csv(tmp_path / 'paper' / 'paper_optimal_sizes.csv').groupby('optimum')['value']
+  np.testing.assert_allclose(best.get_group('N*'), centres, rtol=0.02)
+  assert len(best.get_group('D*')) == 3
+  said = capsys.readouterr().out
+  assert 'N* ~ C^' in said and 'D* ~ C^' in said
 
 
 def test_plots_on_nothing(tmp_path, capsys):

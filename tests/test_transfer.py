@@ -1,73 +1,27 @@
 """CompleteP (arXiv 2505.01618): activations and what training changes in them keep their size.
 
-The coordinate check: a few updates at a large learning rate, at three widths and three depths. With transfer
-the size of every module's output stays the same; without, the streams grow with width and with depth.
+The coordinate check of experiments/coordinate_check.py at three widths and three depths. With transfer the
+size of every module's output stays the same; without, the streams grow with width and with depth.
 """
 
-import functools
-
-import jax
-import jax.numpy as jnp
 import numpy as np
+import pandas as pd
 import pytest
 
-from mhc_jax import optimizer as optim
-from mhc_jax.config import base_config, build_model, build_optimizer
-from mhc_jax.model import Transformer, loss_sums
-from mhc_jax.train_step import init_state
+from analysis import plots
+from experiments import coordinate_check
+from experiments.coordinate_check import BASE, coordinates
 
-VOCAB, B, T = 32, 4, 8
-LR, UPDATES = 5e-2, 4
+LR = 5e-2
 HC_LR = 1.6e-2  # hc's matrices are not bounded: at 5e-2 they leave the identity within four updates
-BASE = (16, 2)  # width, depth
-SIZES = {'width': (BASE, (32, 2), (64, 2)), 'depth': (BASE, (16, 4), (16, 8))}
-TOKENS = np.random.default_rng(0).integers(0, VOCAB, (B, T + 1)).astype(np.int32)
-
-
-def loss_and_coordinates(params, model):
-  """Cross-entropy; the logits; sizes of the streams after the last attention and the last feed-forward."""
-  inputs = (TOKENS[:, :-1], np.zeros((B, T), np.int32))
-  logits_BTV, records = Transformer(model).apply({'params': params}, *inputs, record=True)
-  total, count = loss_sums(logits_BTV, TOKENS[:, 1:], jnp.ones((B, T)))
-  squares = [jnp.einsum('nnbt->nbt', record['gram_NMBT'][-1]) / model.width for record in records]
-  return total / count, (logits_BTV, [jnp.sqrt(square).mean() for square in squares])
-
-
-@functools.cache
-def coordinates(arm, size, base, lr):
-  """After UPDATES updates of one batch, transferred from `base`; two streams for mhc, to compile sooner."""
-  c = base_config()
-  c.model.update({'width': size[0], 'depth': size[1], 'heads': size[0] // 8})
-  c.model.connection.update({'name': arm, 'streams': 2})
-  c.transfer.base_width, c.transfer.base_depth = base
-  c.optimizer.warmup_steps = 0
-  model, optimizer = build_model(c, VOCAB), build_optimizer(c)
-
-  def update(carry, _):
-    params, opt_state = carry
-    (_, found), grads = jax.value_and_grad(loss_and_coordinates, has_aux=True)(params, model)
-    transform = optim.adamw(optimizer, model, jnp.float32(lr), jnp.float32(0))
-    updates, opt_state = transform.update(grads, opt_state, params)
-    return (jax.tree.map(jnp.add, params, updates), opt_state), found
-
-  @jax.jit
-  def run(key):
-    state = init_state(key, model, optimizer)
-    return jax.lax.scan(update, (state.params, state.opt_state), length=UPDATES + 1)[1]
-
-  logits, (attention, feed_forward) = run(jax.random.key(0))
-  return {
-    'change of the logits': float(jnp.abs(logits[-1] - logits[0]).mean()),
-    'streams after attention': float(attention[-1]),
-    'streams after feed-forward': float(feed_forward[-1]),
-  }
+SIZES = {axis: sizes[:3] for axis, sizes in coordinate_check.SIZES.items()}
 
 
 def slopes(arm, axis, sizes, bases, lr=LR):
   """d log(coordinate) / d log(width or depth) by least squares, for each coordinate."""
   found = [coordinates(arm, size, base, lr) for size, base in zip(sizes, bases, strict=True)]
   at = np.log([size[list(SIZES).index(axis)] for size in sizes])
-  return {name: np.polyfit(at, np.log([f[name] for f in found]), 1)[0] for name in found[0]}
+  return {name: np.polyfit(at, np.log([f[name][-1] for f in found]), 1)[0] for name in found[0]}
 
 
 @pytest.mark.parametrize('axis', SIZES)
@@ -96,3 +50,20 @@ def test_streams_grow_in_proportion_without_transfer(arm, axis):
   ends = (SIZES[axis][0], SIZES[axis][-1])
   found = slopes(arm, axis, ends, ends)
   assert min(found[name] for name in found if name.startswith('streams')) > 0.6, found
+
+
+def test_the_command_writes_what_the_figure_reads(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(coordinate_check, 'SIZES', {axis: sizes[:2] for axis, sizes in SIZES.items()})
+  assert coordinate_check.main(['--arms', 'residual', '--lr', str(LR), '--out', str(tmp_path)]) == 0
+  found = pd.read_csv(tmp_path / 'coordinates.csv')
+  assert len(found) == 2 * 2 * 2 * 5 * 3
+  start = found.query('update == 0 and coordinate == "change of the logits"')['value']
+  assert len(start) == 8 and (start == 0).all()
+  assert plots.main(['coordinates', str(tmp_path)]) == 0
+  said = capsys.readouterr().out
+  slope = slopes('residual', 'width', SIZES['width'][:2], [BASE] * 2)['streams after attention']
+  drawn = pd.read_csv(tmp_path / 'figures' / 'coordinates.csv')
+  own = drawn.query('axis == "width" and transfer and coordinate == "streams after attention"')
+  np.testing.assert_allclose(own['slope'], slope, rtol=1e-5)
+  assert 'coordinates.png' in said
+  assert plots.main(['coordinates', str(tmp_path / 'absent')]) == 2

@@ -1,0 +1,116 @@
+"""Coordinate check of the transfer rules: what training changes keeps its size over width and depth.
+
+  python -m experiments.coordinate_check           # a few minutes; runs/coordinate_check/coordinates.csv
+  python -m experiments.coordinate_check --arms residual mhc --lr 0.05 --out runs/check
+  python -m analysis.plots coordinates runs/coordinate_check
+
+Every arm makes a few updates at a large learning rate on one batch of random tokens, at four widths and
+four depths, with the rules of CompleteP (arXiv 2505.01618) and without. The coordinates: the mean absolute
+change of the logits since initialisation, and the root mean square of the streams after the last layer's two
+sublayers.
+"""
+
+import argparse
+import functools
+import itertools
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pandas as pd
+from tqdm import tqdm
+
+from mhc_jax import optimizer as optim
+from mhc_jax.config import base_config, build_model, build_optimizer
+from mhc_jax.model import Transformer, loss_sums
+from mhc_jax.train_step import init_state
+
+VOCAB, B, T = 32, 4, 8
+UPDATES = 4
+BASE = (16, 2)  # width, depth
+SIZES = {'width': (BASE, (32, 2), (64, 2), (128, 2)), 'depth': (BASE, (16, 4), (16, 8), (16, 16))}
+ARMS = ('residual', 'hc', 'mhc', 'identity')
+NAMES = ('change of the logits', 'streams after attention', 'streams after feed-forward')
+TOKENS = np.random.default_rng(0).integers(0, VOCAB, (B, T + 1)).astype(np.int32)
+
+
+def _loss_and_sizes(params: Any, model: Any) -> tuple[jax.Array, tuple[jax.Array, list[jax.Array]]]:
+  inputs = (TOKENS[:, :-1], np.zeros((B, T), np.int32))
+  logits_BTV, records = Transformer(model).apply({'params': params}, *inputs, record=True)
+  total, count = loss_sums(logits_BTV, TOKENS[:, 1:], jnp.ones((B, T)))
+  squares = [jnp.einsum('nnbt->nbt', record['gram_NMBT'][-1]) / model.width for record in records]
+  return total / count, (logits_BTV, [jnp.sqrt(square).mean() for square in squares])
+
+
+@functools.cache
+def coordinates(arm: str, size: tuple[int, int], base: tuple[int, int], lr: float) -> dict[str, np.ndarray]:
+  """Each coordinate after 0 .. UPDATES updates at (width, depth) `size`, with rules relative to `base`.
+
+  Two streams, to compile sooner. base = size turns the rules off.
+  """
+  c = base_config()
+  c.model.update({'width': size[0], 'depth': size[1], 'heads': size[0] // 8})
+  c.model.connection.update({'name': arm, 'streams': 2})
+  c.transfer.base_width, c.transfer.base_depth = base
+  c.optimizer.warmup_steps = 0
+  model, optimizer = build_model(c, VOCAB), build_optimizer(c)
+
+  def update(carry, _):
+    params, opt_state = carry
+    (_, found), grads = jax.value_and_grad(_loss_and_sizes, has_aux=True)(params, model)
+    transform = optim.adamw(optimizer, model, jnp.float32(lr), jnp.float32(0))
+    updates, opt_state = transform.update(grads, opt_state, params)
+    return (jax.tree.map(jnp.add, params, updates), opt_state), found
+
+  @jax.jit
+  def run(key):
+    state = init_state(key, model, optimizer)
+    return jax.lax.scan(update, (state.params, state.opt_state), length=UPDATES + 1)[1]
+
+  logits, streams = run(jax.random.key(0))
+  change = jnp.abs(logits - logits[:1]).mean(axis=(1, 2, 3))
+  return dict(zip(NAMES, map(np.asarray, (change, *streams)), strict=True))
+
+
+def table(arms: list[str], lr: float, progress: bool = False) -> pd.DataFrame:
+  """One row per arm, axis, size, rules on or off, update and coordinate."""
+  cells = [
+    (arm, axis, size, transfer)
+    for arm, (axis, sizes), transfer in itertools.product(arms, SIZES.items(), (True, False))
+    for size in sizes
+  ]
+  rows = []
+  for arm, axis, size, transfer in tqdm(cells, desc='coordinate check', disable=not progress):
+    found = coordinates(arm, size, BASE if transfer else size, lr)
+    where = {'arm': arm, 'axis': axis, 'width': size[0], 'depth': size[1], 'transfer': transfer, 'lr': lr}
+    rows += [
+      where | {'update': k, 'coordinate': name, 'value': float(value)}
+      for name, values in found.items()
+      for k, value in enumerate(values)
+    ]
+  return pd.DataFrame(rows)
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Command line: writes coordinates.csv and says where."""
+  parser = argparse.ArgumentParser(
+    'python -m experiments.coordinate_check',
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  parser.add_argument('--arms', nargs='+', choices=ARMS, default=ARMS)
+  parser.add_argument('--lr', type=float, default=1.6e-2, help='of the base size (default 0.016)')
+  parser.add_argument('--out', type=Path, default=Path('runs/coordinate_check'))
+  a = parser.parse_args(argv)
+  found = table(list(a.arms), a.lr, progress=True)
+  a.out.mkdir(parents=True, exist_ok=True)
+  found.to_csv(a.out / 'coordinates.csv', index=False)
+  print(f'wrote {a.out / "coordinates.csv"}: {len(found)} rows')
+  return 0
+
+
+if __name__ == '__main__':
+  sys.exit(main())

@@ -1,0 +1,35 @@
+"""IsoFLOP profiles: which size is best at a compute budget, for residual and for mHC.
+
+  python -m experiments.sweep isoflop:small --workers 2
+  python -m analysis.plots paper runs/isoflop-small
+
+Widths at one depth, each trained for the same FLOPs (connections included), two seeds.
+"""
+
+from ml_collections import ConfigDict
+
+from experiments import protocol
+
+SIZES = {
+  'small': {'depth': 2, 'head': 16, 'widths': (16, 32, 48, 64, 96)},
+  'large': {'depth': 12, 'head': 64, 'widths': (256, 384, 512, 768, 1024)},
+}
+BUDGETS = {'small': (5e10, 1e11, 2e11, 4e11), 'large': (1e18, 3e18, 1e19, 3e19)}  # training FLOPs
+ARMS = ('residual', 'mhc')
+SEEDS = (0, 1)
+
+
+def runs(arg: str | None = None) -> list[ConfigDict]:
+  """Every arm and width at every budget and seed. Argument: 'small' or 'large'."""
+  scale = protocol.scale_of(arg)
+  sizes, planned = SIZES[scale], []
+  for flops in BUDGETS[scale]:
+    for width in sizes['widths']:
+      for arm in ARMS:
+        for seed in SEEDS:
+          c = protocol.config(scale, arm, {'name': arm}, seed)
+          c.model.update({'width': width, 'depth': sizes['depth'], 'heads': width // sizes['head']})
+          c.duration.steps, c.duration.flops = None, flops
+          c.evaluation.every_steps, c.log.diagnostics_every_steps = 1000, None
+          planned.append(c)
+  return protocol.locked(planned)
