@@ -4,7 +4,10 @@
   python -m analysis.plots paper runs/ablation
 
 A map that is off is fixed as in the paper: H_pre = 1 / n, H_post = 1, H_res = I. Once with HC's free
-matrices, which the paper ablates, and once with mHC's; residual is the row where all are off.
+matrices, which the paper ablates, and once with mHC's; residual is the row where all are off. With equal
+reads and unit writes all streams stay equal and a doubly stochastic H_res does nothing: the row 'mhc res' is
+residual by construction, and so is 'mhc res+pre', whose reads then only weigh equal streams; HC's rows differ
+because its H_res may scale.
 """
 
 from ml_collections import ConfigDict

@@ -23,6 +23,7 @@ from mhc_jax import config as config_lib
 from mhc_jax import optimizer as optim
 from mhc_jax.config import ConfigError, base_config
 from mhc_jax.data import VOCAB_SIZE
+from mhc_jax.diagnostics import with_spectra
 from mhc_jax.sharding import make_mesh
 from mhc_jax.train_step import programs
 
@@ -79,7 +80,11 @@ def arm_functions(arm: str, args: argparse.Namespace) -> dict[str, Callable[[], 
     return metrics
 
   sequence = {name: value[:1] for name, value in batch.items()}
-  return {'step': run, 'diagnostics': lambda: found.diagnose(state.params, sequence)}
+
+  def diagnostics() -> object:
+    return with_spectra(jax.device_get(found.diagnose(state.params, sequence)))  # as the training loop does
+
+  return {'step': run, 'diagnostics': diagnostics}
 
 
 def bench_step(args: argparse.Namespace) -> dict[str, object]:

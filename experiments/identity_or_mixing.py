@@ -4,7 +4,8 @@
   python -m analysis.learning_rate runs/identity_or_mixing
   python -m analysis.plots paper runs/identity_or_mixing
 
-All arms share mHC's reads and writes and start with H_res at off-diagonal mass 0.01 (identity: 0, for ever).
+All arms share mHC's reads and writes and start with H_res at off-diagonal mass 0.01 (identity: 0, for ever),
+exactly: phi starts at 0, because a dynamic part of equal size is a different mass in other coordinates.
 Every arm runs at every learning rate of the grid and every seed, so that each is compared at its own best.
 """
 
@@ -30,7 +31,7 @@ def runs(arg: str | None = None) -> list[ConfigDict]:
   arms = {'residual': {'name': 'residual'}}
   for constraint in CONSTRAINTS:
     mixing = None if constraint == 'identity' else MIXING
-    arms[constraint] = {'name': 'mhc', 'constraint': constraint, 'mixing': mixing}
+    arms[constraint] = {'name': 'mhc', 'constraint': constraint, 'mixing': mixing, 'init': 'cyclic_zero_phi'}
   return protocol.locked(
     [
       protocol.config(scale, arm, connection, seed, lr)

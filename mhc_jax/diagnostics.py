@@ -40,17 +40,19 @@ def gains(h_SNMBT: jax.Array) -> dict[str, jax.Array]:
   """Amax gains of matrices (S, n, n, B, T): mean over tokens of each token's largest row or column sum.
 
   forward: rows, backward: columns. The paper leaves open whether the absolute value is inside the sum;
-  plain names take sum |H_ij|, '_signed' take |sum H_ij| (equal for non-negative matrices), '_of_mean' the
-  sum |H_ij| of the token-mean matrix.
+  plain names take sum |H_ij|, '_signed' take |sum H_ij| (equal for non-negative matrices); '_of_mean' and
+  '_signed_of_mean' are those of the token-mean matrix (Fig. 8's labels).
   """
-  absolute, mean = jnp.abs(h_SNMBT), jnp.abs(h_SNMBT.mean((3, 4)))
+  absolute, mean_SNM = jnp.abs(h_SNMBT), h_SNMBT.mean((3, 4))
   return {
     'gain_forward': absolute.sum(2).max(1).mean((1, 2)),
     'gain_backward': absolute.sum(1).max(1).mean((1, 2)),
     'gain_forward_signed': jnp.abs(h_SNMBT.sum(2)).max(1).mean((1, 2)),
     'gain_backward_signed': jnp.abs(h_SNMBT.sum(1)).max(1).mean((1, 2)),
-    'gain_forward_of_mean': mean.sum(2).max(1),
-    'gain_backward_of_mean': mean.sum(1).max(1),
+    'gain_forward_of_mean': jnp.abs(mean_SNM).sum(2).max(1),
+    'gain_backward_of_mean': jnp.abs(mean_SNM).sum(1).max(1),
+    'gain_forward_signed_of_mean': jnp.abs(mean_SNM.sum(2)).max(1),
+    'gain_backward_signed_of_mean': jnp.abs(mean_SNM.sum(1)).max(1),
   }
 
 
@@ -143,7 +145,8 @@ def diagnose(records: list[dict[str, Any]], config: ModelConfig) -> dict[str, ja
   composite = gains(product_SNMBT) | shape_of(product_SNMBT)
   out = gains(res_SNMBT) | shape_of(res_SNMBT)
   out |= {f'composite_{name}': value for name, value in composite.items()}
-  out['defect'] = jax.vmap(spec.constraint.defect)(res_SNMBT).max((1, 2))
+  for name, matrices in (('defect', res_SNMBT), ('composite_defect', product_SNMBT)):
+    out[name] = jax.vmap(spec.constraint.defect)(matrices).max((1, 2))
   out['stream_cosine'], out['stream_rank'] = stream_cosine(gram_SNMBT), stream_rank(gram_SNMBT)
   if 'res' in records[0]['coords']:
     logits_SKBT = interleave([record['coords'] for record in records], 'res')

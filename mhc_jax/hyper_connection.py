@@ -97,11 +97,13 @@ def generate(
   if spec.read_gate.kind == 'elementwise':
     pre_NBT = generator.elementwise_read(params, x_NBTD, spec, spec.read_gate.scale)
   else:
-    pre_NBT = _gate(spec.read_gate, coords.get('pre'), (n, *tokens), dtype)
+    pre_NBT = _gate(
+      spec.read_gate, coords.get('pre'), (n, *tokens), dtype, free=n == 1
+    )  # None: stream 0 alone
   if spec.write_gate.kind == 'one_hot':
     post_NBT = spec.write_gate.scale * one_hot((sublayer + 1) % n, x_NBTD)
   else:
-    post_NBT = _gate(spec.write_gate, coords.get('post'), (n, *tokens), dtype)
+    post_NBT = _gate(spec.write_gate, coords.get('post'), (n, *tokens), dtype, free=True)
   res_NMBT = None
   if spec.constraint.name != 'identity':  # with one stream, some sets have no coordinates
     res_NMBT = spec.constraint.matrix(coords.get('res', jnp.zeros((0, *tokens), dtype)), n)
@@ -115,10 +117,13 @@ def one_hot(stream: jax.Array | int, x_NBTD: jax.Array) -> jax.Array:
   return jnp.broadcast_to(is_stream_N.astype(dtype)[:, None, None], x_NBTD.shape[:3])
 
 
-def _gate(gate: Gate, coords_NBT: jax.Array | None, shape: tuple[int, ...], dtype: Any) -> jax.Array | None:
+def _gate(
+  gate: Gate, coords_NBT: jax.Array | None, shape: tuple[int, ...], dtype: Any, free: bool
+) -> jax.Array | None:
+  """The gate's weights; None for fixed weights of 1 where they need no product (free)."""
   if coords_NBT is not None:
     return gate(coords_NBT)
-  return None if gate.scale == 1.0 else jnp.full(shape, gate.scale, dtype)
+  return None if free and gate.scale == 1.0 else jnp.full(shape, gate.scale, dtype)
 
 
 def _weighted_sum(weights_NBT: jax.Array, x_NBTD: jax.Array) -> jax.Array:
@@ -197,7 +202,7 @@ def write(
   backward of their own: XLA:CPU otherwise recomputes the coefficients for each element they multiply.
   """
   if post_NBT is None and res_NMBT is None:
-    return x_NBTD + y_BTD[None]
+    return (x_NBTD + y_BTD[None]).astype(x_NBTD.dtype)
   if post_NBT is None:
     post_NBT = jnp.ones(x_NBTD.shape[:3], res_NMBT.dtype)
   return _write(res_NMBT, post_NBT, x_NBTD, y_BTD)

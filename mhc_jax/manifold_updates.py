@@ -50,7 +50,8 @@ def doubly_stochastic(w_MN: jax.Array, iterations: int = 1000) -> jax.Array:
 
   Dykstra's algorithm (Boyle and Dykstra 1986) between the affine set of unit sums, whose projection is a
   formula, and W >= 0: O(n^2) per iteration, until no entry moves by more than 4 eps or `iterations` are
-  done. Row and column sums are exact; what is left is negative entries of the size of the last move.
+  done. Row and column sums are exact; what is left is negative entries of the size of the last move: rounding
+  up to n = 8; -2e-4 at n = 16 and -3e-3 at n = 64 for points 30 away, which need more iterations.
   Sinkhorn's scaling projects in relative entropy, not in this norm.
   """
   n = round(w_MN.size**0.5)
@@ -102,6 +103,12 @@ def matches(pattern: str, params: Any) -> Any:
   if not any(jax.tree.leaves(found)):
     raise ValueError(f'no parameter matches {pattern!r}')
   return found
+
+
+def fixed_rank_start(w_MN: jax.Array, rank: int) -> jax.Array:
+  """fixed_rank, scaled back to the norm of W, so that the map starts with the full-rank map's variance."""
+  low_MN = fixed_rank(w_MN, rank)
+  return low_MN * (jnp.linalg.norm(w_MN) / jnp.linalg.norm(low_MN))
 
 
 def project_params(projection: Projection, pattern: str, params: Any) -> Any:
@@ -204,14 +211,14 @@ def loro(factors: optax.GradientTransformation, lr: jax.Array, every: int) -> op
 
 
 def manifold_muon_step(
-  w_MN: jax.Array, g_MN: jax.Array, lr: jax.Array, iterations: int = 100, rate: float = 0.01
+  w_MN: jax.Array, g_MN: jax.Array, lr: jax.Array, iterations: int = 100, rate: float = 0.1
 ) -> jax.Array:
   """The next W^T W = I after the steepest step of spectral norm lr in the tangent space (Manifold Muon).
 
   Dual ascent on A = msign(G + 2 W L) until W^T A + A^T W = 0 (thinking-machines-lab/manifolds), then the
-  polar factor of W - lr A. m >= n; G is scaled to spectral norm 1, of which A does not depend. `iterations`
-  SVDs, O(iterations m n^2); A leaves the tangent space by what the ascent has not closed, W^T W = I holds to
-  rounding.
+  polar factor of W - lr A. m >= n; G is scaled to spectral norm 1, on which the converged A does not depend.
+  `iterations` SVDs, O(iterations m n^2); A leaves the tangent space by what the ascent has not closed: at 100
+  iterations |W^T A + A^T W| is at most 0.01 for random G at 8x3 to 128x32. W^T W = I holds to rounding.
   """
   g_MN = g_MN / jnp.maximum(jnp.linalg.norm(g_MN, 2), jnp.finfo(g_MN.dtype).tiny)
 

@@ -9,6 +9,7 @@ lr, but for those of H_res: the matrices of all layers multiply, so that what tr
 grows with depth unless b_res and alpha_res learn with lr / m_L.
 """
 
+import functools
 import re
 from typing import Any
 
@@ -112,6 +113,9 @@ def start(c: OptimizerConfig, params: Any) -> Any:
   """Initial parameters moved onto the manifold that c names, if any."""
   if c.manifold in (None, 'loro'):
     return params
+  if c.manifold == 'fixed_rank':
+    scaled = functools.partial(manifold_updates.fixed_rank_start, rank=int(c.manifold_value))
+    return manifold_updates.project_params(scaled, c.manifold_pattern, params)
   return manifold_updates.project_params(projection(c), c.manifold_pattern, params)
 
 

@@ -17,6 +17,8 @@ from mhc_jax.constraints.base import Constraint
 INITS: dict[str, Callable[[int], Init]] = {
   # Reads and writes lean to the home stream (mhc-lite's +-1), so H_res has a gradient from step 0 on.
   'cyclic': lambda n: Init(read=(-1, 1), write=(-1, 1), mixing=0.01, phi=1.0, alpha=0.01),
+  # The same without a dynamic part: at the start every token has the biases' H_res, reads and writes.
+  'cyclic_zero_phi': lambda n: Init(read=(-1, 1), write=(-1, 1), mixing=0.01, phi=0.0, alpha=0.01),
   # Megatron-LM, MaxText: H_res = J/n, reads 1/2, unit writes; only phi breaks the symmetry of streams.
   'zero': lambda n: Init(read=(0, 0), write=(0, 0), mixing=None, phi=1.0, alpha=0.01),
   # Uniform reads 1/n, unit writes, H_res near I (SkyRL, Hunyuan v4).
@@ -149,6 +151,8 @@ def connection_spec(
     same = constraint == default_constraint
     params = {**(default_params if same else {}), **(constraint_params or {})}
     constraint = CONSTRAINTS[constraint](**params)
+  elif constraint.name in CONSTRAINTS and not constraint.is_of_package:
+    raise ValueError(f'{constraint.name!r} names a constraint of the package; give your own another name')
   init = default_init if init is None else init
   if isinstance(init, str):
     if init not in INITS:

@@ -49,6 +49,10 @@ def test_gates_by_name():
   fixed = connection_spec('hc', read_gate='fixed', write_gate='fixed')
   assert fixed.read_gate == Gate('fixed', 1 / 4) and fixed.write_gate == Gate('fixed', 1.0)
   assert list(fixed.parts) == ['res']
+  unit = dataclasses.replace(connection_spec('identity', streams=4), read_gate=Gate('fixed'), dynamic=False)
+  x_NBTD = jnp.arange(1.0, 5.0).reshape(4, 1, 1, 1)
+  c = hc.generate({'b_post': jnp.zeros(4)}, x_NBTD, unit)
+  assert float(hc.read(c.pre_NBT, x_NBTD).item()) == 10, 'fixed reads of 1 are the sum of all streams'
   c = hc.generate({'b_res': jnp.zeros(16)}, jnp.ones((4, 1, 1, 2)), dataclasses.replace(fixed, dynamic=False))
   np.testing.assert_array_equal(c.pre_NBT[:, 0, 0], np.full(4, 0.25))
   assert c.post_NBT is None

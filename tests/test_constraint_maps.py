@@ -129,7 +129,7 @@ def test_dual_is_the_limit_of_sinkhorn(x64, rng, n):
     np.testing.assert_allclose(actual, expected, atol=1e-10)
 
 
-@pytest.mark.parametrize('n', (3, 4, 8))
+@pytest.mark.parametrize('n', (3, 4, 8, 16))
 def test_dual_in_float32_leaves_no_defect(rng, n):
   """<= 1e-6 up to logit std 10; the same at 100, where 20 Sinkhorn iterations are off by 1 and more."""
   logits_KX = rng.normal(size=(n * n, 4096))
@@ -137,6 +137,16 @@ def test_dual_in_float32_leaves_no_defect(rng, n):
   evaluate = jax.jit(lambda c: constraint.defect(constraint.matrix(c, n)), compiler_options=COMPILER)
   for std in (1, 3, 10, 100):
     assert evaluate((std * logits_KX).astype(np.float32)).max() <= 1e-6
+
+
+def test_dual_returns_whatever_it_is_given(rng):
+  """Infinite and NaN logits spoil their own token only, unless it is the first (base.materialise)."""
+  logits_KX = (3 * rng.normal(size=(16, 64))).astype(np.float32)
+  clean = matrices(birkhoff_dual(), logits_KX, 4)
+  for broken in (np.inf, -np.inf, np.nan):
+    logits_KX[5, 7] = broken
+    h_NMX = matrices(birkhoff_dual(), logits_KX, 4)
+    np.testing.assert_allclose(np.delete(h_NMX, 7, 0), np.delete(clean, 7, 0), atol=1e-6)
 
 
 def test_dual_stops_where_it_is_told(rng):

@@ -1,14 +1,18 @@
 """Contracts discovered from folders: every config builds, every experiment is valid, files stay small."""
 
 import ast
+import dataclasses
 import pathlib
 import re
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from experiments import sweep
-from mhc_jax.config import base_config, build_model
+from mhc_jax import hyper_connection
+from mhc_jax.config import ConfigError, base_config, build_model
 from mhc_jax.config_file import parse
 from mhc_jax.data import VOCAB_SIZE
 from mhc_jax.run import resolve
@@ -102,3 +106,34 @@ def test_custom_constraint_needs_no_change_of_the_package():
   ids = [resolve(config, 'd', constraint).run_id for constraint in mine]
   assert len({*ids, resolve(config, 'd').run_id}) == 3
   assert build_model(config, VOCAB_SIZE, mine[0]).connection.constraint is mine[0]
+
+
+def test_a_redefined_constraint_is_another_and_the_package_keeps_its_names():
+  """Compiled programs are shared by equal models: an edited function must not find those of the old one."""
+  from mhc_jax.constraints import CONSTRAINTS
+
+  config = base_config()
+  config.duration.steps, config.optimizer.warmup_steps = 10, 1
+  ours = CONSTRAINTS['circulant']()
+  first = dataclasses.replace(ours, name='mine', matrix=lambda coords_KX, n: ours.matrix(coords_KX, n))
+  edited = dataclasses.replace(first, matrix=lambda coords_KX, n: 2 * ours.matrix(coords_KX, n))
+  models = [build_model(config, VOCAB_SIZE, constraint) for constraint in (first, edited, first)]
+  assert models[0] != models[1] and models[0] == models[2]
+  with pytest.raises(ConfigError, match="'identity' names a constraint of the package"):
+    build_model(config, VOCAB_SIZE, dataclasses.replace(first, name='identity'))
+
+
+def test_identity_or_mixing_starts_every_arm_at_the_same_mixing():
+  """Off-diagonal mass 0.01 at every token, whatever the coordinates mean."""
+  x_NBTD = jax.random.normal(jax.random.key(0), (4, 2, 8, 32))
+  specs = {}
+  for config in sweep.EXPERIMENTS['identity_or_mixing'](None):
+    if config.arm != 'residual':
+      specs[config.arm] = build_model(config, VOCAB_SIZE).connection
+  assert len(specs) >= 5
+  for arm, spec in specs.items():
+    params = hyper_connection.init_params(jax.random.key(1), spec, 32, 0)
+    res_NMBT = hyper_connection.generate(params, x_NBTD, spec).res_NMBT
+    mass_NBT = 0.0 if res_NMBT is None else abs(res_NMBT).sum(1) - abs(jnp.einsum('nnbt->nbt', res_NMBT))
+    wanted = 0.0 if arm == 'identity' else 0.01
+    np.testing.assert_allclose(mass_NBT, wanted, atol=2e-4, err_msg=arm)

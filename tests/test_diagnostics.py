@@ -29,6 +29,8 @@ def test_gains_are_the_largest_row_and_column_sums():
     'gain_backward_signed': 1.75,
     'gain_forward_of_mean': 3.0,
     'gain_backward_of_mean': 2.25,
+    'gain_forward_signed_of_mean': 1.0,
+    'gain_backward_signed_of_mean': 1.75,
   }
 
 
@@ -37,6 +39,10 @@ def test_gains_are_means_over_tokens_of_the_maximum_of_each():
   found = diagnostics.gains(matrices([[3.0, 0.0], [0.0, 1.0]], [[1.0, 0.0], [0.0, 5.0]]))
   assert float(found['gain_forward'][0]) == float(found['gain_backward'][0]) == 4.0
   assert float(found['gain_forward_of_mean'][0]) == 3.0
+  # Signs cancel between tokens before, not after, the mean.
+  found = diagnostics.gains(matrices([[3.0, 0.0], [0.0, 1.0]], [[-3.0, 0.0], [0.0, 1.0]]))
+  assert float(found['gain_forward_signed'][0]) == 3.0
+  assert float(found['gain_forward_signed_of_mean'][0]) == 1.0
 
 
 def test_composites_multiply_later_matrices_from_the_left(rng):
@@ -154,9 +160,9 @@ def test_of_a_residual_model():
       wanted = diagnostics.effective_rank(jnp.linalg.svd(jnp.asarray(ones), compute_uv=False))
     else:
       assert len(value) == 4
-      wanted = 0.0 if 'distance' in name or name == 'defect' else 1.0
+      wanted = 0.0 if 'distance' in name or 'defect' in name else 1.0
     np.testing.assert_allclose(value, wanted, rtol=1e-6, err_msg=name)
-  assert len(found) == 26 and 'logit_range' not in found and 'pre_mean' not in found
+  assert len(found) == 31 and 'logit_range' not in found and 'pre_mean' not in found
 
 
 @pytest.mark.parametrize('name,preset', [(name, p) for name in PRESETS for p in PRESETS[name]])

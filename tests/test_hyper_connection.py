@@ -157,8 +157,10 @@ def test_start_values_of_each_init(x64, init, sublayer):
   pre, post, res = coefficients_at_start(connection_spec(name, init=init), sublayer)
   home = np.arange(N) == sublayer % N
   near = np.full((N, N), 0.01 / 3) + np.eye(N) * (0.99 - 0.01 / 3)
+  cyclic = (sigmoid(np.where(home, 1, -1)), 2 * sigmoid(np.where(home, 1, -1)), near)
   expected = {
-    'cyclic': (sigmoid(np.where(home, 1, -1)), 2 * sigmoid(np.where(home, 1, -1)), near),
+    'cyclic': cyclic,
+    'cyclic_zero_phi': cyclic,
     'zero': (np.full(N, 0.5), np.ones(N), np.full((N, N), 0.25)),
     'near_identity': (np.full(N, 0.25), np.ones(N), near),
     'pre_norm': (home.astype(float), np.ones(N), np.eye(N)),

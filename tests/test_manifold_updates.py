@@ -123,6 +123,25 @@ def test_manifold_muon_on_the_sphere_is_the_tangent_step(x64, rng):
   np.testing.assert_allclose(new, wanted, atol=1e-6)  # what the dual ascent leaves
 
 
+@pytest.mark.parametrize('shape', ((8, 3), (64, 32), (32, 32)))
+def test_manifold_muon_as_shipped_is_tangent_to_a_hundredth(rng, shape):
+  w, g = (rng.normal(size=shape).astype(np.float32) for _ in range(2))
+  w, lr = np.linalg.qr(w)[0], 1e-3
+  step = (w - np.asarray(mu.manifold_muon_step(w, g, lr))) / lr
+  # The polar factor's own error is of order lr; float32 rounds W, divided by lr, to 1e-4.
+  assert np.linalg.norm(w.T @ step + step.T @ w, 2) < 0.01 + 2 * lr
+
+
+def test_fixed_rank_starts_with_the_full_maps_norm(rng):
+  w = rng.normal(size=(6, 4)).astype(np.float32)
+  low = mu.fixed_rank_start(w, 2)
+  assert np.linalg.matrix_rank(np.asarray(low), tol=1e-5) == 2
+  assert np.linalg.norm(low) == pytest.approx(np.linalg.norm(w), rel=1e-6)
+  np.testing.assert_allclose(
+    low / np.linalg.norm(low), mu.fixed_rank(w, 2) / np.linalg.norm(mu.fixed_rank(w, 2)), atol=1e-6
+  )
+
+
 def test_manifold_muon_stays_and_descends(x64, rng):
   w, g = np.linalg.qr(rng.normal(size=(8, 3)))[0], rng.normal(size=(8, 3))
   step = jax.jit(functools.partial(mu.manifold_muon_step, iterations=1000, rate=0.1))

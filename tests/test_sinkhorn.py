@@ -108,15 +108,16 @@ def test_large_logits_stay_finite_in_float32(rng, preset, scale):
 
 
 def test_orientation_of_a_matrix_made_by_hand(x64):
-  """[[a, 1], [1, 1]], one iteration: columns, then rows; each number by hand."""
-  a = 3.0
-  logits_KX = np.log(np.array([a, 1, 1, 1])).reshape(4, 1)
-  c = a / (a + 1)  # after the columns: [[c, 1/2], [1 - c, 1/2]]
-  paper = np.array([[c, 0.5], [1 - c, 0.5]]) / np.array([[c + 0.5], [1.5 - c]])
-  constraint = birkhoff_sinkhorn(1, 'paper')
-  np.testing.assert_allclose(constraint.matrix(logits_KX, 2)[..., 0], paper, rtol=1e-14)
-  rows_first = birkhoff_sinkhorn(1, 'megatron_main')
-  np.testing.assert_allclose(rows_first.matrix(logits_KX, 2)[..., 0], paper.T, rtol=1e-14)
+  """[[3, 2], [1, 1]], not symmetric, one iteration of each order; each number by hand."""
+  logits_KX = np.log(np.array([3.0, 2, 1, 1])).reshape(4, 1)
+  # Columns: [[3/4, 2/3], [1/4, 1/3]]; then rows of sums 17/12 and 7/12.
+  paper = np.array([[9 / 17, 8 / 17], [3 / 7, 4 / 7]])
+  found = birkhoff_sinkhorn(1, 'paper').matrix(logits_KX, 2)[..., 0]
+  np.testing.assert_allclose(found, paper, rtol=1e-14)
+  # Rows: [[3/5, 2/5], [1/2, 1/2]]; then columns of sums 11/10 and 9/10.
+  rows_first = np.array([[6 / 11, 4 / 9], [5 / 11, 5 / 9]])
+  found = birkhoff_sinkhorn(1, 'megatron_main').matrix(logits_KX, 2)[..., 0]
+  np.testing.assert_allclose(found, rows_first, rtol=1e-14)
 
 
 @pytest.mark.parametrize('n', (2, 3, 4, 8))

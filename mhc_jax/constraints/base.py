@@ -26,11 +26,12 @@ PROPERTIES = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Constraint:
   """A set of mixing matrices H, applied to streams as x'_i = sum_j H[i, j] x_j.
 
-  name, params: together they enter the run id.
+  name, params: together they enter the run id. Equal ones make equal constraints (and share compiled
+    programs) within the package; one of your own is also its function, so that a redefined one is new.
   num_coordinates(n): how many unconstrained numbers pick a point of the set.
   matrix(coords_KX, n) -> h_NMX: coordinates (K, *tokens) to matrices (n, n, *tokens).
   identity(n, mixing=0.01) -> coords_K: a point whose rows have off-diagonal mass `mixing` (or as
@@ -43,19 +44,34 @@ class Constraint:
   """
 
   name: str
-  num_coordinates: Callable[[int], int] = dataclasses.field(compare=False)
-  matrix: Callable[[jax.Array, int], jax.Array] = dataclasses.field(compare=False)
-  identity: Callable[..., np.ndarray] = dataclasses.field(compare=False)
-  dimension: Callable[[int], int] = dataclasses.field(compare=False)
-  defect: Callable[[jax.Array], jax.Array] = dataclasses.field(compare=False)
-  properties: frozenset[str] = dataclasses.field(compare=False)
-  flops: Callable[[int], int] = dataclasses.field(compare=False)
-  params: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
+  num_coordinates: Callable[[int], int]
+  matrix: Callable[[jax.Array, int], jax.Array]
+  identity: Callable[..., np.ndarray]
+  dimension: Callable[[int], int]
+  defect: Callable[[jax.Array], jax.Array]
+  properties: frozenset[str]
+  flops: Callable[[int], int]
+  params: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self) -> None:
     unknown = set(self.properties) - set(PROPERTIES)
     if unknown:
       raise ValueError(f'constraint {self.name!r} claims unknown properties {sorted(unknown)}')
+
+  @property
+  def is_of_package(self) -> bool:
+    """Whether it comes from this package: its name and params say everything."""
+    return (getattr(self.matrix, '__module__', None) or '').startswith(f'{__package__}.')
+
+  @property
+  def _key(self) -> tuple[object, ...]:
+    return self.name, None if self.is_of_package else self.matrix
+
+  def __eq__(self, other: object) -> bool:
+    return isinstance(other, Constraint) and self._key == other._key and self.params == other.params
+
+  def __hash__(self) -> int:
+    return hash(self._key)
 
 
 def promote(coords_KX: jax.Array) -> jax.Array:
