@@ -13,6 +13,7 @@ because its H_res may scale.
 from ml_collections import ConfigDict
 
 from experiments import protocol
+from experiments.quick import LEARNING_RATES
 
 OFF = {
   'res': {'constraint': 'identity'},
@@ -32,5 +33,9 @@ def runs(arg: str | None = None) -> list[ConfigDict]:
       off = [fields for part, fields in OFF.items() if part not in parts]
       arms[f'{name} {"+".join(parts)}'] = {'name': name} | {k: v for fields in off for k, v in fields.items()}
   return protocol.locked(
-    [protocol.config(scale, arm, connection, seed) for arm, connection in arms.items() for seed in SEEDS]
+    [
+      protocol.config(scale, arm, connection, seed, LEARNING_RATES[connection['name']])
+      for arm, connection in arms.items()
+      for seed in SEEDS
+    ]
   )

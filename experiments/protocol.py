@@ -27,7 +27,7 @@ SCALES: dict[str, dict[str, Any]] = {
     'steps': 5000,
   },
 }
-LEARNING_RATE = 1.6e-2  # at width 32 and depth 2, for every arm of experiments/learning_rate.py
+LEARNING_RATE = 1.6e-2  # at width 32 and depth 2; hc's is another (quick.LEARNING_RATES)
 
 
 def scale_of(arg: str | None) -> str:

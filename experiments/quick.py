@@ -14,7 +14,7 @@ from mhc_jax.data import VOCAB_SIZE
 # (width, depth): width and depth vary on their own and together.
 SIZES = ((32, 2), (32, 4), (64, 2), (48, 4), (64, 4))
 TOKENS_PER_PARAM = 3
-LEARNING_RATES = {'residual': 1.6e-2, 'hc': 1.6e-2, 'mhc': 1.6e-2, 'identity': 1.6e-2}
+LEARNING_RATES = {'residual': 1.6e-2, 'hc': 3.2e-2, 'mhc': 1.6e-2, 'identity': 1.6e-2}
 RANK_SIZE = (32, 2)
 GENERATOR_RANKS = (1, 2, 4)
 WEIGHT_RANKS = (2, 4, 8)
