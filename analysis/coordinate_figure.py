@@ -48,7 +48,7 @@ def coordinates(table: pd.DataFrame, folder: Path) -> Panel:
           ax.plot(own[axis], own['value'], **look, ms=3, label=arm if transfer else None)
         log_axis(ax, axis)
         ax.set_xticks(sorted(here[axis].unique()), [str(v) for v in sorted(here[axis].unique())])
-        ax.set_yscale('log')
+        log_axis(ax, '', 'y')
         ax.set_title(name, fontsize=8)
     legend(fig, grid[0][0])
   worst = found[found['transfer']].groupby('arm', sort=False)['slope'].apply(lambda v: v.abs().max())

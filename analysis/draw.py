@@ -72,7 +72,7 @@ def save(fig: Figure, folder: Path, name: str, caption: str, table: pd.DataFrame
   """Writes name.png, name.svg and name.csv."""
   folder.mkdir(parents=True, exist_ok=True)
   with matplotlib.rc_context(style()):
-    fig.savefig(folder / f'{name}.png')
+    fig.savefig(folder / f'{name}.png', pil_kwargs={'optimize': True})
     fig.set_layout_engine('none')  # the first save has laid the figure out
     fig.savefig(folder / f'{name}.svg', metadata={'Date': None})
   table.to_csv(folder / f'{name}.csv', index=False)

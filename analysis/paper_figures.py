@@ -189,10 +189,10 @@ def heat_maps(s: Study, folder: Path) -> Panel | str:
   found = []
   for arm, own in largest(s, finished=True).groupby('arm', sort=False):
     matrices = _matrices(s.sweep.runs[own['run_id'].iloc[0]])
-    if matrices:
+    if any(len(stack[0]) > 1 for stack in matrices.values()):  # one stream has nothing to show
       found.append((arm, own['run_id'].iloc[0], matrices))
   if not found:
-    return 'Heat maps of H_res: no run logged diagnostics/res_mean (one matrix per sublayer).'
+    return 'Heat maps of H_res: no run of several streams logged diagnostics/res_mean.'
   rows = []
   with figure(WIDE, 1.5 * len(found) + 0.3, nrows=len(found), ncols=6, squeeze=False) as (fig, axes):
     for line, (arm, run_id, matrices) in zip(axes, found, strict=True):

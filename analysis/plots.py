@@ -8,7 +8,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from analysis import coordinate_figure, isoflop_figures, paper_figures
+from analysis import coordinate_figure, isoflop_figures, paper_figures, stability_figure
 from analysis.draw import Panel
 from analysis.figures import draw_all
 from analysis.runs import Sweep, read_sweep
@@ -31,6 +31,7 @@ COMPOSITES = (
   isoflop_figures.isoflop_panels,
   isoflop_figures.optimal_sizes,
   paper_figures.residual_panels,
+  stability_figure.stability,
 )
 
 

@@ -82,6 +82,27 @@ def test_isoflop_panels(tmp_path, blank_images, capsys):
   assert 'N* ~ C^' in said and 'D* ~ C^' in said
 
 
+def test_stability_panel(tmp_path, blank_images):
+  """Every depth and rate; a diverged run counts as such and has no final loss."""
+  planned = []
+  for arm in ('residual', 'hc'):
+    for depth in (2, 4):
+      for lr in (0.004, 0.04):
+        for seed in (0, 1):
+          state = 'diverged' if (arm, depth, lr, seed) == ('hc', 4, 0.04, 1) else 'finished'
+          planned.append(write_run(tmp_path, config_of(arm, 32, depth, seed, lr=lr), state))
+  (tmp_path / 'plan.json').write_text(json.dumps({'sweep': 'stability', 'runs': planned}))
+  assert plots.main(['paper', str(tmp_path)]) == 0
+  table = pd.read_csv(tmp_path / 'paper' / 'paper_stability.csv')
+  assert len(table) == 16 and table['diverged'].sum() == 1
+  assert table['validation_loss'].isna().tolist() == (table['diverged'] == 1).tolist()
+  # Logged every 5 %, falling: the largest after a tenth is that at 15 % (the diverged run's, at 12 %).
+  at = np.where(table['diverged'] == 1, 0.12, 0.15)
+  np.testing.assert_allclose(table['gradient_norm'], np.exp(-at) + 0.1, rtol=1e-3)
+  gains = table.groupby(['arm', 'depth'])['composite_gain'].max()
+  assert gains['residual', 4] == 1 and gains['hc', 4] == pytest.approx(1.3**8)
+
+
 def test_plots_on_nothing(tmp_path, capsys):
   assert plots.main(['paper', str(tmp_path / 'absent')]) == 2
   assert capsys.readouterr().err.startswith('error: ')

@@ -175,6 +175,12 @@ def test_every_connection_has_finite_diagnostics(name, preset):
   assert ('depth_rank' in found) == (name != 'gated_residual')
 
 
+def test_of_a_model_with_exact_matrices_twice():
+  """Newton's loops in the layers' loop; XLA:CPU has hung on the second run of such a program."""
+  for _ in range(2):
+    assert diagnosed(name='mhc', constraint='birkhoff_dual')['defect'].max() < 1e-6
+
+
 def test_of_an_unconstrained_model_whose_feed_forward_mixing_is_disturbed():
   """Sublayers 1 and 3 are the disturbed ones; the composite of 2 is that of 1."""
   found = diagnosed('feed_forward_connection', name='hc', preset='static')

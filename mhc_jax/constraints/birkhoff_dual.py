@@ -45,6 +45,11 @@ def _column_factors(k_NMX: jax.Array, r_NX: jax.Array) -> jax.Array:
   return 1 / _sum([k_NMX[i] * r_NX[i][None] for i in range(len(r_NX))])
 
 
+def _share_rounding(k_NMX: jax.Array, r_NX: jax.Array, c_MX: jax.Array) -> jax.Array:
+  """c such that rows and columns bear half of the rounding each: with exact rows, the columns bear all."""
+  return c_MX * (1.5 - 0.5 * _sum([k_NMX[i] * r_NX[i][None] for i in range(len(r_NX))]) * c_MX)
+
+
 def _laplacian(k_NMX: jax.Array, r_NX: jax.Array, c_MX: jax.Array) -> tuple[jax.Array, jax.Array]:
   """The weights W_jk of P = diag(r) K diag(c), and 1 - column sums (n, *X).
 
@@ -148,11 +153,15 @@ def _kernel(z_NMX: jax.Array) -> jax.Array:
 def _annealed_potential(logits_NMX: jax.Array) -> jax.Array:
   """log c (n, *X) from one Sinkhorn and one Newton step per temperature; 0 where the range is at most HOT."""
   one_MX = jnp.ones_like(logits_NMX[0])
-  range_NX = _row_max(logits_NMX) + _row_max(-logits_NMX)
-  range_X = functools.reduce(jnp.maximum, list(range_NX))
+
+  def first_temperature() -> jax.Array:
+    range_NX = _row_max(logits_NMX) + _row_max(-logits_NMX)
+    range_X = functools.reduce(jnp.maximum, list(range_NX))
+    return jnp.where((range_X > HOT) & jnp.isfinite(range_X), range_X / COOL, 1)
 
   def cool(carry):
     count, potential_MX, temperature_X = carry
+    temperature_X = jnp.where(count == 0, first_temperature(), temperature_X)
     stage = functools.partial(materialise, count >= 0)
     k_NMX = stage(_kernel, (logits_NMX + potential_MX[None]) / temperature_X[None, None])
     c_MX = stage(_column_factors, k_NMX, stage(_row_factors, k_NMX, one_MX))
@@ -161,11 +170,10 @@ def _annealed_potential(logits_NMX: jax.Array) -> jax.Array:
     potential_MX += temperature_X[None] * jnp.log(c_MX)
     return count + 1, potential_MX, jnp.maximum(temperature_X / 2, 1)
 
-  start = (
-    0,
-    jnp.zeros_like(logits_NMX[0]),
-    jnp.where((range_X > HOT) & jnp.isfinite(range_X), range_X / COOL, 1),
-  )
+  # No range exceeds HOT unless an entry exceeds half of it: one cheap pass tells whether the loop starts. (A
+  # lax.cond round the loop hangs XLA:CPU of jaxlib 0.10.2, the second time the program runs.)
+  hot = jnp.max(jnp.abs(logits_NMX)) > HOT / 2
+  start = (0, jnp.zeros_like(logits_NMX[0]), jnp.full_like(logits_NMX[0, 0], jnp.where(hot, 2, 1)))
   return lax.while_loop(lambda carry: jnp.any(carry[2] > 1), cool, start)[1]
 
 
@@ -191,8 +199,7 @@ def project(logits_NMX: jax.Array, max_iterations: int) -> jax.Array:
   tolerance = 4 * jnp.finfo(logits_NMX.dtype).eps
   # True unless the input is broken, which the compiler cannot know.
   stage = functools.partial(materialise, logits_NMX[(0,) * logits_NMX.ndim] < jnp.inf)
-  hot = jnp.max(jnp.abs(logits_NMX)) > HOT / 2  # no range can be larger than HOT otherwise
-  k_NMX = lax.cond(hot, lambda z: _kernel(z + _annealed_potential(z)[None]), _kernel, logits_NMX)
+  k_NMX = stage(_kernel, logits_NMX + _annealed_potential(logits_NMX)[None])
   r_NX, c_MX = _sinkhorn(k_NMX)
 
   def improve(carry):
@@ -206,9 +213,7 @@ def project(logits_NMX: jax.Array, max_iterations: int) -> jax.Array:
 
   start = (0, r_NX, c_MX, jnp.full((), jnp.inf, c_MX.dtype))
   _, r_NX, c_MX, _ = lax.while_loop(unbalanced, improve, start)
-  h_NMX = stage(lambda k_NMX, r_NX, c_MX: k_NMX * r_NX[:, None] * c_MX[None], k_NMX, r_NX, c_MX)
-  # The rows are exact and the columns bear all rounding: half of it to each.
-  return h_NMX * (1.5 - 0.5 * _sum(list(h_NMX)))[None]
+  return k_NMX * r_NX[:, None] * stage(_share_rounding, k_NMX, r_NX, c_MX)[None]
 
 
 def _project_forward(logits_NMX, max_iterations):
