@@ -108,9 +108,16 @@ def headline_text(s: Study) -> list[str]:
     words.append(
       f'{m.arm}: {s.reference} needs {m.flops:.2f} times the compute for equal loss '
       f'(95 % {low:.2f} to {high:.2f}; {verdict})'
-      + (f', {m.equal_tokens:.2f} times at equal size and tokens.' if m.equal_tokens else '.')
+      + ('.' if m.equal_tokens is None else f'; at equal size and tokens {_with_ends(m, "equal_tokens", 2)}.')
     )
   return words
+
+
+def _with_ends(m: Multiplier, name: str, digits: int) -> str:
+  value, ends = getattr(m, name), getattr(m, f'{name}_interval')
+  if value is None:
+    return '–'
+  return f'{value:.{digits}f} ({ends[0]:.{digits}f} to {ends[1]:.{digits}f})'
 
 
 def _no_multiplier(s: Study) -> str:
@@ -208,13 +215,15 @@ def currencies(s: Study) -> Raw:
   shown = [m for m in s.multipliers if m.flops is not None]
   if not shown:
     return Raw('')
-  rows = [[m.arm, number(m.flops, 3), number(m.equal_tokens, 3), number(m.seconds, 3)] for m in shown]
+  names = ('flops', 'equal_tokens', 'seconds')
+  rows = [[m.arm, *(_with_ends(m, name, 3) for name in names)] for m in shown]
   return (
     Raw('<h3>The multiplier in three currencies</h3>')
     + table(['arm', 'equal FLOPs', 'equal size and tokens', 'equal seconds'], rows)
     + paragraph(
       'FLOPs count the hyper-connection terms. Equal size and tokens ignores their cost; equal '
-      'seconds uses the measured training speed on this hardware at the largest common size.'
+      'seconds uses the training speeds measured on this hardware, by arm and size. Each is a fit of its own '
+      '(of L(N, D), the costs at the largest common size convert). In brackets: 95 %.'
     )
   )
 

@@ -94,13 +94,17 @@ def _exclude_other_corpora(t: pd.DataFrame) -> None:
 
 
 def _exclude_other_rates(t: pd.DataFrame) -> None:
-  """Of several learning rates for one arm, size and budget the one of lowest mean loss stays."""
-  inside = t[t['excluded'].isna()]
-  for _, rows in inside.groupby(['arm', 'size', 'duration'], dropna=False):
-    losses = rows.groupby('lr')['validation_loss'].mean()
+  """Of several learning rates for one arm, size and budget the one of lowest mean loss stays.
+
+  A diverged run counts as infinitely bad, so that no rate wins by the seeds that survived it.
+  """
+  grid = t[t['excluded'].isna() | ((t['state'] == 'diverged') & t['axis'].isna())]
+  for _, rows in grid.groupby(['arm', 'size', 'duration'], dropna=False):
+    finite = rows['validation_loss'].where(rows['state'] == 'finished', np.inf)
+    losses = finite.groupby(rows['lr']).mean()
     if len(losses) > 1:
       best = losses.idxmin()
-      worse = rows.index[rows['lr'] != best]
+      worse = rows.index[(rows['lr'] != best) & rows['excluded'].isna()]
       t.loc[worse, 'excluded'] = f'learning-rate sweep: lr = {best:g} is better at this size'
 
 

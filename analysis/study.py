@@ -24,13 +24,19 @@ DELTA = 'auto'  # report: Huber's width follows the noise (estimate.make_problem
 
 @dataclasses.dataclass(frozen=True)
 class Multiplier:
-  """Compute multiplier of an arm over the reference in three currencies; or why there is none."""
+  """Compute multiplier of an arm over the reference in three currencies; or why there is none.
+
+  equal_tokens: at equal sizes and tokens, the connection's own cost left out. seconds: of training at the
+  speeds measured. Intervals: 95 %.
+  """
 
   arm: str
   flops: float | None
   flops_interval: list[float] | None
   equal_tokens: float | None
+  equal_tokens_interval: list[float] | None
   seconds: float | None
+  seconds_interval: list[float] | None
   problem: str | None
 
 
@@ -132,34 +138,60 @@ def multipliers(
   fitted: Fit | None, doc: dict | None, inside: pd.DataFrame, reference: str | None
 ) -> list[Multiplier]:
   """m per arm: FLOPs, work (N x D: equal sizes and tokens) and seconds the reference needs, over
-  the arm's own, for equal loss. L(C) measures the first, L(N, D) the second; the costs per token
-  at the largest size that both arms finished convert between them.
+  the arm's own, for equal loss.
+
+  L(C) is fitted once per currency, each run's FLOPs replaced by its cost in that currency: the overhead of
+  a connection differs between sizes. L(N, D) measures work; the costs at the largest common size convert it.
   """
   out = []
   if fitted is None:
     return out
+  other = {}
+  if fitted.law.name != 'chinchilla' and len(fitted.points.arms) > 1:
+    other = {unit: _in_currency(fitted, inside, reference, unit) for unit in ('equal_tokens', 'seconds')}
   for arm in fitted.points.arms:
     if arm == reference:
       continue
     name = f'm[{arm}]'
     if name in doc['verdicts']:
-      out.append(Multiplier(arm, None, None, None, None, doc['verdicts'][name]))
+      out.append(Multiplier(arm, *[None] * 6, doc['verdicts'][name]))
       continue
-    value, (low, high) = doc[name], doc['intervals'][name]
-    cost, speed = cost_ratios(inside, arm, reference)
+    value, ends = doc[name], np.array(doc['intervals'][name])
     if fitted.law.name == 'chinchilla':
-      value, low, high = value / cost, low / cost, high / cost
-    out.append(
-      Multiplier(
-        arm,
-        value,
-        [low, high],
-        value * cost if np.isfinite(cost) else None,
-        value * speed if np.isfinite(speed) else None,
-        None,
-      )
-    )
+      cost, speed = cost_ratios(inside, arm, reference)
+      found = [(value / cost, ends / cost), (value, ends), (value * speed / cost, ends * speed / cost)]
+    else:
+      found = [(value, ends), *(other[unit].get(arm, (np.nan, ends)) for unit in other)]
+    fields = [
+      x for v, e in found for x in ((float(v), list(map(float, e))) if np.isfinite(v) else (None, None))
+    ]
+    out.append(Multiplier(arm, *fields, None))
   return out
+
+
+def _in_currency(
+  fitted: Fit, inside: pd.DataFrame, reference: str, unit: str
+) -> dict[str, tuple[float, list[float]]]:
+  """Arm -> (m, interval) of the same L(C) with C in another unit.
+
+  equal_tokens: the FLOPs that the reference would spend on the run's tokens at its size; seconds: its tokens
+  over the median speed of its arm and size. Runs of sizes without the reference, or without a speed, are out.
+  """
+  rows = inside.reset_index(drop=True)
+  if unit == 'equal_tokens':
+    per_token = rows[rows['arm'] == reference].groupby('size')['flops_per_token'].median()
+    cost = rows['tokens'] * rows['size'].map(per_token)
+  else:
+    cost = rows['tokens'] / rows.groupby(['arm', 'size'])['tokens_per_second'].transform('median')
+  known = np.isfinite(cost.to_numpy(float))
+  points = fitted.points.take(known)
+  points = dataclasses.replace(points, log_x=points.log_x | {'C': np.log(cost.to_numpy(float)[known])})
+  left = points.arms
+  if reference not in left or len(left) < 2 or len(points) <= len(left) + 1 + 2 * len(fitted.law.terms):
+    return {}
+  again = fit(points, fitted.law, ArmModel('common', reference), delta=DELTA)
+  ends = delta(again)
+  return {arm: (again.parameters[f'm[{arm}]'], ends[f'm[{arm}]']) for arm in left if arm != reference}
 
 
 def cost_ratios(inside: pd.DataFrame, arm: str, reference: str) -> tuple[float, float]:
@@ -279,13 +311,14 @@ def _exponent(
 
 
 def rate_sweeps(table: pd.DataFrame) -> list[RateSweep]:
-  """Learning-rate grids (at least three rates) of the size grid, diverged runs included."""
+  """Learning-rate grids (at least three rates) of the size grid; a rate at which any run diverged is out."""
   tried = table[table['axis'].isna() & table['state'].isin(['finished', 'diverged'])]
   out = []
   for (arm, size, _), rows in tried.groupby(['arm', 'size', 'duration'], sort=False):
     if rows['lr'].nunique() < 3:
       continue
-    found = best_learning_rate(rows['lr'].to_numpy(float), rows['validation_loss'].to_numpy(float))
+    losses = rows['validation_loss'].where(rows['state'] == 'finished', np.inf).groupby(rows['lr']).mean()
+    found = best_learning_rate(losses.index.to_numpy(float), losses.to_numpy(float))
     best = None if found.log_x is None else float(np.exp(found.log_x))
     out.append(RateSweep(arm, size, rows, best, found.problem))
   return out

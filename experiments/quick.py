@@ -1,8 +1,8 @@
 """What `make sweep` runs: scaling curves of four arms, and manifold ranks, in minutes on two cores.
 
 residual, hc, mhc and identity at five sizes that vary width and depth, two paired seeds at the two
-smallest; mhc at three ranks of its generator and of its weights at one size. Learning rates come from
-experiments/learning_rate.py (experiments/LOG.md).
+smallest; mhc at three ranks of its generator, of its depth matrix (streams) and of its weights at one size.
+Learning rates come from experiments/learning_rate.py (experiments/LOG.md).
 """
 
 from ml_collections import ConfigDict
@@ -17,6 +17,7 @@ TOKENS_PER_PARAM = 3
 LEARNING_RATES = {'residual': 1.6e-2, 'hc': 3.2e-2, 'mhc': 1.6e-2, 'identity': 1.6e-2}
 RANK_SIZE = (32, 2)
 GENERATOR_RANKS = (1, 2, 4)
+STREAMS = (1, 2, 8)  # besides 4
 WEIGHT_RANKS = (2, 4, 8)
 
 
@@ -55,6 +56,10 @@ def runs(arg: str | None = None) -> list[ConfigDict]:
   for rank in GENERATOR_RANKS:
     c = config('mhc', *RANK_SIZE, seed=0)
     c.model.connection.rank = rank
+    planned.append(c)
+  for streams in STREAMS:
+    c = config('mhc', *RANK_SIZE, seed=0)
+    c.model.connection.streams = streams
     planned.append(c)
   for rank in WEIGHT_RANKS:  # for as many tokens as the full rank gets
     c = config('mhc', *RANK_SIZE, seed=0)

@@ -103,6 +103,25 @@ def test_grid_of_sizes_and_tokens_gets_the_law_of_both(tmp_path, blank_images):
   assert m['flops'] < 0.97 * m['equal_tokens']
 
 
+def test_arms_of_equal_losses_are_equal_at_equal_size_and_tokens(tmp_path, no_figures):
+  """mhc costs more FLOPs, by a factor that falls with width, for the losses that residual has."""
+  planned = []
+  for size in SIZES:
+    plain = derived_of(config_of('residual', *size, 0))['flops']
+    for arm in ('residual', 'mhc'):
+      config = config_of(arm, *size, 0)
+      bonus = plain / derived_of(config)['flops'] / MULTIPLIER[arm]
+      planned.append(write_run(tmp_path, config, noise=0.0, bonus=bonus))
+  (tmp_path / 'plan.json').write_text(json.dumps({'sweep': 'equal', 'runs': planned}))
+  fits, _, page = report(tmp_path)
+  (m,) = fits['multipliers']
+  assert fits['law'] == 'compute' and m['flops'] < 0.9
+  assert m['equal_tokens'] == pytest.approx(1, abs=1e-3)
+  # The synthetic trainer's speed is the same for every run.
+  assert m['seconds'] == pytest.approx(1, abs=1e-3)
+  assert 'at equal size and tokens 1.00' in words(page)
+
+
 def test_mixtures_and_learning_rates(tmp_path, no_figures):
   planned = write_sweep(tmp_path, ranks=False)
   more = write_run(tmp_path, config_of('mhc', 32, 4, 0, lr=0.032), bonus=0.5, revision='r2')
