@@ -16,6 +16,8 @@ from analysis.intervals import LEVEL, band, sandwich_covariance
 from analysis.laws import ArmModel, Law, Points, design
 from mhc_jax.config import ConfigError
 
+CLUSTERS_PER_RESTRICTION = 4  # of the clustered F test
+
 
 @dataclasses.dataclass(frozen=True)
 class RolloutStep:
@@ -113,15 +115,15 @@ def restriction(big: Fit, small: Fit) -> np.ndarray:
 
 
 def clustered_f(big: Fit, small: Fit) -> tuple[float, tuple[int, int], float] | None:
-  """Wald F of the restrictions with cluster-robust covariance: (F, (q, G - 1), p) or None.
+  """Wald F of the restrictions with cluster-robust covariance: (F, (q, G - q), p) or None.
 
-  None when there are no more clusters than restrictions. With few clusters the test is only
-  approximate (its size is measured in the tests).
+  None with fewer than CLUSTERS_PER_RESTRICTION clusters to a restriction: there the sandwich is too small
+  (3 restrictions on 7 clusters reject a true hypothesis in 16 % of simulations at a nominal 5 %).
   """
   rows = restriction(big, small)
   covariance_PP, clusters = sandwich_covariance(big)
   q = len(rows)
-  if q == 0 or clusters - 1 <= q:
+  if q == 0 or clusters < max(CLUSTERS_PER_RESTRICTION * q, q + 2):
     return None
   gap = rows @ big.theta_P
   middle = rows @ covariance_PP @ rows.T

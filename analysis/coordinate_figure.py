@@ -9,9 +9,11 @@ import numpy as np
 import pandas as pd
 
 from analysis.draw import Panel, figure, legend, log_axis, looks, save
+from analysis.points import read_table
 from mhc_jax.config import ConfigError
 
 WIDE = 7.0  # inches: a text width
+COLUMNS = ('arm', 'axis', 'width', 'depth', 'transfer', 'lr', 'update', 'coordinate', 'value')
 
 
 def read(folder: Path) -> pd.DataFrame:
@@ -19,7 +21,11 @@ def read(folder: Path) -> pd.DataFrame:
   path = folder / 'coordinates.csv'
   if not path.is_file():
     raise ConfigError(f'{path} is missing; write it by python -m experiments.coordinate_check')
-  return pd.read_csv(path)
+  table = read_table(path)
+  absent = [name for name in COLUMNS if name not in table.columns]
+  if absent:
+    raise ConfigError(f'{path}: no column {absent[0]!r}; write it by python -m experiments.coordinate_check')
+  return table
 
 
 def slopes(table: pd.DataFrame) -> pd.DataFrame:

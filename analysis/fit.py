@@ -26,7 +26,7 @@ from analysis.intervals import (
   preferred,
 )
 from analysis.laws import LAWS, ArmModel
-from analysis.points import drop_highest, parse_columns, read_points
+from analysis.points import check_folder, drop_highest, parse_columns, read_points
 from analysis.solve import LOSSES
 from mhc_jax.config import ConfigError
 
@@ -175,6 +175,8 @@ def run(a: argparse.Namespace) -> dict[str, object]:
   points, excluded = drop_highest(points, a.drop_highest)
   if a.reference is not None and a.reference not in points.arms:
     raise ConfigError(f'--reference {a.reference}: the arms are {", ".join(points.arms)}')
+  if a.resamples < 0 or a.seed < 0:
+    raise ConfigError(f'--resamples {a.resamples} --seed {a.seed}: neither may be negative')
   law, width = LAWS[a.law], parse_delta(a.delta)
   arms = ArmModel(a.arms, a.reference or points.arms[0])
   fitted = fit(points, law, arms, a.loss, width)
@@ -196,6 +198,8 @@ def main(argv: list[str] | None = None) -> int:
   """Command line; returns the exit code (2 and one line for bad input, nothing written)."""
   a = _parser().parse_args(argv)
   try:
+    if a.out is not None:  # before the work, whose result would be lost
+      check_folder(a.out.parent, '--out')
     text = json.dumps(run(a), indent=1)
   except ConfigError as e:
     print(f'error: {e}', file=sys.stderr)

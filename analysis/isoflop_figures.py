@@ -45,9 +45,16 @@ def isoflop_panels(s: Study, folder: Path) -> Panel | str:
         if m.log_x is not None:
           ax.plot(np.exp(m.log_x), m.loss, '*', color=line.get_color(), ms=9)
         best = {'optimal_params': None if m.log_x is None else np.exp(m.log_x), 'loss': m.loss}
-        rows.append(
-          {'arm': arm, 'flops': c, **best, 'problem': m.problem, 'run_ids': ' '.join(near['run_id'])}
-        )
+        rows.append({'kind': 'minimum', 'arm': arm, 'flops': c, **best, 'problem': m.problem})
+        for kind, x, y in (
+          ('run', near['params_matmul'], near['validation_loss']),
+          ('curve', np.exp(m.curve_log_x), m.curve_loss),
+        ):
+          ids = near['run_id'] if kind == 'run' else [None] * len(x)
+          rows += [
+            {'kind': kind, 'arm': arm, 'flops': c, 'params': a, 'loss': b, 'run_id': i}
+            for a, b, i in zip(x, y, ids, strict=True)
+          ]
       ax.set_title(arm)
       log_axis(ax, 'parameters (matmul)')
     axes[0][0].set_ylabel('validation loss (nats per token)')
@@ -68,10 +75,13 @@ def optimal_sizes(s: Study, folder: Path) -> Panel | str:
         c, log_x = np.array(inside).T
         ax.plot(c, np.exp(log_x), style[arm]['marker'], color=style[arm]['color'], label=arm)
         rows += [{'arm': arm, 'optimum': name, 'flops': b, 'value': np.exp(x)} for b, x in inside]
+        first = len(rows) - len(inside)
         law = power_law(np.log(c), log_x)
         if law is not None:
           ends = '' if law.low is None else f' (95 % {law.low:.2f} to {law.high:.2f})'
           words.append(f'{arm}: {name} ~ C^{law.exponent:.2f}{ends}.')
+          for row in rows[first:]:
+            row |= {'exponent': law.exponent, 'low': law.low, 'high': law.high}
           line = np.exp(law.log_coefficient + law.exponent * np.log(c))
           ax.plot(c, line, linestyle=style[arm]['linestyle'], color=style[arm]['color'])
       log_axis(ax, 'training FLOPs')

@@ -80,11 +80,11 @@ def gap_and_ratio(s: Study, folder: Path) -> Panel | str:
 
 
 def _pairs_at_largest(s: Study) -> list[tuple[str, Run, Run]]:
-  """(arm, its run, the reference's run) at the largest size where the arm has pairs."""
+  """(arm, its run, the reference's run) at the reference's largest budget that the arm has pairs of."""
   out = []
   for arm, pairs in pair_up(s.table, s.reference).items() if s.reference else ():
-    size = pairs.loc[pairs['flops_own'].idxmax(), 'size']
-    for _, pair in pairs[pairs['size'] == size].iterrows():
+    size, duration = pairs.loc[pairs['flops_ref'].idxmax(), ['size', 'duration']]
+    for _, pair in pairs[(pairs['size'] == size) & (pairs['duration'] == duration)].iterrows():
       out.append((arm, s.sweep.runs[pair['run_id_own']], s.sweep.runs[pair['run_id_ref']]))
   return out
 
@@ -110,7 +110,8 @@ def over_training(s: Study, folder: Path) -> Panel | str:
         continue
       gap = smooth((table['own'] - table['other']).to_numpy())
       label = None if any(row['arm'] == arm for row in rows) else arm
-      left.plot(table['tokens'], gap, color=style[arm]['color'], lw=1.0, label=label)
+      look = {'color': style[arm]['color'], 'linestyle': style[arm]['linestyle']}
+      left.plot(table['tokens'], gap, **look, lw=1.0, label=label)
       rows += [
         {'arm': arm, 'run_id': own.run_id, 'tokens': x, 'loss_gap': v}
         for x, v in zip(table['tokens'], gap, strict=True)
@@ -176,7 +177,10 @@ def gains(s: Study, folder: Path) -> Panel | str:
     if not tables:
       return 'Gains by sublayer: no run logged diagnostics.'
     legend(fig, axes.flat[0])
-  caption = 'Amax gains of H_res by sublayer at the largest size: single (top) and composite (bottom).'
+  caption = (
+    'Amax gains of H_res by sublayer l at the largest size: single (top) and of the product of sublayers '
+    '1 to l (bottom), forward and backward.'
+  )
   return save(fig, folder, 'paper_gains', caption, pd.DataFrame(tables))
 
 
@@ -266,13 +270,19 @@ def residual_panels(s: Study, folder: Path) -> Panel | str:
 
 
 def final_losses(s: Study) -> pd.DataFrame:
-  """Table 1 style: final loss and bits per byte by arm and size, with the gap to the reference."""
-  gap = {(g.arm, g.size): g for g in s.gaps}
+  """Table 1 style: final loss and bits per byte by arm, size and budget, with the gap to the reference."""
+  gap = {(g.arm, g.size, round(g.log_flops, 2)): g for g in s.gaps}
   rows = []
-  for (arm, size), own in s.grid.groupby(['arm', 'size'], sort=False):
-    g = gap.get((arm, size))
+  for (arm, size, _), own in s.grid.groupby(['arm', 'size', 'duration'], sort=False):
+    g = gap.get((arm, size, round(float(np.log(own['flops']).mean()), 2)))
     rows.append(
-      {'arm': arm, 'size': size, 'seeds': own['seed'].nunique(), 'runs': len(own)}
+      {
+        'arm': arm,
+        'size': size,
+        'tokens': own['tokens'].mean(),
+        'seeds': own['seed'].nunique(),
+        'runs': len(own),
+      }
       | {'validation_loss': own['validation_loss'].mean(), 'standard_deviation': own['validation_loss'].std()}
       | {'bits_per_byte': own['validation_bits_per_byte'].mean(), 'flops': own['flops'].mean()}
       | {name: None if g is None else getattr(g, name) for name in ('difference', 'low', 'high')}

@@ -11,6 +11,7 @@ from pathlib import Path
 from analysis import coordinate_figure, isoflop_figures, paper_figures, stability_figure
 from analysis.draw import Panel
 from analysis.figures import draw_all
+from analysis.points import check_folder
 from analysis.runs import Sweep, read_sweep
 from analysis.study import study
 from mhc_jax.config import ConfigError
@@ -48,6 +49,8 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument('--out', type=Path, help='folder for the figures (default: RUNS/paper, RUNS/figures)')
   a = parser.parse_args(argv)
   try:
+    if a.out is not None:
+      check_folder(a.out, '--out')
     if a.what == 'paper':
       _paper(read_sweep(a.runs), a.out or a.runs / 'paper')
     else:

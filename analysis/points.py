@@ -4,6 +4,8 @@ Where: the front of `python -m analysis.fit` and `python -m analysis.reproduce`.
 """
 
 import difflib
+import os
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,13 @@ from mhc_jax.config import ConfigError
 # loss in nats per token, sigma its relative noise. Labels: arm, seed, cluster, size.
 NUMBERS = ('N', 'D', 'C', 'W', 'H', 'loss', 'sigma')
 LABELS = ('arm', 'seed', 'cluster', 'size')
+
+
+def check_folder(folder: Path, option: str) -> None:
+  """Raises ConfigError where the folder that `option` names cannot be made or written to; makes nothing."""
+  nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+  if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+    raise ConfigError(f'{option}: {nearest} is not a folder that can be written to')
 
 
 def parse_columns(text: str) -> dict[str, str]:
@@ -40,8 +49,10 @@ def read_table(path: Path) -> pd.DataFrame:
   if not path.is_file():
     raise ConfigError(f'{path}: no such file')
   try:
-    table = pd.read_csv(path)
-  except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as e:
+    with warnings.catch_warnings():
+      warnings.simplefilter('error', pd.errors.ParserWarning)  # rows longer than the header
+      table = pd.read_csv(path, index_col=False)  # never takes a surplus column for an index
+  except (pd.errors.ParserError, pd.errors.ParserWarning, pd.errors.EmptyDataError, UnicodeDecodeError) as e:
     raise ConfigError(f'{path}: not a CSV table ({str(e).strip().splitlines()[0]})') from e
   if table.empty:
     raise ConfigError(f'{path}: no rows')
@@ -80,6 +91,10 @@ def read_points(path: Path, columns: dict[str, str], table: pd.DataFrame | None 
   if {'N', 'D'} <= set(log_x):
     log_x['M'] = log_x['D'] - log_x['N']
   n = len(table)
+  for role, column in columns.items():
+    if role in LABELS and table[column].isna().any():
+      line = int(np.flatnonzero(table[column].isna())[0]) + 2
+      raise ConfigError(f'{path}: line {line}: {role} (column {column!r}) is empty')
   label = {r: table[c].astype(str).to_numpy(str) for r, c in columns.items() if r in LABELS}
   size = label['size'] if 'size' in label else _sizes(log_x)
   if len(set(size.tolist())) < 2:

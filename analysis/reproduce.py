@@ -17,7 +17,7 @@ import pandas as pd
 
 from analysis.estimate import DELTA, fit
 from analysis.intervals import bootstrap, derived, percentile
-from analysis.isoflop import isoflop, power_law
+from analysis.isoflop import METHODS, isoflop, power_law
 from analysis.laws import LAWS, ArmModel
 from analysis.points import drop_highest, parse_columns, read_points, read_table
 from mhc_jax.config import ConfigError
@@ -120,13 +120,29 @@ def read_expectation(path: Path) -> dict:
     spec = json.loads(path.read_text())
   except json.JSONDecodeError as e:
     raise ConfigError(f'--expect {path}: not JSON (line {e.lineno})') from e
-  needed = {'law': ('law', 'columns'), 'isoflop': ('columns', 'group_by', 'expect')}
+  needed = {'law': ('law', 'columns', 'expect'), 'isoflop': ('columns', 'group_by', 'expect')}
   if not isinstance(spec, dict) or spec.get('method') not in needed:
     raise ConfigError(f"--expect {path}: 'method' must be 'law' or 'isoflop'")
   for key in needed[spec['method']]:
     if key not in spec:
       raise ConfigError(f'--expect {path}: {key!r} is missing')
+  if not spec['expect']:
+    raise ConfigError(f"--expect {path}: 'expect' is empty")
+  if spec.get('interpolation', 'akima') not in METHODS:
+    raise ConfigError(f'--expect {path}: interpolation must be one of {", ".join(METHODS)}')
+  _check_wants(path, spec)
   return spec
+
+
+def _check_wants(path: Path, spec: dict) -> None:
+  if spec['method'] == 'isoflop':
+    for want in spec['expect']:
+      if len(want.get('group', ())) != len(spec['group_by']) or 'n_exponent' not in want:
+        raise ConfigError(f'--expect {path}: {want} needs n_exponent and a group of {spec["group_by"]}')
+    return
+  for name, want in (spec['expect'] | spec.get('intervals', {})).items():
+    if not ('at_most' in want or {'value', 'within'} <= set(want)):
+      raise ConfigError(f"--expect {path}: {name} needs 'value' and 'within', or 'at_most'")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -89,6 +89,8 @@ def read_sweep(folder: Path) -> Sweep:
       f'{folder}: {trouble or "plan.json lists no runs"}; a sweep writes it '
       '(python -m experiments.sweep NAME)'
     )
+  if not all(isinstance(item, dict) and {'run_id', 'arm'} <= set(item) for item in plan['runs']):
+    raise ConfigError(f'{folder}: plan.json is broken: a run without run_id or arm')
   planned = {item['run_id']: item['arm'] for item in plan['runs']}
   if not planned:
     raise ConfigError(f'{folder}: plan.json lists no runs')

@@ -41,7 +41,7 @@ def _shape_plot(s: Study, folder: Path, name: str, other: str) -> Panel | str:
   with figure() as (fig, ax):
     for arm, own in runs.groupby('arm', sort=False):
       look, first = style[arm], True
-      for fixed, line in own.groupby(other):
+      for (fixed, _), line in own.groupby([other, 'duration']):
         mean = line.groupby(name)['validation_loss'].mean()
         ax.plot(mean.index, mean, **look, lw=1.0, label=arm if first else None)
         first = False
@@ -160,10 +160,11 @@ def _rank_rows(r: RankSweep) -> list[dict]:
 
 
 def largest(s: Study, finished: bool) -> pd.DataFrame:
-  """Per arm its runs of the size grid at the largest size that has one (finished, if asked)."""
+  """Per arm the grid's runs of most parameters, and of those the ones of most tokens (finished, if asked)."""
   grid = s.grid if finished else s.table[s.table['axis'].isna() & s.table['flops'].notna()]
-  sizes = grid.loc[grid.groupby('arm')['flops'].idxmax()].set_index('arm')['size']
-  return grid[grid['size'] == grid['arm'].map(sizes)]
+  most = grid.sort_values(['params_matmul', 'tokens']).groupby('arm').tail(1).set_index('arm')
+  same_size = grid['size'] == grid['arm'].map(most['size'])
+  return grid[same_size & (grid['duration'] == grid['arm'].map(most['duration']))]
 
 
 def _sizes(s: Study, finished: bool) -> str:

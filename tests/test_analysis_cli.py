@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from analysis import fit, reproduce
-from analysis.points import parse_columns, read_points
+from analysis.points import parse_columns, read_points, read_table
 from mhc_jax.config import ConfigError
 
 TRUE = {'E': 1.8172, 'A': 477.83, 'B': 2143.4, 'alpha': 0.3473, 'beta': 0.3672}
@@ -105,6 +105,8 @@ def test_highest_losses_are_dropped_with_a_sentence(tmp_path, capsys):
     ({}, ['--delta', '-1'], '--delta -1'),
     ({}, ['--drop-highest', '99'], 'the file has 30 rows'),
     ({}, ['--drop-highest', '27'], 'cannot fit the 5 parameters'),
+    ({}, ['--resamples', '-1'], 'neither may be negative'),
+    ({'seed': [np.nan]}, ['--columns', f'{COLUMNS},seed=seed'], "line 2: seed (column 'seed') is empty"),
     ({}, ['--reference', 'x', '--columns', f'{COLUMNS},arm=model'], 'the arms are one'),
   ],
 )
@@ -126,8 +128,15 @@ def test_bad_files(tmp_path, capsys):
     (tmp_path / name).write_text(content)
     assert fit.main([str(tmp_path / name), '--columns', COLUMNS]) == 2
   assert fit.main([str(tmp_path / 'absent.csv')]) == 2
+  (tmp_path / 'comma.csv').write_text('params,tokens,loss\n1e8,1e9,3.0,\n2e8,1e9,2.9,\n')
+  assert read_table(tmp_path / 'comma.csv')['params'].tolist() == [1e8, 2e8], 'not one column to the left'
+  (tmp_path / 'long.csv').write_text('params,tokens,loss\n1e8,1e9,3.0,7\n2e8,1e9,2.9,7\n')
+  assert fit.main([str(tmp_path / 'long.csv'), '--columns', COLUMNS]) == 2
+  good = str(write_points(tmp_path / 'good.csv'))
+  assert fit.main([good, '--columns', COLUMNS, '--out', str(tmp_path / 'good.csv' / 'x.json')]) == 2
   errors = capsys.readouterr().err.splitlines()
-  assert len(errors) == 3 and 'no such file' in errors[2]
+  assert len(errors) == 5 and 'no such file' in errors[2] and 'not a CSV table' in errors[3]
+  assert 'not a folder' in errors[4]
   with pytest.raises(ConfigError, match='needs column'):
     fit.run(
       fit._parser().parse_args(
@@ -179,7 +188,15 @@ def test_reproduce_refuses_bad_expectations(tmp_path, capsys):
     file.write_text(text)
     assert reproduce.main([points, '--expect', str(file)]) == 2
   assert reproduce.main([points, '--expect', str(tmp_path / 'absent.json')]) == 2
-  for change in ({'law': 'magic'}, {'expect': {'gamma': {'value': 1, 'within': 1}}}):
+  isoflop = {'method': 'isoflop', 'group_by': ['set'], 'expect': [{'group': [], 'n_exponent': 0.5}]}
+  for change in (
+    {'law': 'magic'},
+    {'expect': {'gamma': {'value': 1, 'within': 1}}},
+    {'expect': {}},
+    {'expect': {'E': {'value': 1.8}}},
+    {'interpolation': 'magic'},
+    isoflop,
+  ):
     assert reproduce.main([points, '--expect', expectation(file, **change)]) == 2
   errors = capsys.readouterr().err.splitlines()
-  assert len(errors) == 7 and all(line.startswith('error: ') for line in errors)
+  assert len(errors) == 11 and all(line.startswith('error: ') for line in errors)

@@ -72,7 +72,9 @@ def test_isoflop_panels(tmp_path, blank_images, capsys):
   (tmp_path / 'plan.json').write_text(json.dumps({'sweep': 'isoflop', 'runs': planned}))
   assert plots.main(['paper', str(tmp_path)]) == 0
   table = pd.read_csv(tmp_path / 'paper' / 'paper_isoflop.csv')
-  assert len(table) == 3 and table['problem'].isna().all()
+  assert table['kind'].value_counts().to_dict() == {'curve': 303, 'run': 15, 'minimum': 3}
+  table = table[table['kind'] == 'minimum']
+  assert table['problem'].isna().all()
   centres = [derived_of(config_of('residual', *s, 0))['params']['matmul'] for s in sizes[2:5]]
   np.testing.assert_allclose(table['optimal_params'], centres, rtol=0.02)
   best = pd.read_csv(tmp_path / 'paper' / 'paper_optimal_sizes.csv').groupby('optimum')['value']

@@ -317,6 +317,9 @@ def test_nested_models_and_clustered_f():
   one = table['one multiplier m per arm']
   assert one.p_value < 1e-3 and one.left_out_error < table['no effect'].left_out_error
   assert table['m and own exponents per arm'].p_value > 0.01
+  few = different.take(np.isin(different.cluster, np.unique(different.cluster)[:3]))
+  with_few = {c.name: c for c in nested(few, COMPUTE, 'a', delta='auto')}
+  assert with_few['one multiplier m per arm'].p_value is None, 'three clusters are too few for an F test'
   rejected = []
   for seed in range(25):
     same = arm_points(0.003, {'a': 1.0, 'b': 1.0}, seeds=2, rho=0.5, seed=seed)

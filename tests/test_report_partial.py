@@ -168,6 +168,21 @@ def test_learning_rate_sweep(tmp_path, blank_images):
   assert 'Learning rates' in words(page)
 
 
+def test_a_rate_does_not_win_by_the_seeds_that_survived_it(tmp_path, no_figures):
+  planned = []
+  for lr, bonus in ((0.004, 1.0), (0.008, 1.2), (0.016, 1.1), (0.032, 2.0)):
+    for seed in (0, 1, 2):
+      state = 'diverged' if lr == 0.032 and seed else 'finished'
+      config = config_of('mhc', 32, 2, seed, lr=lr)
+      planned.append(write_run(tmp_path, config, state, noise=0.0, bonus=bonus))
+  (tmp_path / 'plan.json').write_text(json.dumps({'sweep': 'learning_rate', 'runs': planned}))
+  fits, results, _ = report(tmp_path)
+  (found,) = fits['learning_rates']
+  assert 0.006 < found['best'] < 0.016
+  kept = results[results['excluded'].isna()]
+  assert set(kept['lr']) == {0.008}
+
+
 def test_broken_files_are_rows_not_errors(tmp_path, blank_images):
   planned = [p['run_id'] for p in write_sweep(tmp_path, ranks=False)]
   (tmp_path / planned[0] / 'status.json').write_text('{"state": "fin')
