@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.sweep import ONE_THREAD
+from experiments.workers import ONE_THREAD
 from mhc_jax import config as config_lib
 from mhc_jax import optimizer as optim
 from mhc_jax.config import ConfigError, base_config

@@ -6,7 +6,6 @@ python -m mhc_jax.evaluate runs/laptop --prompt 'def main' --bytes 400 --tempera
 
 import argparse
 import functools
-import json
 import os
 import sys
 from typing import Any
@@ -18,24 +17,22 @@ from mhc_jax import train
 from mhc_jax.checkpoint import Checkpoints
 from mhc_jax.command import end_with_message
 from mhc_jax.config import ConfigError, ModelConfig
+from mhc_jax.constraints.base import Constraint
 from mhc_jax.data import BOS, Corpus, decode, encode, load_corpus, validation_batches, windows
 from mhc_jax.model import Transformer
-from mhc_jax.run import rebuild_model
+from mhc_jax.run import read_config, rebuild_model
 from mhc_jax.sharding import make_mesh, put_batch
 from mhc_jax.train_step import evaluate_sums
 
 
-def load(workdir: str) -> tuple[dict[str, Any], ModelConfig, int, Any]:
+def load(workdir: str, constraint: Constraint | None = None) -> tuple[dict[str, Any], ModelConfig, int, Any]:
   """(config.json, model, step, parameters) of the newest undamaged checkpoint.
 
-  Raises ConfigError where workdir holds no run or no checkpoint.
+  constraint: the caller's own that the run was trained with. Raises ConfigError where workdir holds no run or
+  no checkpoint, or was trained with another constraint.
   """
-  path = os.path.join(workdir, 'config.json')
-  if not os.path.exists(path):
-    raise ConfigError(f'{workdir} holds no run (no config.json)')
-  with open(path, encoding='utf-8') as file:
-    resolved = json.load(file)
-  model = rebuild_model(resolved)
+  resolved = read_config(workdir)
+  model = rebuild_model(resolved, constraint)
   tokens = jnp.zeros((1, 2), jnp.int32)
   init = functools.partial(Transformer(model).init, jax.random.key(0), tokens, tokens)
   with Checkpoints(os.path.join(workdir, 'checkpoints')) as checkpoints:

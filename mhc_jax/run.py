@@ -126,13 +126,22 @@ def _resolved_connection(given: dict[str, Any], model: ModelConfig) -> dict[str,
   }
 
 
-def rebuild_model(resolved: dict[str, Any]) -> ModelConfig:
-  """The ModelConfig of a resolved configuration (config.json); ConfigError for an unknown constraint."""
+def rebuild_model(resolved: dict[str, Any], constraint: Constraint | None = None) -> ModelConfig:
+  """The ModelConfig of a resolved configuration (config.json).
+
+  constraint: the caller's own, where the run has one. Raises ConfigError for an unknown constraint, or one of
+  another name or parameters than the run's.
+  """
   m = resolved['model']
   connection = {key: value for key, value in m['connection'].items() if key != 'output_init_scaling'}
   init = {key: tuple(v) if isinstance(v, list) else v for key, v in connection.pop('init').items()}
   for gate in ('read_gate', 'write_gate'):
     connection[gate] = Gate(**connection[gate])
+  if constraint is not None:
+    trained = connection['constraint'], connection.pop('constraint_params')
+    if (constraint.name, json.loads(json.dumps(constraint.params))) != trained:
+      raise ConfigError(f'the run was trained with the constraint {trained[0]} of {trained[1]}')
+    connection['constraint'] = constraint
   try:
     spec = connection_spec(**connection, init=Init(**init))
   except ValueError as error:
@@ -185,6 +194,8 @@ def _deciding(resolved: dict[str, Any]) -> dict[str, Any]:
     return {key: without_none(value) for key, value in node.items() if value is not None}
 
   kept = without_none(json.loads(json.dumps(resolved)))
+  if kept['data']['name'].startswith('text_files:'):
+    kept['data']['name'] = 'text_files'  # the digest says which text; the path may change
   for path in config_lib.NOT_IN_ID:
     node = functools.reduce(lambda node, key: node.get(key, {}), path[:-1], kept)
     node.pop(path[-1], None)
@@ -195,13 +206,26 @@ def _deciding(resolved: dict[str, Any]) -> dict[str, Any]:
   return kept
 
 
+def read_config(workdir: str) -> dict[str, Any]:
+  """The resolved configuration in config.json; ConfigError where there is none or it is not a run's."""
+  path = os.path.join(workdir, 'config.json')
+  try:
+    with open(path, encoding='utf-8') as file:
+      found = json.load(file)
+    run_id(found)
+  except FileNotFoundError:
+    raise ConfigError(f'{workdir} holds no run (no config.json)') from None
+  except (AttributeError, KeyError, TypeError, ValueError) as error:
+    raise ConfigError(f'{path} is not the configuration of a run: {type(error).__name__}: {error}') from None
+  return found
+
+
 def check_workdir(workdir: str, run: Run) -> None:
   """Raises ConfigError if workdir holds a run of another configuration, naming the first difference."""
   path = os.path.join(workdir, 'config.json')
   if not os.path.exists(path):
     return
-  with open(path, encoding='utf-8') as file:
-    found = json.load(file)
+  found = read_config(workdir)
   if run_id(found) != run.run_id:
     name, old, new = _first_difference(_deciding(found), _deciding(run.resolved))
     raise ConfigError(

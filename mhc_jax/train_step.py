@@ -90,8 +90,13 @@ def train_step(
 
 def programs(model: ModelConfig, optimizer: OptimizerConfig, mesh: Mesh) -> Programs:
   """The jitted functions for runs of these shapes; what differs by lr, seed or duration shares them."""
+  return _programs(model, without_traced(optimizer), mesh)
+
+
+def without_traced(optimizer: OptimizerConfig) -> OptimizerConfig:
+  """The optimizer less what enters train_step as an array: equal ones share a compilation."""
   traced = {'lr': 0.0, 'weight_decay': 0.0, 'warmup_steps': None, 'warmup_fraction': 0.0}
-  return _programs(model, dataclasses.replace(optimizer, **traced), mesh)
+  return dataclasses.replace(optimizer, **traced)
 
 
 @functools.lru_cache(maxsize=8)

@@ -196,6 +196,9 @@ def test_a_workdir_of_another_run_is_refused_and_kept(corpus, tmp_path, capsys):
   assert code == 2 and said.count('\n') == 1 and 'choose another --workdir' in said
   assert [path.name for path in tmp_path.iterdir()] == ['config.json']
   assert (tmp_path / 'config.json').read_bytes() == before
+  (tmp_path / 'config.json').write_text('{"model": 1}')
+  code, said = attempt(capsys, corpus, tmp_path, 'optimizer.lr=0.25')
+  assert code == 2 and said.count('\n') == 1 and 'not the configuration of a run' in said
 
 
 def test_the_command_itself_ends_with_code_2(tmp_path):
@@ -233,6 +236,8 @@ def test_the_run_id_covers_what_changes_the_numbers_and_nothing_else():
   other = ('seed=1', 'optimizer.lr=0.1', 'model.connection.rank=3', 'model.weights.rank=3', 'data.seq_len=32')
   ids = [base, run_id(digest='e'), *(run_id(override) for override in other)]
   assert len(set(ids)) == len(ids)
+  texts = [run_id(f'data.name=text_files:{place}/*.txt') for place in ('/a', '/b')]
+  assert texts[0] == texts[1] != base, 'where a text lies is no matter, its digest is'
   assert resolve(changed(), 'd').resolved['data']['digest'] == 'd'
 
 
