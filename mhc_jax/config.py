@@ -141,7 +141,8 @@ def base_config() -> ConfigDict:
           'read_rank': optional(int),  # of the elementwise read gate
           'write_gate': optional(str),  # sigmoid, softmax, tanh, linear, fixed or one_hot
           'write_scale': optional(float),  # m of m-sigmoid; 1 for a fixed gate
-          'gate_eps': optional(float),
+          'read_eps': optional(float),
+          'write_eps': optional(float),
           'single_pass': optional(bool),  # reads by the map of the sublayer before (DeepSeek-V4.1)
           'expansion': optional(str),  # replicate, one_hot or learned
           'collapse': optional(str),  # mean, sum, learned, weights or read

@@ -20,6 +20,7 @@ def parameters(c: ModelConfig) -> dict[str, int]:
   spec, n = c.connection, c.connection.streams
   dynamic = spec.dynamic and bool(spec.parts)
   alphas = len({spec.alpha_of(part) for part in spec.parts})
+  static = 0 if spec.phi_only else sum(spec.parts.values()) + alphas * dynamic
   norm = (spec.generator_shape[0] if spec.parts else n) * c.width
   norm *= spec.norm_weight and spec.dynamic and spec.has_params
   head = c.width * n**2 if spec.collapse == 'learned' else 0
@@ -31,7 +32,7 @@ def parameters(c: ModelConfig) -> dict[str, int]:
     'feed_forward': c.depth * sum(_size(shape, c.weights_rank) for shape in maps['feed_forward']),
     'norm': (2 * c.depth + 1) * c.width,
     'hc_dynamic': 2 * c.depth * (_generator(c) * dynamic + _elementwise(c)) + head,
-    'hc_static': 2 * c.depth * (sum(spec.parts.values()) + alphas * dynamic + norm) + ends,
+    'hc_static': 2 * c.depth * (static + norm) + ends,
   }
   total = sum(groups.values())
   matmul = groups['attention'] + groups['feed_forward'] + groups['unembedding']

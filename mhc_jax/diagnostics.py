@@ -124,9 +124,15 @@ def stream_cosine(gram_SNMBT: jax.Array) -> jax.Array:
 
 
 def stream_rank(gram_SNMBT: jax.Array) -> jax.Array:
-  """Effective rank of the streams (n vectors of width C) at each token, mean over tokens, (S,)."""
-  eigenvalues_SBTN = jnp.linalg.eigvalsh(jnp.moveaxis(gram_SNMBT, (3, 4), (1, 2)))
-  return effective_rank(eigenvalues_SBTN).mean((1, 2))
+  """Effective rank of the streams (n vectors of width C) at each token, mean over tokens, (S,).
+
+  From their singular values, the roots of the Gram matrix's eigenvalues; those that its rounding leaves of
+  0 count as 0.
+  """
+  squares_SBTN = jnp.linalg.eigvalsh(jnp.moveaxis(gram_SNMBT, (3, 4), (1, 2)))
+  rounding_SBT1 = squares_SBTN.shape[-1] * jnp.finfo(gram_SNMBT.dtype).eps * squares_SBTN[..., -1:]
+  sigma_SBTN = jnp.sqrt(jnp.where(squares_SBTN > rounding_SBT1, squares_SBTN, 0))
+  return effective_rank(sigma_SBTN).mean((1, 2))
 
 
 def diagnose(records: list[dict[str, Any]], config: ModelConfig) -> dict[str, jax.Array]:

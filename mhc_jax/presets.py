@@ -27,6 +27,8 @@ INITS: dict[str, Callable[[int], Init]] = {
   ),
   # A sum of all streams.
   'unit_reads': lambda n: Init(read=(1, 1), write=(0, 0), mixing=None, phi=1.0, alpha=0.01),
+  # Zero coordinates but for phi, behind 1 / n (Qwen4-Exp).
+  'scaled_phi': lambda n: Init(read=(0, 0), write=(0, 0), mixing=None, phi=1.0, alpha=1 / n),
   # HC: one-hot cyclic reads, unit writes, H_res = I, phi = 0: exactly pre-norm at step 0.
   'pre_norm': lambda n: Init(read=(0, 1), write=(1, 1), mixing=0.0, phi=0.0, alpha=0.01),
 }
@@ -40,6 +42,7 @@ _HC = {
   'scope': 'per_stream',
   'activation': 'tanh',
   'share_alpha': True,
+  'collapse': 'sum',
 }
 _MHC = {**_MHC_GATES, 'init': 'cyclic', 'constraint': 'birkhoff_sinkhorn'}
 
@@ -60,7 +63,7 @@ PRESETS: dict[str, dict[str, dict]] = {
     'static': {**_HC, 'dynamic': False},
   },
   'mhc': {
-    'paper': {**_MHC, 'constraint_params': {'preset': 'paper'}},
+    'paper': {**_MHC, 'constraint_params': {'preset': 'paper'}, 'norm_eps': 1e-20},  # Table 5
     'deepseek_v4': {
       **_MHC,
       'constraint_params': {'preset': 'deepseek_v4'},
@@ -78,14 +81,18 @@ PRESETS: dict[str, dict[str, dict]] = {
       'collapse': 'read',
     },
   },
-  'identity': {'sigmoid': {**_MHC_GATES, 'init': 'cyclic', 'constraint': 'identity'}},
-  # Qwen4-Exp (transformers 5.23): a low-rank read per channel, H_res = I. Its inject map sees v / n.
+  # mHC in all but H_res = I.
+  'identity': {
+    'sigmoid': {**_MHC_GATES, 'init': 'cyclic', 'constraint': 'identity', 'norm_eps': 1e-20},
+  },
+  # Qwen4-Exp (transformers 5.23): a low-rank read per channel, H_res = I, writes 2 sigmoid(phi^T v / n).
   'gated_residual': {
     'qwen4exp': {
       'read_gate': 'elementwise',
       'read_rank': 4,
       'write_gate': Gate('sigmoid', 2.0),
-      'init': 'near_identity',
+      'phi_only': True,
+      'init': 'scaled_phi',
       'constraint': 'identity',
       'norm_scope': 'per_stream',
       'norm_weight': True,
@@ -121,7 +128,8 @@ def connection_spec(
   read_scale: float | None = None,
   write_gate: str | Gate | None = None,
   write_scale: float | None = None,
-  gate_eps: float | None = None,
+  read_eps: float | None = None,
+  write_eps: float | None = None,
   **overrides,
 ) -> ConnectionSpec:
   """The connection `name`, a key of PRESETS, in one of its presets, with n = streams.
@@ -161,8 +169,8 @@ def connection_spec(
   changes = {'mixing': mixing, 'alpha': alpha}
   init = dataclasses.replace(init, **{k: v for k, v in changes.items() if v is not None})
   fields.update({k: v for k, v in overrides.items() if v is not None})
-  fields['read_gate'] = _gate(fields['read_gate'], read_gate, read_scale, gate_eps, 1 / n)
-  fields['write_gate'] = _gate(fields['write_gate'], write_gate, write_scale, gate_eps, 1.0)
+  fields['read_gate'] = _gate(fields['read_gate'], read_gate, read_scale, read_eps, 1 / n)
+  fields['write_gate'] = _gate(fields['write_gate'], write_gate, write_scale, write_eps, 1.0)
   spec = ConnectionSpec(streams=n, constraint=constraint, init=init, **fields)
   _check(spec)
   return spec
@@ -222,6 +230,8 @@ def _check_combinations(spec: ConnectionSpec) -> None:
     raise ValueError('connection.collapse=read and connection.single_pass need each other')
   if spec.generator == 'cp' and (spec.rank is None or spec.scope != 'joint'):
     raise ValueError('connection.generator=cp needs a connection.rank and scope=joint')
+  if spec.phi_only and ('res' in spec.parts or not spec.dynamic):
+    raise ValueError('connection.phi_only has no biases: it needs constraint=identity and a generator')
   elementwise = spec.read_gate.kind == 'elementwise'
   if elementwise != (spec.read_rank is not None) or (elementwise and spec.read_rank < 1):
     raise ValueError('connection.read_gate=elementwise and a connection.read_rank >= 1 need each other')

@@ -188,6 +188,21 @@ def test_parameters_tell_constraints_apart():
   assert len({CONSTRAINTS[name]() for name in CONSTRAINTS}) == len(CONSTRAINTS)
 
 
+@pytest.mark.parametrize('gamma', (0.002, 0.01, 0.0101, 0.2))
+@pytest.mark.parametrize('n', (2, 4, 8))
+def test_a_leaky_circulant_starts_near_the_identity_whatever_its_gamma(x64, n, gamma):
+  """Off-diagonal mass 0.01 where equal weights have more, else equal weights; no shift outweighs I."""
+  constraint = circulant(gamma)
+  coords_K = constraint.identity(n, 0.01)
+  assert (coords_K[0] >= coords_K[1:] - 1e-12).all()
+  mass = min(0.01, gamma * (n - 1) / n)
+  h_NM = matrices(constraint, coords_K[:, None], n)[0]
+  assert h_NM[0].sum() - h_NM[0, 0] == pytest.approx(mass, rel=1e-9)
+  # dH/dc of a shift of weight w is gamma w (1 - w), and at most half of the weight lies on one shift.
+  slope_NMK = jax.jit(jax.jacobian(lambda c: constraint.matrix(c, n)), compiler_options=COMPILER)(coords_K)
+  assert (np.abs(slope_NMK).max((0, 1)) >= 0.5 * mass / (n - 1)).all()
+
+
 def test_bench_compares_with_sinkhorn(monkeypatch):
   """Ratios to 20 Sinkhorn iterations, defects by logit std, and what is undefined with its reason."""
   names = ('birkhoff_sinkhorn', 'circulant', 'orthogonal_quaternion')

@@ -68,12 +68,13 @@ def megatron():
   return dataclasses.replace(
     connection_spec('mhc'),
     constraint=birkhoff_sinkhorn(preset='megatron_main'),
+    norm_eps=1e-6,
     norm_eps_outside=True,
   )
 
 
 def hunyuan():
-  spec = connection_spec('identity')
+  spec = connection_spec('identity', norm_eps=1e-6)
   gates = {g: dataclasses.replace(getattr(spec, g), eps=1e-6) for g in ('read_gate', 'write_gate')}
   return dataclasses.replace(spec, **gates)
 

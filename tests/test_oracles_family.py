@@ -91,10 +91,10 @@ SOURCES = {
     functools.partial(author_layer, order=np.arange(4), norm_shape=(4, 8)),
     mhc_with(birkhoff_kronecker((2, 2)), norm_eps=0.0),
   ),
-  'maxtext_lite': (maxtext_layer, mhc_with(birkhoff_permutations(), read_gate=V4_READ)),
+  'maxtext_lite': (maxtext_layer, mhc_with(birkhoff_permutations(), read_gate=V4_READ, norm_eps=1e-6)),
   'lucidrains_mhcv2': (
     lucidrains_layer,
-    mhc_with(birkhoff_sinkhorn(preset='lucidrains', transpose=False), scope='per_stream', norm_eps=0.0),
+    mhc_with(birkhoff_sinkhorn(preset='lucidrains'), scope='per_stream', norm_eps=0.0),
   ),
 }
 TOLERANCE = {'maxtext_lite': (1e-5, 1e-6)}  # float32; 4e-6 from a float64 derivation
