@@ -228,8 +228,8 @@ def _check_combinations(spec: ConnectionSpec) -> None:
     raise ValueError(f'connection.single_pass needs generated reads, not read_gate={spec.read_gate.kind}')
   if (spec.collapse == 'read') != spec.single_pass:
     raise ValueError('connection.collapse=read and connection.single_pass need each other')
-  if spec.generator == 'cp' and (spec.rank is None or spec.scope != 'joint'):
-    raise ValueError('connection.generator=cp needs a connection.rank and scope=joint')
+  if spec.generator == 'cp' and (spec.rank is None or spec.scope != 'joint' or 'res' not in spec.parts):
+    raise ValueError('connection.generator=cp needs a connection.rank, scope=joint and an H_res to generate')
   if spec.phi_only and ('res' in spec.parts or not spec.dynamic):
     raise ValueError('connection.phi_only has no biases: it needs constraint=identity and a generator')
   elementwise = spec.read_gate.kind == 'elementwise'
