@@ -136,6 +136,8 @@ def base_config() -> ConfigDict:
           'scope': optional(str),  # of phi: 'joint' or 'per_stream'
           'norm_scope': optional(str),  # of the norm before phi: 'joint' or 'per_stream'
           'norm_weight': optional(bool),
+          'norm_eps': optional(float),
+          'norm_eps_outside': optional(bool),  # 1 / (rms + eps) instead of 1 / sqrt(mean square + eps)
           'read_gate': optional(str),  # sigmoid, softmax, tanh, linear, fixed or elementwise
           'read_scale': optional(float),  # None: the preset's; 1 / streams for a fixed gate
           'read_rank': optional(int),  # of the elementwise read gate

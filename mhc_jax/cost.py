@@ -54,8 +54,9 @@ def forward_flops_per_token(c: ModelConfig, seq_len: int) -> dict[str, float]:
   inputs, outputs = spec.generator_shape
   copies = n // inputs  # 'per_stream' applies one small map n times
   product = _generator(c)
-  if spec.generator == 'cp':  # multiplied out: R = rank * parts
-    product = spec.rank * len(spec.parts) * (inputs * c.width + outputs)
+  if spec.generator == 'cp':  # multiplied out
+    res = spec.parts['res']
+    product = inputs * c.width * (outputs - res + spec.rank) + spec.rank * res
   sublayers = 2 * c.depth
   flops |= {
     'hc_generator': sublayers * spec.dynamic * (2 * copies * product + 3 * n * c.width),
@@ -82,7 +83,8 @@ def _generator(c: ModelConfig) -> int:
   if spec.rank is None:
     return inputs * c.width * outputs
   if spec.generator == 'cp':
-    return spec.rank * sum(sum(sides.values()) for sides in cp_shapes(spec, c.width).values())
+    gates = outputs - spec.parts['res']
+    return inputs * c.width * gates + spec.rank * sum(cp_shapes(spec, c.width).values())
   return spec.rank * (inputs * c.width + outputs)
 
 

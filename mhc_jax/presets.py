@@ -45,6 +45,15 @@ _HC = {
   'collapse': 'sum',
 }
 _MHC = {**_MHC_GATES, 'init': 'cyclic', 'constraint': 'birkhoff_sinkhorn'}
+# mhc-lite, KromHC, hyper-connections: a learned norm weight, phi = 0, streams summed. They clamp the norm at
+# 1e-12.
+_TORCH = {
+  **_MHC_GATES,
+  'init': 'cyclic_zero_phi',
+  'norm_weight': True,
+  'norm_eps': 1e-20,
+  'collapse': 'sum',
+}
 
 # name -> preset -> what it sets. The first preset of a name is its default.
 PRESETS: dict[str, dict[str, dict]] = {
@@ -80,10 +89,35 @@ PRESETS: dict[str, dict[str, dict]] = {
       'expansion': 'one_hot',
       'collapse': 'read',
     },
+    'megatron_main': {
+      **_MHC,
+      'constraint_params': {'preset': 'megatron_main'},
+      'init': 'zero',
+      'norm_eps': 1e-6,
+      'norm_eps_outside': True,
+    },
+    'mhc_lite': {**_TORCH, 'constraint': 'birkhoff_permutations'},
+    'kromhc': {**_TORCH, 'constraint': 'birkhoff_kronecker'},
+    # One map of C for all streams.
+    'lucidrains': {
+      **_TORCH,
+      'constraint': 'birkhoff_sinkhorn',
+      'constraint_params': {'preset': 'lucidrains'},
+      'scope': 'per_stream',
+    },
   },
   # mHC in all but H_res = I.
   'identity': {
     'sigmoid': {**_MHC_GATES, 'init': 'cyclic', 'constraint': 'identity', 'norm_eps': 1e-20},
+    # Hunyuan V4 (transformers 5.23): both gates with eps, V4's head.
+    'hy_v4': {
+      'read_gate': Gate('sigmoid', eps=1e-6),
+      'write_gate': Gate('sigmoid', 2.0, 1e-6),
+      'init': 'near_identity',
+      'constraint': 'identity',
+      'collapse': 'learned',
+      'collapse_eps': 1e-6,
+    },
   },
   # Qwen4-Exp (transformers 5.23): a low-rank read per channel, H_res = I, writes 2 sigmoid(phi^T v / n).
   'gated_residual': {
@@ -206,6 +240,8 @@ def _check(spec: ConnectionSpec) -> None:
     kind = getattr(spec, name).kind
     if kind not in kinds:
       raise ValueError(f'connection.{name} must be one of {", ".join(kinds)}, got {kind!r}')
+  if spec.norm_eps < 0:
+    raise ValueError(f'connection.norm_eps must not be negative, got {spec.norm_eps}')
   _check_combinations(spec)
   mixing = spec.init.mixing
   if mixing is not None:
@@ -228,8 +264,8 @@ def _check_combinations(spec: ConnectionSpec) -> None:
     raise ValueError(f'connection.single_pass needs generated reads, not read_gate={spec.read_gate.kind}')
   if (spec.collapse == 'read') != spec.single_pass:
     raise ValueError('connection.collapse=read and connection.single_pass need each other')
-  if spec.generator == 'cp' and (spec.rank is None or spec.scope != 'joint'):
-    raise ValueError('connection.generator=cp needs a connection.rank and scope=joint')
+  if spec.generator == 'cp' and (spec.rank is None or spec.scope != 'joint' or 'res' not in spec.parts):
+    raise ValueError('connection.generator=cp needs a connection.rank, scope=joint and an H_res to generate')
   if spec.phi_only and ('res' in spec.parts or not spec.dynamic):
     raise ValueError('connection.phi_only has no biases: it needs constraint=identity and a generator')
   elementwise = spec.read_gate.kind == 'elementwise'

@@ -94,6 +94,7 @@ WRONG = {
   'model.connection.preset=papr': 'must be one of paper',
   'model.connection.constraint=ball': 'must be one of',
   'model.connection.constraint_params.depth=3': 'unknown parameters',
+  'model.connection.norm_eps=-1': 'not be negative',
   'model.connection.collapse=max': 'must be one of mean, sum, learned',
   'model.connection.activation=relu': 'must be one of none, tanh',
   'model.connection.init=ones': 'must be one of',
@@ -246,3 +247,13 @@ def test_config_json_alone_rebuilds_the_model(name):
   for preset in PRESETS[name]:
     run = resolve(changed(f'model.connection.name={name}', f'model.connection.preset={preset}'), 'd')
     assert rebuild_model(json.loads(json.dumps(run.resolved))) == run.model
+
+
+def test_eps_of_the_connection_are_its_own():
+  """Of its norm, its reads and its writes, each alone; the model's norms keep theirs."""
+  fields = ('norm_eps=0.001', 'norm_eps_outside=True', 'read_eps=0.01', 'write_eps=0.1')
+  model = build_model(changed(*(f'model.connection.{field}' for field in fields)), VOCAB_SIZE)
+  spec = model.connection
+  assert (spec.norm_eps, spec.norm_eps_outside) == (0.001, True)
+  assert (spec.read_gate.eps, spec.write_gate.eps) == (0.01, 0.1)
+  assert model.norm_eps == 1e-6

@@ -70,6 +70,7 @@ def test_gates_by_name():
     ({'collapse': 'read'}, 'need each other'),
     ({'read_gate': 'fixed', 'single_pass': True, 'collapse': 'read'}, 'needs generated reads'),
     ({'generator': 'cp'}, 'needs a connection.rank'),
+    ({'generator': 'cp', 'rank': 2, 'constraint': 'identity'}, 'an H_res to generate'),
     ({'read_rank': 2}, 'need each other'),
     ({'expansion': 'zeros'}, 'expansion must be one of'),
     ({'phi_only': True}, 'needs constraint=identity'),
@@ -96,15 +97,19 @@ def test_norm_scopes_are_their_formulas(x64, rng, norm_scope, weight):
   np.testing.assert_allclose(found, wanted, rtol=1e-11, atol=1e-12)
 
 
-def test_a_cp_generator_is_the_full_one_of_its_factors(x64, rng):
-  spec = connection_spec('mhc', generator='cp', rank=3)
+@pytest.mark.parametrize('constraint', ('birkhoff_sinkhorn', 'birkhoff_permutations'))
+def test_a_cp_generator_is_the_full_one_of_its_factors(x64, rng, constraint):
+  """TEMPER factors W_res alone: (n, C, n, n), or (n, C, K) for other coordinates; gates keep a full phi."""
+  spec = connection_spec('mhc', constraint=constraint, generator='cp', rank=3)
   p, x = random_params(rng, spec), rng.normal(size=(N, B, T, D))
-  columns = [np.einsum('nr,dr,kr->ndk', *(p[f'phi_{part}_{f}'] for f in ('stream', 'width', 'out')))
-             for part in ('pre', 'post')]  # fmt: skip
-  res = np.einsum('nr,dr,ir,jr->ndij', *(p[f'phi_res_{f}'] for f in ('stream', 'width', 'row', 'column')))
+  assert p['phi'].shape == (N, D, 2 * N)
+  if constraint == 'birkhoff_sinkhorn':
+    res = np.einsum('nr,dr,ir,jr->ndij', *(p[f'phi_res_{f}'] for f in ('stream', 'width', 'row', 'column')))
+  else:
+    res = np.einsum('nr,dr,kr->ndk', *(p[f'phi_res_{f}'] for f in ('stream', 'width', 'out')))
   full = {k: v for k, v in p.items() if not k.startswith('phi')}
-  full['phi'] = np.concatenate([*columns, res.reshape(N, D, -1)], -1)
-  plain = connection_spec('mhc')
+  full['phi'] = np.concatenate([p['phi'], res.reshape(N, D, -1)], -1)
+  plain = connection_spec('mhc', constraint=constraint)
   found = jax.jit(lambda p, x: hc.generate(p, x, spec))(p, x)
   wanted = jax.jit(lambda p, x: hc.generate(p, x, plain))(full, x)
   for actual, desired in zip(found, wanted, strict=True):

@@ -122,11 +122,21 @@ def product_terms(config):
   )
 
 
+def constraint_products(spec):
+  """FLOPs of the matrix products inside the constraint's map, per token: a part of what it states."""
+  coords_K1 = jax.ShapeDtypeStruct((spec.constraint.num_coordinates(spec.streams), 1), jnp.float32)
+  jaxpr = jax.make_jaxpr(lambda c: spec.constraint.matrix(c, spec.streams))(coords_K1)
+  products = sum(times * product_flops(equation) for equation, times in matrix_products(jaxpr.jaxpr))
+  assert products <= spec.constraint.flops(spec.streams)
+  return products
+
+
 @pytest.mark.parametrize('case', CASES)
 def test_flops_of_matrix_products_are_those_of_the_program(case):
   config = model(case)
   counted = sum(times * product_flops(equation) for equation, times in forward_products(config))
-  assert counted == B * T * product_terms(config)
+  inside = 2 * config.depth * constraint_products(config.connection)
+  assert counted == B * T * (product_terms(config) + inside)
 
 
 def xla_flops(function, *shapes):
