@@ -28,7 +28,7 @@ import filelock
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from experiments import ablation, identity_or_mixing, isoflop, learning_rate, quick, rank, stability
+from experiments import ablation, identity_or_mixing, isoflop, learning_rate, quick, rank, router, stability
 from mhc_jax.config import ConfigError
 from mhc_jax.log import ENDED, read_status, write_json
 
@@ -40,6 +40,7 @@ EXPERIMENTS: dict[str, Callable[[str | None], list[ConfigDict]]] = {
   'stability': stability.runs,
   'rank': rank.runs,
   'isoflop': isoflop.runs,
+  'router': router.runs,
 }
 
 LEFT = ('missing', 'interrupted')  # states of runs that a broken pool did not come to

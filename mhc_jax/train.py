@@ -79,9 +79,9 @@ class Divergence:
     self._patience, self._warmup = patience, warmup
     self.saved = dict(saved) or {'initial_loss': None, 'above': 0}
 
-  def diverged(self, step: int, metrics: dict[str, float]) -> bool:
+  def diverged(self, step: int, metrics: dict[str, float | list[float]]) -> bool:
     """True for anything non-finite, or `patience` losses in a row above the first after warmup."""
-    if not all(math.isfinite(value) for value in metrics.values()):
+    if not all(np.isfinite(value).all() for value in metrics.values()):
       return True
     if self.saved['initial_loss'] is None:
       self.saved['initial_loss'] = metrics['loss']
@@ -276,7 +276,7 @@ class Loop:
     }
     diverged = False
     if metrics is not None:
-      values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+      values = {name: np.asarray(value).tolist() for name, value in jax.device_get(metrics).items()}
       diverged = self.divergence.diverged(step, values)
       row |= {f'train/{name}': value for name, value in values.items()}
       self.final['train/loss'] = values['loss']

@@ -24,7 +24,8 @@ def trained(tmp_path_factory):
   overrides = [f'--config.data.name=text_files:{text}', f'--config.data.dir={folder}']
   overrides += ['--config.duration.steps=2', '--config.evaluation.sequences=4']
   overrides += ['--config.evaluation.batch_size=4', '--config.log.diagnostics_every_steps=None']
-  overrides += ['--config.model.weights.rank=4', '--config.model.connection.preset=deepseek_v4']
+  overrides += ['--config.model.connection.preset=deepseek_v4', '--config.model.vocab_size=300']
+  overrides += ['--config.model.mla.kv_rank=8', '--config.model.moe.experts=4', '--config.model.moe.active=2']
   config = parse('configs/laptop.py:smoke', overrides)
   status = train.run(config, str(folder / 'run'), quiet=True)
   return folder / 'run', status
@@ -48,6 +49,17 @@ def test_greedy_sample_is_deterministic_and_of_the_asked_length(trained):
   _, model, _, params = evaluate.load(str(trained[0]))
   texts = [evaluate.sample(model, params, 'ab', 4, 16, 0.0, seed) for seed in (0, 1)]
   assert texts[0] == texts[1] and texts[0].startswith('ab')
+  # Rows of the vocabulary that are no token's never come up, however likely.
+  unembedding_DV = params['unembedding'].at[:, [290, 291]].multiply(1e6)
+  unembedding_DV = unembedding_DV.at[:, 291].set(-unembedding_DV[:, 290])
+  sampled = evaluate.sample(model, {**params, 'unembedding': unembedding_DV}, 'ab', 4, 16, 0.0, 0)
+  assert sampled == texts[0]
+
+
+def test_every_update_logs_the_loads_of_the_experts(trained):
+  rows = [json.loads(line) for line in (trained[0] / 'metrics.jsonl').read_text().splitlines()]
+  loads = [row['train/load_max_over_mean'] for row in rows if row['step']]
+  assert len(loads) == 2 and all(len(load) == 1 and 1 <= load[0] <= 2 for load in loads)
 
 
 def test_model_is_rebuilt_from_config_json_alone(trained):
