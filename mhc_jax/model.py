@@ -177,12 +177,16 @@ class Block(nn.Module):
     """carry: the streams, and in single-pass order the read map of the sublayer before, else None."""
     (x_NBTD, earlier_NBT), c, records = carry, self.config, []
     attend = (Attention if c.mla is None else LatentAttention)(c, name='attention')
+    has_experts = c.moe is not None and not self.dense
+    feed_forward = (
+      MixtureOfExperts(c, self.mesh, self.record, name='feed_forward')
+      if has_experts
+      else FeedForward(c, name='feed_forward')
+    )
     sublayers = {
       'attention': functools.partial(attend, mask_BTS=mask_BTS),
-      'feed_forward': FeedForward(c, name='feed_forward'),
+      'feed_forward': feed_forward,
     }
-    if c.moe is not None and not self.dense:
-      sublayers['feed_forward'] = MixtureOfExperts(c, self.mesh, self.record, name='feed_forward')
     for index, (name, sublayer) in enumerate(sublayers.items()):
       params = self._connection(f'{name}_connection', 2 * layer + index)
       own = hc.generate(params, x_NBTD, c.connection, 2 * layer + index)
@@ -192,7 +196,7 @@ class Block(nn.Module):
         coords = hc.coordinates(params, x_NBTD, c.connection)
         records[-1] |= {**own._asdict(), 'pre_NBT': pre_NBT, 'coords': coords}
       y_BTD = sublayer(hc.read(pre_NBT, x_NBTD))
-      if isinstance(sublayer, MixtureOfExperts):
+      if sublayer is feed_forward and has_experts:
         y_BTD, found = y_BTD
         records[-1] |= found
       x_NBTD = hc.write(own.res_NMBT, own.post_NBT, x_NBTD, y_BTD / c.depth_ratio)
