@@ -84,15 +84,8 @@ def _corpus(name: str, data_dir: str | None):
 
 def table(planned: list[Any], folder: str) -> str:
   """The plan as text: run, arm, parameters by group, tokens, FLOPs, estimated seconds, state."""
-  groups = (
-    'embedding',
-    'unembedding',
-    'attention',
-    'feed_forward',
-    'norm',
-    'hc_dynamic',
-    'hc_static',
-  )
+  sums = ('total', 'active', 'matmul', 'non_embedding')
+  groups = dict.fromkeys(name for run in planned for name in run.derived['params'] if name not in sums)
   head = (
     'run',
     'arm',
@@ -123,7 +116,7 @@ def table(planned: list[Any], folder: str) -> str:
         c['model']['connection']['streams'],
         c['model']['connection']['rank'] or '-',
         c['model']['weights']['rank'] or '-',
-        *(f'{params[group]:,}' for group in groups),
+        *(f'{params.get(group, 0):,}' for group in groups),
         f'{run.derived["tokens"]:,}',
         f'{run.derived["flops"]:.2e}',
         f'{seconds:.0f}',
