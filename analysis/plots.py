@@ -1,14 +1,15 @@
-"""`python -m analysis.plots paper RUNS`: the papers' figures from a sweep's folder; `coordinates`: its own.
+"""`python -m analysis.plots paper RUNS`: the papers' figures from a sweep's folder.
 
 Where: beside report.py, which draws the single panels; this adds the composite figures and the table of
-final losses. Every figure is written as PNG, SVG and CSV.
+final losses, and the figures of two experiments of their own: `coordinates` and `router`. Every figure is
+written as PNG, SVG and CSV.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-from analysis import coordinate_figure, isoflop_figures, paper_figures, stability_figure
+from analysis import coordinate_figure, isoflop_figures, paper_figures, router_figure, stability_figure
 from analysis.draw import Panel
 from analysis.figures import draw_all
 from analysis.points import check_folder
@@ -20,6 +21,7 @@ EXAMPLES = """examples:
   python -m analysis.plots paper runs/quick
   python -m analysis.plots paper runs/quick --out docs/figures
   python -m analysis.plots coordinates runs/coordinate_check
+  python -m analysis.plots router runs/router
 """
 
 COMPOSITES = (
@@ -44,17 +46,19 @@ def main(argv: list[str] | None = None) -> int:
     epilog=EXAMPLES,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  parser.add_argument('what', choices=('paper', 'coordinates'), help='the set of figures')
+  parser.add_argument('what', choices=('paper', 'coordinates', 'router'), help='the set of figures')
   parser.add_argument('runs', type=Path, help='folder of a sweep, like runs/quick, or of a coordinate check')
   parser.add_argument('--out', type=Path, help='folder for the figures (default: RUNS/paper, RUNS/figures)')
   a = parser.parse_args(argv)
   try:
     if a.out is not None:
       check_folder(a.out, '--out')
+    out = a.out or a.runs / ('paper' if a.what == 'paper' else 'figures')
     if a.what == 'paper':
-      _paper(read_sweep(a.runs), a.out or a.runs / 'paper')
+      _paper(read_sweep(a.runs), out)
+    elif a.what == 'router':
+      _say(out, [router_figure.load_figure(read_sweep(a.runs), out)])
     else:
-      out = a.out or a.runs / 'figures'
       _say(out, [coordinate_figure.coordinates(coordinate_figure.read(a.runs), out)])
   except ConfigError as e:
     print(f'error: {e}', file=sys.stderr)

@@ -17,7 +17,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from experiments import ablation, identity_or_mixing, isoflop, learning_rate, quick, rank, stability
+from experiments import ablation, identity_or_mixing, isoflop, learning_rate, quick, rank, router, stability
 from experiments.workers import corpus_of, execute
 from mhc_jax.config import ConfigError
 from mhc_jax.log import ENDED, read_status, write_json
@@ -30,6 +30,7 @@ EXPERIMENTS: dict[str, Callable[[str | None], list[ConfigDict]]] = {
   'stability': stability.runs,
   'rank': rank.runs,
   'isoflop': isoflop.runs,
+  'router': router.runs,
 }
 
 ASSUMED_FLOPS_PER_SECOND = 10e9  # of one worker, until a finished run of the sweep says better
@@ -66,15 +67,8 @@ def plan(name: str) -> tuple[list[ConfigDict], list[Any]]:
 
 def table(planned: list[Any], folder: str) -> str:
   """The plan as text: run, arm, parameters by group, tokens, FLOPs, estimated seconds, state."""
-  groups = (
-    'embedding',
-    'unembedding',
-    'attention',
-    'feed_forward',
-    'norm',
-    'hc_dynamic',
-    'hc_static',
-  )
+  sums = ('total', 'active', 'matmul', 'non_embedding')
+  groups = dict.fromkeys(name for run in planned for name in run.derived['params'] if name not in sums)
   head = (
     'run',
     'arm',
@@ -105,7 +99,7 @@ def table(planned: list[Any], folder: str) -> str:
         c['model']['connection']['streams'],
         c['model']['connection']['rank'] or '-',
         c['model']['weights']['rank'] or '-',
-        *(f'{params[group]:,}' for group in groups),
+        *(f'{params.get(group, 0):,}' for group in groups),
         f'{run.derived["tokens"]:,}',
         f'{run.derived["flops"]:.2e}',
         f'{seconds:.0f}',

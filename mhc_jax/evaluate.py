@@ -18,7 +18,7 @@ from mhc_jax.checkpoint import Checkpoints
 from mhc_jax.command import end_with_message
 from mhc_jax.config import ConfigError, ModelConfig
 from mhc_jax.constraints.base import Constraint
-from mhc_jax.data import BOS, Corpus, decode, encode, load_corpus, validation_batches, windows
+from mhc_jax.data import BOS, VOCAB_SIZE, Corpus, decode, encode, load_corpus, validation_batches, windows
 from mhc_jax.model import Transformer
 from mhc_jax.run import read_config, rebuild_model
 from mhc_jax.sharding import make_mesh, put_batch
@@ -69,7 +69,7 @@ def sample(
   @jax.jit
   def next_token(params: Any, tokens_1T: jax.Array, last: jax.Array, key: jax.Array) -> jax.Array:
     logits_1TV, _ = Transformer(model).apply({'params': params}, tokens_1T, jnp.zeros_like(tokens_1T))
-    logits_V = logits_1TV[0, last].at[BOS].set(-jnp.inf)
+    logits_V = logits_1TV[0, last, :VOCAB_SIZE].at[BOS].set(-jnp.inf)
     greedy = jnp.argmax(logits_V)
     drawn = jax.random.categorical(key, logits_V / jnp.maximum(temperature, 1e-6))
     return jnp.where(temperature > 0, drawn, greedy)

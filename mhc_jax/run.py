@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from mhc_jax import config as config_lib
 from mhc_jax import config_file, cost
 from mhc_jax import optimizer as optim
-from mhc_jax.config import DTYPES, ConfigError, ModelConfig, OptimizerConfig
+from mhc_jax.config import DTYPES, ConfigError, MLAConfig, ModelConfig, MoEConfig, OptimizerConfig
 from mhc_jax.connection import ConnectionSpec, Gate, Init
 from mhc_jax.constraints.base import Constraint
 from mhc_jax.data import VOCAB_SIZE
@@ -65,6 +65,9 @@ def resolve(config: ConfigDict, digest: str, constraint: Constraint | None = Non
     'head_dim': model.head_dim,
     'ffn_width': model.ffn_width,
     'vocab_size': model.vocab_size,
+    'mla': dataclasses.asdict(model.mla) if model.mla else resolved['model']['mla'],
+    'moe': dataclasses.asdict(model.moe) if model.moe else resolved['model']['moe'],
+    'dense_layers': model.dense_layers if model.moe else None,
     'connection': _resolved_connection(resolved['model']['connection'], model),
   }
   flops_per_token = cost.train_flops_per_token(model, config.data.seq_len)
@@ -157,7 +160,15 @@ def rebuild_model(resolved: dict[str, Any], constraint: Constraint | None = None
     dtype=DTYPES[m['dtype']],
     base_width=resolved['transfer']['base_width'],
     base_depth=resolved['transfer']['base_depth'],
+    mla=_section(MLAConfig, m.get('mla')),
+    moe=_section(MoEConfig, m.get('moe')),
+    dense_layers=m.get('dense_layers') or 0,
   )
+
+
+def _section(kind: Any, values: dict[str, Any] | None) -> Any:
+  """A section as its dataclass; None where it is off, or not there because the run is older than it."""
+  return None if not values or None in values.values() else kind(**values)
 
 
 def steps_of(duration: ConfigDict, tokens_per_step: int, flops_per_token: float, params: int) -> int:
@@ -199,6 +210,9 @@ def _deciding(resolved: dict[str, Any]) -> dict[str, Any]:
   for path in config_lib.NOT_IN_ID:
     node = functools.reduce(lambda node, key: node.get(key, {}), path[:-1], kept)
     node.pop(path[-1], None)
+  for section in ('mla', 'moe'):
+    if not kept['model'].get(section):
+      kept['model'].pop(section, None)
   connection = kept['model']['connection']
   for field in dataclasses.fields(ConnectionSpec):
     if connection.get(field.name, dataclasses.MISSING) == field.default:

@@ -1,10 +1,11 @@
 """What ends a run before its last update: divergence, and signals."""
 
 import contextlib
-import math
 import signal
 from collections.abc import Iterator
 from typing import Any
+
+import numpy as np
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
@@ -16,9 +17,9 @@ class Divergence:
     self._patience, self._warmup = patience, warmup
     self.saved = dict(saved) or {'initial_loss': None, 'above': 0}
 
-  def diverged(self, step: int, metrics: dict[str, float]) -> bool:
+  def diverged(self, step: int, metrics: dict[str, float | list[float]]) -> bool:
     """True for anything non-finite, or `patience` losses in a row above the first after warmup."""
-    if not all(math.isfinite(value) for value in metrics.values()):
+    if not all(np.isfinite(value).all() for value in metrics.values()):
       return True
     if self.saved['initial_loss'] is None:
       self.saved['initial_loss'] = metrics['loss']

@@ -258,7 +258,7 @@ class Loop:
     }
     diverged = False
     if metrics is not None:
-      values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+      values = {name: np.asarray(value).tolist() for name, value in jax.device_get(metrics).items()}
       diverged = self.divergence.diverged(step, values)
       row |= {f'train/{name}': value for name, value in values.items()}
       self.final['train/loss'] = values['loss']

@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 from mhc_jax import optimizer as optim
 from mhc_jax.config import ModelConfig, OptimizerConfig
 from mhc_jax.diagnostics import diagnose
+from mhc_jax.layers.moe import balance
 from mhc_jax.model import Transformer, loss_sums
 from mhc_jax.sharding import state_sharding
 
@@ -60,21 +61,30 @@ def init_state(key: jax.Array, model: ModelConfig, optimizer: OptimizerConfig) -
 
 def evaluate_sums(params: Any, batch: Batch, model: ModelConfig) -> tuple[jax.Array, jax.Array]:
   """(sum of cross-entropies in nats, number of predicted tokens) of a batch."""
-  logits_BTV, _ = Transformer(model).apply({'params': params}, batch['inputs'], batch['segments'])
-  return loss_sums(logits_BTV, batch['targets'], batch['weights'])
+  return sums_and_load(params, batch, model)[0]
 
 
-def loss_fn(params: Any, batch: Batch, model: ModelConfig) -> jax.Array:
-  """Mean cross-entropy in nats per predicted token."""
-  total, count = evaluate_sums(params, batch, model)
-  return total / count
+def sums_and_load(params: Any, batch: Batch, model: ModelConfig) -> tuple[tuple[jax.Array, jax.Array], Any]:
+  """evaluate_sums, and the tokens that went to each expert, (L, E) int32; None without experts."""
+  logits_BTV, records = Transformer(model).apply({'params': params}, batch['inputs'], batch['segments'])
+  return loss_sums(logits_BTV, batch['targets'], batch['weights']), records[1].get('load_E')
+
+
+def loss_fn(params: Any, batch: Batch, model: ModelConfig) -> tuple[jax.Array, Any]:
+  """Mean cross-entropy in nats per predicted token, and the experts' loads."""
+  (total, count), load_LE = sums_and_load(params, batch, model)
+  return total / count, load_LE
 
 
 def train_step(
   state: TrainState, batch: Batch, hparams: Hparams, model: ModelConfig, optimizer: OptimizerConfig
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-  """One update. Metrics: loss (before the update), global norms of gradient and update, lr."""
-  loss, grads = jax.value_and_grad(loss_fn)(state.params, batch, model)
+  """One update. Metrics: loss (before the update), global norms of gradient and update, lr.
+
+  With experts also load_max_over_mean, (L,): the fullest expert's tokens over the mean of its layer. The
+  routers' biases then move by these loads, outside of the optimizer.
+  """
+  (loss, load_LE), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch, model)
   lr = hparams['lr'] * optim.schedule(state.step, hparams['num_steps'], hparams['warmup'], optimizer)
   transform = optim.adamw(optimizer, model, lr, hparams['weight_decay'])
   updates, opt_state = transform.update(grads, state.opt_state, state.params)
@@ -85,6 +95,9 @@ def train_step(
     'lr': lr,
   }
   params = optax.apply_updates(state.params, updates)
+  if load_LE is not None:
+    metrics['load_max_over_mean'] = load_LE.max(-1) / load_LE.mean(-1)
+    params = balance(params, load_LE, model)
   return TrainState(state.step + 1, params, opt_state), metrics
 
 

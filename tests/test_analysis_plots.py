@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from synthetic_runs import config_of, derived_of, write_run, write_sweep
 
-from analysis import coverage, plots
+from analysis import coverage, plots, router_figure
 
 
 @pytest.fixture
@@ -105,6 +105,26 @@ def test_stability_panel(tmp_path, blank_images):
   assert gains['residual', 4] == 1 and gains['hc', 4] == pytest.approx(1.3**8)
 
 
+def test_router_loads(tmp_path, blank_images, capsys):
+  """The mean over the last 20 batches of each run's fullest expert; layers count from the first of all."""
+  planned = []
+  for seed, level in ((0, 1.2), (1, 1.4)):
+    config = config_of('sigmoid', 32, 4, seed)
+    config['model']['dense_layers'] = 1
+    planned.append(write_run(tmp_path, config))
+    loads = [[level, 1.0, 1.1 if step > 20 else 3.0] for step in range(1, 41)]
+    rows = [{'step': 0}] + [{'step': k, router_figure.METRIC: row} for k, row in enumerate(loads, 1)]
+    path = tmp_path / planned[-1]['run_id'] / 'metrics.jsonl'
+    path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  (tmp_path / 'plan.json').write_text(json.dumps({'sweep': 'router', 'runs': planned}))
+  assert plots.main(['router', str(tmp_path)]) == 0
+  assert 'sigmoid 1.40' in capsys.readouterr().out
+  table = pd.read_csv(tmp_path / 'figures' / 'router_loads.csv')
+  assert len(table) == 80 and set(table['run_id']) == {item['run_id'] for item in planned}
+  means = router_figure.last_means(table)
+  assert means['sigmoid', 0].to_dict() == pytest.approx({'layer_2': 1.2, 'layer_3': 1.0, 'layer_4': 1.1})
+
+
 def test_plots_on_nothing(tmp_path, capsys):
   assert plots.main(['paper', str(tmp_path / 'absent')]) == 2
   assert capsys.readouterr().err.startswith('error: ')
@@ -112,6 +132,7 @@ def test_plots_on_nothing(tmp_path, capsys):
   assert plots.main(['paper', str(tmp_path)]) == 0
   said = capsys.readouterr().out
   assert 'absent: Loss against compute: no run has finished.' in said and '.png' not in said
+  assert plots.main(['router', str(tmp_path)]) == 2 and 'no run has logged' in capsys.readouterr().err
 
 
 def test_coverage_script(tmp_path, capsys, monkeypatch):

@@ -19,7 +19,7 @@ from mhc_jax.run import resolve
 from mhc_jax.train_step import init_state
 
 ROOT = pathlib.Path(__file__).parent.parent
-CONFIGS = sorted(path for path in (ROOT / 'configs').glob('*.py') if path.name != '__init__.py')
+CONFIGS = sorted(p for p in (ROOT / 'configs').glob('*.py') if 'def get_config(' in p.read_text())
 SOURCES = sorted(
   path for name in ('mhc_jax', 'experiments', 'analysis') for path in (ROOT / name).rglob('*.py')
 )
