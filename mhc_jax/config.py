@@ -18,6 +18,7 @@ from mhc_jax.manifold_updates import MANIFOLDS
 from mhc_jax.presets import connection_spec
 
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16, 'float64': jnp.float64}
+REMAT = ('none', 'layer', 'block')
 SCHEDULES = ('wsd', 'cosine', 'step', 'constant')
 DURATIONS = ('steps', 'tokens', 'flops', 'tokens_per_param')
 
@@ -45,7 +46,7 @@ class ModelConfig:
   output_gain: float  # of the maps that write to the streams, at the start (HC: sqrt(n))
   weights_rank: int | None  # rank of every attention and feed-forward map; None is full
   dtype: Any  # of activations and streams; parameters stay float32
-  remat: str  # 'none' or 'layer'
+  remat: str  # 'none', 'layer' or 'block'
   scan: bool  # False: a Python loop over layers, the reference for tests
   scan_unroll: int
   rope_theta: float
@@ -87,6 +88,7 @@ class OptimizerConfig:
   manifold: str | None  # set or optimizer of manifold_updates.py
   manifold_pattern: str | None  # regular expression of the parameters' paths
   manifold_value: float | None  # rank, radius, or LORO's updates between exact steps
+  microbatches: int | None  # parts of a batch whose gradients are added one after another; None is one
 
 
 def base_config() -> ConfigDict:
@@ -112,7 +114,7 @@ def base_config() -> ConfigDict:
       'kv_heads': optional(int),  # None: as many as heads
       'ffn_width': optional(int),  # None: 8/3 of width, rounded up to a multiple of 8
       'dtype': 'float32',  # of activations and streams: float32, bfloat16 or float64
-      'remat': 'none',  # 'layer' recomputes each block in the backward pass
+      'remat': 'none',  # 'layer' recomputes each layer in the backward pass, 'block' mHC's blocks of them
       'scan': True,
       'scan_unroll': 4,  # blocks per iteration: fewer copies of activations, more to compile
       'rope_theta': 10000.0,
@@ -170,6 +172,7 @@ def base_config() -> ConfigDict:
       'manifold': optional(str),
       'manifold_pattern': optional(str),  # for example layers/(attention|feed_forward)/.*/w
       'manifold_value': optional(float),  # rank, radius (None: 1), or LORO's updates between exact steps
+      'microbatches': optional(int),  # parts of a batch, one after another: less memory, equal gradients
     }
   )
   c.optimizer.clip_norm = 1.0
@@ -193,7 +196,8 @@ def base_config() -> ConfigDict:
   c.checkpoint = ConfigDict({'every_steps': optional(int), 'keep': 2})  # None: only at the end
   # Diverged: anything non-finite, or a loss above the first for this many updates in a row after warmup.
   c.divergence = ConfigDict({'patience': 10})
-  c.mesh = ConfigDict({'data': 1, 'fsdp': 1})  # devices along each axis. Not part of the run id
+  # Devices along each axis (sharding.py). Not part of the run id.
+  c.mesh = ConfigDict({'data': 1, 'fsdp': 1, 'tensor': 1, 'expert': 1})
   return c
 
 
@@ -246,7 +250,8 @@ def build_model(config: ConfigDict, vocab_size: int, constraint: Constraint | No
     f'model.weights.rank must lie between 1 and {largest}, the smallest side of a weight, got {rank}',
   )
   require(c.dtype in DTYPES, f'model.dtype must be one of {", ".join(DTYPES)}, got {c.dtype!r}')
-  require(c.remat in ('none', 'layer'), f'model.remat must be none or layer, got {c.remat!r}')
+  require(c.remat in REMAT, f'model.remat must be one of {", ".join(REMAT)}, got {c.remat!r}')
+  require(c.remat != 'block' or c.scan, 'model.remat=block needs model.scan=True')
   require(c.rope_theta > 0, f'model.rope_theta must be positive, got {c.rope_theta}')
   require(c.norm_eps >= 0, f'model.norm_eps must not be negative, got {c.norm_eps}')
   for name in ('base_width', 'base_depth'):
@@ -338,7 +343,8 @@ def check_counts(config: ConfigDict) -> None:
     'log': ('every_steps', 'diagnostics_every_steps'),
     'checkpoint': ('every_steps', 'keep'),
     'divergence': ('patience',),
-    'mesh': ('data', 'fsdp'),
+    'optimizer': ('microbatches',),
+    'mesh': ('data', 'fsdp', 'tensor', 'expert'),
   }
   for section, names in least.items():
     for name in names:
@@ -352,10 +358,12 @@ def check_counts(config: ConfigDict) -> None:
   )
   value = config.duration[given[0]]
   require(value > 0, f'duration.{given[0]} must be positive, got {value}')
-  rows, shards = config.data.batch_size, config.mesh.data * config.mesh.fsdp
+  rows, parts = config.data.batch_size, config.optimizer.microbatches or 1
+  shards = config.mesh.data * config.mesh.fsdp * config.mesh.expert
   require(
-    rows % shards == 0,
-    f'data.batch_size={rows} must be a multiple of mesh.data * mesh.fsdp = {shards}',
+    rows % (shards * parts) == 0,
+    f'data.batch_size={rows} must be a multiple of mesh.data * mesh.fsdp * mesh.expert = {shards}'
+    + f' times optimizer.microbatches={parts}' * (parts > 1),
   )
   rows = config.evaluation.batch_size
   require(rows % shards == 0, f'evaluation.batch_size={rows} must be a multiple of {shards} devices')

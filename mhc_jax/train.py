@@ -129,7 +129,7 @@ def run(
   corpus = corpus or load_corpus(config.data.name, config.data.dir)
   plan = resolve(config, corpus.digest, constraint)
   train, validation = load_data(plan, corpus)
-  mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
+  mesh = make_mesh(config.mesh.to_dict())
   check_workdir(workdir, plan)
   batches = validation_arrays(plan, validation, mesh)
   try:

@@ -20,7 +20,7 @@ from mhc_jax import optimizer as optim
 from mhc_jax.config import ModelConfig, OptimizerConfig
 from mhc_jax.diagnostics import diagnose
 from mhc_jax.model import Transformer, loss_sums
-from mhc_jax.sharding import state_sharding
+from mhc_jax.sharding import constrain, constrain_state, state_sharding
 
 
 @flax.struct.dataclass
@@ -58,23 +58,57 @@ def init_state(key: jax.Array, model: ModelConfig, optimizer: OptimizerConfig) -
   return TrainState(jnp.zeros((), jnp.int32), params, opt_state)
 
 
-def evaluate_sums(params: Any, batch: Batch, model: ModelConfig) -> tuple[jax.Array, jax.Array]:
+def evaluate_sums(
+  params: Any, batch: Batch, model: ModelConfig, mesh: Mesh | None = None
+) -> tuple[jax.Array, jax.Array]:
   """(sum of cross-entropies in nats, number of predicted tokens) of a batch."""
-  logits_BTV, _ = Transformer(model).apply({'params': params}, batch['inputs'], batch['segments'])
+  logits_BTV, _ = Transformer(model, mesh).apply({'params': params}, batch['inputs'], batch['segments'])
   return loss_sums(logits_BTV, batch['targets'], batch['weights'])
 
 
-def loss_fn(params: Any, batch: Batch, model: ModelConfig) -> jax.Array:
+def loss_fn(params: Any, batch: Batch, model: ModelConfig, mesh: Mesh | None = None) -> jax.Array:
   """Mean cross-entropy in nats per predicted token."""
-  total, count = evaluate_sums(params, batch, model)
+  total, count = evaluate_sums(params, batch, model, mesh)
   return total / count
 
 
+def gradients(
+  params: Any, batch: Batch, model: ModelConfig, parts: int | None = None, mesh: Mesh | None = None
+) -> tuple[jax.Array, Any]:
+  """(loss_fn, its gradient), from `parts` microbatches one after another.
+
+  Each adds its sum of cross-entropies over the number of tokens of the whole batch, so that every token
+  weighs the same wherever it lies. Row r is in part r % parts: rows stay on the devices that hold them.
+  """
+  if parts is None:
+    loss, grads = jax.value_and_grad(loss_fn)(params, batch, model, mesh)
+    return loss, constrain_state(grads, mesh)
+  count = jnp.sum(batch['weights'])
+
+  def share(params: Any, part: Batch) -> jax.Array:
+    return evaluate_sums(params, part, model, mesh)[0] / count
+
+  def add(sums: Any, part: Batch) -> tuple[Any, None]:
+    part = {name: constrain(value, 'BS', mesh) for name, value in part.items()}
+    loss, grads = jax.tree.map(jnp.add, sums, jax.value_and_grad(share)(params, part))
+    return (loss, constrain_state(grads, mesh)), None
+
+  split = {name: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1) for name, x in batch.items()}
+  sums = jax.eval_shape(jax.value_and_grad(share), params, {name: x[0] for name, x in split.items()})
+  loss, grads = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)
+  return jax.lax.scan(add, (loss, constrain_state(grads, mesh)), split)[0]
+
+
 def train_step(
-  state: TrainState, batch: Batch, hparams: Hparams, model: ModelConfig, optimizer: OptimizerConfig
+  state: TrainState,
+  batch: Batch,
+  hparams: Hparams,
+  model: ModelConfig,
+  optimizer: OptimizerConfig,
+  mesh: Mesh | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """One update. Metrics: loss (before the update), global norms of gradient and update, lr."""
-  loss, grads = jax.value_and_grad(loss_fn)(state.params, batch, model)
+  loss, grads = gradients(state.params, batch, model, optimizer.microbatches, mesh)
   lr = hparams['lr'] * optim.schedule(state.step, hparams['num_steps'], hparams['warmup'], optimizer)
   transform = optim.adamw(optimizer, model, lr, hparams['weight_decay'])
   updates, opt_state = transform.update(grads, state.opt_state, state.params)
@@ -107,14 +141,14 @@ def _programs(model: ModelConfig, optimizer: OptimizerConfig, mesh: Mesh) -> Pro
 
   def record(params: Any, batch: Batch) -> dict[str, jax.Array]:
     inputs = (batch['inputs'], batch['segments'])
-    _, records = Transformer(model).apply({'params': params}, *inputs, record=True)
+    _, records = Transformer(model, mesh).apply({'params': params}, *inputs, record=True)
     return diagnose(records, model)
 
-  step = functools.partial(train_step, model=model, optimizer=optimizer)
+  step = functools.partial(train_step, model=model, optimizer=optimizer, mesh=mesh)
   return Programs(
     init=jax.jit(init, out_shardings=sharding, compiler_options=_UNOPTIMISED),
     step=jax.jit(step, donate_argnums=0, out_shardings=(sharding, replicated)),
-    evaluate=jax.jit(functools.partial(evaluate_sums, model=model), out_shardings=replicated),
+    evaluate=jax.jit(functools.partial(evaluate_sums, model=model, mesh=mesh), out_shardings=replicated),
     diagnose=jax.jit(record, out_shardings=replicated),
     abstract=abstract,
   )
