@@ -54,7 +54,7 @@ def plan(name: str) -> tuple[list[ConfigDict], list[Any]]:
     raise ConfigError(f'{name}: {error}') from None
   planned, seen = [], {}
   for config in configs:
-    make_mesh(config.mesh.data, config.mesh.fsdp)  # refuses what the devices do not fit
+    make_mesh(config.mesh.to_dict())  # refuses what the devices do not fit
     corpus = corpus_of(config.data.name, config.data.dir)
     run = resolve(config, corpus.digest)
     load_data(run, corpus)  # refuses what the corpus is too small for, before anything starts

@@ -12,10 +12,19 @@ from ml_collections.config_dict import placeholder as optional
 
 from mhc_jax.errors import BusyError, ConfigError, require
 from mhc_jax.manifold_updates import MANIFOLDS
-from mhc_jax.model_config import DTYPES, MLAConfig, ModelConfig, MoEConfig, build_connection, build_model
+from mhc_jax.model_config import (
+  DTYPES,
+  REMAT,
+  MLAConfig,
+  ModelConfig,
+  MoEConfig,
+  build_connection,
+  build_model,
+)
 
 __all__ = [
   'DTYPES',
+  'REMAT',
   'BusyError',
   'ConfigError',
   'MLAConfig',
@@ -52,6 +61,7 @@ class OptimizerConfig:
   manifold: str | None  # set or optimizer of manifold_updates.py
   manifold_pattern: str | None  # regular expression of the parameters' paths
   manifold_value: float | None  # rank, radius, or LORO's updates between exact steps
+  microbatches: int | None  # parts of a batch whose gradients are added one after another; None is one
 
 
 def base_config() -> ConfigDict:
@@ -79,7 +89,7 @@ def base_config() -> ConfigDict:
       'ffn_width': optional(int),
       'vocab_size': optional(int),  # None: the tokenizer's; more leaves the rest of the table unused
       'dtype': 'float32',  # of activations and streams: float32, bfloat16 or float64
-      'remat': 'none',  # 'layer' recomputes each block in the backward pass
+      'remat': 'none',  # 'layer' recomputes each layer in the backward pass, 'block' mHC's blocks of them
       'scan': True,
       'scan_unroll': 4,  # blocks per iteration: fewer copies of activations, more to compile
       'rope_theta': 10000.0,
@@ -162,6 +172,7 @@ def base_config() -> ConfigDict:
       'manifold': optional(str),
       'manifold_pattern': optional(str),  # for example layers/(attention|feed_forward)/.*/w
       'manifold_value': optional(float),  # rank, radius (None: 1), or LORO's updates between exact steps
+      'microbatches': optional(int),  # parts of a batch, one after another: less memory, equal gradients
     }
   )
   c.optimizer.clip_norm = 1.0
@@ -249,6 +260,7 @@ def check_counts(config: ConfigDict) -> None:
     'log': ('every_steps', 'diagnostics_every_steps'),
     'checkpoint': ('every_steps', 'keep'),
     'divergence': ('patience',),
+    'optimizer': ('microbatches',),
     'mesh': ('data', 'fsdp', 'tensor', 'expert'),
   }
   for section, names in least.items():
@@ -263,10 +275,12 @@ def check_counts(config: ConfigDict) -> None:
   )
   value = config.duration[given[0]]
   require(value > 0, f'duration.{given[0]} must be positive, got {value}')
-  rows, shards = config.data.batch_size, config.mesh.data * config.mesh.fsdp * config.mesh.expert
+  rows, parts = config.data.batch_size, config.optimizer.microbatches or 1
+  shards = config.mesh.data * config.mesh.fsdp * config.mesh.expert
   require(
-    rows % shards == 0,
-    f'data.batch_size={rows} must be a multiple of mesh.data * mesh.fsdp * mesh.expert = {shards}',
+    rows % (shards * parts) == 0,
+    f'data.batch_size={rows} must be a multiple of mesh.data * mesh.fsdp * mesh.expert = {shards}'
+    + f' times optimizer.microbatches={parts}' * (parts > 1),
   )
   rows = config.evaluation.batch_size
   require(rows % shards == 0, f'evaluation.batch_size={rows} must be a multiple of {shards} devices')

@@ -46,7 +46,7 @@ def validation(resolved: dict[str, Any], model: ModelConfig, params: Any, corpus
   """The loss over the validation batches that training used, in nats per token and bits per byte."""
   c, data = resolved['evaluation'], resolved['data']
   split = windows(corpus.validation, data['seq_len'], data['cross_documents'])
-  mesh = make_mesh(1, 1)
+  mesh = make_mesh({})
   batches = [
     put_batch(batch, mesh)
     for batch in validation_batches(split, c['batch_size'], c['sequences'] // c['batch_size'])

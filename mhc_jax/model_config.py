@@ -12,6 +12,7 @@ from mhc_jax.constraints.base import Constraint
 from mhc_jax.errors import ConfigError, require
 from mhc_jax.presets import connection_spec
 
+REMAT = ('none', 'layer', 'block')
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16, 'float64': jnp.float64}
 ROUTERS = ('sigmoid', 'sinkhorn')
 
@@ -54,7 +55,7 @@ class ModelConfig:
   output_gain: float  # of the maps that write to the streams, at the start (HC: sqrt(n))
   weights_rank: int | None  # rank of every attention and feed-forward map; None is full
   dtype: Any  # of activations and streams; parameters stay float32
-  remat: str  # 'none' or 'layer'
+  remat: str  # 'none', 'layer' or 'block'
   scan: bool  # False: a Python loop over layers, the reference for tests
   scan_unroll: int
   rope_theta: float
@@ -161,7 +162,8 @@ def _check_values(config: ConfigDict) -> None:
   for name in ('width', 'depth', 'heads', 'scan_unroll'):
     require(c[name] >= 1, f'model.{name} must be at least 1, got {c[name]}')
   require(c.dtype in DTYPES, f'model.dtype must be one of {", ".join(DTYPES)}, got {c.dtype!r}')
-  require(c.remat in ('none', 'layer'), f'model.remat must be none or layer, got {c.remat!r}')
+  require(c.remat in REMAT, f'model.remat must be one of {", ".join(REMAT)}, got {c.remat!r}')
+  require(c.remat != 'block' or c.scan, 'model.remat=block needs model.scan=True')
   require(c.rope_theta > 0, f'model.rope_theta must be positive, got {c.rope_theta}')
   require(c.norm_eps >= 0, f'model.norm_eps must not be negative, got {c.norm_eps}')
   for name in ('base_width', 'base_depth'):

@@ -26,6 +26,7 @@ from mhc_jax.connection import ConnectionSpec, Gate, Init
 from mhc_jax.constraints.base import Constraint
 from mhc_jax.data import VOCAB_SIZE
 from mhc_jax.presets import PRESETS, connection_spec
+from mhc_jax.sharding import check_mesh
 from mhc_jax.train_step import init_state
 
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
@@ -57,6 +58,7 @@ def resolve(config: ConfigDict, digest: str, constraint: Constraint | None = Non
   model = config_lib.build_model(config, VOCAB_SIZE, constraint)
   optimizer = config_lib.build_optimizer(config)
   _check_manifold(model, optimizer)
+  check_mesh(config.mesh.to_dict(), model, config.data.seq_len)
   resolved = config.to_dict()
   resolved['arm'] = config.arm or config.model.connection.name
   resolved['data']['digest'] = digest

@@ -86,7 +86,7 @@ def run(
   Raises ConfigError for a mistake in the configuration, with nothing written; OSError on a full disk.
   """
   resolve(config, '', constraint)  # refuses a bad configuration before a corpus is prepared
-  mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
+  mesh = make_mesh(config.mesh.to_dict())
   if config.model.dtype == 'float64' and not jax.config.jax_enable_x64:
     raise ConfigError('model.dtype=float64 needs the environment variable JAX_ENABLE_X64=1')
   corpus = corpus or load_corpus(config.data.name, config.data.dir)

@@ -85,7 +85,6 @@ WRONG = {
   'model.kv_heads=3': 'does not divide',
   'model.ffn_width=0': 'at least 1',
   'model.dtype=float16': 'must be one of float32',
-  'model.remat=all': 'none or layer',
   'model.rope_theta=0': 'positive',
   'model.norm_eps=-1': 'not be negative',
   'model.weights.rank=33': 'between 1 and 32',
@@ -139,6 +138,12 @@ WRONG = {
   'divergence.patience=0': 'at least 1',
   'mesh.data=3': 'must be a multiple of mesh.data',
   'mesh.data=0': 'at least 1',
+  'mesh.expert=3': 'must be a multiple of mesh.data * mesh.fsdp * mesh.expert = 3',
+  'mesh.tensor=3': 'mesh.tensor=3 does not divide model.heads',
+  'optimizer.microbatches=0': 'at least 1',
+  'optimizer.microbatches=3': 'times optimizer.microbatches=3',
+  'model.remat=blocks': 'must be one of none, layer, block',
+  'model.remat=block model.scan=False': 'needs model.scan=True',
   # From here on the mistake shows only with the corpus or the devices at hand.
   'mesh.data=16 data.batch_size=16': '8 cpu device(s) are here',
   'duration.steps=100000': 'data.repeat=True',
@@ -251,7 +256,14 @@ def test_durations_in_four_units():
 
 def test_the_run_id_covers_what_changes_the_numbers_and_nothing_else():
   base = run_id()
-  same = ('arm=x', 'mesh.data=2', 'data.dir=/x', 'log.tensorboard=False', 'checkpoint.every_steps=3')
+  same = (
+    'arm=x',
+    'mesh.data=2',
+    'mesh.expert=2',
+    'data.dir=/x',
+    'log.tensorboard=False',
+    'checkpoint.every_steps=3',
+  )
   for override in (*same, 'checkpoint.keep=5', 'model.connection.preset=paper', 'topology=v5p:4x4x4'):
     assert run_id(override) == base, override
   other = ('seed=1', 'optimizer.lr=0.1', 'model.connection.rank=3', 'model.weights.rank=3', 'data.seq_len=32')

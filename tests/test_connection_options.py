@@ -17,8 +17,9 @@ from mhc_jax import hyper_connection as hc
 from mhc_jax.connection import Gate
 from mhc_jax.layers.attention import causal_mask
 from mhc_jax.layers.norm import rms_norm
-from mhc_jax.model import Attention, FeedForward, Transformer
+from mhc_jax.model import Transformer
 from mhc_jax.presets import connection_spec
+from mhc_jax.sublayers import Attention, FeedForward
 
 N, B, T, D = 4, 2, 3, 8
 

@@ -113,7 +113,7 @@ def logged(workdir):
 def newest(workdir):
   """(step, all arrays of the newest checkpoint)."""
   plan = resolve(parse(SMOKE, [f'--config.{override}' for override in OVERRIDES]), '')
-  abstract = programs(plan.model, plan.optimizer, make_mesh(1, 1)).abstract
+  abstract = programs(plan.model, plan.optimizer, make_mesh({})).abstract
   step, state, _ = Checkpoints(workdir / 'checkpoints').restore_latest(abstract)
   return step, jax.device_get(state)
 

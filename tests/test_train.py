@@ -72,7 +72,7 @@ def rows(workdir):
 def restored(workdir, **fields):
   """(step, state) of the newest checkpoint."""
   plan = resolve(config(**fields), 'digest')
-  abstract = programs(plan.model, plan.optimizer, make_mesh(1, 1)).abstract
+  abstract = programs(plan.model, plan.optimizer, make_mesh({})).abstract
   step, state, _ = Checkpoints(workdir / 'checkpoints').restore_latest(abstract)
   return step, state
 
@@ -148,7 +148,7 @@ def test_every_run_is_validated_on_the_same_batches(tmp_path, monkeypatch):
 def test_runs_of_equal_shapes_share_one_compilation(tmp_path):
   def of(**fields):
     plan = resolve(config(**fields), 'digest')
-    return programs(plan.model, plan.optimizer, make_mesh(1, 1))
+    return programs(plan.model, plan.optimizer, make_mesh({}))
 
   other = {'seed': 5, 'optimizer__lr': 0.1, 'optimizer__weight_decay': 0.0, 'duration__steps': 2}
   run(tmp_path / 'a', duration__steps=2)
@@ -322,7 +322,7 @@ ARMS = {
 def start(arm):
   """Parameters by path, through the program that training initialises with."""
   plan = resolve(config(**({'model__connection__name': arm} | ARMS.get(arm, {}))), 'digest')
-  state = programs(plan.model, plan.optimizer, make_mesh(1, 1)).init(jax.random.key(7))
+  state = programs(plan.model, plan.optimizer, make_mesh({})).init(jax.random.key(7))
   leaves = jax.tree_util.tree_leaves_with_path(state.params)
   return {jax.tree_util.keystr(path, simple=True, separator='/'): np.asarray(leaf) for path, leaf in leaves}
 
