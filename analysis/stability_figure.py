@@ -1,6 +1,6 @@
 """Stability over depth and learning rate: diverged share, final loss, gradient norm, composite gain.
 
-Where: Study -> here -> `python -m analysis.plots paper`, for sweeps like experiments/stability.py.
+Where: Study -> here -> all_figures.py, for sweeps like experiments/stability.py.
 """
 
 from pathlib import Path
@@ -8,11 +8,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from analysis.draw import Panel, figure, legend, log_axis, looks, save
+from analysis.draw import WIDE, Panel, figure, legend, log_axis, looks, save
 from analysis.runs import Run, curve, last_list
 from analysis.study import Study
 
-WIDE = 7.0  # inches: a text width
 MEASURES = {
   'diverged': 'share diverged',
   'validation_loss': 'validation loss',
