@@ -1,7 +1,7 @@
 """Which connections stay stable as depth and learning rate grow: divergence rate, gradient norms, gains.
 
   python -m experiments.sweep stability:small --workers 2
-  python -m analysis.plots paper runs/stability
+  python -m analysis.plots paper runs/stability-small
 
 residual, HC, mHC, H_res = I, exact Birkhoff matrices and rotations, three seeds each. Losses, gradient norms
 and gains are in every run's metrics; a diverged run ends as such and stays in the results.
