@@ -120,12 +120,14 @@ def test_plots_on_nothing(tmp_path, capsys):
 def test_coverage_script(tmp_path, capsys, monkeypatch):
   out = tmp_path / 'new' / 'coverage.json'
   monkeypatch.setattr(coverage, 'single', lambda rng, *_: {'E': True, 'alpha': bool(rng.random() < 0.95)})
+  monkeypatch.setattr(coverage, 'RESAMPLES', 10)
   code = coverage.main(['--simulations', '6', '--seed', '1', '--out', str(out)])
   rows = json.loads(out.read_text())['rows']
   said = capsys.readouterr().out
   # A coverage of 100 % is a miss too: the intervals would be too wide.
   assert code == 1 and 'MISSED' in said
-  assert {row['design'] for row in rows} == {'single', 'paired', 'power'}
+  assert {row['design'] for row in rows} == {'single', 'resampled', 'paired', 'power'}
+  assert all(row['met'] is None for row in rows if row['design'] == 'resampled')
   spread = [row for row in rows if row['quantity'] == 'sd(log m)']
   assert [row['delta'] for row in spread] == [0.001, 'auto'] and all(0 < r['value'] < 0.1 for r in spread)
   assert coverage.main(['--simulations', '0']) == 2
