@@ -125,8 +125,8 @@ def contrast_variance(fit: Fit, rows_QP: np.ndarray) -> tuple[np.ndarray, np.nda
   return variance_Q, np.maximum(variance_Q**2 / np.maximum(spread_Q, 1e-300), 1.0)
 
 
-def sandwich_covariance(fit: Fit) -> tuple[np.ndarray, int]:
-  """Cluster-robust covariance (CR1) of theta and the number of clusters."""
+def sandwich_covariance(fit: Fit) -> np.ndarray:
+  """Cluster-robust covariance (CR1) of theta."""
   residual_R, jac_RP = residuals(fit.theta_P, fit.problem)
   n, k = jac_RP.shape
   psi_R, label_R = score(residual_R, fit.problem), cluster_labels(fit.points)
@@ -136,7 +136,7 @@ def sandwich_covariance(fit: Fit) -> tuple[np.ndarray, int]:
   _, inverse_PP = noise_covariance(fit.theta_P, fit.problem)
   bread_PP = inverse_PP / mean_slope(residual_R, k, fit.problem)
   correction = count / max(count - 1, 1) * (n - 1) / max(n - k, 1)
-  return correction * bread_PP @ sums_GP.T @ sums_GP @ bread_PP, count
+  return correction * bread_PP @ sums_GP.T @ sums_GP @ bread_PP
 
 
 def derived(fit: Fit, theta_P: np.ndarray) -> dict[str, float]:

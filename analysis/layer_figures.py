@@ -88,7 +88,7 @@ def heat_maps(s: Study, folder: Path) -> Panel | str:
   if not found:
     return 'Heat maps of H_res: no run of several streams logged diagnostics/res_mean.'
   rows = []
-  with figure(WIDE, 1.5 * len(found) + 0.3, nrows=len(found), ncols=6, squeeze=False) as (fig, axes):
+  with figure(WIDE, 1.3 * len(found) + 0.2, nrows=len(found), ncols=6, squeeze=False) as (fig, axes):
     for line, (arm, run_id, matrices) in zip(axes, found, strict=True):
       line[0].set_ylabel(textwrap.fill(arm.replace('_', ' '), 14), fontsize=6.5)
       for k, name in enumerate(MATRICES):
@@ -127,9 +127,14 @@ def _heat(ax: Axes, matrix: np.ndarray, title: str) -> None:
   ax.grid(visible=False)
   n = len(matrix)
   for k in range(n):
-    ax.text(n - 0.4, k, f'{matrix[k].sum():.2f}', fontsize=5, va='center')
-    ax.text(k, n - 0.1, f'{matrix[:, k].sum():.2f}', fontsize=5, ha='center', va='center')
+    ax.text(n - 0.4, k, _short(matrix[k].sum()), fontsize=5, va='center')
+    ax.text(k, n - 0.1, _short(matrix[:, k].sum()), fontsize=5, ha='center', va='center')
     if n <= 4:
       for j in range(n):
         ink = 'white' if abs(matrix[k, j]) > 0.6 * limit else 'black'
-        ax.text(j, k, f'{matrix[k, j]:.2f}', fontsize=4.5, ha='center', va='center', color=ink)
+        ax.text(j, k, _short(matrix[k, j]), fontsize=4.5, ha='center', va='center', color=ink)
+
+
+def _short(value: float) -> str:
+  """At most five characters."""
+  return f'{value:.2f}' if abs(value) < 9.995 else f'{value:.0f}' if abs(value) < 9999 else f'{value:.0e}'

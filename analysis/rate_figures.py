@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from analysis.draw import DIVERGED, Panel, legend, log_axis, looks, panels, save, variant
+from analysis.draw import DASHES, DIVERGED, Panel, legend, log_axis, looks, panels, save, variant
 from analysis.learning_rate import RateSweep
 from analysis.selection import PARAMS
 from analysis.study import Study
@@ -45,7 +45,7 @@ def learning_rates(s: Study, folder: Path) -> Panel | str:
   return save(fig, folder, 'learning_rate', caption, pd.DataFrame(rows))
 
 
-def _draw(ax: Axes, r: RateSweep, look: dict[str, str], label: str) -> list[dict]:
+def _draw(ax: Axes, r: RateSweep, look: dict[str, str], label: str | None) -> list[dict]:
   """A line of mean losses, with crosses below where runs diverged; returns the runs."""
   mean = r.rows.groupby('lr')['validation_loss'].mean().dropna()
   ax.plot(mean.index, mean, **look, label=label, ms=3.5)
@@ -61,15 +61,17 @@ def rate_sensitivity(s: Study, folder: Path) -> Panel | str:
     return f'Sensitivity to the learning rate: {ABSENT}'
   style, rows = looks(list(dict.fromkeys(s.table['arm']))), []
   arms = list(dict.fromkeys(r.arm for r in s.rates))
+  grids = list(dict.fromkeys((r.size, r.budget) for r in s.rates))
+  cues = {
+    grid: {'marker': 'os^Dv<>p'[k % 8], 'linestyle': DASHES[k % len(DASHES)]} for k, grid in enumerate(grids)
+  }
   with panels(len(arms) + 1) as (fig, axes):
     for ax, arm in zip(axes, arms, strict=False):
-      own = [r for r in s.rates if r.arm == arm]
-      for k, r in enumerate(own):
-        look = variant(style[arm], k) | {'marker': 'os^Dv<>p'[k % 8]}
-        rows += _draw(ax, r, look, ', '.join(filter(None, (r.size, r.budget))))
-      ax.set_title(arm)
+      own, colour = [r for r in s.rates if r.arm == arm], style[arm]['color']
+      for r in own:
+        rows += _draw(ax, r, cues[r.size, r.budget] | {'color': colour}, None)
+      ax.set_title(arm, color=colour)
       log_axis(ax, 'learning rate')
-      ax.legend(fontsize=6)
       known = sorted((r.params, r.sensitivity) for r in own if r.sensitivity is not None)
       if known:
         axes[-1].plot(*zip(*known, strict=True), **style[arm], ms=3.5, label=arm)
@@ -82,10 +84,12 @@ def rate_sensitivity(s: Study, folder: Path) -> Panel | str:
         }
         for r in own
       ]
+    for grid, cue in cues.items():  # the sizes look alike in every panel
+      axes[0].plot([], [], **cue, ms=3.5, color='#555555', label=', '.join(filter(None, grid)))
     log_axis(axes[-1], PARAMS[s.params].split(' (')[0])
     axes[-1].set_ylabel('sensitivity (nats)')
     axes[0].set_ylabel('validation loss')
-    legend(fig, axes[-1])
+    legend(fig, axes[0], axes[-1])
   low, high = min(r.losses.index.min() for r in s.rates), max(r.losses.index.max() for r in s.rates)
   caption = (
     'Final loss against learning rate, a line per width x depth, and learning-rate sensitivity: mean of '

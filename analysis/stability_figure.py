@@ -58,9 +58,10 @@ def stability(s: Study, folder: Path) -> Panel | str:
     return 'Stability: fewer than two depths or two learning rates have ended.'
   depths, style = sorted(table['depth'].unique()), looks(list(dict.fromkeys(s.table['arm'])))
   mean = table.groupby(['arm', 'depth', 'lr'], sort=False)[list(MEASURES)].mean().reset_index()
-  size = {'nrows': len(MEASURES), 'ncols': len(depths), 'squeeze': False, 'sharex': True, 'sharey': 'row'}
-  with figure(WIDE, 1.7 * len(MEASURES) + 0.4, **size) as (fig, axes):
-    for row, (name, label) in zip(axes, MEASURES.items(), strict=True):
+  shown = {name: label for name, label in MEASURES.items() if table[name].notna().any()}
+  size = {'nrows': len(shown), 'ncols': len(depths), 'squeeze': False, 'sharex': True, 'sharey': 'row'}
+  with figure(WIDE, 1.7 * len(shown) + 0.4, **size) as (fig, axes):
+    for row, (name, label) in zip(axes, shown.items(), strict=True):
       for ax, depth in zip(row, depths, strict=True):
         for arm, own in mean[mean['depth'] == depth].groupby('arm', sort=False):
           own = own.sort_values('lr')
@@ -70,7 +71,7 @@ def stability(s: Study, folder: Path) -> Panel | str:
       if name in ('gradient_norm', 'composite_gain'):
         log_axis(row[0], label, 'y')
     for ax, depth in zip(axes[0], depths, strict=True):
-      ax.set_title(f'depth {depth}')
+      ax.set_title(f'depth {depth:.0f}')
       ax.set_ylim(-0.05, 1.05)
     for ax in axes[-1]:
       log_axis(ax, 'learning rate')

@@ -170,9 +170,9 @@ def token_scaling(s: Study, folder: Path) -> Panel | str:
     ids = {'arm': row['arm'], 'run_id': own.run_id, 'reference_id': other.run_id, 'state': row['state']}
     values = {'tokens': d['x'], 'gap': d['own'] - d['other'], 'ratio': d['own'] / d['other']}
     parts.append(pd.DataFrame(values).assign(**ids))
-  if not parts or not sum(map(len, parts)):
-    return 'Gap along tokens: no paired runs logged validation/loss.'
-  table = pd.concat(parts)
+  table = pd.concat(parts) if parts else pd.DataFrame({'tokens': []})
+  if table['tokens'].nunique() < 2:
+    return 'Gap along tokens: no paired runs logged validation/loss twice.'
   with figure(WIDE, 2.8, ncols=2) as (fig, axes):
     for ax, name, unit, zero in zip(axes, ('gap', 'ratio'), (1, 100), (0, 100), strict=True):
       curves, ends = [], []

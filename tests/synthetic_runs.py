@@ -90,6 +90,12 @@ def metrics_of(config, derived, final, rng, upto=1.0):
   return rows
 
 
+def blank(monkeypatch):
+  """Figures are built but not rendered: most of a report's time, and none of its logic."""
+  monkeypatch.setattr('matplotlib.figure.Figure.savefig', lambda self, path, **_: path.write_text('<svg/>'))
+  monkeypatch.setattr('analysis.draw.write_png', lambda fig, path: path.write_text(''))
+
+
 def write_plan(folder, planned):
   """The plan of runs written one by one; the sweep is called like its folder."""
   (folder / 'plan.json').write_text(json.dumps({'sweep': folder.name, 'runs': planned}))

@@ -6,7 +6,17 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
-from synthetic_runs import SIZES, config_of, derived_of, report, words, write_plan, write_run, write_sweep
+from synthetic_runs import (
+  SIZES,
+  blank,
+  config_of,
+  derived_of,
+  report,
+  words,
+  write_plan,
+  write_run,
+  write_sweep,
+)
 
 from analysis import plots
 from analysis.all_figures import FIGURES, draw_all
@@ -19,8 +29,7 @@ from analysis.study import study
 
 @pytest.fixture(autouse=True)
 def blank_images(monkeypatch):
-  """Figures are built but not rendered."""
-  monkeypatch.setattr('matplotlib.figure.Figure.savefig', lambda self, path, **_: path.write_text('<svg/>'))
+  blank(monkeypatch)
 
 
 def paper(folder, out, *options):

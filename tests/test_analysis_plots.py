@@ -5,15 +5,14 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
-from synthetic_runs import config_of, derived_of, write_plan, write_run, write_sweep
+from synthetic_runs import blank, config_of, derived_of, write_plan, write_run, write_sweep
 
 from analysis import coverage, plots
 
 
 @pytest.fixture
 def blank_images(monkeypatch):
-  """Figures are built but not rendered."""
-  monkeypatch.setattr('matplotlib.figure.Figure.savefig', lambda self, path, **_: path.write_text('<svg/>'))
+  blank(monkeypatch)
 
 
 def add_matrices(folder, arm):

@@ -9,6 +9,7 @@ import pytest
 from synthetic_runs import (
   MULTIPLIER,
   SIZES,
+  blank,
   config_of,
   derived_of,
   report,
@@ -21,8 +22,7 @@ from synthetic_runs import (
 
 @pytest.fixture
 def blank_images(monkeypatch):
-  """Figures are built but not rendered: most of a report's time, and none of its logic."""
-  monkeypatch.setattr('matplotlib.figure.Figure.savefig', lambda self, path, **_: path.write_text('<svg/>'))
+  blank(monkeypatch)
 
 
 @pytest.fixture
