@@ -78,7 +78,7 @@ def figures(panels: Sequence[Panel], folder: Path) -> Raw:
       f'src="data:image/svg+xml;base64,{image}"></div><figcaption>{text(panel.caption)} '
       f'<a href="{panel.name}.csv">CSV</a> <a href="{panel.name}.png">PNG</a></figcaption></figure>'
     )
-  return Raw('<div class=grid>' + ''.join(out) + '</div>')
+  return Raw('<div class=grid>' + ''.join(out) + '</div>' if out else '')
 
 
 def paragraph(*sentences: str) -> Raw:

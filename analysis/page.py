@@ -23,7 +23,7 @@ from analysis.html import (
 from analysis.intervals import residual_variance
 from analysis.multipliers import Multiplier
 from analysis.page_record import excluded, interactive, method, run_table, setting
-from analysis.page_results import checks, gain_words, gap_table, rank_words, rates, result_tables
+from analysis.page_results import checks, gain_words, gap_table, rates, result_tables
 from analysis.selection import AXIS_LABEL
 from analysis.study import Study
 
@@ -59,7 +59,7 @@ def write_page(s: Study, panels: list[Panel], absent: list[str], folder: Path, c
     ('tables', 'Final losses', result_tables(s)),
     ('shape', 'Width and depth', shown('loss_vs_width', 'loss_vs_depth')),
     ('isoflop', 'Best size at a budget', shown('paper_isoflop', 'paper_optimal_sizes')),
-    ('rank', 'Manifold rank', shown(*ranks) + rank_words(s)),
+    ('rank', 'Manifold rank', shown(*ranks)),
     ('rates', 'Learning rates', shown(*rate_names) + rates(s)),
     ('stability', 'Stability', shown('paper_stability')),
     ('gains', 'Gains by layer', layers and gain_words(s) + layers),

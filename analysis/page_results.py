@@ -8,9 +8,7 @@ import math
 import pandas as pd
 
 from analysis.alternatives import Alternative
-from analysis.html import Raw, big, bullets, folded, loss, number, paragraph, span, table, text
-from analysis.ranks import exponent_words
-from analysis.selection import AXIS_LABEL
+from analysis.html import Raw, big, folded, loss, number, paragraph, span, table, text
 from analysis.study import Study
 from analysis.tables import ablation, final_losses
 
@@ -36,13 +34,6 @@ def gap_table(s: Study) -> Raw:
   head = ['arm', 'size', 'FLOPs', 'pairs', 'gap (nats)', '95 %', 'ratio']
   head += ['tokens / reference', 'FLOPs / reference']
   return folded('Gaps as a table', table(head, rows, left=(0, 1)))
-
-
-def rank_words(s: Study) -> Raw:
-  """Exponents of the rank sweeps."""
-  if not s.ranks:
-    return Raw('')
-  return bullets(f'{AXIS_LABEL[r.axis]}, {r.arm} at {r.size}: {exponent_words(r.exponent)}' for r in s.ranks)
 
 
 def rates(s: Study) -> Raw:
@@ -85,7 +76,7 @@ def result_tables(s: Study) -> Raw:
   rows = []
   for _, r in final_losses(s).iterrows():
     ends = [loss(r[k]) for k in ('validation_loss', 'standard_deviation', 'bits_per_byte')]
-    costs = (big(r['tokens']), big(r['flops']), r['seeds'], r['diverged'])
+    costs = (big(r['tokens']), number(r['flops'], 3), r['seeds'], r['diverged'])
     rows.append([r['arm'], r['size'], *costs, *ends, *_gap_cells(r)])
   if not rows:
     return out
@@ -97,7 +88,7 @@ def result_tables(s: Study) -> Raw:
 def _gap_cells(row: pd.Series) -> list[str]:
   """The paired gap and its interval."""
   if pd.isna(row['difference']):
-    return ['–', '–']
+    return ['diverged' if row['diverged'] and not row['seeds'] else '–', '–']
   ends = '–' if pd.isna(row['low']) else f'[{row["low"]:+.4f}, {row["high"]:+.4f}]'
   return [f'{row["difference"]:+.4f}', ends]
 

@@ -54,8 +54,8 @@ def _gain(run: Run) -> float:
 def stability(s: Study, folder: Path) -> Panel | str:
   """Each measure (rows) against learning rate at each depth (columns); mean over seeds."""
   table = measured(s)
-  if table.empty or table['lr'].nunique() < 2 or table['depth'].nunique() < 2:
-    return 'Stability: fewer than two depths or two learning rates have ended.'
+  if table.empty or (table.groupby('arm')[['lr', 'depth']].nunique().min(axis=1) < 2).all():
+    return 'Stability: no arm has ended at two depths and two learning rates.'
   depths, style = sorted(table['depth'].unique()), looks(list(dict.fromkeys(s.table['arm'])))
   mean = table.groupby(['arm', 'depth', 'lr'], sort=False)[list(MEASURES)].mean().reset_index()
   shown = {name: label for name, label in MEASURES.items() if table[name].notna().any()}
