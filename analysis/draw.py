@@ -15,7 +15,7 @@ import matplotlib
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 from PIL import Image
 
 STYLE = Path(__file__).with_name('paper.mplstyle')
@@ -104,7 +104,11 @@ def log_axis(ax: Axes, label: str, axis: str = 'x') -> None:
   getattr(ax, f'set_{axis}label')(label)
   one = getattr(ax, f'{axis}axis')
   low, high = getattr(ax, f'get_{axis}lim')()
-  one.set_major_locator(LogLocator(subs=(1,) if high / low > 40 else (1, 2, 5)))
+  if high / low < 5:
+    one.set_major_locator(MaxNLocator(3, steps=(1, 2, 5, 10)))
+    one.set_minor_locator(NullLocator())
+  else:
+    one.set_major_locator(LogLocator(subs=(1,) if high / low > 40 else (1, 2, 5)))
   one.set_major_formatter(FuncFormatter(lambda value, _: power_of_ten(value)))
   one.set_minor_formatter(NullFormatter())
 

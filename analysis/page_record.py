@@ -27,11 +27,11 @@ MOST_POINTS = 150  # per curve in the page; the files of the run hold all of the
 def excluded(s: Study) -> Raw:
   """Every run that is not in the law, with its reason."""
   out = s.table[s.table['excluded'].notna()]
-  without = '' if s.fit else 'There is no law; what follows could not have been in one. '
   if not len(out):
-    return paragraph(without and s.choice.reason, 'None: every planned run can be used.')
+    return paragraph('None: every planned run ' + ('is in the law.' if s.fit else 'could be in a law.'))
   rows = [[r['run_id'], r['arm'], _size(r), _seed(r), r['excluded']] for _, r in out.iterrows()]
-  return paragraph(without, f'{len(out)} of {len(s.table)} planned runs are not in the scaling law:') + table(
+  are = 'are not in the scaling law' if s.fit else 'could not be in a scaling law'
+  return paragraph(f'{len(out)} of {len(s.table)} planned runs {are}:') + table(
     ['run', 'arm', 'size', 'seed', 'reason'], rows, left=(0, 1, 2), wide=(4,)
   )
 

@@ -39,7 +39,8 @@ def _shape_plot(s: Study, folder: Path, name: str, other: str) -> Panel | str:
         ax.plot(mean.index, mean, **style[arm], lw=1.0, label=arm)
         if arm == s.reference and runs[other].nunique() > 1:
           at = (mean.index[-1], mean.iloc[-1])
-          ax.annotate(f' {other} {fixed:.0f}', at, fontsize=7, color='#444444', va='bottom')
+          words = {'xytext': (5, 2), 'textcoords': 'offset points', 'fontsize': 7, 'color': '#444444'}
+          ax.annotate(f'{other} {fixed:.0f}', at, **words)
       rows += own[['arm', 'run_id', 'seed', name, other, 'flops', 'validation_loss']].to_dict('records')
     _plain_log2(ax, runs[name])
     ax.margins(x=0.12)

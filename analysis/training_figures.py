@@ -3,6 +3,7 @@
 Where: Study -> here -> all_figures.py. A diverged run is drawn as far as it came, with a cross at its end.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,8 @@ from analysis.runs import Run, curve
 from analysis.selection import largest
 from analysis.study import Study
 
+SEEDS = 'seeds thin, their mean as far as all of them came'
+
 
 def place(s: Study, rows: pd.DataFrame) -> str:
   """Where and what the runs of a figure are: size, and every arm that is absent, diverged or unfinished."""
@@ -26,26 +29,40 @@ def place(s: Study, rows: pd.DataFrame) -> str:
     ('diverged (x)', rows['state'] == 'diverged'),
     ('not finished', ~rows['state'].isin(['finished', 'diverged'])),
   ):
-    seeds = rows[inside].groupby('arm', sort=False)['seed'].apply(lambda v: ' and '.join(map(str, v)))
+    seeds = (
+      rows[inside].groupby('arm', sort=False)['seed'].apply(lambda v: ' and '.join(f'{k:.0f}' for k in v))
+    )
     if len(seeds):
       out.append(f'{words}: ' + ', '.join(f'{arm} seed {which}' for arm, which in seeds.items()))
   return '; '.join(out)
 
 
-def _line(look: dict[str, str]) -> dict[str, str]:
-  return {'color': look['color'], 'linestyle': look['linestyle']}
+def _draw_seeds(
+  ax: Axes, look: dict[str, str], arm: str, curves: list[tuple[str, np.ndarray, np.ndarray]]
+) -> list[tuple[float, float]]:
+  """An arm's curves (state, x, y), thin, their mean as far as all go; returns the ends of diverged ones."""
+  line = {'color': look['color'], 'linestyle': look['linestyle']}
+  several = len(curves) > 1
+  for _, x, y in curves:
+    ax.plot(x, y, **line, **({'lw': 0.5, 'alpha': 0.35} if several else {'lw': 1.1, 'label': arm}))
+  if several:
+    shortest = min((x for _, x, _ in curves), key=lambda x: x[-1])
+    mean = np.mean([np.interp(shortest, x, y) for _, x, y in curves], 0)
+    ax.plot(shortest, mean, **line, lw=1.2, label=arm)
+  return [(x[-1], y[-1]) for state, x, y in curves if state == 'diverged']
 
 
-def _look_at(ax: Axes, curves: list[tuple[str, np.ndarray]]) -> None:
-  """Limits of y by the runs that did not diverge, with half their range beyond."""
-  sound = [y for state, y in curves if state != 'diverged' and len(y)]
-  if not sound or len(sound) == len(curves):
-    return
-  to, back = (np.log, np.exp) if ax.get_yscale() == 'log' else (np.asarray, np.asarray)
-  values = to(np.concatenate(sound))
-  more = 0.5 * float(np.ptp(values))
-  low, high = ax.get_ylim()
-  ax.set_ylim(max(low, back(values.min() - more)), min(high, back(values.max() + more)))
+def _finish(ax: Axes, arms: dict[str, list[tuple[str, np.ndarray, np.ndarray]]], ends: list) -> None:
+  """Limits of y by the runs that did not diverge, with half their range beyond; crosses at the ends given."""
+  curves = [one for own in arms.values() for one in own]
+  sound = [y for state, _, y in curves if state != 'diverged']
+  if sound and len(sound) < len(curves):
+    to, back = (np.log, np.exp) if ax.get_yscale() == 'log' else (np.asarray, np.asarray)
+    values = to(np.concatenate(sound))
+    more = 0.5 * float(np.ptp(values))
+    low, high = ax.get_ylim()
+    ax.set_ylim(max(low, back(values.min() - more)), min(high, back(values.max() + more)))
+  mark_ends(ax, ends)
 
 
 def smooth(y: np.ndarray) -> np.ndarray:
@@ -60,24 +77,20 @@ def training_loss(s: Study, folder: Path) -> Panel | str:
   style, rows, tops, ends = looks(list(dict.fromkeys(s.table['arm']))), [], [], []
   shown = largest(s.table, s.reference)
   with figure() as (fig, ax):
-    for _, run in shown.iterrows():
-      arm, files = run['arm'], s.sweep.runs[run['run_id']]
-      x, y = (np.array(v) for v in curve(files, 'train/loss'))
-      if not len(x):
-        continue
-      y = smooth(y)
-      ax.plot(x, y, **_line(style[arm]), lw=1.0, label=arm)
-      tops.append(float(np.interp(0.04 * x[-1], x, y)))
-      xv, yv = curve(files, 'validation/loss')
-      ax.plot(xv, yv, style[arm]['marker'], color=style[arm]['color'], ms=3)
-      if run['state'] == 'diverged':
-        ends.append((x[-1], y[-1]))
-      for metric, xs, ys in (('train/loss', x, y), ('validation/loss', xv, yv)):
-        rows += [
-          {'arm': arm, 'run_id': run['run_id'], 'state': run['state'], 'metric': metric}
-          | {'tokens': t, 'loss': v}
-          for t, v in zip(xs, ys, strict=True)
-        ]
+    for arm, own in shown.groupby('arm', sort=False):
+      curves = []
+      for _, run in own.iterrows():
+        x, y = (np.array(v) for v in curve(s.sweep.runs[run['run_id']], 'train/loss'))
+        if not len(x):
+          continue
+        y = smooth(y)
+        curves.append((run['state'], x, y))
+        tops.append(float(np.interp(0.04 * x[-1], x, y)))
+        xv, yv = curve(s.sweep.runs[run['run_id']], 'validation/loss')
+        ax.plot(xv, yv, style[arm]['marker'], color=style[arm]['color'], ms=3)
+        rows += _rows(run, 'train/loss', x, y, 'tokens') + _rows(run, 'validation/loss', xv, yv, 'tokens')
+      if curves:
+        ends += _draw_seeds(ax, style[arm], arm, curves)
     if not rows:
       return 'Loss over training: no run logged train/loss.'
     ax.set_ylim(top=max(tops))  # the first steps would squeeze the rest
@@ -86,7 +99,7 @@ def training_loss(s: Study, folder: Path) -> Panel | str:
     ax.set(xlabel='training tokens', ylabel='loss (nats per token)')
     legend(fig, ax)
   caption = (
-    'Training loss (running mean over 5 % of the run; markers: validation loss), one line per seed; '
+    f'Training loss (running mean over 5 % of the run; markers: validation loss), {SEEDS}; '
     f'{place(s, shown)}. The first 4 % may lie above the axis.'
   )
   return save(fig, folder, 'training_loss', caption, pd.DataFrame(rows))
@@ -114,50 +127,42 @@ def over_training(s: Study, folder: Path) -> Panel | str:
   """mHC Fig. 2 and 5: training-loss gap to the reference and gradient norm over the updates."""
   style, rows = looks(list(dict.fromkeys(s.table['arm']))), []
   shown = largest(s.table, s.reference)
-  with figure(WIDE, 2.8, ncols=2) as (fig, (left, right)):
-    curves, ends = [], []
-    for row, own, other in _pairs(s, shown):
-      table = _difference(own, other, 'train/loss', 'step')
-      if not len(table):
-        continue
+  gaps: dict[str, list] = {}
+  norms: dict[str, list] = {}
+  for row, own, other in _pairs(s, shown):
+    table = _difference(own, other, 'train/loss', 'step')
+    if len(table):
       x, gap = table['x'].to_numpy(), smooth((table['own'] - table['other']).to_numpy())
-      left.plot(x, gap, **_line(style[row['arm']]), lw=1.0, label=row['arm'])
-      curves.append((row['state'], gap))
-      if row['state'] == 'diverged':
-        ends.append((x[-1], gap[-1]))
-      rows += _rows(row, 'loss_gap', x, gap)
-    if not rows:
-      return 'Gap over training: no paired runs logged train/loss.'
-    left.axhline(0, color='#000000', lw=0.8)
-    _look_at(left, curves)
-    mark_ends(left, ends)
-    norms, ends = [], []
-    for _, row in shown.iterrows():
-      x, y = curve(s.sweep.runs[row['run_id']], 'train/grad_norm', 'step')
-      if x:
-        right.plot(x, y, **_line(style[row['arm']]), lw=0.8, label=row['arm'])
-        norms.append((row['state'], np.array(y)))
-        if row['state'] == 'diverged':
-          ends.append((x[-1], y[-1]))
-        rows += _rows(row, 'grad_norm', x, y)
-    log_axis(right, 'gradient norm', 'y')
-    _look_at(right, norms)
-    log_axis(right, 'gradient norm', 'y')
-    mark_ends(right, ends)
-    for ax in (left, right):
-      ax.set_xlabel('update')
-    left.set_ylabel(f'training loss minus {s.reference}')
-    legend(fig, left, right)
+      gaps.setdefault(row['arm'], []).append((row['state'], x, gap))
+      rows += _rows(row, 'loss_gap', x, gap, 'step')
+  if not rows:
+    return 'Gap over training: no paired runs logged train/loss.'
+  for _, row in shown.iterrows():
+    x, y = (np.array(v) for v in curve(s.sweep.runs[row['run_id']], 'train/grad_norm', 'step'))
+    if len(x):
+      norms.setdefault(row['arm'], []).append((row['state'], x, y))
+      rows += _rows(row, 'grad_norm', x, y, 'step')
+  with figure(WIDE, 2.8, ncols=2) as (fig, axes):
+    labels = (f'training loss minus {s.reference}', 'gradient norm')
+    for ax, arms, label in zip(axes, (gaps, norms), labels, strict=True):
+      ends = [end for arm, own in arms.items() for end in _draw_seeds(ax, style[arm], arm, own)]
+      ax.set(xlabel='update', ylabel=label)
+      if arms is norms:
+        ax.set_yscale('log')
+      else:
+        ax.axhline(0, color='#000000', lw=0.8)
+      _finish(ax, arms, ends)
+    log_axis(axes[1], 'gradient norm', 'y')
+    legend(fig, *axes)
   caption = (
-    'Training-loss gap (running mean over 5 % of the run) and gradient norm, one line per seed; '
-    f'{place(s, shown)}.'
+    f'Training-loss gap (running mean over 5 % of the run) and gradient norm, {SEEDS}; {place(s, shown)}.'
   )
   return save(fig, folder, 'paper_over_training', caption, pd.DataFrame(rows))
 
 
-def _rows(run: pd.Series, name: str, x: np.ndarray, y: np.ndarray) -> list[dict]:
+def _rows(run: pd.Series, name: str, x: Sequence[float], y: Sequence[float], against: str) -> list[dict]:
   base = {key: run[key] for key in ('arm', 'run_id', 'seed', 'state')}
-  return [base | {'step': a, name: b} for a, b in zip(x, y, strict=True)]
+  return [base | {against: a, 'metric': name, 'value': b} for a, b in zip(x, y, strict=True)]
 
 
 def token_scaling(s: Study, folder: Path) -> Panel | str:
@@ -175,21 +180,18 @@ def token_scaling(s: Study, folder: Path) -> Panel | str:
     return 'Gap along tokens: no paired runs logged validation/loss twice.'
   with figure(WIDE, 2.8, ncols=2) as (fig, axes):
     for ax, name, unit, zero in zip(axes, ('gap', 'ratio'), (1, 100), (0, 100), strict=True):
-      curves, ends = [], []
+      arms, ends = {}, []
       for arm, own in table.groupby('arm', sort=False):
         at = own.groupby('tokens')[name]
         mean = unit * at.mean()[at.size() == own['run_id'].nunique()]
-        if not len(mean):
-          continue
-        ax.plot(mean.index, mean, **style[arm], label=arm, ms=3)
-        lost = (own['state'] == 'diverged').any()
-        curves.append(('diverged' if lost else 'finished', mean.to_numpy()))
-        if lost:
-          ends.append((mean.index[-1], mean.iloc[-1]))
+        if len(mean):
+          ax.plot(mean.index, mean, **style[arm], label=arm, ms=3)
+          state = 'diverged' if (own['state'] == 'diverged').any() else 'finished'
+          arms[arm] = [(state, mean.index.to_numpy(), mean.to_numpy())]
+          ends += [(mean.index[-1], mean.iloc[-1])] if state == 'diverged' else []
       ax.axhline(zero, color='#000000', lw=0.8)
       log_axis(ax, 'training tokens')
-      _look_at(ax, curves)
-      mark_ends(ax, ends)
+      _finish(ax, arms, ends)
     axes[0].set_ylabel(f'validation loss minus {s.reference}')
     axes[1].set_ylabel(f'validation loss, % of {s.reference}')
     legend(fig, axes[0])
