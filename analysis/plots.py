@@ -1,41 +1,29 @@
 """`python -m analysis.plots paper RUNS`: the papers' figures from a sweep's folder.
 
-Where: beside report.py, which draws the single panels; this adds the composite figures and the table of
-final losses, and the figures of two experiments of their own: `coordinates` and `router`. Every figure is
-written as PNG, SVG and CSV.
+Where: beside report.py, which puts the same figures and tables on one page; and the figures of two experiments
+of their own, `coordinates` and `router`. Every figure is written as PNG, SVG and CSV.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-from analysis import coordinate_figure, isoflop_figures, paper_figures, router_figure, stability_figure
+from analysis import coordinate_figure, router_figure
+from analysis.all_figures import draw_all
 from analysis.draw import Panel
-from analysis.figures import draw_all
 from analysis.points import check_folder
 from analysis.runs import Sweep, read_sweep
+from analysis.selection import PARAMS
 from analysis.study import study
+from analysis.tables import ablation, final_losses
 from mhc_jax.config import ConfigError
 
 EXAMPLES = """examples:
   python -m analysis.plots paper runs/quick
-  python -m analysis.plots paper runs/quick --out docs/figures
+  python -m analysis.plots paper runs/quick --out docs/figures --params total
   python -m analysis.plots coordinates runs/coordinate_check
   python -m analysis.plots router runs/router
 """
-
-COMPOSITES = (
-  paper_figures.compute_arrows,
-  paper_figures.gap_and_ratio,
-  paper_figures.over_training,
-  paper_figures.token_scaling,
-  paper_figures.gains,
-  paper_figures.heat_maps,
-  isoflop_figures.isoflop_panels,
-  isoflop_figures.optimal_sizes,
-  paper_figures.residual_panels,
-  stability_figure.stability,
-)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -49,13 +37,16 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument('what', choices=('paper', 'coordinates', 'router'), help='the set of figures')
   parser.add_argument('runs', type=Path, help='folder of a sweep, like runs/quick, or of a coordinate check')
   parser.add_argument('--out', type=Path, help='folder for the figures (default: RUNS/paper, RUNS/figures)')
+  parser.add_argument(
+    '--params', choices=tuple(PARAMS), default='matmul', help='what N counts (default %(default)s)'
+  )
   a = parser.parse_args(argv)
   try:
     if a.out is not None:
       check_folder(a.out, '--out')
     out = a.out or a.runs / ('paper' if a.what == 'paper' else 'figures')
     if a.what == 'paper':
-      _paper(read_sweep(a.runs), out)
+      _paper(read_sweep(a.runs), out, a.params)
     elif a.what == 'router':
       _say(out, [router_figure.load_figure(read_sweep(a.runs), out)])
     else:
@@ -66,19 +57,19 @@ def main(argv: list[str] | None = None) -> int:
   return 0
 
 
-def _paper(sweep: Sweep, out: Path) -> None:
-  s = study(sweep, resamples=0)
+def _paper(sweep: Sweep, out: Path, params: str) -> None:
+  s = study(sweep, resamples=0, params=params)
   panels, absent = draw_all(s, out)
-  for make in COMPOSITES:
-    made = make(s, out)
-    (panels if isinstance(made, Panel) else absent).append(made)
-  out.mkdir(parents=True, exist_ok=True)
-  table = paper_figures.final_losses(s)
-  table.to_csv(out / 'final_losses.csv', index=False)
   _say(out, panels)
   for sentence in absent:
     print(f'absent: {sentence}')
-  print(f'{out / "final_losses.csv"}: {len(table)} rows')
+  out.mkdir(parents=True, exist_ok=True)
+  for name, table in (('final_losses', final_losses(s)), ('ablation', ablation(s))):
+    path = out / f'{name}.csv'
+    path.unlink(missing_ok=True)
+    if len(table):
+      table.to_csv(path, index=False)
+      print(f'{path}: {len(table)} rows')
 
 
 def _say(out: Path, panels: list[Panel]) -> None:
