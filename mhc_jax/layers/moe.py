@@ -33,7 +33,7 @@ def route(logits_BTE: jax.Array, bias_E: jax.Array, moe: MoEConfig) -> Routing:
   """Each token's `active` experts; weights add up to moe.scale. No token sees another one.
 
   'sigmoid': scores sigmoid(logit), and the largest score + bias are chosen; 'sinkhorn': scores of
-  sinkhorn_scores, and the largest logit + bias are chosen.
+  sinkhorn_scores, and the largest logit + bias are chosen, so that bias_rate is in other units.
   """
   if moe.router == 'sinkhorn':
     score_BTE, selection_BTE = sinkhorn_scores(logits_BTE, moe.active), logits_BTE
