@@ -1,7 +1,7 @@
 """`python -m analysis.plots paper RUNS`: the papers' figures from a sweep's folder.
 
-Where: beside report.py, which puts the same figures and tables on one page; and the figures of two experiments
-of their own, `coordinates` and `router`. Every figure is written as PNG, SVG and CSV.
+Where: beside report.py, which puts the same figures and tables on one page; two experiments have figures of
+their own, `coordinates` and `router`. Every figure is written as PNG, SVG and CSV.
 """
 
 import argparse
