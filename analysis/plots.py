@@ -21,6 +21,7 @@ from mhc_jax.config import ConfigError
 EXAMPLES = """examples:
   python -m analysis.plots paper runs/quick
   python -m analysis.plots paper runs/quick --out docs/figures --params total
+  python -m analysis.plots paper runs/identity_or_mixing-small --reference identity
   python -m analysis.plots coordinates runs/coordinate_check
   python -m analysis.plots router runs/router
 """
@@ -40,13 +41,14 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument(
     '--params', choices=tuple(PARAMS), default='matmul', help='what N counts (default %(default)s)'
   )
+  parser.add_argument('--reference', help='arm that the others are compared with (default: residual)')
   a = parser.parse_args(argv)
   try:
     if a.out is not None:
       check_folder(a.out, '--out')
     out = a.out or a.runs / ('paper' if a.what == 'paper' else 'figures')
     if a.what == 'paper':
-      _paper(read_sweep(a.runs), out, a.params)
+      _paper(read_sweep(a.runs), out, a.params, a.reference)
     elif a.what == 'router':
       _say(out, [router_figure.load_figure(read_sweep(a.runs), out)])
     else:
@@ -57,8 +59,8 @@ def main(argv: list[str] | None = None) -> int:
   return 0
 
 
-def _paper(sweep: Sweep, out: Path, params: str) -> None:
-  s = study(sweep, resamples=0, params=params)
+def _paper(sweep: Sweep, out: Path, params: str, reference: str | None) -> None:
+  s = study(sweep, resamples=0, params=params, reference=reference)
   panels, absent = draw_all(s, out)
   _say(out, panels)
   for sentence in absent:
@@ -78,4 +80,6 @@ def _say(out: Path, panels: list[Panel]) -> None:
 
 
 if __name__ == '__main__':
-  sys.exit(main())
+  from mhc_jax.command import end_with_message
+
+  sys.exit(end_with_message(main))

@@ -34,15 +34,16 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument(
     '--params', choices=tuple(PARAMS), default='matmul', help='what N counts (default %(default)s)'
   )
+  parser.add_argument('--reference', help='arm that the others are compared with (default: residual)')
   a = parser.parse_args(argv)
   try:
     if a.resamples < 2:
       raise ConfigError(f'--resamples {a.resamples}: at least 2 are needed')
     sweep = read_sweep(a.runs)
+    s = study(sweep, a.resamples, progress=True, params=a.params, reference=a.reference)
   except ConfigError as e:
     print(f'error: {e}', file=sys.stderr)
     return 2
-  s = study(sweep, a.resamples, progress=True, params=a.params)
   folder = a.runs / 'report'
   folder.mkdir(exist_ok=True)
   # Nothing of an earlier report may outlive the runs that it shows.
@@ -55,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
   (folder / 'fits.json').write_text(json.dumps(fits_json(s), indent=1) + '\n')
   panels, absent = draw_all(s, folder)
   command = f'python -m experiments.sweep {sweep.name}\npython -m analysis.report {a.runs}'
-  for name in ('resamples', 'params'):
+  for name in ('resamples', 'params', 'reference'):
     if getattr(a, name) != parser.get_default(name):
       command += f' --{name} {getattr(a, name)}'
   page = write_page(s, panels, absent, folder, command)
@@ -66,4 +67,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == '__main__':
-  sys.exit(main())
+  from mhc_jax.command import end_with_message
+
+  sys.exit(end_with_message(main))

@@ -8,11 +8,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from analysis.draw import SPARE, Panel, figure, legend, log_axis, save
+from analysis.draw import WIDE, Panel, figure, legend, log_axis, looks, save
 from analysis.runs import Run, Sweep
 from mhc_jax.config import ConfigError
 
-WIDE = 7.0  # inches: a text width
 METRIC = 'train/load_max_over_mean'
 LIMIT, LAST = 1.5, 20  # no expert above LIMIT times the mean load, averaged over the LAST batches
 
@@ -55,11 +54,13 @@ def load_figure(sweep: Sweep, folder: Path) -> Panel:
   arms, layers = list(dict.fromkeys(table['arm'])), [n for n in table.columns if n.startswith('layer_')]
   with figure(WIDE, 2.7, ncols=len(arms), squeeze=False, sharey=True) as (fig, axes):
     for ax, arm in zip(axes[0], arms, strict=True):
-      for layer, (colour, _, dash) in zip(layers, SPARE, strict=False):
+      for layer, look in looks(layers).items():
         values = table[table['arm'] == arm].pivot(index='step', columns='seed', values=layer)
-        ax.fill_between(values.index, values.min(axis=1), values.max(axis=1), color=colour, alpha=0.2, lw=0)
+        ax.fill_between(
+          values.index, values.min(axis=1), values.max(axis=1), color=look['color'], alpha=0.2, lw=0
+        )
         label = layer.replace('_', ' ')
-        ax.plot(values.index, values.mean(axis=1), color=colour, linestyle=dash, label=label)
+        ax.plot(values.index, values.mean(axis=1), look['linestyle'], color=look['color'], label=label)
       ax.axhline(LIMIT, color='black', linestyle=':', lw=1)
       ax.set_title(arm)
       ax.set_xlabel('update')

@@ -9,6 +9,7 @@ import pandas as pd
 
 from analysis.laws import Points
 from analysis.points import completed
+from mhc_jax.config import ConfigError
 
 AXIS_FIELD = {
   'connection_rank': 'connection.rank',
@@ -169,9 +170,17 @@ def to_points(t: pd.DataFrame, convention: str = 'matmul') -> Points:
   )
 
 
-def reference_arm(t: pd.DataFrame) -> str | None:
-  """The arm with m = 1: the residual one where it has runs, else the first with finished runs."""
+def reference_arm(t: pd.DataFrame, wanted: str | None = None) -> str | None:
+  """The arm with m = 1: `wanted`, else the residual one where it has runs, else the first with finished runs.
+
+  Raises ConfigError where `wanted` has no finished run.
+  """
   finished = t[t['state'] == 'finished']
+  if wanted is not None:
+    arms = list(dict.fromkeys(finished['arm']))
+    if wanted not in arms:
+      raise ConfigError(f'--reference {wanted}: no finished run of that arm; there are {", ".join(arms)}')
+    return wanted
   inside = finished[finished['excluded'].isna()]
   inside = inside if len(inside) else finished
   if not len(inside):

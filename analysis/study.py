@@ -60,11 +60,21 @@ class Study:
     return float(np.sqrt(sum(((g - g.mean()) ** 2).sum() for g in groups) / freedom))
 
 
-def study(sweep: Sweep, resamples: int = 500, progress: bool = False, params: str = 'matmul') -> Study:
-  """Computes all of it from the sweep's runs; partial sweeps leave parts empty, with reasons."""
+def study(
+  sweep: Sweep,
+  resamples: int = 500,
+  progress: bool = False,
+  params: str = 'matmul',
+  reference: str | None = None,
+) -> Study:
+  """Computes all of it from the sweep's runs; partial sweeps leave parts empty, with reasons.
+
+  reference: the arm that gaps and multipliers are against; None is residual where it has runs. Raises
+  ConfigError for an arm without finished runs.
+  """
   table = selection.drop_small_arms(selection.classify(sweep.table))
   inside = table[table['excluded'].isna()]
-  reference = selection.reference_arm(table)
+  reference = selection.reference_arm(table, reference)
   points = selection.to_points(inside, params) if len(inside) else None
   choice = choose_law(points) if points is not None else Choice(None, 'There is no finished run.')
   fitted = doc = None

@@ -118,6 +118,11 @@ def _matrices(name: str, w: jax.Array) -> jax.Array:
   return w.reshape(math.prod(w.shape[:stacked]), w.shape[stacked], -1)
 
 
+def one_by_one(function: Callable) -> Callable:
+  """jax.vmap as a loop: batches of decompositions can hang XLA:CPU (constraints/spectra.py)."""
+  return lambda *stacks: lax.map(lambda each: function(*each), stacks)
+
+
 def project_params(projection: Projection, pattern: str, params: Any) -> Any:
   """The matching parameters projected, the others as they are. Computed in at least float32."""
 
@@ -126,7 +131,7 @@ def project_params(projection: Projection, pattern: str, params: Any) -> Any:
     if not re.fullmatch(pattern, name):
       return leaf
     wide = _matrices(name, leaf).astype(jnp.promote_types(leaf.dtype, jnp.float32))
-    return jax.vmap(projection)(wide).reshape(leaf.shape).astype(leaf.dtype)
+    return one_by_one(projection)(wide).reshape(leaf.shape).astype(leaf.dtype)
 
   return jax.tree_util.tree_map_with_path(project, params)
 
@@ -191,7 +196,7 @@ def loro(factors: optax.GradientTransformation, lr: jax.Array, every: int) -> op
       return {name: exact(updates[name], params[name]) for name in params}
     step = functools.partial(loro_step, lr=lr)
     for _ in range(params['u'].ndim - 2):
-      step = jax.vmap(step)
+      step = one_by_one(step)
     shape = (*params['u'].shape[:-2], params['u'].shape[-1], -1)
     v, d_v = (jnp.moveaxis(tree['v'].reshape(shape), -1, -2) for tree in (params, updates))
     m, n = step(params['u'], v, updates['u'], d_v)
@@ -253,7 +258,7 @@ def manifold_muon(
   def update(updates: Any, params: Any) -> Any:
     def leaf(path, gradient, w):
       matrices = (_matrices(path_name(path), a) for a in (w, gradient))
-      return jax.vmap(move)(*matrices).reshape(w.shape)
+      return one_by_one(move)(*matrices).reshape(w.shape)
 
     return jax.tree_util.tree_map_with_path(leaf, updates, params)
 

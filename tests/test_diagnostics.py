@@ -159,10 +159,14 @@ def diagnosed(disturb=None, **connection):
 
 def test_of_a_residual_model():
   found = diagnosed(name='residual')
+  # Numbers of a triangle of ones: 1 / (2 sin(pi (2k - 1) / 14)) for k = 1, 2, 3, and 0.
+  sigma = 1 / (2 * np.sin(np.pi * np.array([1, 3, 5]) / 14))
+  share = sigma / sigma.sum()
+  rank = diagnostics.with_spectra(found)['depth_rank']
+  assert float(rank) == pytest.approx(np.exp(-(share * np.log(share)).sum()), rel=1e-6)
   for name, value in found.items():
-    if name == 'depth_rank':
-      ones = np.tril(np.ones((4, 4)), -1)
-      wanted = diagnostics.effective_rank(jnp.linalg.svd(jnp.asarray(ones), compute_uv=False))
+    if name == 'depth_mean':
+      wanted = np.tril(np.ones((4, 4)), -1)
     else:
       assert len(value) == 4
       wanted = 0.0 if 'distance' in name or 'defect' in name else 1.0
