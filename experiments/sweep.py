@@ -29,7 +29,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from experiments import ablation, identity_or_mixing, isoflop, learning_rate, quick, rank, stability
-from mhc_jax.config import ConfigError
+from mhc_jax.config import BusyError, ConfigError
 from mhc_jax.log import ENDED, read_status, write_json
 
 EXPERIMENTS: dict[str, Callable[[str | None], list[ConfigDict]]] = {
@@ -188,7 +188,7 @@ def run_group(configs: list[ConfigDict], folder: str, quiet: bool) -> list[tuple
     except Exception as error:  # recorded in status.json by the loop; the sweep goes on
       if isinstance(error, OSError) and error.errno in FULL_DISK:
         raise
-      state = 'busy' if isinstance(error, train.BusyError) else 'failed'
+      state = 'busy' if isinstance(error, BusyError) else 'failed'
       print(f'{run_id} {state}: {type(error).__name__}: {error}', file=sys.stderr, flush=True)
     ended.append((run_id, state))
     if state == 'interrupted':
@@ -364,6 +364,8 @@ def main(argv: list[str] | None = None) -> int:
   args = parser.parse_args(argv)
   if args.workers < 1:
     raise ConfigError(f'--workers must be at least 1, got {args.workers}')
+  if '://' in args.out:
+    raise ConfigError(f'--out {args.out} must be a local folder: copy it to the store after the sweep')
   folder = os.path.join(args.out, args.name.replace(':', '-'))
   configs, planned = plan(args.name)
   asked, chosen = select(planned, folder, args.only, args.shard, args.retry_failed)

@@ -6,18 +6,19 @@ from collections.abc import Callable
 
 from mhc_jax.checkpoint import CheckpointError
 from mhc_jax.config import ConfigError
+from mhc_jax.storage import StorageError
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def end_with_message(main: Callable[[], int]) -> int:
-  """Runs a command; mistakes end in one line and 2, a full disk or lost checkpoints in one and 1."""
+  """Runs a command; mistakes end in one line and 2, a full disk, lost checkpoints or stores in one and 1."""
   try:
     return main()
   except ConfigError as error:
     print(f'error: {error}', file=sys.stderr)
     return 2
-  except CheckpointError as error:
+  except (CheckpointError, StorageError) as error:
     print(f'error: {error}', file=sys.stderr)
     return 1
   except OSError as error:

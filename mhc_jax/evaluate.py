@@ -6,7 +6,6 @@ python -m mhc_jax.evaluate runs/laptop --prompt 'def main' --bytes 400 --tempera
 
 import argparse
 import functools
-import json
 import os
 import sys
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mhc_jax import train
+from mhc_jax import storage, train
 from mhc_jax.checkpoint import Checkpoints
 from mhc_jax.command import end_with_message
 from mhc_jax.config import ConfigError, ModelConfig
@@ -30,11 +29,9 @@ def load(workdir: str) -> tuple[dict[str, Any], ModelConfig, int, Any]:
 
   Raises ConfigError where workdir holds no run or no checkpoint.
   """
-  path = os.path.join(workdir, 'config.json')
-  if not os.path.exists(path):
+  resolved = storage.read_json(os.path.join(workdir, 'config.json'))
+  if resolved is None:
     raise ConfigError(f'{workdir} holds no run (no config.json)')
-  with open(path, encoding='utf-8') as file:
-    resolved = json.load(file)
   model = rebuild_model(resolved)
   tokens = jnp.zeros((1, 2), jnp.int32)
   init = functools.partial(Transformer(model).init, jax.random.key(0), tokens, tokens)

@@ -9,23 +9,22 @@ import argparse
 import contextlib
 import math
 import os
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-import filelock
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from mhc_jax import distributed, storage
 from mhc_jax import optimizer as optim
 from mhc_jax.checkpoint import Checkpoints
 from mhc_jax.command import end_with_message
-from mhc_jax.config import BusyError, ConfigError
+from mhc_jax.config import ConfigError
 from mhc_jax.config_file import parse
 from mhc_jax.constraints.base import Constraint
 from mhc_jax.data import (
@@ -39,7 +38,7 @@ from mhc_jax.data import (
 )
 from mhc_jax.diagnostics import with_spectra
 from mhc_jax.log import ENDED, MetricsLog, Progress, read_status, write_json
-from mhc_jax.run import Run, check_workdir, git_revision, resolve, versions
+from mhc_jax.run import Run, check_workdir, claim, git_revision, resolve, versions
 from mhc_jax.sharding import make_mesh, put_batch
 from mhc_jax.train_step import Batch, programs
 
@@ -68,7 +67,8 @@ def validation_arrays(run: Run, validation: Windows, mesh: Mesh) -> list[Batch]:
   """The validation batches, on the devices: the same for every run."""
   c = run.resolved['evaluation']
   count = c['sequences'] // c['batch_size']
-  batches = validation_batches(validation, c['batch_size'], count, jax.process_index(), jax.process_count())
+  rows = distributed.local_rows(c['batch_size'], mesh)
+  batches = validation_batches(validation, c['batch_size'], count, rows)
   return [put_batch(batch, mesh) for batch in batches]
 
 
@@ -90,26 +90,6 @@ class Divergence:
     return self.saved['above'] >= self._patience
 
 
-@contextlib.contextmanager
-def stop_on_signal() -> Iterator[list[int]]:
-  """A list that SIGINT or SIGTERM appends to, so that the loop ends after a checkpoint; twice kills."""
-  received: list[int] = []
-
-  def handler(number: int, _: Any) -> None:
-    received.append(number)
-    signal.signal(number, previous[number])
-
-  try:
-    previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-  except ValueError:  # not the main thread: its owner handles signals
-    previous = {}
-  try:
-    yield received
-  finally:
-    for number, old in previous.items():
-      signal.signal(number, old)
-
-
 def run(
   config: ConfigDict,
   workdir: str,
@@ -123,30 +103,21 @@ def run(
 
   Raises ConfigError for a mistake in the configuration, with nothing written; OSError on a full disk.
   """
-  resolve(config, '', constraint)  # refuses a bad configuration before a corpus is prepared
+  storage.to_path(workdir)  # this and the next refuse mistakes before a corpus is prepared
+  resolve(config, '', constraint)
   if config.model.dtype == 'float64' and not jax.config.jax_enable_x64:
     raise ConfigError('model.dtype=float64 needs the environment variable JAX_ENABLE_X64=1')
   corpus = corpus or load_corpus(config.data.name, config.data.dir)
   plan = resolve(config, corpus.digest, constraint)
   train, validation = load_data(plan, corpus)
   mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
-  check_workdir(workdir, plan)
+  check_workdir(workdir, plan)  # before anything is written
+  distributed.require_same('configuration or corpus', plan.run_id)
   batches = validation_arrays(plan, validation, mesh)
-  try:
-    os.makedirs(workdir, exist_ok=True)
-  except (FileExistsError, NotADirectoryError, PermissionError) as error:
-    raise ConfigError(f'--workdir {workdir} cannot be a folder: {error.strerror}') from None
-  lock = filelock.FileLock(os.path.join(workdir, '.lock'), timeout=0)
-  try:
-    with lock:
-      check_workdir(workdir, plan)  # again: another process may have been first
-      status = read_status(workdir)
-      if status['state'] in ENDED:
-        return status
-      write_json(os.path.join(workdir, 'config.json'), plan.resolved)
-      return Loop(plan, workdir, train, batches, corpus.bytes_per_token, mesh, quiet).run()
-  except filelock.Timeout:
-    raise BusyError(f'{workdir} is in use by another process') from None
+  with claim(workdir, plan) as status:
+    if status['state'] in ENDED:
+      return status
+    return Loop(plan, workdir, train, batches, corpus.bytes_per_token, mesh, quiet).run()
 
 
 class Loop:
@@ -165,6 +136,7 @@ class Loop:
     self.plan, self.workdir, self.train, self.validation = plan, workdir, train, validation
     self.bytes_per_token, self.mesh, self.quiet = bytes_per_token, mesh, quiet
     self.c = plan.resolved
+    self.writes = jax.process_index() == 0  # all but checkpoints, of which every process writes its part
     self.programs = programs(plan.model, plan.optimizer, mesh)
     warmup = optim.warmup_steps(plan.optimizer, plan.num_steps)
     self.hparams = {
@@ -202,19 +174,20 @@ class Loop:
       self.final = extra.get('final', {})
       self.divergence = Divergence(self.c['divergence']['patience'], self.warmup, extra.get('divergence', {}))
       last_step = start if found else None
-      self.log = MetricsLog(self.workdir, last_step, self.c['log']['tensorboard'])
-      stack.callback(self.log.close)
-      self.progress = Progress(self.c['arm'], start, self.plan.num_steps, self.quiet)
+      if self.writes:
+        self.log = MetricsLog(self.workdir, last_step, self.c['log']['tensorboard'])
+        stack.callback(self.log.close)
+      self.progress = Progress(self.c['arm'], start, self.plan.num_steps, self.quiet or not self.writes)
       stack.callback(self.progress.close)
-      received = stack.enter_context(stop_on_signal())
+      stops_at = stack.enter_context(distributed.stop_on_signal())
       self._write_status('running', start)
-      state, step = self._train(start, received)
+      state, step = self._train(start, stops_at)
       self.checkpoints.wait()
       if state in ENDED:
         self.checkpoints.remove_all_but_last()
       return state, step
 
-  def _train(self, start: int, received: list[int]) -> tuple[str, int]:
+  def _train(self, start: int, stops_at: Callable[[int], bool]) -> tuple[str, int]:
     """The loop itself; returns how it ended and at which step."""
     num_steps = self.plan.num_steps
     self.clock, self.timed_step = time.monotonic(), start
@@ -227,8 +200,7 @@ class Loop:
       repeat=self.c['data']['repeat'],
       num_steps=num_steps,
       start_step=start,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
+      rows=distributed.local_rows(self.c['data']['batch_size'], self.mesh),
     )
     waiting = None  # the update whose metrics have not been looked at
     with contextlib.closing(batches):
@@ -241,7 +213,7 @@ class Loop:
         if waiting and self._log(*waiting):
           return 'diverged', waiting[0]
         waiting = (step, metrics)
-        stop = bool(received) and step < num_steps  # once: a signal may come at any moment
+        stop = stops_at(step) and step < num_steps  # once: a signal may come at any moment
         save = self._due(step, 'checkpoint', 'every_steps') or step == num_steps or stop
         if save or self._due(step, 'evaluation', 'every_steps') or self._due_diagnostics(step):
           if self._log(*waiting):
@@ -284,7 +256,7 @@ class Loop:
       self.progress.update(step, values['loss'], row['time/tokens_per_second'])
     found = {} if diverged else self._validation(step) | self._diagnostics(step)
     diverged = diverged or not math.isfinite(found.get('validation/loss', 0.0))
-    if found or diverged or last or self._due(step, 'log', 'every_steps'):
+    if self.writes and (found or diverged or last or self._due(step, 'log', 'every_steps')):
       self.log.write(row | found)
     return diverged
 
@@ -317,7 +289,8 @@ class Loop:
 
   def _save(self, step: int) -> None:
     """Rows first, then the state: a checkpoint never knows more than the metrics on disk."""
-    self.log.sync()
+    if self.writes:
+      self.log.sync()
     extra = {'seconds': self.seconds, 'divergence': self.divergence.saved, 'final': self.final}
     self.checkpoints.save(step, self.state, extra)
 
@@ -337,7 +310,7 @@ class Loop:
       'derived': self.plan.derived,
       'final': self.final if state == 'finished' else None,
     }
-    if jax.process_index() == 0:
+    if self.writes:
       write_json(os.path.join(self.workdir, 'status.json'), self.status)
 
 
@@ -362,17 +335,25 @@ def main(argv: list[str] | None = None) -> int:
   )
   parser.add_argument('--config', required=True, help='a file of configs/, with :argument if it takes one')
   parser.add_argument('--workdir', required=True, help='folder of the run: config, metrics, checkpoints')
+  distributed.add_flags(parser)
   args, overrides = parser.parse_known_args(argv)
   config = parse(args.config, overrides)
+  cluster = distributed.find(args)
+  if cluster and not distributed.is_supervised():
+    command = [sys.executable, '-m', 'mhc_jax.train', *(sys.argv[1:] if argv is None else argv)]
+    return distributed.supervise(cluster, command)
+  distributed.initialize(cluster, args.heartbeat, args.local_devices)
   status = run(config, args.workdir)
-  if status['state'] == 'interrupted':
+  interrupted = status['state'] == 'interrupted'
+  final = ', '.join(f'{name} {value:.4f}' for name, value in (status['final'] or {}).items())
+  if jax.process_index() > 0:
+    pass
+  elif interrupted:
     print(f'interrupted after step {status["step"]}; the same command goes on', file=sys.stderr)
-    return 130
-  final = status['final'] or {}
-  text = ', '.join(f'{name} {value:.4f}' for name, value in final.items())
-  print(f'{status["state"]} at step {status["step"]}/{status["num_steps"]}: {text or "no final loss"}')
-  return 0
+  else:
+    print(f'{status["state"]} at step {status["step"]}/{status["num_steps"]}: {final or "no final loss"}')
+  return 130 if interrupted else 0
 
 
 if __name__ == '__main__':
-  sys.exit(end_with_message(main))
+  sys.exit(distributed.ended(lambda: end_with_message(main)))
