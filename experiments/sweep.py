@@ -189,6 +189,8 @@ def main(argv: list[str] | None = None) -> int:
   args = parser.parse_args(argv)
   if args.workers < 1:
     raise ConfigError(f'--workers must be at least 1, got {args.workers}')
+  if '://' in args.out:
+    raise ConfigError(f'--out {args.out} must be a local folder: copy it to the store after the sweep')
   folder = os.path.join(args.out, args.name.replace(':', '-'))
   configs, planned = plan(args.name)
   asked, chosen = select(planned, folder, args.only, args.shard, args.retry_failed)

@@ -21,6 +21,7 @@ import filelock
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from mhc_jax.config import BusyError
 from mhc_jax.log import ENDED, read_status, write_json
 
 ONE_THREAD = '--xla_cpu_multi_thread_eigen=false'
@@ -56,7 +57,7 @@ def run_group(configs: list[ConfigDict], folder: str, quiet: bool) -> list[tuple
     except Exception as error:  # recorded in status.json by the loop; the sweep goes on
       if isinstance(error, OSError) and error.errno in FULL_DISK:
         raise
-      state = 'busy' if isinstance(error, train.BusyError) else 'failed'
+      state = 'busy' if isinstance(error, BusyError) else 'failed'
       print(f'{run_id} {state}: {type(error).__name__}: {error}', file=sys.stderr, flush=True)
     ended.append((run_id, state))
     if state == 'interrupted':

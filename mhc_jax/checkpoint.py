@@ -13,6 +13,7 @@ way is passed over, with a warning, for the one before.
 Orbax (0.4 s to import) is imported by the first save or restore, not by `import`.
 """
 
+import contextlib
 import errno
 import gc
 import json
@@ -29,16 +30,21 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import jax
-import jax.numpy as jnp
-import numpy as np
+from etils import epath
 
+from mhc_jax import storage
+from mhc_jax.checksum import leaf_checksums
 from mhc_jax.config import ConfigError
+from mhc_jax.distributed import any_process, require_same
 
 PyTree = Any
 
 # Room for orbax's own metadata beside the arrays; measured: 0.7 kB for each leaf.
 _METADATA_BYTES = 1 << 20
-_HALF_WRITTEN = '.orbax-checkpoint-tmp'  # in the name of a step that is being written
+_HALF_WRITTEN = '.orbax-checkpoint-tmp'  # in the name of a local step that is being written
+_COMMITTED = 'commit_success.txt'  # in a remote step that is whole: object stores cannot rename folders
+# Tensorstore's names for a store that cannot be reached, as opposed to one that holds something else.
+_TROUBLE = re.compile('UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|PERMISSION_DENIED|UNAUTHENTICATED')
 _ORBAX = re.compile('orbax|tensorstore|OCDBT')  # in the log lines and module paths of orbax alone
 
 
@@ -47,11 +53,11 @@ class CheckpointError(OSError):
 
 
 class Checkpoints:
-  """The checkpoints of one run, oldest to newest, in one folder of a local or mounted file system.
+  """The checkpoints of one run, oldest to newest, in one folder: local, mounted, gs:// or s3://.
 
   Reading changes nothing on disk, so `evaluate` may read beside a running training. Writing belongs
-  to one run at a time (all of its processes together). Close it, or use it in a `with` statement:
-  saving goes on in the background.
+  to one run at a time: all of its processes together, into one folder that they share, each its part
+  of the arrays. Close it, or use it in a `with` statement: saving goes on in the background.
   """
 
   def __init__(self, directory: str | os.PathLike[str], keep: int = 2):
@@ -61,7 +67,8 @@ class Checkpoints:
     """
     if keep < 1:
       raise ConfigError(f'checkpoints to keep must be at least 1, got {keep}')
-    self._directory = os.path.abspath(directory)
+    self._directory = storage.to_path(directory)
+    self._remote = storage.is_remote(directory)
     self._keep = keep
     self._manager = None
     self._saving: int | None = None  # the step being written in the background
@@ -80,9 +87,14 @@ class Checkpoints:
 
   def steps(self) -> list[int]:
     """Steps on disk, ascending: whatever is named like one, undamaged or not."""
-    if not os.path.isdir(self._directory):
-      return []
-    return sorted(int(name) for name in os.listdir(self._directory) if name.isdecimal())
+    with storage.errors_of(self._directory):
+      return sorted(int(folder.name) for folder in self._folders() if self._is_step(folder))
+
+  def _folders(self) -> list[epath.Path]:
+    return list(self._directory.iterdir()) if self._directory.is_dir() else []
+
+  def _is_step(self, folder: epath.Path) -> bool:
+    return folder.name.isdecimal() and (not self._remote or (folder / _COMMITTED).exists())
 
   def save(self, step: int, state: PyTree, extra: dict[str, Any]) -> None:
     """Starts writing `state` (jax arrays) and `extra` (JSON values) as `step`, in the background.
@@ -101,7 +113,7 @@ class Checkpoints:
 
     if step == self._newest:
       return
-    checksums = _checksums(jax.tree.leaves(state))  # dispatched, not fetched
+    checksums = leaf_checksums(jax.tree.leaves(state))  # dispatched, not fetched
     self.wait()
     self._saving = self._newest = step
     try:
@@ -136,7 +148,7 @@ class Checkpoints:
   def remove_all_but_last(self) -> None:
     """Waits and deletes every step but the newest (for a run that is finished)."""
     self.wait()
-    _any_process(False)  # a barrier: the last step is on disk
+    any_process(False)  # a barrier: the last step is on disk
     self._remove(self.steps()[:-1])
 
   def restore_latest(
@@ -153,11 +165,12 @@ class Checkpoints:
     """
     self.wait()
     steps = self.steps()
+    require_same(f'list of checkpoints in {self._directory}, which they must share,', repr(steps))
     refused = []
     for step in reversed(steps):
       state, manifest, reason = self._try_to_read(step, abstract_state, only_part)
       # All processes have read before any of them enters a computation with the others.
-      if _any_process(bool(reason)):
+      if any_process(bool(reason)):
         reason = reason or 'another process could not read it'
       else:
         reason = _wrong_checksum(state, manifest['leaves'])
@@ -181,21 +194,24 @@ class Checkpoints:
       warnings.simplefilter('ignore', RuntimeWarning)  # of coroutines that orbax gave up
       try:
         return *self._read(step, abstract_state, only_part), ''
-      except (ConfigError, MemoryError, jax.errors.JaxRuntimeError):
-        raise  # wrong code or a device in trouble: no fault of the file
+      except (ConfigError, MemoryError, storage.StorageError, jax.errors.JaxRuntimeError):
+        raise  # wrong code, or a device or a store in trouble: no fault of the file
       except Exception as error:  # whatever orbax trips over, the step cannot be used
         reason = ' '.join(f'{type(error).__name__}: {error}'.split())[:200]
+        if self._remote and _TROUBLE.search(reason):
+          raise storage.StorageError(f'{self._directory}: {reason}') from error
       gc.collect()  # those coroutines complain when collected: let them do it here
       return None, {}, reason
 
   def _read(self, step: int, abstract_state: PyTree, only_part: bool) -> tuple[PyTree, dict]:
     """(state, manifest); raises anything at all when files are damaged."""
     import orbax.checkpoint as ocp
-    from etils import epath
 
-    _quieten_orbax()
-    folder = epath.Path(self._directory) / str(step)
-    manifest = json.loads((folder / 'manifest' / 'metadata').read_text())
+    self._prepare_orbax()
+    folder = self._directory / str(step)
+    manifest = storage.read_json(folder / 'manifest' / 'metadata')
+    if manifest is None:
+      raise ValueError('its manifest is missing')
     if manifest.pop('crc32') != _crc32(manifest) or manifest['step'] != step:
       raise ValueError('its manifest does not match its own checksum')
     target = jax.tree.map(_with_sharding, abstract_state)
@@ -215,6 +231,11 @@ class Checkpoints:
         raise ValueError(f'{name} is missing')
     return state, manifest
 
+  def _prepare_orbax(self) -> None:
+    _quieten_orbax()
+    if self._remote:
+      storage.teach_orbax_s3()
+
   def _writer(self):
     """The orbax manager, opened on first use; clears what killed or damaged saves left behind."""
     import orbax.checkpoint as ocp
@@ -223,12 +244,15 @@ class Checkpoints:
       self._remove(self._refused)
       self._refused = []
     if self._manager is None:
-      _quieten_orbax()
+      self._prepare_orbax()
       self._remove_half_written()
-      _any_process(False)  # a barrier: nobody starts to write before
+      any_process(False)  # a barrier: nobody starts to write before
+      atomicity = ocp.options.AtomicityOptions(ocp.options.AtomicityMode.COMMIT_FILE)
       self._manager = ocp.CheckpointManager(
         self._directory,
-        options=ocp.CheckpointManagerOptions(max_to_keep=self._keep),
+        options=ocp.CheckpointManagerOptions(
+          max_to_keep=self._keep, atomicity_options=atomicity if self._remote else None
+        ),
         # OCDBT: a handful of files whatever the number of leaves. Weights do not compress.
         item_handlers={
           'state': ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_compression=False),
@@ -239,6 +263,8 @@ class Checkpoints:
 
   def _require_space(self, state: PyTree) -> None:
     """Raises OSError(ENOSPC) before anything is written if the disk visibly lacks the room."""
+    if self._remote:
+      return
     needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + _METADATA_BYTES
     free = shutil.disk_usage(self._directory).free
     if free < needed:
@@ -248,7 +274,11 @@ class Checkpoints:
   def _fail(self, error: Exception) -> NoReturn:
     """Removes the half-written step; raises `error`, as OSError if a system call was its cause."""
     step, self._saving, self._newest = self._saving, None, None
-    self._remove_half_written()
+    with contextlib.suppress(storage.StorageError):
+      self._remove_half_written()
+    if self._remote:
+      with storage.errors_of(self._directory):
+        raise error
     if isinstance(error, OSError):
       code, reason = error.errno, error.strerror or str(error)
     elif match := re.search(r"os_error_code='(\d+)'", str(error)):  # tensorstore's form of errno
@@ -256,13 +286,14 @@ class Checkpoints:
     else:
       raise error
     message = f'{reason}: checkpoint of step {step} not written, earlier ones are intact'
-    raise OSError(code, message, self._directory) from error
+    raise OSError(code, message, os.fspath(self._directory)) from error
 
   def _remove(self, steps: list[int]) -> None:
     if jax.process_index() == 0:
-      for step in steps:
-        shutil.rmtree(os.path.join(self._directory, str(step)))
-    _any_process(False)  # a barrier: all list the same steps from here on
+      with storage.errors_of(self._directory):
+        for step in steps:
+          (self._directory / str(step)).rmtree()
+    any_process(False)  # a barrier: all list the same steps from here on
     if self._manager is not None:
       self._manager.reload()
 
@@ -271,44 +302,22 @@ class Checkpoints:
 
     Tries for a second: after a failed write, others that orbax no longer waits for may still come.
     """
-    if jax.process_index() > 0 or not os.path.isdir(self._directory):
+    if jax.process_index() > 0:
       return
     for _ in range(20):
-      names = [name for name in os.listdir(self._directory) if _HALF_WRITTEN in name]
-      if not names:
+      with storage.errors_of(self._directory):
+        folders = [folder for folder in self._folders() if self._is_half_written(folder)]
+      if not folders:
         return
-      for name in names:
-        shutil.rmtree(os.path.join(self._directory, name), ignore_errors=True)
+      for folder in folders:
+        with contextlib.suppress(OSError):
+          folder.rmtree()
       time.sleep(0.05)
 
-
-@jax.jit
-def _checksums(leaves: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
-  """One uint32 per leaf that any change of a single 32-bit word of it is certain to change.
-
-  Sum mod 2^32 over words of mix(word + index * odd constant), mix being MurmurHash3's 32-bit
-  finalizer, a bijection. A weighted sum with weights 2 i + 1 would not do: a 4 kB block of float32
-  ones turned to zeros leaves it unchanged. Order does not matter, so the result is the same for
-  every sharding and process count, and only scalars cross devices.
-  """
-  return tuple(_checksum(leaf) for leaf in leaves)
-
-
-def _checksum(x: jax.Array) -> jax.Array:
-  if x.dtype == jnp.bool_:
-    words = x.astype(jnp.uint32)
-  else:
-    bits = min(8 * x.dtype.itemsize, 32)  # 64-bit elements become two words on a new last axis
-    words = jax.lax.bitcast_convert_type(x, f'uint{bits}').astype(jnp.uint32)
-  index = jnp.zeros(words.shape, jnp.uint32)
-  stride = 1
-  for axis in reversed(range(words.ndim)):  # not arange().reshape(): that would gather the shards
-    index += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * jnp.uint32(stride % 2**32)
-    stride *= words.shape[axis]
-  h = words + index * jnp.uint32(0x9E3779B9)
-  h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
-  h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
-  return jnp.sum(h ^ (h >> 16), dtype=jnp.uint32)
+  def _is_half_written(self, folder: epath.Path) -> bool:
+    if self._remote:
+      return folder.name.isdecimal() and not self._is_step(folder)
+    return _HALF_WRITTEN in folder.name
 
 
 def _named_leaves(tree: PyTree) -> list[tuple[str, Any]]:
@@ -328,7 +337,7 @@ def _manifest(step: int, state: PyTree, extra: dict[str, Any], checksums: Sequen
 
 def _wrong_checksum(state: PyTree, saved: dict) -> str:
   """Names a leaf of `state` that is not what was `saved`; empty if all are."""
-  checksums = jax.device_get(_checksums(jax.tree.leaves(state)))
+  checksums = jax.device_get(leaf_checksums(jax.tree.leaves(state)))
   for (name, leaf), checksum in zip(_named_leaves(state), checksums, strict=True):
     if saved[name] != [str(leaf.dtype), list(leaf.shape), int(checksum)]:
       return f'the checksum of {name} is wrong'
@@ -357,15 +366,6 @@ def _require_structure(saved: dict, target: PyTree, only_part: bool, directory: 
         f'the checkpoints in {directory} are of another model or optimizer: {name} is '
         f'{there or "absent"} there and {here or "absent"} in this run; use another workdir'
       )
-
-
-def _any_process(flag: bool) -> bool:
-  """True if `flag` is true in any process, so that all of them fall back together."""
-  if jax.process_count() == 1:
-    return flag
-  from jax.experimental import multihost_utils
-
-  return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
 
 
 def _quieten_orbax() -> None:

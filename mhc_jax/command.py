@@ -6,12 +6,13 @@ from collections.abc import Callable
 
 from mhc_jax.checkpoint import CheckpointError
 from mhc_jax.config import ConfigError
+from mhc_jax.storage import StorageError
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def end_with_message(main: Callable[[], int]) -> int:
-  """Runs a command. One line for mistakes (2), a full disk or lost checkpoints (1), Ctrl-C (130)."""
+  """Runs a command. One line for mistakes (2), full disks, lost checkpoints or stores (1), Ctrl-C (130)."""
   try:
     return main()
   except KeyboardInterrupt:
@@ -20,7 +21,7 @@ def end_with_message(main: Callable[[], int]) -> int:
   except ConfigError as error:
     print(f'error: {error}', file=sys.stderr)
     return 2
-  except CheckpointError as error:
+  except (CheckpointError, StorageError) as error:
     print(f'error: {error}', file=sys.stderr)
     return 1
   except OSError as error:

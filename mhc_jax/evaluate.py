@@ -32,6 +32,8 @@ def load(workdir: str, constraint: Constraint | None = None) -> tuple[dict[str, 
   no checkpoint, or was trained with another constraint.
   """
   resolved = read_config(workdir)
+  if resolved is None:
+    raise ConfigError(f'{workdir} holds no run (no config.json)')
   model = rebuild_model(resolved, constraint)
   tokens = jnp.zeros((1, 2), jnp.int32)
   init = functools.partial(Transformer(model).init, jax.random.key(0), tokens, tokens)

@@ -2,7 +2,7 @@
 
 Files are the only interface to analysis. metrics.jsonl has one row per logged step, strictly increasing;
 non-finite numbers are written as null. The row of step 0 comes before any update: validation and diagnostics,
-no train/.
+no train/. In a remote workdir (storage.py) it is as of the last checkpoint.
 """
 
 import json
@@ -15,32 +15,19 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from mhc_jax import storage
+
 ENDED = ('finished', 'diverged')
 
 
 def read_status(workdir: str) -> dict[str, Any]:
   """A run's status.json; {'state': 'missing'} if there is none."""
-  path = os.path.join(workdir, 'status.json')
-  if not os.path.exists(path):
-    return {'state': 'missing'}
-  with open(path, encoding='utf-8') as file:
-    return json.load(file)
+  return storage.read_json(os.path.join(workdir, 'status.json')) or {'state': 'missing'}
 
 
 def write_json(path: str, value: Any) -> None:
-  """Writes JSON so that the file is always whole: to a neighbour first, then renamed over it."""
-  partial = f'{path}.{os.getpid()}.partial'
-  try:
-    with open(partial, 'w', encoding='utf-8') as file:
-      json.dump(finite(value), file, indent=1)
-      file.write('\n')
-      file.flush()
-      os.fsync(file.fileno())
-    os.replace(partial, path)
-  except OSError:
-    if os.path.exists(partial):
-      os.remove(partial)
-    raise
+  """Writes JSON so that the file is always whole."""
+  storage.write_text(path, json.dumps(finite(value), indent=1) + '\n')
 
 
 def finite(value: Any) -> Any:
@@ -57,16 +44,16 @@ class MetricsLog:
 
   def __init__(self, workdir: str, last_step: int | None, tensorboard: bool):
     """Drops rows after last_step (None: all), which a killed process wrote after its checkpoint."""
-    self._path = os.path.join(workdir, 'metrics.jsonl')
-    kept = [] if last_step is None else _rows_until(self._path, last_step)
-    partial = f'{self._path}.partial'
+    self._workdir, folder = workdir, storage.scratch(workdir)
+    storage.download('metrics.jsonl', workdir)
+    path = os.path.join(folder, 'metrics.jsonl')
+    kept = [] if last_step is None else _rows_until(path, last_step)
+    partial = f'{path}.partial'
     with open(partial, 'w', encoding='utf-8') as file:
       file.writelines(kept)
-    os.replace(partial, self._path)
-    self._file = open(self._path, 'a', encoding='utf-8')
-    self._board = None
-    if tensorboard:
-      self._board = _TensorBoard(os.path.join(workdir, 'tensorboard'), last_step)
+    os.replace(partial, path)
+    self._file = open(path, 'a', encoding='utf-8')
+    self._board = _TensorBoard(folder, last_step) if tensorboard else None
 
   def write(self, row: dict[str, Any]) -> None:
     """Appends one row; lists (one value per sublayer) go to TensorBoard as their maximum."""
@@ -76,15 +63,22 @@ class MetricsLog:
       self._board.write({name: np.max(v) for name, v in row.items() if '/' in name}, row['step'])
 
   def sync(self) -> None:
-    """Forces the rows to disk, before a checkpoint that counts on them."""
+    """Forces the rows to disk, or up to a remote workdir, before a checkpoint that counts on them."""
     self._file.flush()
     os.fsync(self._file.fileno())
+    self._upload()
 
   def close(self) -> None:
-    """Closes the files."""
+    """Closes the files; those of a remote workdir are uploaded a last time."""
     self._file.close()
     if self._board is not None:
       self._board.close()
+    self._upload()
+
+  def _upload(self) -> None:
+    storage.upload('metrics.jsonl', self._workdir)
+    if self._board is not None:
+      storage.upload(self._board.name, self._workdir)
 
 
 class _TensorBoard:
@@ -94,10 +88,10 @@ class _TensorBoard:
     from tensorboardX.proto.event_pb2 import Event, SessionLog
     from tensorboardX.record_writer import RecordWriter
 
-    os.makedirs(folder, exist_ok=True)
+    os.makedirs(os.path.join(folder, 'tensorboard'), exist_ok=True)
     self._event = Event
-    name = f'events.out.tfevents.{time.time_ns()}.{os.getpid()}'
-    self._records = RecordWriter(os.path.join(folder, name))
+    self.name = f'tensorboard/events.out.tfevents.{time.time_ns()}.{os.getpid()}'
+    self._records = RecordWriter(os.path.join(folder, self.name))
     self._add(Event(wall_time=time.time(), file_version='brain.Event:2'))
     if last_step is not None:  # hides what an earlier process wrote after its checkpoint
       log = SessionLog(status=SessionLog.START)

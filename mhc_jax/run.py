@@ -4,6 +4,7 @@ config -> **run** -> train. `resolve` fills in derived values, counts parameters
 into a number of updates and names the run by the hash of what determines its numbers.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -11,20 +12,33 @@ import json
 import os
 import re
 import subprocess
+from collections.abc import Iterator
 from importlib import metadata
 from typing import Any
 
+import filelock
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from mhc_jax import config as config_lib
-from mhc_jax import config_file, cost
+from mhc_jax import config_file, cost, storage
 from mhc_jax import optimizer as optim
-from mhc_jax.config import DTYPES, ConfigError, MLAConfig, ModelConfig, MoEConfig, OptimizerConfig
+from mhc_jax.command import FULL_DISK
+from mhc_jax.config import (
+  DTYPES,
+  BusyError,
+  ConfigError,
+  MLAConfig,
+  ModelConfig,
+  MoEConfig,
+  OptimizerConfig,
+)
 from mhc_jax.connection import ConnectionSpec, Gate, Init
 from mhc_jax.constraints.base import Constraint
 from mhc_jax.data import VOCAB_SIZE
+from mhc_jax.distributed import any_process
+from mhc_jax.log import ENDED, read_status, write_json
 from mhc_jax.presets import PRESETS, connection_spec
 from mhc_jax.sharding import check_mesh
 from mhc_jax.train_step import init_state
@@ -222,27 +236,62 @@ def _deciding(resolved: dict[str, Any]) -> dict[str, Any]:
   return kept
 
 
-def read_config(workdir: str) -> dict[str, Any]:
-  """The resolved configuration in config.json; ConfigError where there is none or it is not a run's."""
+def read_config(workdir: str) -> dict[str, Any] | None:
+  """The resolved configuration in config.json, None without one; ConfigError where it is not a run's."""
   path = os.path.join(workdir, 'config.json')
   try:
-    with open(path, encoding='utf-8') as file:
-      found = json.load(file)
-    run_id(found)
-  except FileNotFoundError:
-    raise ConfigError(f'{workdir} holds no run (no config.json)') from None
+    found = storage.read_json(path)
+    if found is not None:
+      run_id(found)
   except (AttributeError, KeyError, TypeError, ValueError) as error:
+    if isinstance(error, ConfigError):
+      raise
     raise ConfigError(f'{path} is not the configuration of a run: {type(error).__name__}: {error}') from None
   return found
 
 
+@contextlib.contextmanager
+def claim(workdir: str, run: Run) -> Iterator[dict[str, Any]]:
+  """Holds a workdir for a run and yields its status; made, with its config.json, where it is new.
+
+  Process 0 looks, locks and writes for all. The operating system keeps the lock, on a file in the folder or,
+  for a remote workdir, on this machine. Two machines that train into one remote workdir are not kept apart:
+  every file there is whole, but they would overwrite each other's.
+
+  Raises ConfigError, BusyError where another process holds it; OSError on a full disk; in every process.
+  """
+  refusal: Exception | None = None
+  with contextlib.ExitStack() as stack:
+    if jax.process_index() == 0:
+      try:
+        stack.enter_context(_lock(workdir))
+        check_workdir(workdir, run)  # under the lock: another process may have been first
+        if read_status(workdir)['state'] not in ENDED:
+          write_json(os.path.join(workdir, 'config.json'), run.resolved)
+      except (ConfigError, OSError) as error:
+        refusal = error
+    if any_process(refusal is not None):
+      raise refusal or ConfigError('process 0 cannot begin this run: see its message')
+    yield read_status(workdir)
+
+
+def _lock(workdir: str) -> contextlib.AbstractContextManager:
+  folder = storage.scratch(workdir)
+  try:
+    os.makedirs(folder, exist_ok=True)
+    return filelock.FileLock(os.path.join(folder, '.lock'), timeout=0).acquire()
+  except filelock.Timeout:
+    raise BusyError(f'{workdir} is in use by another process') from None
+  except OSError as error:
+    if error.errno in FULL_DISK:
+      raise
+    raise ConfigError(f'--workdir {workdir} cannot be written: {error.strerror}') from None
+
+
 def check_workdir(workdir: str, run: Run) -> None:
   """Raises ConfigError if workdir holds a run of another configuration, naming the first difference."""
-  path = os.path.join(workdir, 'config.json')
-  if not os.path.exists(path):
-    return
   found = read_config(workdir)
-  if run_id(found) != run.run_id:
+  if found is not None and run_id(found) != run.run_id:
     name, old, new = _first_difference(_deciding(found), _deciding(run.resolved))
     raise ConfigError(
       f'{workdir} holds a run with {name}={old!r}, this one has {new!r}: choose another --workdir'

@@ -11,20 +11,20 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-import filelock
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from mhc_jax import distributed, storage
 from mhc_jax import optimizer as optim
 from mhc_jax.checkpoint import Checkpoints
 from mhc_jax.command import FULL_DISK, end_with_message
-from mhc_jax.config import BusyError, ConfigError
+from mhc_jax.config import ConfigError
 from mhc_jax.config_file import parse
 from mhc_jax.constraints.base import Constraint
 from mhc_jax.data import (
@@ -37,10 +37,10 @@ from mhc_jax.data import (
   windows,
 )
 from mhc_jax.diagnostics import with_spectra
+from mhc_jax.divergence import Divergence
 from mhc_jax.log import ENDED, MetricsLog, Progress, read_status, write_json
-from mhc_jax.run import Run, check_workdir, git_revision, resolve, versions
+from mhc_jax.run import Run, check_workdir, claim, git_revision, resolve, versions
 from mhc_jax.sharding import make_mesh, put_batch
-from mhc_jax.stopping import Divergence, stop_on_signal
 from mhc_jax.train_step import Batch, programs
 
 
@@ -68,7 +68,8 @@ def validation_arrays(run: Run, validation: Windows, mesh: Mesh) -> list[Batch]:
   """The validation batches, on the devices: the same for every run."""
   c = run.resolved['evaluation']
   count = c['sequences'] // c['batch_size']
-  batches = validation_batches(validation, c['batch_size'], count, jax.process_index(), jax.process_count())
+  rows = distributed.local_rows(c['batch_size'], mesh)
+  batches = validation_batches(validation, c['batch_size'], count, rows)
   return [put_batch(batch, mesh) for batch in batches]
 
 
@@ -85,45 +86,21 @@ def run(
 
   Raises ConfigError for a mistake in the configuration, with nothing written; OSError on a full disk.
   """
-  resolve(config, '', constraint)  # refuses a bad configuration before a corpus is prepared
+  storage.to_path(workdir)  # these refuse mistakes before a corpus is prepared
+  resolve(config, '', constraint)
   mesh = make_mesh(config.mesh.to_dict())
   if config.model.dtype == 'float64' and not jax.config.jax_enable_x64:
     raise ConfigError('model.dtype=float64 needs the environment variable JAX_ENABLE_X64=1')
   corpus = corpus or load_corpus(config.data.name, config.data.dir)
   plan = resolve(config, corpus.digest, constraint)
   train, validation = load_data(plan, corpus)
-  check_workdir(workdir, plan)
+  check_workdir(workdir, plan)  # before anything is written
+  distributed.require_same('configuration or corpus', plan.run_id)
   batches = validation_arrays(plan, validation, mesh)
-  try:
-    with locked_folder(workdir):
-      check_workdir(workdir, plan)  # again: another process may have been first
-      status = read_status(workdir)
-      if status['state'] in ENDED:
-        return status
-      write_json(os.path.join(workdir, 'config.json'), plan.resolved)
-      return Loop(plan, workdir, train, batches, corpus.bytes_per_token, mesh, quiet).run()
-  except filelock.Timeout:
-    raise BusyError(f'{workdir} is in use by another process') from None
-
-
-@contextlib.contextmanager
-def locked_folder(workdir: str) -> Iterator[None]:
-  """Makes the folder and holds its lock; filelock.Timeout where another process does.
-
-  Raises ConfigError where it cannot be made or written, OSError on a full disk.
-  """
-  lock = filelock.FileLock(os.path.join(workdir, '.lock'), timeout=0)
-  try:
-    os.makedirs(workdir, exist_ok=True)
-    lock.acquire()
-  except OSError as error:
-    if isinstance(error, filelock.Timeout) or error.errno in FULL_DISK:
-      raise
-    raise ConfigError(f'--workdir {workdir} cannot be written: {error.strerror}') from None
-  try:
-    yield
-  finally:
-    lock.release()
+  with claim(workdir, plan) as status:
+    if status['state'] in ENDED:
+      return status
+    return Loop(plan, workdir, train, batches, corpus.bytes_per_token, mesh, quiet).run()
 
 
 class Loop:
@@ -142,6 +119,7 @@ class Loop:
     self.plan, self.workdir, self.train, self.validation = plan, workdir, train, validation
     self.bytes_per_token, self.mesh, self.quiet = bytes_per_token, mesh, quiet
     self.c = plan.resolved
+    self.writes = jax.process_index() == 0  # all but checkpoints, of which every process writes its part
     warmup = optim.warmup_steps(plan.optimizer, plan.num_steps)
     self.hparams = {
       'lr': jnp.float32(plan.optimizer.lr),
@@ -170,7 +148,7 @@ class Loop:
 
   def _restore_and_train(self) -> str:
     with contextlib.ExitStack() as stack:
-      received = stack.enter_context(stop_on_signal())
+      stops_at = stack.enter_context(distributed.stop_on_signal())
       self.programs = programs(self.plan.model, self.plan.optimizer, self.mesh)
       checkpoints = Checkpoints(os.path.join(self.workdir, 'checkpoints'), self.c['checkpoint']['keep'])
       self.checkpoints = stack.enter_context(checkpoints)
@@ -184,18 +162,20 @@ class Loop:
       self.final = extra.get('final', {})
       self.divergence = Divergence(self.c['divergence']['patience'], self.warmup, extra.get('divergence', {}))
       last_step = self.step if found else None
-      self.log = MetricsLog(self.workdir, last_step, self.c['log']['tensorboard'])
-      stack.callback(self.log.close)
-      self.progress = Progress(self.c['arm'], self.step, self.plan.num_steps, self.quiet)
+      if self.writes:
+        self.log = MetricsLog(self.workdir, last_step, self.c['log']['tensorboard'])
+        stack.callback(self.log.close)
+      quiet = self.quiet or not self.writes
+      self.progress = Progress(self.c['arm'], self.step, self.plan.num_steps, quiet)
       stack.callback(self.progress.close)
       self._write_status('running')
-      state = self._train(received)
+      state = self._train(stops_at)
       self.checkpoints.wait()
       if state in ENDED:
         self.checkpoints.remove_all_but_last()
       return state
 
-  def _train(self, received: list[int]) -> str:
+  def _train(self, stops_at: Callable[[int], bool]) -> str:
     """The loop itself; returns how it ended. self.step: the last update whose metrics have been looked at."""
     num_steps, start = self.plan.num_steps, self.step
     self.clock, self.timed_step = time.monotonic(), start
@@ -208,8 +188,7 @@ class Loop:
       repeat=self.c['data']['repeat'],
       num_steps=num_steps,
       start_step=start,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
+      rows=distributed.local_rows(self.c['data']['batch_size'], self.mesh),
     )
     waiting = None  # the update whose metrics have not been looked at
     with contextlib.closing(batches):
@@ -222,7 +201,7 @@ class Loop:
         if waiting and self._log(*waiting):
           return 'diverged'
         waiting = (step, metrics)
-        stop = bool(received) and step < num_steps  # once: a signal may come at any moment
+        stop = stops_at(step) and step < num_steps  # once: a signal may come at any moment
         save = self._due(step, 'checkpoint', 'every_steps') or step == num_steps or stop
         if save or self._due(step, 'evaluation', 'every_steps') or self._due_diagnostics(step):
           if self._log(*waiting):
@@ -266,7 +245,7 @@ class Loop:
       self.progress.update(step, values['loss'], row.get('time/tokens_per_second'))
     found = {} if diverged else self._validation(step) | self._diagnostics(step)
     diverged = diverged or not math.isfinite(found.get('validation/loss', 0.0))
-    if found or diverged or last or self._due(step, 'log', 'every_steps'):
+    if self.writes and (found or diverged or last or self._due(step, 'log', 'every_steps')):
       self.log.write(row | found)
     return diverged
 
@@ -300,7 +279,8 @@ class Loop:
 
   def _save(self, step: int) -> None:
     """Rows first, then the state: a checkpoint never knows more than the metrics on disk."""
-    self.log.sync()
+    if self.writes:
+      self.log.sync()
     extra = {'seconds': self.seconds, 'divergence': self.divergence.saved, 'final': self.final}
     self.checkpoints.save(step, self.state, extra)
     self._write_status('running')
@@ -321,7 +301,7 @@ class Loop:
       'derived': self.plan.derived,
       'final': self.final if state == 'finished' else None,
     }
-    if jax.process_index() == 0:
+    if self.writes:
       write_json(os.path.join(self.workdir, 'status.json'), self.status)
 
 
@@ -346,17 +326,25 @@ def main(argv: list[str] | None = None) -> int:
   )
   parser.add_argument('--config', required=True, help='a file of configs/, with :argument if it takes one')
   parser.add_argument('--workdir', required=True, help='folder of the run: config, metrics, checkpoints')
+  distributed.add_flags(parser)
   args, overrides = parser.parse_known_args(argv)
   config = parse(args.config, overrides)
+  cluster = distributed.find(args)
+  if cluster and not distributed.is_supervised():
+    command = [sys.executable, '-m', 'mhc_jax.train', *(sys.argv[1:] if argv is None else argv)]
+    return distributed.supervise(cluster, command)
+  distributed.initialize(cluster, args.heartbeat, args.local_devices)
   status = run(config, args.workdir)
-  if status['state'] == 'interrupted':
+  interrupted = status['state'] == 'interrupted'
+  final = ', '.join(f'{name} {value:.4f}' for name, value in (status['final'] or {}).items())
+  if jax.process_index() > 0:
+    pass
+  elif interrupted:
     print(f'interrupted after step {status["step"]}; the same command goes on', file=sys.stderr)
-    return 130
-  final = status['final'] or {}
-  text = ', '.join(f'{name} {value:.4f}' for name, value in final.items())
-  print(f'{status["state"]} at step {status["step"]}/{status["num_steps"]}: {text or "no final loss"}')
-  return 0
+  else:
+    print(f'{status["state"]} at step {status["step"]}/{status["num_steps"]}: {final or "no final loss"}')
+  return 130 if interrupted else 0
 
 
 if __name__ == '__main__':
-  sys.exit(end_with_message(main))
+  sys.exit(distributed.ended(lambda: end_with_message(main)))

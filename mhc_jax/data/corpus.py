@@ -19,6 +19,8 @@ from tqdm import tqdm
 from mhc_jax.config import ConfigError
 from mhc_jax.data import splits, streams, text_builders, text_files, tfds_text, tokenizer
 from mhc_jax.data.lock import locked
+from mhc_jax.data.remote import local_copy
+from mhc_jax.storage import is_remote
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,9 +43,10 @@ def load_corpus(name: str, data_dir: str | None = None) -> Corpus:
   """Loads a corpus and prepares it first where needed; processes that start together do it once.
 
   name: 'python_stdlib' (source files of this Python's standard library), 'text_files:FOLDER',
-  'text_files:GLOB', or a TFDS dataset ('lm1b', 'name/config:version'). data_dir: a local folder;
-  None is TFDS's default ($TFDS_DATA_DIR or ~/tensorflow_datasets). Raises ConfigError if the
-  corpus is unknown, missing, empty or cannot be prepared, or data_dir cannot be written.
+  'text_files:GLOB', both also gs:// or s3://, or a TFDS dataset ('lm1b', 'name/config:version').
+  data_dir: a local folder; None is TFDS's default ($TFDS_DATA_DIR or ~/tensorflow_datasets). Raises
+  ConfigError if the corpus is unknown, missing, empty or cannot be prepared, or data_dir cannot be
+  written.
   """
   root = _data_dir(data_dir)
   kind, separator, pattern = name.partition(':')
@@ -51,6 +54,8 @@ def load_corpus(name: str, data_dir: str | None = None) -> Corpus:
     stdlib = Path(sysconfig.get_path('stdlib'))
     return load_files(name, text_files.scan_stdlib(stdlib), root)
   if kind == 'text_files' and separator:
+    if is_remote(pattern):
+      pattern = local_copy(pattern, root / 'mhc_jax' / 'copies')
     return load_files(name, text_files.scan_pattern(pattern), root)
   return _load_tfds(name, root)
 
@@ -114,8 +119,11 @@ def _load(name: str, folder: Path, build: Callable[[Path], dict[str, int | str]]
 def _data_dir(data_dir: str | None) -> Path:
   # Read at the call, not when TFDS is imported.
   chosen = data_dir or os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets'
-  if '://' in chosen:
-    raise ConfigError(f'data_dir={chosen!r}: must be a local folder (tokens are memory-mapped)')
+  if is_remote(chosen):
+    raise ConfigError(
+      f'data_dir={chosen!r}: must be a local folder (tokens are memory-mapped); text in a'
+      ' store is data.name=text_files:gs://BUCKET/FOLDER'
+    )
   return Path(chosen).expanduser().absolute()
 
 

@@ -1,0 +1,258 @@
+"""Several processes of one run: found in the cluster or named by flags, stopped and ended together.
+
+JAX's own runtime is the only distributed engine: it finds the processes, watches their heartbeats, agrees on
+the step at which a preempted run stops, and moves the data. One process alone starts nothing of this.
+
+  python -m mhc_jax.train ... --coordinator HOST:PORT --processes N --process I   # on each of N hosts
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from mhc_jax.config import ConfigError
+
+_START_SECONDS = 300  # for all processes to arrive: images and environments load at different speeds
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_END_SECONDS = 20  # that a process which ends, by a mistake for example, waits for the others to end too
+_CHILD = 'MHC_JAX_PROCESS'  # environment variable in which `supervise` tells its child who it is
+# The first line of what the runtime says, at some length, when it aborts a process that lost another.
+_LAST_WORDS = re.compile(r'[EFW]\d{4} .*(coordination_service|preemption_sync_manager|client\.h)')
+
+
+@dataclasses.dataclass(frozen=True)
+class Cluster:
+  """The processes of a run and this one's place among them."""
+
+  coordinator: str  # host:port, of process 0
+  processes: int
+  process: int
+  local_device_ids: tuple[int, ...] | None = None  # None: all of this machine's
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+  """The flags that name the processes of a run; without them they are found in the environment."""
+  group = parser.add_argument_group(
+    'several processes (SLURM, MPI, TPU slices and Kubernetes jobs are found without these)'
+  )
+  group.add_argument('--coordinator', metavar='HOST:PORT', help='where process 0 listens')
+  group.add_argument('--processes', type=int, metavar='N', help='how many there are')
+  group.add_argument('--process', type=int, metavar='I', help='which one this is, from 0')
+  group.add_argument(
+    '--heartbeat',
+    type=int,
+    default=30,
+    metavar='S',
+    help='a process silent for S seconds is dead (default 30)',
+  )
+  group.add_argument('--local-devices', type=int, metavar='D', help='split the CPU into D devices, for tests')
+
+
+def find(args: argparse.Namespace) -> Cluster | None:
+  """The cluster that the flags or the environment describe; None for a single process.
+
+  Raises ConfigError for flags that do not fit together, or a cluster that is only half described.
+  """
+  if is_supervised():
+    *fields, local_device_ids, _ = _inherited()
+    return Cluster(*fields, local_device_ids and tuple(local_device_ids))
+  given = (args.coordinator, args.processes, args.process)
+  if given == (None, None, None):
+    return _detect()
+  if None in given:
+    raise ConfigError('--coordinator, --processes and --process need each other')
+  if not 0 <= args.process < args.processes:
+    raise ConfigError(f'--process must lie between 0 and {args.processes - 1}, got {args.process}')
+  host, _, port = args.coordinator.rpartition(':')
+  if not host or not port.isdecimal():
+    raise ConfigError(f'--coordinator takes HOST:PORT, got {args.coordinator!r}')
+  return Cluster(*given) if args.processes > 1 else None
+
+
+def _detect() -> Cluster | None:
+  """What JAX's own detection finds: SLURM, Open MPI, TPU slices, Kubernetes jobs."""
+  # The function behind jax.distributed.initialize(), which cannot say "alone" without starting a service.
+  from jax._src.clusters import ClusterEnv
+
+  try:
+    with warnings.catch_warnings():
+      warnings.simplefilter('ignore')  # in any pod: that the package kubernetes is not installed
+      found = ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, _START_SECONDS)
+  except RuntimeError as error:
+    if 'JOB_COMPLETION_INDEX' not in os.environ:
+      return None  # a pod by itself, no indexed job
+    raise ConfigError(f'cannot find the other processes: {" ".join(str(error).split())}') from None
+  coordinator, processes, process, local_device_ids = found
+  if None in (coordinator, processes, process) or processes == 1:
+    return None
+  return Cluster(coordinator, processes, process, local_device_ids and tuple(local_device_ids))
+
+
+def initialize(cluster: Cluster | None, heartbeat: int, local_devices: int | None) -> None:
+  """Joins the other processes; must come before anything that touches a device."""
+  if local_devices is not None:
+    jax.config.update('jax_num_cpu_devices', local_devices)
+  if cluster is None:
+    return
+  jax.config.update('jax_cpu_collectives_implementation', 'gloo')  # of CPU devices; others have their own
+  jax.distributed.initialize(
+    cluster.coordinator,
+    cluster.processes,
+    cluster.process,
+    cluster.local_device_ids,
+    cluster_detection_method='deactivate',  # it has been done
+    initialization_timeout=_START_SECONDS,
+    heartbeat_timeout_seconds=heartbeat,
+    shutdown_timeout_seconds=_END_SECONDS,
+  )
+
+
+def supervise(cluster: Cluster, command: list[str]) -> int:
+  """Runs the command as a child, that takes part in the run, and returns its exit code.
+
+  When another process is dead the runtime aborts this one, and no Python of it is left to say so: the parent
+  does, in one line. It passes signals on, and its own death is the child's.
+  """
+  ours, theirs = socket.socketpair()
+  who = json.dumps([*dataclasses.astuple(cluster), theirs.fileno()])
+  environment = os.environ | {_CHILD: who}
+  child = subprocess.Popen(
+    command, env=environment, pass_fds=[theirs.fileno()], stderr=subprocess.PIPE, text=True, errors='replace'
+  )
+  theirs.close()
+  for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda number, _: child.send_signal(number))
+  last_words: list[str] = []
+  for line in child.stderr:
+    if last_words or _LAST_WORDS.match(line):
+      last_words.append(line)
+    else:
+      print(line, end='', file=sys.stderr, flush=True)
+  code = child.wait()
+  if told := ours.recv(1):  # how it ended before it waited for the others
+    return told[0]
+  if code == -signal.SIGABRT and last_words:
+    reason = re.search(r'absl::Status: (.*\n.*)', ''.join(last_words))
+    print(
+      f'error: process {cluster.process} of {cluster.processes} lost another process of the run'
+      f' ({" ".join(reason[1].split()) if reason else "no reason given"}): see what the others say;'
+      ' the same command goes on from the last checkpoint',
+      file=sys.stderr,
+    )
+    return 1
+  sys.stderr.writelines(last_words)
+  return code if code >= 0 else 128 - code
+
+
+def ended(command: Callable[[], int]) -> int:
+  """Runs a command, as a child of `supervise` or not, and returns its exit code, which the parent learns too.
+
+  At exit a process waits for the others, and the runtime aborts it where they do not come: then the code
+  would be lost. An error of the runtime is not told: most often it is the death of another process.
+  """
+  if not is_supervised():
+    return command()
+  parent = socket.socket(fileno=_inherited()[-1])
+
+  def watch() -> None:
+    parent.recv(1)  # returns when the parent is dead
+    os.kill(os.getpid(), signal.SIGKILL)
+
+  threading.Thread(target=watch, daemon=True).start()
+  code = 1
+  try:
+    code = command()
+  except jax.errors.JaxRuntimeError:
+    raise
+  except BaseException:
+    parent.send(bytes([1]))
+    raise
+  parent.send(bytes([code]))
+  return code
+
+
+def is_supervised() -> bool:
+  """Whether this process is the child of `supervise`."""
+  return _CHILD in os.environ
+
+
+def _inherited() -> list:
+  """What `supervise` told its child: the fields of its Cluster and the number of the socket."""
+  return json.loads(os.environ[_CHILD])
+
+
+def any_process(flag: bool) -> bool:
+  """True if `flag` is true in any process, so that all of them decide alike; also a barrier."""
+  if jax.process_count() == 1:
+    return flag
+  return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
+
+
+def require_same(what: str, value: str) -> None:
+  """Raises ConfigError, in every process, unless all of them have the same value."""
+  if jax.process_count() == 1:
+    return
+  digest = np.frombuffer(hashlib.sha256(value.encode()).digest(), np.uint32)
+  found = multihost_utils.process_allgather(digest)
+  different = [i for i, other in enumerate(found) if (other != found[0]).any()]
+  if different:
+    raise ConfigError(f'process {different[0]} has another {what} than process 0')
+
+
+def local_rows(batch_size: int, mesh: Mesh) -> list[int]:
+  """Rows of a global batch that lie on this process's devices, ascending.
+
+  Processes along an axis that does not split the batch hold, and so read, the same rows.
+  """
+  axes = tuple(axis for axis in ('data', 'fsdp', 'expert') if axis in mesh.shape)
+  places = NamedSharding(mesh, P(axes)).addressable_devices_indices_map((batch_size,))
+  return sorted({row for (rows,) in places.values() for row in range(*rows.indices(batch_size))})
+
+
+@contextlib.contextmanager
+def stop_on_signal() -> Iterator[Callable[[int], bool]]:
+  """A function that says after each step whether to stop: SIGINT, SIGTERM or SIGUSR1 came, to any process.
+
+  Every process must ask after every step; all get the same answer. In a single process the same signal twice
+  kills; a sweep tells its workers by SIGUSR1, which adds to a Ctrl-C that they got too.
+  """
+  if jax.process_count() > 1:
+    # The runtime caught SIGTERM when it started; it lets all processes stop after the same step.
+    previous = signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    try:
+      yield multihost_utils.reached_preemption_sync_point
+    finally:
+      signal.signal(signal.SIGINT, previous)
+    return
+  received: list[int] = []
+
+  def handler(number: int, _: object) -> None:
+    received.append(number)
+    signal.signal(number, earlier[number])
+
+  try:
+    earlier = {number: signal.signal(number, handler) for number in _STOP_SIGNALS}
+  except ValueError:  # not the main thread: its owner handles signals
+    earlier = {}
+  try:
+    yield lambda step: bool(received)
+  finally:
+    for number, old in earlier.items():
+      signal.signal(number, old)

@@ -1,0 +1,151 @@
+"""Paths that may lie in an object store: gs:// (Google Cloud Storage), s3:// (S3 and what speaks like it).
+
+An object is written whole or not at all; it cannot be appended to, and no lock guards it. So a run whose
+workdir is remote keeps its metrics and its lock in a local scratch folder, and uploads the metrics whole.
+"""
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from etils import epath
+
+from mhc_jax.config import ConfigError
+
+_PACKAGES = {'gs': 'gcsfs', 's3': 's3fs'}
+
+
+class StorageError(OSError):
+  """An object store failed; the message is one line that names the path."""
+
+
+def is_remote(path: str | os.PathLike[str]) -> bool:
+  """Whether the path names an object store."""
+  return '://' in os.fspath(path)
+
+
+def to_path(path: str | os.PathLike[str]) -> epath.Path:
+  """The path as an object that reads and writes files here and there alike; absolute if local.
+
+  Raises ConfigError for a store that is not supported, or whose package is not installed.
+  """
+  path = os.fspath(path)
+  if not is_remote(path):
+    return epath.Path(os.path.abspath(path))
+  scheme = path.partition('://')[0]
+  if scheme not in _PACKAGES:
+    raise ConfigError(f'{path}: takes a local folder, gs://BUCKET/FOLDER or s3://BUCKET/FOLDER')
+  for protocol in ('gcs', *_PACKAGES):  # else a process never sees what others have written since
+    fsspec.config.conf.setdefault(protocol, {}).setdefault('use_listings_cache', False)
+  try:
+    fsspec.get_filesystem_class(scheme)
+  except ImportError:
+    package = _PACKAGES[scheme]
+    raise ConfigError(f'{path} needs the package {package}: pip install "mhc_jax[cloud]"') from None
+  return epath.Path(path)
+
+
+@contextlib.contextmanager
+def errors_of(path: str | os.PathLike[str]) -> Iterator[None]:
+  """Turns whatever the client of a remote path raises into StorageError; local errors pass."""
+  try:
+    yield
+  except ConfigError:
+    raise
+  except Exception as error:  # every client has classes of its own
+    if not is_remote(path):
+      raise
+    reason = ' '.join(f'{type(error).__name__}: {error}'.split())[:300]
+    raise StorageError(f'{os.fspath(path)}: {reason}') from error
+
+
+def read_json(path: str | os.PathLike[str]) -> Any | None:
+  """The contents of a JSON file; None if there is none."""
+  with errors_of(path):
+    try:
+      text = to_path(path).read_bytes()
+    except FileNotFoundError:
+      return None
+  return json.loads(text)
+
+
+def write_text(path: str, text: str) -> None:
+  """Writes a file so that it is always whole: a local one to a neighbour first, then renamed over it."""
+  if is_remote(path):
+    with errors_of(path):
+      to_path(path).write_text(text)
+    return
+  partial = f'{path}.{os.getpid()}.partial'
+  try:
+    with open(partial, 'w', encoding='utf-8') as file:
+      file.write(text)
+      file.flush()
+      os.fsync(file.fileno())
+    os.replace(partial, path)
+  except OSError:
+    if os.path.exists(partial):
+      os.remove(partial)
+    raise
+
+
+def scratch(workdir: str) -> str:
+  """The local folder for what a run cannot write to its workdir: the workdir itself where that is local.
+
+  The same for every process of this machine's user; nothing in it outlives the process by intention.
+  """
+  if not is_remote(workdir):
+    return workdir
+  name = hashlib.sha256(workdir.rstrip('/').encode()).hexdigest()[:16]
+  return os.path.join(tempfile.gettempdir(), f'mhc_jax-{os.getuid()}', name)
+
+
+def upload(name: str, workdir: str) -> None:
+  """Copies a file of the scratch folder to a remote workdir, whole; does nothing for a local one."""
+  if is_remote(workdir):
+    path = os.path.join(workdir, name)
+    with errors_of(path):
+      to_path(path).write_bytes(Path(scratch(workdir), name).read_bytes())
+
+
+def download(name: str, workdir: str) -> None:
+  """Makes a file of the scratch folder what it is in a remote workdir; does nothing for a local one."""
+  if is_remote(workdir):
+    path, local = os.path.join(workdir, name), Path(scratch(workdir), name)
+    local.unlink(missing_ok=True)
+    with errors_of(path), contextlib.suppress(FileNotFoundError):
+      local.write_bytes(to_path(path).read_bytes())
+
+
+@functools.cache
+def teach_orbax_s3() -> None:
+  """Lets orbax write arrays to s3://, which the tensorstore below it can; orbax 0.12 sends only gs:// there.
+
+  Two of its functions choose tensorstore's driver by the path; this puts s3:// beside gs:// in both. The
+  usual variables AWS_ENDPOINT_URL and AWS_REGION hold for it as they do for s3fs.
+  """
+  from orbax.checkpoint._src.path import gcs_utils
+  from orbax.checkpoint._src.serialization import tensorstore_utils
+
+  uses_gcs, gcs_store = tensorstore_utils._use_gcs_driver, gcs_utils.get_kvstore_for_gcs
+
+  def store(path: str) -> dict[str, Any]:
+    if not path.startswith('s3:/'):
+      return gcs_store(path)
+    bucket, _, key = path.removeprefix('s3:').lstrip('/').partition('/')  # orbax made one slash of two
+    spec = {'driver': 's3', 'bucket': bucket, 'path': key}
+    region = os.environ.get('AWS_REGION') or os.environ.get('AWS_DEFAULT_REGION')
+    if endpoint := os.environ.get('AWS_ENDPOINT_URL'):
+      spec |= {'endpoint': endpoint, 'aws_region': region or 'us-east-1'}
+    elif region:
+      spec['aws_region'] = region
+    return spec
+
+  tensorstore_utils._use_gcs_driver = lambda path: uses_gcs(path) or path.startswith('s3:/')
+  gcs_utils.get_kvstore_for_gcs = store

@@ -1,0 +1,213 @@
+"""Two processes of four CPU devices each, killed, stopped and resumed; finding processes; launch files."""
+
+import argparse
+import contextlib
+import json
+import os
+import pathlib
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from experiments import sweep
+from mhc_jax import distributed, train
+from mhc_jax.config import ConfigError
+from mhc_jax.config_file import parse
+from mhc_jax.distributed import Cluster
+from tests.conftest import FLAGS
+
+ROOT = pathlib.Path(__file__).parent.parent
+LAUNCH = ROOT / 'experiments' / 'launch'
+SMOKE = f'{ROOT / "configs" / "laptop.py"}:smoke'
+STEPS, TIMEOUT = 20, 300
+
+
+def overrides(folder):
+  """A tiny mHC model on a text of its own."""
+  fields = (
+    'model.width=16',
+    'model.depth=1',
+    'model.connection.streams=2',
+    'data.seq_len=16',
+    'data.batch_size=8',
+    f'data.name=text_files:{folder / "text"}',
+    f'data.dir={folder / "data"}',
+    f'duration.steps={STEPS}',
+    'evaluation.every_steps=100',
+    'log.diagnostics_every_steps=100',
+    'log.tensorboard=False',
+    'checkpoint.every_steps=4',
+  )
+  return [f'--config.{field}' for field in fields]
+
+
+class Pair:
+  """The training command as two processes of four devices each."""
+
+  def __init__(self, folder, workdir):
+    with socket.create_server(('localhost', 0)) as free:
+      port = free.getsockname()[1]
+    command = [sys.executable, '-m', 'mhc_jax.train', '--config', SMOKE, '--workdir', str(workdir)]
+    command += [*overrides(folder), '--config.mesh.data=4', '--config.mesh.fsdp=2', '--local-devices=4']
+    command += [f'--coordinator=localhost:{port}', '--processes=2', '--heartbeat=8']
+    environment = os.environ | {
+      'XLA_FLAGS': ' '.join(flag for flag in FLAGS if 'device_count' not in flag),
+      'JAX_COMPILATION_CACHE_DIR': str(folder / 'compiled'),  # one compilation for both pairs
+      'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+      'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '-1',
+    }
+    pipes = {'stdout': subprocess.DEVNULL, 'stderr': subprocess.PIPE, 'text': True}
+    self.workdir = workdir
+    self.processes = [
+      subprocess.Popen([*command, f'--process={index}'], env=environment, cwd=ROOT, **pipes)
+      for index in range(2)
+    ]
+
+  def wait_for_step(self, step):
+    deadline = time.monotonic() + TIMEOUT
+    while not any(row['step'] >= step for row in logged(self.workdir)):
+      for process in self.processes:
+        assert process.poll() is None, f'ended before: {process.communicate()[1]}'
+      assert time.monotonic() < deadline
+      time.sleep(0.01)
+
+  def end(self):
+    """[(exit code, stderr)] of the processes."""
+    said = [process.communicate(timeout=TIMEOUT)[1] for process in self.processes]
+    return [(process.returncode, text) for process, text in zip(self.processes, said, strict=True)]
+
+
+def logged(workdir):
+  """Rows without their times; half a line, or no file yet, is nothing."""
+  lines = []
+  with contextlib.suppress(FileNotFoundError):
+    lines = (workdir / 'metrics.jsonl').read_text().splitlines(keepends=True)
+  rows = [json.loads(line) for line in lines if line.endswith('\n')]
+  return [{key: value for key, value in row.items() if not key.startswith('time/')} for row in rows]
+
+
+def status(workdir):
+  return json.loads((workdir / 'status.json').read_text())
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('distributed')
+  words = random.Random(0)
+  (folder / 'text').mkdir()
+  for index in range(20):
+    (folder / 'text' / f'{index}.txt').write_text(' '.join(words.choice('abcdefgh') * 3 for _ in range(500)))
+  return folder
+
+
+def test_two_processes_are_killed_and_stopped_and_one_takes_over(folder, tmp_path):
+  """The same processes go on bit for bit; then one device ends where it would have ended alone."""
+  workdir, alone = tmp_path / 'run', tmp_path / 'alone'
+  moment, victim = random.Random(), random.choice((0, 1))
+
+  # A machine is lost at a random moment: the other process ends within a minute and says so in one line.
+  pair = Pair(folder, workdir)
+  pair.wait_for_step(moment.randrange(6, 10))
+  pair.processes[victim].kill()
+  began = time.monotonic()
+  code, said = pair.end()[1 - victim]
+  assert time.monotonic() - began < 60 and code == 1, said
+  *before, last = said.splitlines()
+  assert last.startswith(f'error: process {1 - victim} of 2 lost another process') and 'same command' in last
+  assert all(line.startswith('mhc: step') for line in before), said
+  killed = logged(workdir)
+
+  # SIGTERM to either process: both save the same step and end.
+  pair = Pair(folder, workdir)
+  pair.wait_for_step(killed[-1]['step'] + 2)
+  pair.processes[victim].send_signal(signal.SIGTERM)
+  ends = pair.end()
+  assert [code for code, _ in ends] == [130, 130], ends
+  stopped = status(workdir)
+  assert (stopped['state'], stopped['device_count']) == ('interrupted', 8)
+  assert f'interrupted after step {stopped["step"]}; the same command goes on' in ends[0][1]
+  assert 'interrupted' not in ends[1][1], 'process 0 speaks for both'
+  assert (workdir / 'checkpoints' / str(stopped['step'])).is_dir()
+  rows = logged(workdir)
+  assert [row['step'] for row in rows] == list(range(stopped['step'] + 1)) and stopped['step'] < STEPS
+  assert rows[: len(killed)] == killed, 'the killed updates, done again'
+
+  for place in (workdir, alone):
+    train.run(parse(SMOKE, overrides(folder)), str(place), quiet=True)
+    assert (status(place)['state'], status(place)['device_count']) == ('finished', 1)
+    assert [row['step'] for row in logged(place)] == list(range(STEPS + 1))
+  # Sums in another order differ by 1e-7; Adam enlarges that where a gradient is small.
+  for row, other in zip(logged(workdir), logged(alone), strict=True):
+    for name in row.keys() & {'train/loss', 'train/grad_norm', 'validation/loss'}:
+      assert row[name] == pytest.approx(other[name], rel=1e-4), (row['step'], name)
+
+
+def flags(*given):
+  parser = argparse.ArgumentParser()
+  distributed.add_flags(parser)
+  return parser.parse_args(given)
+
+
+SLURM = {
+  'SLURM_JOB_ID': '7',
+  'SLURM_STEP_NODELIST': 'node[03-04]',
+  'SLURM_NTASKS': '16',
+  'SLURM_PROCID': '9',
+  'SLURM_LOCALID': '1',
+}
+
+
+def test_processes_are_found_in_flags_or_environment(monkeypatch):
+  assert distributed.find(flags()) is None
+  explicit = flags('--coordinator', 'host:12', '--processes', '4', '--process', '3')
+  assert distributed.find(explicit) == Cluster('host:12', 4, 3)
+  assert distributed.find(flags('--coordinator', 'host:12', '--processes', '1', '--process', '0')) is None
+  monkeypatch.setenv('KUBERNETES_SERVICE_HOST', '10.0.0.1')
+  assert distributed.find(flags()) is None, 'a pod by itself'
+  for name, value in SLURM.items():
+    monkeypatch.setenv(name, value)
+  port = 7 + 65535 - 2**12 + 1  # JAX's rule
+  assert distributed.find(flags()) == Cluster(f'node03:{port}', 16, 9, (1,))
+  assert distributed.find(explicit) == Cluster('host:12', 4, 3)
+  monkeypatch.setenv('SLURM_NTASKS', '1')
+  assert distributed.find(flags()) is None
+
+
+@pytest.mark.parametrize(
+  'given,message',
+  (
+    (('--process', '0'), 'need each other'),
+    (('--coordinator', 'host:12', '--processes', '2', '--process', '2'), 'between 0 and 1, got 2'),
+    (('--coordinator', 'host', '--processes', '2', '--process', '0'), "HOST:PORT, got 'host'"),
+  ),
+)
+def test_flags_that_do_not_fit_are_refused(given, message):
+  with pytest.raises(ConfigError, match=message):
+    distributed.find(flags(*given))
+
+
+@pytest.mark.parametrize('path', sorted(LAUNCH.glob('*.sh')), ids=lambda path: path.name)
+def test_launch_scripts_are_bash(path):
+  subprocess.run(['bash', '-n', path], check=True)
+  assert os.access(path, os.X_OK)
+
+
+def test_launch_files_name_commands_and_flags_that_exist(capsys):
+  """Every `python -m MODULE` with its flags, in the scripts, their comments and the Kubernetes job."""
+  known = {}
+  for main in (train.main, sweep.main):
+    with pytest.raises(SystemExit):
+      main(['--help'])
+    known[main.__module__] = capsys.readouterr().out
+  (*_, job) = yaml.safe_load_all((LAUNCH / 'kubernetes.yaml').read_text())
+  pod = job['spec']['template']['spec']
+  command = pod['containers'][0]['command']
+  assert command[:3] == ['python', '-m', 'mhc_jax.train']
+  found = {word.partition('=')[0] for word in command[3:]}
+  assert found > {'--coordinator', '--processes', '--process'}

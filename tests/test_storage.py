@@ -1,0 +1,191 @@
+"""Workdirs and text in an object store, faked by a folder: no network, no gcsfs, and no rename or append.
+
+Not covered: the clients themselves (gcsfs, s3fs and tensorstore's own), credentials, and real latencies.
+"""
+
+import os
+import shutil
+
+import fsspec
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from fsspec.implementations.local import LocalFileSystem
+
+from experiments import sweep
+from mhc_jax import evaluate, storage, train
+from mhc_jax.checkpoint import Checkpoints
+from mhc_jax.config import BusyError, ConfigError
+from mhc_jax.data import load_corpus
+from mhc_jax.log import read_status
+from mhc_jax.run import check_workdir, claim, resolve
+from tests.test_train import TIMES, config, corpus, rows
+
+
+class Store(LocalFileSystem):
+  """gs:// and s3:// as a local folder, in which files are only ever written whole."""
+
+  protocol = ('gs', 'gcs', 's3')
+  root = ''
+
+  def __init__(self, **_):
+    super().__init__(auto_mkdir=True)
+
+  @classmethod
+  def _strip_protocol(cls, path):
+    path = (os.fspath(path).partition('://')[2] or os.fspath(path)).lstrip('/')
+    inside = f'{path}/'.startswith(f'{cls.root}/'[1:])  # as the paths of its own listings are
+    return super()._strip_protocol(f'/{path}' if inside else os.path.join(cls.root, path))
+
+  def _open(self, path, mode='rb', **kwargs):
+    assert 'a' not in mode and '+' not in mode, 'an object cannot be appended to'
+    return super()._open(path, mode, **kwargs)
+
+  def get_file(self, path, local, **_):
+    shutil.copyfile(self._strip_protocol(path), local)
+
+  def mv(self, *_, **__):
+    raise AssertionError('an object cannot be renamed')
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch):
+  """The folder that stands for all buckets; tensorstore writes there as well."""
+  from orbax.checkpoint._src.path import gcs_utils
+  from orbax.checkpoint._src.serialization import tensorstore_utils
+
+  folder = tmp_path / 'store'
+  monkeypatch.setattr(Store, 'root', str(folder))
+  monkeypatch.setattr('tempfile.tempdir', str(tmp_path / 'scratch'))
+  for protocol in ('gs', 'gcs', 's3'):
+    fsspec.register_implementation(protocol, Store, clobber=True)
+  storage.teach_orbax_s3()
+  monkeypatch.setattr(gcs_utils, 'is_hierarchical_namespace_enabled', lambda path: False)
+  monkeypatch.setattr(tensorstore_utils, '_use_gcs_driver', lambda path: False)
+  monkeypatch.setattr(tensorstore_utils, '_normalize_path', Store._strip_protocol)
+  return folder
+
+
+@pytest.mark.parametrize('scheme', ('gs', 's3'))
+def test_a_run_in_a_store_equals_a_local_one(store, tmp_path, monkeypatch, scheme):
+  """Also after it failed between two checkpoints and went on on another machine, with nothing local."""
+  train.run(config(), str(tmp_path / 'local'), corpus(), quiet=True)
+  workdir, validate, calls = f'{scheme}://bucket/runs/a', train.validation_loss, []
+
+  def broken(*arguments):
+    calls.append(arguments)
+    if len(calls) == 3:
+      raise RuntimeError('no luck')
+    return validate(*arguments)
+
+  monkeypatch.setattr(train, 'validation_loss', broken)
+  with pytest.raises(RuntimeError, match='no luck'):  # at step 8, before it is saved
+    train.run(config(), workdir, corpus(), quiet=True)
+  folder = store / 'bucket' / 'runs' / 'a'
+  assert read_status(workdir)['state'] == 'failed' and rows(folder)[-1]['step'] > 4
+  unfinished = folder / 'checkpoints' / '6' / 'state'  # a process was killed while it wrote
+  unfinished.mkdir(parents=True)
+  assert Checkpoints(f'{workdir}/checkpoints').steps() == [4]
+  shutil.rmtree(storage.scratch(workdir))
+  status = train.run(config(), workdir, corpus(), quiet=True)
+  assert status['state'] == 'finished' and status == read_status(workdir)
+
+  def timeless(found):
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows(found)]
+
+  assert timeless(folder) == timeless(tmp_path / 'local')
+  assert [path.name for path in (folder / 'checkpoints').iterdir()] == ['10']
+  assert not (folder / '.lock').exists()
+  resolved, _, step, params = evaluate.load(workdir)
+  assert (resolved['arm'], step) == ('residual', 10) and 'embedding' in params
+
+
+def test_a_remote_workdir_is_locked_on_this_machine_and_belongs_to_one_configuration(store):
+  workdir = 'gs://bucket/run'
+  plan = resolve(config(), 'digest')
+  with claim(workdir, plan) as status:
+    assert status == {'state': 'missing'}
+    with pytest.raises(BusyError, match='in use'), claim(f'{workdir}/', plan):
+      pass
+  with pytest.raises(ConfigError, match=r'holds a run with seed=0, this one has 1'):
+    check_workdir(workdir, resolve(config(seed=1), 'digest'))
+
+
+@pytest.mark.parametrize('trouble', ('UNAVAILABLE: timed out', 'DATA_LOSS: bad magic'))
+def test_a_store_out_of_reach_is_no_damage(store, monkeypatch, capsys, trouble):
+  """Damage falls back to the step before, and the next save removes what is damaged."""
+  with Checkpoints('gs://bucket/c') as checkpoints:
+    for step in (1, 2):
+      checkpoints.save(step, {'w': jnp.ones(3)}, {})
+  read = Checkpoints._read
+
+  def fail(self, step, *arguments):
+    if step == 2:
+      raise ValueError(trouble)
+    return read(self, step, *arguments)
+
+  monkeypatch.setattr(Checkpoints, '_read', fail)
+  target = {'w': jnp.ones(3)}
+  if trouble.startswith('UNAVAILABLE'):
+    with pytest.raises(storage.StorageError, match='gs://bucket/c: ValueError: UNAVAILABLE'):
+      Checkpoints('gs://bucket/c').restore_latest(target)
+  else:
+    assert Checkpoints('gs://bucket/c').restore_latest(target)[0] == 1
+    assert 'step 2 in gs://bucket/c is damaged' in capsys.readouterr().err
+
+
+def test_text_in_a_store_is_copied_once_per_version(store, tmp_path, monkeypatch):
+  """The copy is the same corpus as the folder it came from."""
+  words = np.random.default_rng(0)
+  texts = store / 'bucket' / 'text'
+  (texts / 'sub').mkdir(parents=True)
+  for index in range(30):
+    name = f'sub/{index}.txt' if index % 2 else f'{index}.md'
+    (texts / name).write_text(' '.join(words.choice(['ab', 'cde', 'f'], 400)))
+  copied, get_file = [], Store.get_file
+
+  def counted(self, path, local):
+    copied.append(path)
+    get_file(self, path, local)
+
+  monkeypatch.setattr(Store, 'get_file', counted)
+  data = str(tmp_path / 'data')
+  for pattern, count in (('', 30), ('/**/*.txt', 15)):
+    for _ in range(2):
+      found = load_corpus(f'text_files:gs://bucket/text{pattern}', data)
+    assert found.digest == load_corpus(f'text_files:{texts}{pattern}', data).digest and len(copied) == count
+    copied.clear()
+  (texts / '0.md').write_text('something new')
+  assert load_corpus('text_files:gs://bucket/text', data).digest != found.digest and len(copied) == 30
+  with pytest.raises(ConfigError, match='no such object'):
+    load_corpus('text_files:gs://bucket/none', data)
+
+
+def test_mistakes_are_one_line(monkeypatch):
+  def missing(protocol):
+    raise ImportError(protocol)
+
+  monkeypatch.setattr(fsspec, 'get_filesystem_class', missing)
+  for scheme, package in (('gs', 'gcsfs'), ('s3', 's3fs')):
+    with pytest.raises(ConfigError, match=rf'needs the package {package}: pip install "mhc_jax\[cloud\]"'):
+      train.run(config(), f'{scheme}://bucket/run', corpus())
+  with pytest.raises(ConfigError, match='ftp://host/run: takes a local folder, gs://BUCKET/FOLDER or s3:'):
+    train.run(config(), 'ftp://host/run', corpus())
+  with pytest.raises(ConfigError, match='--out gs://bucket must be a local folder'):
+    sweep.main(['quick', '--out', 'gs://bucket'])
+
+
+def test_orbax_writes_s3_by_tensorstore(monkeypatch):
+  from orbax.checkpoint._src.serialization import tensorstore_utils
+
+  storage.teach_orbax_s3()
+  for name in ('AWS_REGION', 'AWS_DEFAULT_REGION', 'AWS_ENDPOINT_URL'):
+    monkeypatch.delenv(name, raising=False)
+  spec = tensorstore_utils.build_kvstore_tspec('s3://bucket/run/checkpoints/4/state', 'w', use_ocdbt=True)
+  assert spec['base'] == {'driver': 's3', 'bucket': 'bucket', 'path': 'run/checkpoints/4/state'}
+  monkeypatch.setenv('AWS_ENDPOINT_URL', 'http://localhost:9000')
+  spec = tensorstore_utils.build_kvstore_tspec('s3://bucket/state', use_ocdbt=False)
+  address = {'endpoint': 'http://localhost:9000', 'aws_region': 'us-east-1'}
+  assert spec == {'driver': 's3', 'bucket': 'bucket', 'path': 'state', **address}
+  spec = tensorstore_utils.build_kvstore_tspec('gs://bucket/state', use_ocdbt=False)
+  assert spec == {'driver': 'gcs', 'bucket': 'bucket', 'path': 'state'}
