@@ -73,6 +73,8 @@ def find(args: argparse.Namespace) -> Cluster | None:
   if is_supervised():
     *fields, local_device_ids, _ = _inherited()
     return Cluster(*fields, local_device_ids and tuple(local_device_ids))
+  if args.heartbeat < 1:
+    raise ConfigError(f'--heartbeat must be at least 1, got {args.heartbeat}')
   given = (args.coordinator, args.processes, args.process)
   if given == (None, None, None):
     return _detect()
@@ -106,22 +108,29 @@ def _detect() -> Cluster | None:
 
 
 def initialize(cluster: Cluster | None, heartbeat: int, local_devices: int | None) -> None:
-  """Joins the other processes; must come before anything that touches a device."""
+  """Joins the other processes; must come before anything that touches a device.
+
+  Raises ConfigError where they cannot be reached.
+  """
   if local_devices is not None:
     jax.config.update('jax_num_cpu_devices', local_devices)
   if cluster is None:
     return
   jax.config.update('jax_cpu_collectives_implementation', 'gloo')  # of CPU devices; others have their own
-  jax.distributed.initialize(
-    cluster.coordinator,
-    cluster.processes,
-    cluster.process,
-    cluster.local_device_ids,
-    cluster_detection_method='deactivate',  # it has been done
-    initialization_timeout=_START_SECONDS,
-    heartbeat_timeout_seconds=heartbeat,
-    shutdown_timeout_seconds=_END_SECONDS,
-  )
+  try:
+    jax.distributed.initialize(
+      cluster.coordinator,
+      cluster.processes,
+      cluster.process,
+      cluster.local_device_ids,
+      cluster_detection_method='deactivate',  # it has been done
+      initialization_timeout=_START_SECONDS,
+      heartbeat_timeout_seconds=heartbeat,
+      shutdown_timeout_seconds=_END_SECONDS,
+    )
+  except RuntimeError as error:
+    what = ' '.join(str(error).split())[:300]
+    raise ConfigError(f'cannot join the other processes at {cluster.coordinator}: {what}') from None
 
 
 def supervise(cluster: Cluster, command: list[str]) -> int:
@@ -151,7 +160,7 @@ def supervise(cluster: Cluster, command: list[str]) -> int:
   if code == -signal.SIGABRT and last_words:
     reason = re.search(r'absl::Status: (.*\n.*)', ''.join(last_words))
     print(
-      f'error: process {cluster.process} of {cluster.processes} lost another process of the run'
+      f'error: process {cluster.process} of {cluster.processes} lost the other processes'
       f' ({" ".join(reason[1].split()) if reason else "no reason given"}): see what the others say;'
       ' the same command goes on from the last checkpoint',
       file=sys.stderr,
@@ -233,26 +242,23 @@ def stop_on_signal() -> Iterator[Callable[[int], bool]]:
   Every process must ask after every step; all get the same answer. In a single process the same signal twice
   kills; a sweep tells its workers by SIGUSR1, which adds to a Ctrl-C that they got too.
   """
-  if jax.process_count() > 1:
-    # The runtime caught SIGTERM when it started; it lets all processes stop after the same step.
-    previous = signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-    try:
-      yield multihost_utils.reached_preemption_sync_point
-    finally:
-      signal.signal(signal.SIGINT, previous)
-    return
+  several = jax.process_count() > 1
   received: list[int] = []
 
   def handler(number: int, _: object) -> None:
-    received.append(number)
-    signal.signal(number, earlier[number])
+    if several:
+      os.kill(os.getpid(), signal.SIGTERM)  # which the runtime caught when it started, and tells the others
+    else:
+      received.append(number)
+      signal.signal(number, previous[number])
 
+  numbers = (signal.SIGINT,) if several else _STOP_SIGNALS
   try:
-    earlier = {number: signal.signal(number, handler) for number in _STOP_SIGNALS}
+    previous = {number: signal.signal(number, handler) for number in numbers}
   except ValueError:  # not the main thread: its owner handles signals
-    earlier = {}
+    previous = {}
   try:
-    yield lambda step: bool(received)
+    yield multihost_utils.reached_preemption_sync_point if several else lambda step: bool(received)
   finally:
-    for number, old in earlier.items():
+    for number, old in previous.items():
       signal.signal(number, old)

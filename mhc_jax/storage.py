@@ -128,7 +128,7 @@ def teach_orbax_s3() -> None:
   """Lets orbax write arrays to s3://, which the tensorstore below it can; orbax 0.12 sends only gs:// there.
 
   Two of its functions choose tensorstore's driver by the path; this puts s3:// beside gs:// in both. The
-  usual variables AWS_ENDPOINT_URL and AWS_REGION hold for it as they do for s3fs.
+  usual variables (AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID, ...) hold for it as they do for s3fs.
   """
   from orbax.checkpoint._src.path import gcs_utils
   from orbax.checkpoint._src.serialization import tensorstore_utils
@@ -141,10 +141,13 @@ def teach_orbax_s3() -> None:
     bucket, _, key = path.removeprefix('s3:').lstrip('/').partition('/')  # orbax made one slash of two
     spec = {'driver': 's3', 'bucket': bucket, 'path': key}
     region = os.environ.get('AWS_REGION') or os.environ.get('AWS_DEFAULT_REGION')
-    if endpoint := os.environ.get('AWS_ENDPOINT_URL'):
-      spec |= {'endpoint': endpoint, 'aws_region': region or 'us-east-1'}
-    elif region:
-      spec['aws_region'] = region
+    endpoint = os.environ.get('AWS_ENDPOINT_URL')
+    if endpoint:
+      spec['endpoint'] = endpoint
+    if endpoint or region:
+      spec['aws_region'] = region or 'us-east-1'
+    if 'AWS_ACCESS_KEY_ID' in os.environ:  # else it looks for files first, and says that there are none
+      spec['aws_credentials'] = {'type': 'environment'}
     return spec
 
   tensorstore_utils._use_gcs_driver = lambda path: uses_gcs(path) or path.startswith('s3:/')

@@ -20,7 +20,8 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from mhc_jax.checkpoint import CheckpointError, Checkpoints, _checksums
+from mhc_jax.checkpoint import CheckpointError, Checkpoints
+from mhc_jax.checksum import leaf_checksums
 from mhc_jax.config import ConfigError
 
 
@@ -182,7 +183,7 @@ def test_restores_onto_any_mesh(tmp_path):
 
 
 def checksum(x) -> int:
-  return int(_checksums([x])[0])
+  return int(leaf_checksums([x])[0])
 
 
 def numpy_checksum(x: np.ndarray) -> int:

@@ -129,9 +129,7 @@ def test_a_late_start_reads_nothing_before_it(numbered):
 def test_processes_cut_the_same_global_batch(numbered, count):
   arguments = {'batch_size': 8, 'seed': 5, 'repeat': True, 'num_steps': 10}
   whole = list(train_batches(numbered, **arguments))
-  parts = [
-    list(train_batches(numbered, process_index=p, process_count=count, **arguments)) for p in range(count)
-  ]
+  parts = [list(train_batches(numbered, rows=rows, **arguments)) for rows in np.arange(8).reshape(count, -1)]
   for step, batch in enumerate(whole):
     for key, value in batch.items():
       rows = [part[step][key] for part in parts]
@@ -145,9 +143,7 @@ def test_a_process_reads_its_own_rows_alone(numbered, monkeypatch):
   monkeypatch.setattr(
     type(numbered), 'take', lambda self, indices: read.extend(indices) or take(self, indices)
   )
-  batches = train_batches(
-    numbered, batch_size=8, seed=5, repeat=False, num_steps=6, process_index=1, process_count=4
-  )
+  batches = train_batches(numbered, batch_size=8, seed=5, repeat=False, num_steps=6, rows=[2, 3])
   assert sorted(shown(batches).reshape(-1)) == sorted(read)
   assert len(read) == 6 * 2
 
@@ -180,14 +176,6 @@ def test_repetition_is_refused_unless_asked_for(numbered):
     check_enough_tokens(windows(np.zeros(5, np.uint16), 8, False), 1, repeat=True)
   with pytest.raises(ConfigError, match=r'data\.repeat=True'):
     train_batches(numbered, batch_size=8, seed=0, repeat=False, num_steps=7)
-
-
-@pytest.mark.parametrize('batch_size', [0, 6])
-def test_a_batch_must_divide_by_processes(numbered, batch_size):
-  with pytest.raises(ConfigError, match=f'batch_size={batch_size}'):
-    train_batches(numbered, batch_size=batch_size, seed=0, repeat=True, num_steps=1, process_count=4)
-  with pytest.raises(ConfigError, match=f'batch_size={batch_size}'):
-    validation_batches(numbered, batch_size, 1, process_count=4)
 
 
 def test_validation_windows_are_spread_distinct_and_fixed(numbered):

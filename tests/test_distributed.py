@@ -6,6 +6,8 @@ import json
 import os
 import pathlib
 import random
+import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -119,7 +121,9 @@ def test_two_processes_are_killed_and_stopped_and_one_takes_over(folder, tmp_pat
   code, said = pair.end()[1 - victim]
   assert time.monotonic() - began < 60 and code == 1, said
   *before, last = said.splitlines()
-  assert last.startswith(f'error: process {1 - victim} of 2 lost another process') and 'same command' in last
+  assert (
+    last.startswith(f'error: process {1 - victim} of 2 lost the other processes') and 'same command' in last
+  )
   assert all(line.startswith('mhc: step') for line in before), said
   killed = logged(workdir)
 
@@ -192,22 +196,74 @@ def test_flags_that_do_not_fit_are_refused(given, message):
     distributed.find(flags(*given))
 
 
-@pytest.mark.parametrize('path', sorted(LAUNCH.glob('*.sh')), ids=lambda path: path.name)
-def test_launch_scripts_are_bash(path):
-  subprocess.run(['bash', '-n', path], check=True)
-  assert os.access(path, os.X_OK)
+@pytest.fixture
+def launch(tmp_path):
+  """Runs a launch script where srun, scontrol and gcloud only note their arguments: (code, [arguments])."""
+  notes = tmp_path / 'notes'
+  for name in ('srun', 'scontrol', 'gcloud'):
+    fake = tmp_path / name
+    end = 'exit "$CODE"' if name == 'srun' else ''
+    fake.write_text(f'#!/bin/bash\nprintf "%s\\0" {name} "$@" "" >> {notes}\n{end}\n')
+    fake.chmod(0o755)
+
+  def run(script, *arguments, **environment):
+    subprocess.run(['bash', '-n', LAUNCH / script], check=True)
+    path = f'{tmp_path}:{os.environ["PATH"]}'
+    command = [LAUNCH / script, *arguments]
+    done = subprocess.run(command, env=os.environ | {'PATH': path} | environment, check=False)
+    return done.returncode, [line.split('\0') for line in notes.read_text().split('\0\0')[:-1]]
+
+  return run
 
 
-def test_launch_files_name_commands_and_flags_that_exist(capsys):
-  """Every `python -m MODULE` with its flags, in the scripts, their comments and the Kubernetes job."""
-  known = {}
-  for main in (train.main, sweep.main):
-    with pytest.raises(SystemExit):
-      main(['--help'])
-    known[main.__module__] = capsys.readouterr().out
-  (*_, job) = yaml.safe_load_all((LAUNCH / 'kubernetes.yaml').read_text())
+def known_flags(main, capsys):
+  with pytest.raises(SystemExit):
+    main(['--help'])
+  return set(re.findall(r'--[a-z][a-z-]*', capsys.readouterr().out))
+
+
+RUN = ('--config', 'configs/laptop.py:smoke', '--workdir', 'gs://bucket/a run', '--config.mesh.fsdp=8')
+
+
+def test_slurm_runs_every_process_and_queues_a_stopped_run_again(launch, capsys):
+  job = {'SLURM_SUBMIT_DIR': str(ROOT), 'SLURM_JOB_ID': '7'}
+  train_command = ['.venv/bin/python', '-m', 'mhc_jax.train', *RUN]
+  code, said = launch('slurm.sh', *RUN, **job, CODE='130')
+  assert code == 130 and said == [
+    ['srun', '--kill-on-bad-exit=1', *train_command],
+    ['scontrol', 'requeue', '7'],
+  ]
+  code, said = launch('slurm.sh', *RUN, **job, CODE='1')
+  assert code == 1 and len(said) == 3, 'a failure is not queued again'
+  array = {'SLURM_ARRAY_JOB_ID': '9', 'SLURM_ARRAY_TASK_ID': '5', 'SLURM_ARRAY_TASK_MIN': '2'}
+  array |= {'SLURM_ARRAY_TASK_COUNT': '8', 'CODE': '130'}
+  code, said = launch('slurm_sweep.sh', 'quick', '--retry-failed', **job, **array)
+  sweep_command = ['-m', 'experiments.sweep', 'quick', '--retry-failed', '--shard', '3/8']
+  assert said[-2:] == [['srun', '.venv/bin/python', *sweep_command], ['scontrol', 'requeue', '9_5']]
+  assert {'--retry-failed', '--shard'} <= known_flags(sweep.main, capsys)
+
+
+def test_a_tpu_slice_gets_the_command_on_every_host(launch):
+  code, said = launch('tpu_slice.sh', *RUN, TPU='slice', ZONE='zone')
+  *head, command = said[-1]
+  assert code == 0 and head[:5] == ['gcloud', 'compute', 'tpus', 'tpu-vm', 'ssh'] and '--worker=all' in head
+  words = shlex.split(command)
+  assert words[words.index('mhc_jax.train') + 1 :] == list(RUN)
+  for verb in ('setup', 'stop'):
+    code, said = launch('tpu_slice.sh', verb, TPU='slice', ZONE='zone')
+    assert code == 0 and all('--worker=all' in line for line in said)
+
+
+def test_the_kubernetes_job_uses_flags_that_exist(capsys):
+  service, job = yaml.safe_load_all((LAUNCH / 'kubernetes.yaml').read_text())
   pod = job['spec']['template']['spec']
-  command = pod['containers'][0]['command']
-  assert command[:3] == ['python', '-m', 'mhc_jax.train']
-  found = {word.partition('=')[0] for word in command[3:]}
-  assert found > {'--coordinator', '--processes', '--process'}
+  *module, _ = command = pod['containers'][0]['command']
+  given = dict(word.split('=', 1) for word in command[3:])
+  assert module[:3] == ['python', '-m', 'mhc_jax.train']
+  flags = {flag for flag in given if not flag.startswith('--config.')}
+  assert flags <= known_flags(train.main, capsys)
+  assert int(given['--processes']) == job['spec']['completions'] == job['spec']['parallelism']
+  name, subdomain = job['metadata']['name'], pod['subdomain']
+  assert (
+    given['--coordinator'].startswith(f'{name}-0.{subdomain}:') and service['metadata']['name'] == subdomain
+  )

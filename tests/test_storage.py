@@ -10,7 +10,9 @@ import fsspec
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils.epath.backend import fsspec_backend
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.registry import _registry
 
 from experiments import sweep
 from mhc_jax import evaluate, storage, train
@@ -56,14 +58,15 @@ def store(tmp_path, monkeypatch):
 
   folder = tmp_path / 'store'
   monkeypatch.setattr(Store, 'root', str(folder))
-  monkeypatch.setattr('tempfile.tempdir', str(tmp_path / 'scratch'))
-  for protocol in ('gs', 'gcs', 's3'):
-    fsspec.register_implementation(protocol, Store, clobber=True)
+  monkeypatch.setattr('tempfile.tempdir', str(tmp_path))
+  for protocol in Store.protocol:
+    monkeypatch.setitem(_registry, protocol, Store)
   storage.teach_orbax_s3()
   monkeypatch.setattr(gcs_utils, 'is_hierarchical_namespace_enabled', lambda path: False)
   monkeypatch.setattr(tensorstore_utils, '_use_gcs_driver', lambda path: False)
   monkeypatch.setattr(tensorstore_utils, '_normalize_path', Store._strip_protocol)
-  return folder
+  yield folder
+  fsspec_backend._get_filesystem.cache_clear()
 
 
 @pytest.mark.parametrize('scheme', ('gs', 's3'))
@@ -179,7 +182,7 @@ def test_orbax_writes_s3_by_tensorstore(monkeypatch):
   from orbax.checkpoint._src.serialization import tensorstore_utils
 
   storage.teach_orbax_s3()
-  for name in ('AWS_REGION', 'AWS_DEFAULT_REGION', 'AWS_ENDPOINT_URL'):
+  for name in ('AWS_REGION', 'AWS_DEFAULT_REGION', 'AWS_ENDPOINT_URL', 'AWS_ACCESS_KEY_ID'):
     monkeypatch.delenv(name, raising=False)
   spec = tensorstore_utils.build_kvstore_tspec('s3://bucket/run/checkpoints/4/state', 'w', use_ocdbt=True)
   assert spec['base'] == {'driver': 's3', 'bucket': 'bucket', 'path': 'run/checkpoints/4/state'}
