@@ -1,4 +1,4 @@
-// Zoomable training curves. Reads the JSON in #curve-data: {metrics: {name: label}, arms: {arm: colour},
+// Zoomable training curves. Reads the JSON in #curve-data: {metrics: {name: label}, arms: {arm: [colour, dash]},
 // runs: [{id, arm, size, seed, state, tokens: [], flops: [], <metric>: []}]}. Drag: zoom. Double click: reset.
 (() => {
   const data = JSON.parse(document.getElementById('curve-data').textContent);
@@ -71,9 +71,10 @@
     g.fillText(logx ? 'training FLOPs' : 'training tokens', (left + right) / 2, h - 6);
     g.save(); g.beginPath(); g.rect(left, top, right - left, bottom - top); g.clip();
     for (const s of shown) {
-      g.strokeStyle = data.arms[s.run.arm]; g.lineWidth = 1.4; g.beginPath();
+      const [colour, dash] = data.arms[s.run.arm];
+      g.strokeStyle = colour; g.setLineDash(dash); g.lineWidth = 1.4; g.beginPath();
       s.points.forEach((p, i) => (i ? g.lineTo(px(p[0]), py(p[1])) : g.moveTo(px(p[0]), py(p[1]))));
-      g.stroke();
+      g.stroke(); g.setLineDash([]);
       if (s.run.state === 'diverged') {
         const p = s.points[s.points.length - 1];
         g.fillStyle = '#d00000'; g.fillText('✕', px(p[0]), py(p[1]) + 4); g.fillStyle = '#444';

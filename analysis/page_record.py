@@ -22,6 +22,7 @@ METRICS = {
   'train/grad_norm': 'gradient norm',
 }
 MOST_POINTS = 150  # per curve in the page; the files of the run hold all of them
+DASH = {'-': [], '--': [7, 4], '-.': [7, 3, 2, 3], ':': [2, 3]}  # pixels on and off
 
 
 def excluded(s: Study) -> Raw:
@@ -155,7 +156,7 @@ def method(s: Study, command: str) -> Raw:
 def interactive(s: Study) -> Raw:
   """Zoomable curves of every run that logged some; the data are in the page."""
   runs, arms = [], list(dict.fromkeys(s.table['arm']))
-  colour = {arm: look['color'] for arm, look in looks(arms).items()}
+  line = {arm: (look['color'], DASH[look['linestyle']]) for arm, look in looks(arms).items()}
   for _, row in s.table[s.table['axis'].isna()].iterrows():
     run = s.sweep.runs[row['run_id']]
     x, flops = curve(run, 'tokens')[0], curve(run, 'flops', 'tokens')[1]
@@ -172,15 +173,16 @@ def interactive(s: Study) -> Raw:
     runs.append(one)
   if not runs:
     return Raw('')
-  data = json.dumps({'metrics': METRICS, 'arms': colour, 'runs': runs}).replace('</', '<\\/')
+  data = json.dumps({'metrics': METRICS, 'arms': line, 'runs': runs}).replace('</', '<\\/')
   sizes = list(dict.fromkeys(run['size'] for run in runs))
 
   def options(pairs: list[tuple[str, str]]) -> str:
     return ''.join(f'<option value="{text(v)}">{text(label)}</option>' for v, label in pairs)
 
   keys = ''.join(
-    f'<button class=key data-arm="{text(arm)}" aria-pressed=true>'
-    f'<span style="color:{colour[arm]}">&#9644;</span> {text(arm)}</button>'
+    f'<button class=key data-arm="{text(arm)}" aria-pressed=true><svg width=26 height=8>'
+    f'<line x1=0 x2=26 y1=4 y2=4 stroke="{line[arm][0]}" stroke-width=3 '
+    f'stroke-dasharray="{" ".join(map(str, line[arm][1]))}"/></svg> {text(arm)}</button>'
     for arm in dict.fromkeys(run['arm'] for run in runs)
   )
   return Raw(

@@ -54,6 +54,7 @@ def _arrow(ax: Axes, s: Study, m: Multiplier, start: float) -> dict:
     textcoords='offset points',
     fontsize=7,
     color=colour,
+    bbox={'facecolor': 'white', 'edgecolor': 'none', 'alpha': 0.75, 'pad': 0.8},
   )
   row = {'arm': m.arm, 'kind': 'arrow', 'flops': start, 'loss': loss}
   return row | {'multiplier': m.flops, 'low': low, 'high': high}

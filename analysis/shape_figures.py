@@ -39,8 +39,8 @@ def _shape_plot(s: Study, folder: Path, name: str, other: str) -> Panel | str:
         ax.plot(mean.index, mean, **style[arm], lw=1.0, label=arm)
         if arm == s.reference and runs[other].nunique() > 1:
           at = (mean.index[-1], mean.iloc[-1])
-          words = {'xytext': (5, 2), 'textcoords': 'offset points', 'fontsize': 7, 'color': '#444444'}
-          ax.annotate(f'{other} {fixed:.0f}', at, **words)
+          small = {'xytext': (5, 2), 'textcoords': 'offset points', 'fontsize': 7, 'color': '#444444'}
+          ax.annotate(f'{other} {fixed:.0f}', at, **small)
       rows += own[['arm', 'run_id', 'seed', name, other, 'flops', 'validation_loss']].to_dict('records')
     _plain_log2(ax, runs[name])
     ax.margins(x=0.12)
@@ -105,7 +105,7 @@ def _draw_rank(ax: Axes, s: Study, r: RankSweep, look: dict[str, str]) -> list[d
   """One line with its levels; returns the numbers of both, and of the exponent."""
   groups = r.rows.groupby('rank')['validation_loss']
   mean = groups.mean()
-  bar = np.nan if s.seed_spread is None else s.seed_spread / np.sqrt(groups.size())
+  bar = (np.nan if s.seed_spread is None else s.seed_spread) / np.sqrt(groups.size())
   ax.plot(mean.index, mean, **look, label=f'{r.arm}, {r.size}')
   if s.seed_spread is not None:
     ax.errorbar(mean.index, mean, yerr=bar, fmt='none', color=look['color'], lw=0.9)
@@ -113,9 +113,9 @@ def _draw_rank(ax: Axes, s: Study, r: RankSweep, look: dict[str, str]) -> list[d
   levels.append(('reference', s.reference, _residual_like(s, r), '#000000'))
   columns = ['run_id', 'seed', 'rank', 'tokens', 'flops', 'validation_loss']
   rows = [{'kind': 'run'} | row for row in r.rows.reindex(columns=columns).to_dict('records')]
-  rows += [{'kind': 'mean', 'rank': k, 'validation_loss': v} for k, v in mean.items()]
-  for row in rows[-len(mean) :]:
-    row['standard_error'] = bar if s.seed_spread is None else bar[row['rank']]
+  rows += [
+    {'kind': 'mean', 'rank': k, 'validation_loss': v, 'standard_error': bar[k]} for k, v in mean.items()
+  ]
   for (kind, label, level, colour), dash in zip(levels, (':', (0, (5, 1))), strict=True):
     if len(level):
       ax.axhline(level['validation_loss'].mean(), color=colour, ls=dash, lw=1.1, label=label)
