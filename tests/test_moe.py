@@ -145,6 +145,9 @@ def test_the_model_on_a_mesh_is_the_model_on_one_device(x64):
   (loss, records), grads = gradients(config)(params)
   assert records['margin_BT'].shape == (2, B, T) and float(records['margin_BT'].min()) > 1e-6
   (sharded_loss, sharded), sharded_grads = gradients(config, meshed(1, 2, 2, 2))(params)
+  # Records of the dense layer come first: the streams grow from layer to layer.
+  assert (np.diff(np.einsum('lnnbt->l', records['gram_NMBT'])) > 0).all()
+  np.testing.assert_allclose(sharded['gram_NMBT'], records['gram_NMBT'], rtol=1e-10)
   np.testing.assert_array_equal(sharded['load_E'], records['load_E'])
   assert records['load_E'].sum(-1).tolist() == [B * T * A] * 2
   assert float(sharded_loss) == pytest.approx(float(loss), rel=1e-10)  # rounding in another order
