@@ -21,7 +21,7 @@ from mhc_jax.config import REMAT, base_config, build_model, build_optimizer
 from mhc_jax.data import VOCAB_SIZE
 from mhc_jax.hlo import collectives
 from mhc_jax.recompute import block_layers
-from mhc_jax.sharding import BATCH, check_mesh, make_mesh, strategy
+from mhc_jax.sharding import BATCH, check_mesh, make_mesh
 from mhc_jax.train_step import TrainState, programs
 
 DEVICES = (1, 2, 4, 8)
@@ -90,7 +90,6 @@ def bench_scaling(args: argparse.Namespace) -> dict[str, object]:
       {
         'axis': axis,
         'devices': devices,
-        'strategy': strategy(mesh),
         'params_bytes': params,
         'optimizer_bytes': optimizer,
         'state_over_even_share': (params + optimizer) * devices / whole,

@@ -22,16 +22,14 @@ from mhc_jax.config import ConfigError, ModelConfig
 AXES = ('data', 'fsdp', 'tensor', 'expert')
 BATCH = ('data', 'fsdp', 'expert')
 
-# strategy -> letter of a shape suffix -> the mesh axes that split this dimension; other letters are whole.
-# A mesh axis splits one dimension of an array, that of the first letter here: heads before time.
-STRATEGIES: dict[str, dict[str, tuple[str, ...]]] = {
-  'fsdp': {'E': ('expert',), 'B': BATCH},
-  'tensor': {
-    'E': ('expert',),
-    'B': BATCH,
-    **dict.fromkeys('VFHG', ('tensor',)),
-    'T': ('tensor',),  # of queries, streams and norms; S, the time of keys, is whole
-  },
+# The one strategy: the letter of a shape suffix -> the mesh axes that split this dimension. Others are whole,
+# as is S, the time of keys. A mesh axis splits one dimension of an array, that of the first letter here:
+# heads before time. With tensor = 1 this is plain fully sharded data parallelism.
+LAYOUT: dict[str, tuple[str, ...]] = {
+  'E': ('expert',),
+  'B': BATCH,
+  **dict.fromkeys('VFHG', ('tensor',)),
+  'T': ('tensor',),  # of queries, streams and norms
 }
 
 # (regular expression on the end of a parameter's path, its last dimensions' letters); moments have the same
@@ -110,11 +108,6 @@ def check_mesh(axes: dict[str, int], model: ModelConfig, seq_len: int) -> None:
       raise ConfigError(f'mesh.tensor={tensor} does not divide {name}={size}')
 
 
-def strategy(mesh: Mesh) -> str:
-  """The key of STRATEGIES for this mesh: 'tensor' where it has that axis, else 'fsdp'."""
-  return 'tensor' if splits_time(mesh) else 'fsdp'
-
-
 def splits_time(mesh: Mesh | None) -> bool:
   """Whether the time axis of streams lies on several devices."""
   return mesh is not None and mesh.shape['tensor'] > 1
@@ -127,7 +120,7 @@ def partition(letters: str, sizes: dict[str, int], mesh: Mesh) -> list[tuple[str
   """
   used: set[str] = set()
   found: dict[str, tuple[str, ...]] = {}
-  for letter, axes in STRATEGIES[strategy(mesh)].items():
+  for letter, axes in LAYOUT.items():
     axes = tuple(axis for axis in axes if axis not in used)
     if letter in letters and axes and sizes[letter] % math.prod(mesh.shape[axis] for axis in axes) == 0:
       found[letter] = axes
@@ -174,7 +167,7 @@ def token_local(
 def state_sharding(abstract: Any, mesh: Mesh) -> Any:
   """A NamedSharding for every leaf of a state or of parameters, by its path.
 
-  Dimensions that PARAMETERS names by strategy; then fsdp splits D, or else the largest dimension that it
+  Dimensions that PARAMETERS names by LAYOUT; then fsdp splits D, or else the largest dimension that it
   divides. The stack of scanned layers is split only where nothing else divides: each layer would be gathered
   from one device.
   """

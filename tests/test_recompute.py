@@ -28,6 +28,7 @@ def model(remat='none'):
   c = base_config()
   c.model.update({'width': 16, 'depth': DEPTH, 'heads': 2, 'dtype': 'float64', 'scan_unroll': 1})
   c.model.remat = remat
+  c.model.connection.write_gate = 'one_hot'  # by the number of the layer
   return build_model(c, VOCAB)
 
 

@@ -230,7 +230,6 @@ def test_layout_of_activations():
     assert partition(letters, whole, mesh) == expected, letters
   assert partition('NBTD', whole | {'B': 1}, mesh) == [(), (), split, ()]  # diagnostics of one sequence
   assert partition('BTV', whole | {'V': 257}, mesh) == [rows, split, ()]  # bytes: over time instead
-  assert partition('NBTD', whole, mesh_of((2, 4, 1, 1))) == [(), rows, (), ()]
   x_BTD = np.zeros((8, 4, 8))
   assert constrain(x_BTD, 'BTD', None) is x_BTD is constrain(x_BTD, 'BTD', make_mesh({}))
 
