@@ -166,8 +166,9 @@ def predicted_lines(predicted: dict[str, Any], compile_seconds: float) -> list[s
     f"  a device and step: {device['flops']:.3g} FLOPs (matrix products {ratio:.2f} x the model's own "
     f'{predicted["model_flops"]:.3g}), {device["hbm_bytes"]:.3g} bytes of memory traffic',
     f'  step {seconds["step"]:.4g} s, of which collectives {seconds["collectives"]:.3g} s; '
-    f'roofline {seconds["roofline"]:.4g} s; the compiler, loops counted once, '
-    f'{seconds["compiler_loops_once"] or 0:.3g} s',
+    f'roofline {seconds["roofline"]:.4g} s',
+    f"  the compiler's own estimates: {device['compiler_cycles']:.4g} cycles without collectives; "
+    f'{seconds["compiler_loops_once"] or 0:.3g} s with every loop run once',
     f'  {predicted["tokens_per_second"]:.4g} tokens/s, MFU {100 * predicted["mfu"]:.1f} %',
     '',
     f'{"collective":20} {"times":>7} {"group":>6} {"GiB":>9} {"seconds":>9}',

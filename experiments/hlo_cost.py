@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import math
 import re
+from collections.abc import Callable
 
 import numpy as np
 
@@ -290,12 +291,11 @@ def _updated(whole: Shape, update: Shape) -> int:
 def _read(module: Module, inner: Computation, name: str, operand: Instruction) -> int:
   """Bytes that a fusion reads of one operand, whose name inside it is `name`."""
   whole = sum(_main(shape) for shape in operand.shapes)
-  if not whole:
-    return 0
-  return min(whole, _used(module, inner, name, whole))
+  return min(whole, _used(module, inner, name, whole, lambda: whole)) if whole else 0
 
 
-def _used(module: Module, inner: Computation, name: str, whole: int) -> int:
+def _used(module: Module, inner: Computation, name: str, whole: int, after: Callable[[], int]) -> int:
+  """The same for a value inside; after() is what is used of it beyond `inner`, whose result it may be."""
   total = 0
   for user in inner.users.get(name, []):
     first = user.operands[0] == name and name not in user.operands[1:]
@@ -304,11 +304,13 @@ def _used(module: Module, inner: Computation, name: str, whole: int) -> int:
     elif user.opcode == 'dynamic-update-slice' and first:
       total += 0
     elif user.opcode in ('bitcast', 'tuple', 'get-tuple-element'):
-      total += _used(module, inner, user.name, whole)
+      total += after() if user.is_root else _used(module, inner, user.name, whole, after)
     elif user.opcode == 'fusion':
       nested = module.computations[user.called[0]]
+      beyond = functools.partial(_used, module, inner, user.name, whole, after)
       numbers = [number for number, operand in enumerate(user.operands) if operand == name]
-      total += sum(_used(module, nested, nested.parameters[number].name, whole) for number in numbers)
+      names = [nested.parameters[number].name for number in numbers]
+      total += sum(_used(module, nested, inside, whole, beyond) for inside in names)
     else:
       return whole
   return total

@@ -87,7 +87,7 @@ def row(name: str, base: dict[str, Any], other: dict[str, Any]) -> str:
   """One line of the table: an arm over residual."""
   if not (base['fits'] and other['fits']):
     which = [arm['connection'] for arm in (base, other) if not arm['fits']]
-    return f'| {name} | {" and ".join(which)} does not fit | | | | | |'
+    return f'| {name} | {" and ".join(which)} does not fit' + ' |' * 7
   device = [report['predicted']['per_device'] for report in (base, other)]
   seconds = [report['predicted']['seconds'] for report in (base, other)]
   total = [report['memory_bytes']['total'] / GIB for report in (base, other)]
@@ -96,10 +96,11 @@ def row(name: str, base: dict[str, Any], other: dict[str, Any]) -> str:
     return f'{100 * (b / a - 1):+.1f} %'
 
   step, roofline = ([s[key] for s in seconds] for key in ('step', 'roofline'))
+  cycles = [d['compiler_cycles'] for d in device]
   return (
     f'| {name} | {device[0]["flops"]:.3g} ({more(*(d["flops"] for d in device))}) '
     f'| {device[0]["hbm_bytes"]:.3g} ({more(*(d["hbm_bytes"] for d in device))}) '
-    f'| {step[0]:.3f} -> {step[1]:.3f} | {more(*step)} | {more(*roofline)} '
+    f'| {step[0]:.3f} -> {step[1]:.3f} | {more(*step)} | {more(*roofline)} | {more(*cycles)} '
     f'| {total[0]:.1f} -> {total[1]:.1f} |'
   )
 
@@ -138,24 +139,25 @@ def costliest(cell: Cell, report: dict[str, Any]) -> list[str]:
 
 HEAD = """# mHC at the paper's sizes: predicted cost over the plain residual model
 
-Written by `python -m experiments.overhead` from the reports in `docs/compile/`, each what
-`python -m experiments.compile --json` prints: the real train step (forward, backward, AdamW), compiled by the TPU's
-own compiler for a described slice. **Nothing here was measured on a TPU.** Memory is the compiler's. FLOPs and bytes
-are counted in its program with loops multiplied out, per device and step. A step's time is the sum over its
-operations of max(FLOPs / peak, bytes / bandwidth), collectives at the links' bandwidth, nothing overlapped; the
-roofline overlaps everything. Percentages: mHC over residual, same mesh, same recomputation.
+Written by `python -m experiments.overhead` from the reports in `docs/compile/`, each of them what
+`python -m experiments.compile --json` prints: the real train step (forward, backward, AdamW), compiled by
+the TPU's own compiler for a described slice. **Nothing here was measured on a TPU.** Memory is the
+compiler's. FLOPs and bytes are counted in its program with loops multiplied out, per device and step. The
+time of a step is the sum over its operations of max(FLOPs / peak, bytes / bandwidth), collectives at the
+links' bandwidth, nothing overlapped; the roofline overlaps everything; cycles are the compiler's own estimate
+of everything but collectives. Percentages: mHC over residual, same mesh, same recomputation.
 """
 TABLE = [
-  '| model | FLOPs of residual (mHC) | memory traffic (mHC) | seconds of a step | overhead | of the roofline '
-  '| GiB of a device |',
-  '|---|---|---|---|---|---|---|',
+  '| model | FLOPs of residual (mHC) | bytes of memory (mHC) | seconds of a step | overhead '
+  '| of the roofline | of the cycles | GiB of a device |',
+  '|---' * 8 + '|',
 ]
 LIMITS = """
-What limits. Hyper-connections add few FLOPs; they move streams through the memory, so their cost is that of
-memory traffic. Peak rates are never reached, and unequally: products come closer to theirs than small vector
-operations do, whose time on the vector unit (no published peak) is not counted. Float32 products count three or
-six passes. Collectives overlap with compute on the real machine. Overheads are therefore estimates of the right
-size, good for comparing two programs, not for promising a speed.
+What limits. Hyper-connections add few FLOPs; they move streams through the memory, and their cost is that of
+its traffic. Peak rates are never reached, and unequally: products come closer to theirs than small vector
+operations do, whose time on the vector unit (it has no published peak) is not counted; the compiler's cycles
+count it. Float32 products count three or six passes. On the real machine collectives overlap with
+products. The overheads are estimates, good for comparing two programs, not for promising a speed.
 """
 
 

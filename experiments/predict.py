@@ -30,6 +30,7 @@ def predict(found: Count, chip: Chip, sides: Sides) -> dict[str, Any]:
       'matmul_flops': found.total('matmul_flops'),
       'vector_flops': found.total('vector_flops'),
       'hbm_bytes': found.total('bytes'),
+      'compiler_cycles': sum(row.times * (row.cycles or 0) for row in found.operations),
     },
     'seconds': {
       'step': seconds,

@@ -19,6 +19,8 @@ from mhc_jax.command import end_with_message
 from mhc_jax.config import ConfigError, base_config, build_model
 from mhc_jax.model import Transformer
 
+# What the TPU's compiler makes of a scan of six residual products on v5p:4x4x4, weights split 16-fold; names
+# shortened and attributes left out.
 TPU = parse_module((pathlib.Path(__file__).parent / 'data' / 'tpu.hlo').read_text())
 
 
@@ -64,6 +66,64 @@ def test_the_count_is_xlas_where_there_are_no_loops():
   found, xla = compiled('residual', False)
   assert found.flops == pytest.approx(xla['flops'], rel=2e-3)
   assert found.total('bytes') == pytest.approx(xla['bytes accessed'], rel=0.02)
+
+
+def test_a_tpu_program_with_tiles_memory_spaces_and_a_loop():
+  found = count(TPU)
+  rows = {row.name: row for row in found.operations}
+  mb = 2**20
+  assert {name: row.bytes for name, row in rows.items()} == {
+    'dynamic-slice_fusion.2': mb / 8
+    + 4,  # reads a 64th of the stack and the index; the result is on the chip
+    'all-gather.3': 2 * mb,  # from the chip to memory
+    'copy-start.2': 2 * mb,  # from memory to the chip
+    'fusion.16': 4 * mb,  # weights in and x out; x was on the chip
+    'dynamic-update-slice_fusion.2': 4 * mb + 4,  # the stack is updated in place
+    'add.24': 12,
+  }
+  assert all(row.times == 6 for row in found.operations) and not found.unknown_loops
+  assert found.total('matmul_flops') == 6 * 2 * 1024**3
+  assert rows['fusion.16'].vector_flops == 4 * 1024**2  # three conversions and an addition
+  gather = rows['all-gather.3']
+  assert (gather.collective, gather.payload, gather.group) == ('all-gather', 2 * mb, tuple(range(16)))
+  assert (gather.source, rows['fusion.16'].cycles) == ('model.py:49', 14796)
+
+
+# Products as a TPU's compiler writes them, with the 20 heads as a window: shapes, attributes, FLOPs.
+CONVOLUTIONS = {
+  'width to heads': (
+    'bf16[4096,2560,1] bf16[20,128,2560] bf16[4096,20,128]',
+    'window={size=20 pad=19_19 rhs_reversal=1}, dim_labels=bf0_0oi->b0f',
+    2 * 4096 * 2560 * 20 * 128,
+  ),
+  'each head by itself': (
+    'bf16[20,4096,128] bf16[20,128,512] bf16[20,4096,512]',
+    'window={size=20 stride=19 lhs_dilate=20}, dim_labels=0bf_0io->0bf',
+    2 * 20 * 4096 * 128 * 512,
+  ),
+  'heads summed': (
+    'bf16[4096,20,128] bf16[128,20,2560] bf16[2560,4096,1]',
+    'window={size=20}, dim_labels=b0f_i0o->fb0',
+    2 * 4096 * 20 * 128 * 2560,
+  ),
+  'a plain product': ('f32[8,32] f32[16,32] f32[8,16]', 'dim_labels=bf_oi->bf', 2 * 8 * 32 * 16),
+}
+
+
+@pytest.mark.parametrize('name', CONVOLUTIONS)
+def test_products_written_as_convolutions_count_without_their_padding(name):
+  shapes, attributes, flops = CONVOLUTIONS[name]
+  left, right, out = shapes.split()
+  found = count(
+    parse_module(
+      f'ENTRY %main (a: {left}, b: {right}) -> {out} {{\n'
+      f'  %a = {left} parameter(0)\n  %b = {right} parameter(1)\n'
+      f'  ROOT %c = {out} convolution(%a, %b), {attributes}, operand_precision={{high,high}}\n}}'
+    )
+  )
+  assert found.total('matmul_flops') == flops
+  passes = 3 if left.startswith('f32') else 1  # of bfloat16 products in a float32 product
+  assert found.total('matmul_passes') == passes * flops
 
 
 GROUPS = {
