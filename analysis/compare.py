@@ -13,7 +13,7 @@ from scipy import linalg, stats
 
 from analysis.estimate import DELTA, Fit, fit
 from analysis.intervals import LEVEL, band, sandwich_covariance
-from analysis.laws import ArmModel, Law, Points, design
+from analysis.laws import ArmModel, Design, Law, Points, design, predict
 from mhc_jax.config import ConfigError
 
 CLUSTERS_PER_RESTRICTION = 4  # of the clustered F test
@@ -21,16 +21,20 @@ CLUSTERS_PER_RESTRICTION = 4  # of the clustered F test
 
 @dataclasses.dataclass(frozen=True)
 class RolloutStep:
-  """Fit on the k smallest sizes; errors in log loss on the rest (bias: predicted minus true)."""
+  """Fit on the k smallest sizes; errors in log loss on the rest (bias: predicted minus true).
+
+  problem: why k sizes cannot be fitted; there are no errors then.
+  """
 
   sizes_fitted: int
   runs_fitted: int
   runs_held_out: int
-  extrapolation: float
-  in_sample_error: float
-  held_out_error: float
-  bias: float
-  coverage: float
+  problem: str | None
+  extrapolation: float | None = None
+  in_sample_error: float | None = None
+  held_out_error: float | None = None
+  bias: float | None = None
+  coverage: float | None = None
 
 
 def _order(points: Points) -> list:
@@ -48,40 +52,47 @@ def rollout(
   delta: float | str = DELTA,
   level: float = LEVEL,
 ) -> list[RolloutStep]:
-  """For every k >= 3 that leaves degrees of freedom: fit the k smallest sizes, predict the rest."""
+  """For every k: fit the k smallest sizes, predict the runs of the larger ones (of arms that were fitted)."""
   order = _order(points)
   name = 'C' if 'C' in points.log_x else law.covariates[0]
   out = []
-  for k in range(3, len(order)):
+  for k in range(1, len(order)):
     inside_R = np.isin(points.size, order[:k])
     small, rest = points.take(inside_R), points.take(~inside_R)
     rest = rest.take(np.isin(rest.arm, small.arms))
-    if not len(rest):
-      continue
-    try:
-      fitted = fit(small, law, arms, loss, delta, start_count=9)
-    except ConfigError:  # too few runs for the parameters
-      continue
-    if fitted.degrees_of_freedom < 1:
+    fitted = _fit_or_reason(k, small, len(rest), law, arms, loss, delta)
+    if isinstance(fitted, str):
+      out.append(RolloutStep(k, len(small), len(rest), fitted))
       continue
     predicted = band(fitted, rest, level)
     error_R = np.log(predicted.loss) - np.log(rest.loss)
     covered_R = (predicted.new_low <= rest.loss) & (rest.loss <= predicted.new_high)
-    own_R = np.log(band(fitted, small, level).loss) - np.log(small.loss)
-    ratio = np.exp(rest.log_x[name].max() - small.log_x[name].max())
-    out.append(
-      RolloutStep(
-        k,
-        len(small),
-        len(rest),
-        float(ratio),
-        float(np.mean(np.abs(own_R))),
-        float(np.mean(np.abs(error_R))),
-        float(error_R.mean()),
-        float(covered_R.mean()),
-      )
-    )
+    errors = {
+      'extrapolation': np.exp(rest.log_x[name].max() - small.log_x[name].max()),
+      'in_sample_error': _error(fitted, small),
+      'held_out_error': np.mean(np.abs(error_R)),
+      'bias': error_R.mean(),
+      'coverage': covered_R.mean(),
+    }
+    out.append(RolloutStep(k, len(small), len(rest), None, **{key: float(v) for key, v in errors.items()}))
   return out
+
+
+def _fit_or_reason(
+  k: int, small: Points, held_out: int, law: Law, arms: ArmModel | None, loss: str, delta: float | str
+) -> Fit | str:
+  """The fit to the k smallest sizes, or why there is none."""
+  if k < 3:
+    return f'{k} size{"s" * (k > 1)} for a constant and a power: 3 are needed'
+  if not held_out:
+    return 'no arm has runs on both sides'
+  try:
+    fitted = fit(small, law, arms, loss, delta, start_count=9)
+  except ConfigError as error:  # too few runs for the parameters
+    return str(error)
+  if fitted.degrees_of_freedom < 1:
+    return f'{len(small)} runs for {len(fitted.theta_P)} parameters'
+  return fitted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,16 +112,16 @@ class Candidate:
 
 
 def restriction(big: Fit, small: Fit) -> np.ndarray:
-  """Rows r with r @ theta_big = 0 exactly when the big model is the small one."""
-  embed = np.zeros((len(big.theta_names), len(small.theta_names)))
-  for row, name in enumerate(big.theta_names):
-    base, _, arm = name.partition('[')
-    if name in small.theta_names:
-      embed[row, small.theta_names.index(name)] = 1
-    elif base in small.theta_names:  # one value per arm against a shared one
-      embed[row, small.theta_names.index(base)] = 1
-    elif base in ('log rho_N', 'log rho_D') and f'log m[{arm}' in small.theta_names:
-      embed[row, small.theta_names.index(f'log m[{arm}')] = 0.5  # rho_N = rho_D = sqrt(m)
+  """Rows r with r @ theta_big = 0 exactly when the big model is the small one on the same runs.
+
+  Both are linear maps to every run's log E, log A, exponents and log m: the big parameters that give the
+  small model's are B^-1 S theta_small.
+  """
+
+  def stacked(d: Design) -> np.ndarray:
+    return np.concatenate([m.reshape(-1, len(d.names)) for m in (d.e_RP, d.a_JRP, d.x_JRP, d.m_JRP)])
+
+  embed = np.linalg.lstsq(stacked(big.design), stacked(small.design))[0]
   return linalg.null_space(embed.T).T
 
 
@@ -118,11 +129,15 @@ def clustered_f(big: Fit, small: Fit) -> tuple[float, tuple[int, int], float] | 
   """Wald F of the restrictions with cluster-robust covariance: (F, (q, G - q), p) or None.
 
   None with fewer than CLUSTERS_PER_RESTRICTION clusters to a restriction: there the sandwich is too small
-  (3 restrictions on 7 clusters reject a true hypothesis in 16 % of simulations at a nominal 5 %).
+  (3 restrictions on 7 clusters reject a true hypothesis in 16 % of simulations at a nominal 5 %). Those count
+  that tell about the parameter of the restrictions that fewest do.
   """
   rows = restriction(big, small)
-  covariance_PP, clusters = sandwich_covariance(big)
+  covariance_PP = sandwich_covariance(big)
   q = len(rows)
+  jac_RP = predict(big.theta_P, big.design)[1]
+  tested = np.flatnonzero(np.abs(rows).max(0, initial=0) > 1e-9)
+  clusters = min((len(set(big.points.cluster[jac_RP[:, p] != 0].tolist())) for p in tested), default=0)
   if q == 0 or clusters < max(CLUSTERS_PER_RESTRICTION * q, q + 2):
     return None
   gap = rows @ big.theta_P
@@ -135,20 +150,31 @@ def clustered_f(big: Fit, small: Fit) -> tuple[float, tuple[int, int], float] | 
   return statistic, degrees, float(stats.f.sf(statistic, *degrees))
 
 
-def arm_models(law: Law, arms: tuple[str, ...]) -> list[tuple[str, ArmModel, str | None]]:
-  """The nested questions: (its name, the model, the simpler model it is tested against)."""
-  out = [('no effect', ArmModel('none'), None)]
-  if len(arms) > 1:
-    out.append(('one multiplier m per arm', ArmModel('common'), 'no effect'))
+def split_levels(points: Points, axis: str) -> Points:
+  """The same runs with an arm of its own for every value of an axis: multipliers free instead of r^phi."""
+  log_r = points.axes[axis]
+  names = [
+    f'{arm}, {axis} = {np.exp(r):g}' if r else arm for arm, r in zip(points.arm.tolist(), log_r, strict=True)
+  ]
+  return dataclasses.replace(points, arm=np.array(names))
+
+
+def arm_models(law: Law, points: Points) -> list[tuple[str, Points, ArmModel, str | None]]:
+  """The nested questions: (its name, the runs, the model, the simpler model it is tested against)."""
+  one = 'one multiplier m per arm'
+  out = [('no effect', points, ArmModel('none'), None)]
+  if len(points.arms) > 1:
+    out.append((one, points, ArmModel('common'), 'no effect'))
     if {'N', 'D'} <= set(law.covariates):
-      out.append(('rho_N and rho_D per arm', ArmModel('both'), 'one multiplier m per arm'))
+      out.append(('rho_N and rho_D per arm', points, ArmModel('both'), one))
+    own = ArmModel('common', free_exponents=True)
+    out.append(('m and own exponents per arm', points, own, one))
+  for axis in points.axes:
+    power = f'm = r^phi along {axis}'
     out.append(
-      (
-        'm and own exponents per arm',
-        ArmModel('common', free_exponents=True),
-        'one multiplier m per arm',
-      )
+      (power, points, ArmModel('common', axes=(axis,)), one if len(points.arms) > 1 else 'no effect')
     )
+    out.append((f'm free at every {axis}', split_levels(points, axis), ArmModel('common'), power))
   return out
 
 
@@ -159,30 +185,30 @@ def nested(
   loss: str = 'huber',
   delta: float | str = DELTA,
 ) -> list[Candidate]:
-  """Fits each arm model; held-out error (largest size), leave-one-size-out error, clustered F."""
-  order = _order(points)
+  """Fits each arm model; its errors, and the clustered F test against the simpler one."""
   done: dict[str, Candidate] = {}
-  for name, arms, against in arm_models(law, points.arms):
+  for name, runs, arms, against in arm_models(law, points):
     arms = dataclasses.replace(arms, reference=reference)
     try:
-      fitted = fit(points, law, arms, loss, delta, start_count=9)
+      fitted = fit(runs, law, arms, loss, delta, start_count=9)
     except ConfigError:
       continue
     test = clustered_f(fitted, done[against].fit) if against in done else None
-    left_out = [_held_out(points, law, arms, loss, delta, [size]) for size in order]
-    done[name] = Candidate(
-      name,
-      len(fitted.theta_P),
-      _error(fitted, points),
-      _held_out(points, law, arms, loss, delta, order[-1:]),
-      None if None in left_out else float(np.mean(left_out)),
-      against,
-      test and test[0],
-      test and test[1],
-      test and test[2],
-      fitted,
-    )
+    found = errors(fitted, loss, delta)
+    done[name] = Candidate(name, len(fitted.theta_P), *found, against, *(test or (None,) * 3), fitted)
   return list(done.values())
+
+
+def errors(fitted: Fit, loss: str, delta: float | str) -> tuple[float, float | None, float | None]:
+  """Mean |log error| of a law in sample, on the largest size held out, and on each size held out in turn."""
+  points, law, arms = fitted.points, fitted.law, fitted.design.arms
+  order = _order(points)
+  left_out = [_held_out(points, law, arms, loss, delta, [size]) for size in order]
+  return (
+    _error(fitted, points),
+    left_out[-1],
+    None if None in left_out else float(np.mean(left_out)),
+  )
 
 
 def _error(fitted: Fit, points: Points) -> float:

@@ -8,11 +8,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from analysis.draw import Panel, figure, legend, log_axis, looks, save
+from analysis.draw import WIDE, Panel, figure, legend, log_axis, looks, save
 from analysis.points import read_table
 from mhc_jax.config import ConfigError
 
-WIDE = 7.0  # inches: a text width
 COLUMNS = ('arm', 'axis', 'width', 'depth', 'transfer', 'lr', 'update', 'coordinate', 'value')
 
 

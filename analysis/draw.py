@@ -6,6 +6,7 @@ Where: under figures.py and plots.py. Uses matplotlib's Figure directly: no glob
 import contextlib
 import dataclasses
 import functools
+import io
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,8 @@ import matplotlib
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+from PIL import Image
 
 STYLE = Path(__file__).with_name('paper.mplstyle')
 # Colour, marker and dash per arm: three cues, so that neither colour nor print is needed alone.
@@ -24,14 +26,11 @@ LOOKS = {
   'hc': ('#D55E00', '^', '--'),
   'identity': ('#009E73', 'D', '-.'),
 }
-SPARE = (
-  ('#CC79A7', 'v', '--'),
-  ('#56B4E9', 'P', '-'),
-  ('#E69F00', 'X', '-.'),
-  ('#7F7F7F', '<', ':'),
-  ('#8C510A', '>', '--'),
-  ('#5E3C99', 'h', '-'),
-)
+SPARE_COLOURS = ('#CC79A7', '#56B4E9', '#E69F00', '#7F7F7F', '#8C510A', '#5E3C99')
+SPARE_MARKERS = ('v', 'P', 'X', '<', '>', 'h', '*', 'p', 'd', '8', '.')  # 11: no factor in common with 6
+DASHES = ('--', '-', '-.', ':')
+DIVERGED = {'marker': 'x', 'color': '#D00000', 'linestyle': 'none', 'zorder': 4}
+WIDE = 7.0  # inches: a text width
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,14 +43,27 @@ class Panel:
 
 
 def looks(arms: list[str]) -> dict[str, dict[str, str]]:
-  """Arm -> colour, marker and line style; known arms keep theirs in every figure."""
+  """Arm -> colour, marker and line style; known arms keep theirs in every figure.
+
+  Past six other arms colours come again, with another marker and another dash.
+  """
   out, spare = {}, 0
   for arm in arms:
     look = LOOKS.get(arm)
     if look is None:
-      look, spare = SPARE[spare % len(SPARE)], spare + 1
+      turn, k = divmod(spare, len(SPARE_COLOURS))
+      look = (SPARE_COLOURS[k], SPARE_MARKERS[spare % len(SPARE_MARKERS)], DASHES[(k + turn) % len(DASHES)])
+      spare += 1
     out[arm] = dict(zip(('color', 'marker', 'linestyle'), look, strict=True))
   return out
+
+
+def variant(look: dict[str, str], index: int) -> dict[str, str]:
+  """The look of an arm's next line in the same axes: another dash, every other one with hollow markers."""
+  if not index:
+    return look
+  dash = DASHES[(DASHES.index(look['linestyle']) + index) % len(DASHES)]
+  return look | {'linestyle': dash} | ({'markerfacecolor': 'white'} if index % 2 else {})
 
 
 @functools.cache
@@ -72,11 +84,18 @@ def save(fig: Figure, folder: Path, name: str, caption: str, table: pd.DataFrame
   """Writes name.png, name.svg and name.csv."""
   folder.mkdir(parents=True, exist_ok=True)
   with matplotlib.rc_context(style()):
-    fig.savefig(folder / f'{name}.png', pil_kwargs={'optimize': True})
+    write_png(fig, folder / f'{name}.png')
     fig.set_layout_engine('none')  # the first save has laid the figure out
     fig.savefig(folder / f'{name}.svg', metadata={'Date': None})
   table.to_csv(folder / f'{name}.csv', index=False)
   return Panel(name, caption, table)
+
+
+def write_png(fig: Figure, path: Path) -> None:
+  """A PNG of 256 colours: a third of the bytes, and lines and letters look the same."""
+  with io.BytesIO() as buffer:
+    fig.savefig(buffer, format='png')
+    Image.open(buffer).convert('RGB').quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 def log_axis(ax: Axes, label: str, axis: str = 'x') -> None:
@@ -85,7 +104,11 @@ def log_axis(ax: Axes, label: str, axis: str = 'x') -> None:
   getattr(ax, f'set_{axis}label')(label)
   one = getattr(ax, f'{axis}axis')
   low, high = getattr(ax, f'get_{axis}lim')()
-  one.set_major_locator(LogLocator(subs=(1,) if high / low > 40 else (1, 2, 5)))
+  if high / low < 5:
+    one.set_major_locator(MaxNLocator(3, steps=(1, 2, 5, 10)))
+    one.set_minor_locator(NullLocator())
+  else:
+    one.set_major_locator(LogLocator(subs=(1,) if high / low > 40 else (1, 2, 5)))
   one.set_major_formatter(FuncFormatter(lambda value, _: power_of_ten(value)))
   one.set_minor_formatter(NullFormatter())
 
@@ -102,17 +125,33 @@ def power_of_ten(value: float) -> str:
   return ('' if digits == '1' else f'{digits}·') + f'10{raised}'
 
 
-def legend(fig: Figure, ax: Axes) -> None:
-  """The legend above the axes, where it never covers data."""
-  handles, labels = ax.get_legend_handles_labels()
+def legend(fig: Figure, *axes: Axes) -> None:
+  """The legend of all axes, each label once, above them, where it never covers data."""
+  entries = [pair for ax in axes for pair in zip(*ax.get_legend_handles_labels(), strict=True)]
+  handles = {label: handle for handle, label in reversed(entries)}
+  labels = list(dict.fromkeys(label for _, label in entries))
   if labels:
     # 13 characters to the inch at this size, and 4 for each line sample.
     fitting = int(13 * fig.get_figwidth() // (max(map(len, labels)) + 4))
     columns = max(1, min(len(labels), fitting))
-    fig.legend(handles, labels, loc='outside upper left', ncols=columns, fontsize=7.5)
+    shown = [handles[label] for label in labels]
+    fig.legend(shown, labels, loc='outside upper left', ncols=columns, fontsize=7.5)
 
 
-def nothing(ax: Axes, words: str) -> None:
-  """Says inside the axes why they are empty."""
-  ax.text(0.5, 0.5, words, ha='center', va='center', transform=ax.transAxes, wrap=True)
-  ax.set_axis_off()
+@contextlib.contextmanager
+def panels(count: int, height: float = 2.5, most: int = 4) -> Iterator[tuple[Figure, list[Axes]]]:
+  """A figure of a text width with `count` axes in even rows of at most `most`."""
+  rows = math.ceil(count / most)
+  columns = math.ceil(count / rows)
+  with figure(WIDE, height * rows + 0.3, nrows=rows, ncols=columns, squeeze=False) as (fig, axes):
+    for ax in axes.flat[count:]:
+      ax.set_axis_off()
+    yield fig, list(axes.flat[:count])
+
+
+def mark_ends(ax: Axes, ends: list[tuple[float, float]]) -> None:
+  """A cross where each diverged run ends, at the edge of the axes where it left them."""
+  low, high = ax.get_ylim()
+  for x, y in ends:
+    ax.plot(x, min(max(y, low), high), **DIVERGED, ms=7, clip_on=False)
+  ax.set_ylim(low, high)

@@ -13,6 +13,7 @@ from analysis.laws import ArmModel, Design, Law, Points, design, natural
 from analysis.solve import (
   GRADIENT_TOLERANCE,
   LOSSES,
+  MAX_EXPONENT,
   SAME_OPTIMUM,
   Problem,
   descend,
@@ -83,8 +84,9 @@ def make_problem(
     raise ConfigError(f'{len(points)} runs cannot fit the {len(d.names)} parameters of {law.formula}')
   weight_R = np.ones(len(points))
   if points.sigma is not None:
-    # Scaled to median 1, so that delta keeps its meaning for a typical run.
-    weight_R = np.median(points.sigma) / points.sigma
+    # Relative noise; 'mse' has residuals in nats. Median 1: delta keeps its meaning for a typical run.
+    spread_R = points.sigma * (points.loss if loss == 'mse' else 1.0)
+    weight_R = np.median(spread_R) / spread_R
   if delta == 'auto':
     p = Problem(d, points.loss, weight_R, np.ones(len(points)), 'mse_log', DELTA)
     theta_P, _ = descend(variable_projection(p), p)
@@ -117,8 +119,7 @@ def fit(
   agree = [value <= best + SAME_OPTIMUM * (abs(best) + 10) for *_, value in tried]
   # Variable projection may start at the optimum itself, so only laid-out starts can be "stuck".
   moved = not laid_out or any(
-    bool(np.max(np.abs(theta_P - start) > 1e-6)) and same
-    for (start, theta_P, _), same in zip(tried[: len(laid_out)], agree, strict=False)
+    bool(np.any(np.abs(theta_P - start) > 1e-6)) for start, theta_P, _ in tried[: len(laid_out)]
   )
   return _judged(points, p, best_P, best, len(tried), sum(agree), moved)
 
@@ -198,6 +199,8 @@ def _flags(
       out.append(f'{name} at its boundary: E -> 0')
     if base in p.design.law.exponents and value < 0.01:
       out.append(f'{name} at its boundary: exponent -> 0')
+    if base in p.design.law.exponents and value > MAX_EXPONENT:
+      out.append(f'{name} at its boundary: exponent above {MAX_EXPONENT:g}, a term that only noise has')
   return out
 
 

@@ -1,50 +1,22 @@
-"""The report's figures, one panel each (panels stack on a narrow screen), with their numbers.
+"""Figures of the law: loss against compute, at equal compute, the multipliers, the rollout.
 
-Where: Study -> here -> page.py. A figure whose data are absent is not drawn; `draw_all` returns the
-sentence that says so instead.
+Where: Study -> here -> all_figures.py. A figure whose data are absent returns the sentence that says so
+instead of a Panel.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from analysis import shape_figures
 from analysis.draw import Panel, figure, legend, log_axis, looks, save
 from analysis.identify import doubts
 from analysis.intervals import Band, band
 from analysis.laws import Points
-from analysis.selection import AXIS_LABEL
 from analysis.study import Study
 
 EXTRAPOLATE = 4.0  # how far past the largest run a fitted curve is drawn, as a factor of compute
-
-
-def draw_all(s: Study, folder: Path) -> tuple[list[Panel], list[str]]:
-  """Saves every figure that the data carry; returns them and the reasons for those left out."""
-  panels, absent = [], []
-  makers: list[Callable[[Study, Path], Panel | str]] = [
-    loss_vs_flops,
-    equal_flops,
-    multiplier_plot,
-    gap_absolute,
-    gap_relative,
-    shape_figures.loss_vs_width,
-    shape_figures.loss_vs_depth,
-    *(lambda s, f, axis=axis: shape_figures.rank_plot(s, f, axis) for axis in AXIS_LABEL),
-    *(lambda s, f, name=name: shape_figures.gain_plot(s, f, name) for name in shape_figures.GAINS),
-    shape_figures.training_loss,
-    shape_figures.gradient_norm,
-    residual_plot,
-    rollout_plot,
-  ]
-  for make in makers:
-    made = make(s, folder)
-    (panels if isinstance(made, Panel) else absent).append(made)
-  panels += shape_figures.rate_plots(s, folder)
-  return panels, list(dict.fromkeys(absent))
 
 
 def has_curve(s: Study, arm: str) -> bool:
@@ -63,7 +35,7 @@ def curve_at(s: Study, arm: str, flops: np.ndarray) -> Band:
     p = s.fit.parameters
     alpha, beta = p['alpha'], p['beta']
     # C = kappa N D with the arm's own kappa (6 plus attention and hyper-connections).
-    kappa = largest['flops'] / (largest['params_matmul'] * largest['tokens'])
+    kappa = largest['flops'] / (largest[f'params_{s.params}'] * largest['tokens'])
     balance = (np.log(alpha * p['A']) - np.log(beta * p['B'])) / (alpha + beta)
     log_n = balance + beta / (alpha + beta) * np.log(flops / kappa)
     log_x |= {'N': log_n, 'D': np.log(flops / kappa) - log_n}
@@ -202,106 +174,22 @@ def multiplier_plot(s: Study, folder: Path) -> Panel | str:
   return save(fig, folder, 'compute_multiplier', caption, pd.DataFrame([vars(m) for m in shown]))
 
 
-def _gap_plot(s: Study, folder: Path, relative: bool) -> Panel | str:
-  if s.reference is None:
-    return 'Gap to the reference: no run has finished.'
-  if not s.gaps:
-    return (
-      f'Gap to {s.reference}: no finished run of another arm has a {s.reference} run of the same '
-      'size and seed.'
-    )
-  with figure() as (fig, ax):
-    draw_gap(ax, s, relative)
-    legend(fig, ax)
-  what = 'Relative loss ratio' if relative else 'Absolute loss gap'
-  with_interval = any(g.low is not None for g in s.gaps)
-  caption = f'{what} to {s.reference} over paired seeds; {_cost_words(s)} ' + (
-    'Bars: 95 % interval from the spread of paired differences, pooled over arms and sizes.'
-    if with_interval
-    else 'No interval: no size has two seeds.'
-  )
-  name = 'gap_relative' if relative else 'gap_absolute'
-  return save(fig, folder, name, caption, pd.DataFrame([vars(g) for g in s.gaps]))
-
-
-def draw_gap(ax: Axes, s: Study, relative: bool) -> None:
-  """Draws the gap (nats) or the loss ratio (%) of every arm with its interval."""
-  style, unit = looks(list(dict.fromkeys(s.table['arm']))), 100.0 if relative else 1.0
-  for arm in dict.fromkeys(g.arm for g in s.gaps):
-    own = [g for g in s.gaps if g.arm == arm]
-    x = np.exp([g.log_flops for g in own])
-    y = unit * np.array([g.ratio if relative else g.difference for g in own])
-    low = [g.ratio_low if relative else g.low for g in own]
-    ax.plot(x, y, **style[arm], label=arm)
-    if low[0] is not None:
-      half = y - unit * np.array(low)
-      ax.errorbar(x, y, yerr=half, fmt='none', color=style[arm]['color'], lw=0.9)
-  ax.axhline(100 if relative else 0, color='#000000', lw=0.8)
-  log_axis(ax, 'training FLOPs')
-  ax.set_ylabel(f'loss as % of {s.reference}' if relative else f'loss minus {s.reference} (nats)')
-
-
-def _cost_words(s: Study) -> str:
-  """What the pairs have in common: tokens, FLOPs, or neither."""
-  tokens = max(abs(np.log(g.tokens_ratio)) for g in s.gaps)
-  flops = [g.flops_ratio for g in s.gaps]
-  if max(abs(np.log(f)) for f in flops) < 0.02:
-    return 'pairs have equal FLOPs.'
-  same = 'equal tokens' if tokens < 0.02 else 'neither equal tokens nor equal FLOPs'
-  return f"pairs have {same} (FLOPs {min(flops):.2f} to {max(flops):.2f} times the reference's)."
-
-
-def gap_absolute(s: Study, folder: Path) -> Panel | str:
-  """Loss minus the reference's, against FLOPs (mHC Fig. 6a)."""
-  return _gap_plot(s, folder, relative=False)
-
-
-def gap_relative(s: Study, folder: Path) -> Panel | str:
-  """Loss over the reference's, against FLOPs (mHC Fig. 6a)."""
-  return _gap_plot(s, folder, relative=True)
-
-
-def residual_plot(s: Study, folder: Path) -> Panel | str:
-  """Log residuals of the joint fit against compute."""
-  if s.fit is None:
-    return 'Residuals: no law was fitted.'
-  style = looks(list(dict.fromkeys(s.table['arm'])))
-  points = s.fit.points
-  loss = band(s.fit, points).loss
-  table = pd.DataFrame(
-    {
-      'arm': points.arm,
-      'run_id': points.run,
-      'flops': np.exp(points.log_x['C']),
-      'loss': points.loss,
-      'fitted': loss,
-      'log_residual': np.log(points.loss / loss),
-      'cooks_distance': s.fit.influence_R,
-    }
-  )
-  with figure() as (fig, ax):
-    for arm, own in table.groupby('arm', sort=False):
-      look = style[arm]
-      ax.plot(own['flops'], 100 * own['log_residual'], look['marker'], color=look['color'], label=arm)
-    ax.axhline(0, color='#000000', lw=0.8)
-    log_axis(ax, 'training FLOPs')
-    ax.set(ylabel='measured - fitted (% of loss)')
-    legend(fig, ax)
-  caption = 'Residuals of the joint fit. A trend along compute means that the law does not hold.'
-  return save(fig, folder, 'residuals', caption, table)
-
-
 def rollout_plot(s: Study, folder: Path) -> Panel | str:
   """Held-out error of fits to the k smallest sizes."""
-  if not s.rollout:
-    return 'Rollout: too few sizes to fit the small ones and predict the large ones.'
   table = pd.DataFrame([vars(step) for step in s.rollout])
+  done = [step for step in s.rollout if step.problem is None]
+  if not done:
+    return 'Rollout: too few sizes to fit the small ones and predict the large ones.'
   with figure() as (fig, ax):
-    ax.plot(table['sizes_fitted'], 100 * table['held_out_error'], 'o-', label='held-out sizes')
-    ax.plot(table['sizes_fitted'], 100 * table['in_sample_error'], 's--', label='fitted sizes')
-    ax.set_xticks(table['sizes_fitted'])
+    k = [step.sizes_fitted for step in done]
+    ax.plot(k, [100 * step.held_out_error for step in done], 'o-', label='held-out sizes')
+    ax.plot(k, [100 * step.in_sample_error for step in done], 's--', label='fitted sizes')
+    ax.set_xticks(k)
     ax.set_ylim(bottom=0)
     ax.set(xlabel='sizes fitted (smallest first)', ylabel='mean |error| (% of loss)')
     legend(fig, ax)
   caption = 'Rollout: the law fitted to the k smallest sizes predicts the larger ones.'
+  left = [str(step.sizes_fitted) for step in s.rollout if step.problem is not None]
+  if left:
+    caption += f' No fit: k = {", ".join(left)} (the reasons are in the table).'
   return save(fig, folder, 'rollout', caption, table)

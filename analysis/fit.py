@@ -17,7 +17,7 @@ from analysis.identify import doubts, verdicts
 from analysis.intervals import (
   LEVEL,
   bootstrap,
-  clusters_hold_several,
+  clusters,
   coverage_caveat,
   delta,
   derived,
@@ -27,6 +27,7 @@ from analysis.intervals import (
 )
 from analysis.laws import LAWS, ArmModel
 from analysis.points import check_folder, drop_highest, parse_columns, read_points
+from analysis.predict import parse_point, prediction
 from analysis.solve import LOSSES
 from mhc_jax.config import ConfigError
 
@@ -35,7 +36,8 @@ EXAMPLES = """examples:
   python -m analysis.fit points.csv --law compute --columns C=flops,loss=loss,arm=model,seed=seed \\
       --arms common --out fits.json
   python -m analysis.fit points.csv --columns N=params,C=flops,loss=loss --drop-highest 5 \\
-      --loss huber --delta 0.001 --resamples 2000
+      --loss huber --delta 0.001 --resamples 2000 --predict N=7e10,D=1.4e12
+  python -m analysis.fit points.csv --columns N=params,D=tokens,loss=loss,arm=model,axis:rank=r
 """
 
 
@@ -60,7 +62,7 @@ def document(fitted: Fit, resamples: int = 0, progress: bool = False, seed: int 
   values = fitted.parameters | derived(fitted, fitted.theta_P)
   by_method, redrawn = {'delta': delta(fitted)}, {}
   if resamples:
-    kinds = ('case', 'cluster') if clusters_hold_several(fitted.points) else ('case',)
+    kinds = ('case', 'cluster') if clusters(fitted.points) < len(fitted.points) else ('case',)
     for kind in kinds:
       sample = bootstrap(fitted, resamples, kind == 'cluster', seed, progress)
       by_method[f'{kind}_bootstrap'] = percentile(fitted, sample)
@@ -134,7 +136,8 @@ def _parser() -> argparse.ArgumentParser:
   p.add_argument(
     '--columns',
     default='N=N,D=D,loss=loss',
-    help='ROLE=COLUMN,...; roles N D C W H loss sigma arm seed cluster size (default %(default)s)',
+    help='ROLE=COLUMN,...; roles N D C W H loss sigma arm seed cluster size, and axis:NAME for a rank r '
+    'with a multiplier r^phi (default %(default)s)',
   )
   p.add_argument('--out', type=Path, help='JSON file (default: print to standard output)')
   p.add_argument('--loss', default='huber', choices=LOSSES, help='default %(default)s')
@@ -148,6 +151,16 @@ def _parser() -> argparse.ArgumentParser:
     help='multipliers where the arm column holds several arms (default %(default)s)',
   )
   p.add_argument('--reference', help='the arm with m = 1 (default: the first in the file)')
+  p.add_argument(
+    '--free', default='', metavar='E,exponents', help='what every arm has of its own (default: all is shared)'
+  )
+  p.add_argument(
+    '--predict',
+    action='append',
+    default=[],
+    metavar='N=..,D=..',
+    help='loss there with 95 %% bands; [,arm=NAME][,axis:NAME=r]; may be repeated',
+  )
   p.add_argument('--drop-highest', type=int, default=0, help='leave out the K highest losses')
   p.add_argument('--resamples', type=int, default=1000, help='bootstrap draws (default %(default)s)')
   p.add_argument('--seed', type=int, default=0, help='of the bootstrap')
@@ -167,6 +180,16 @@ def parse_delta(text: str) -> float | str:
   return value
 
 
+def parse_free(text: str) -> dict[str, bool]:
+  """'E,exponents' -> the fields of ArmModel that free them."""
+  names = {'E': 'free_e', 'exponents': 'free_exponents'}
+  asked = [part for part in text.split(',') if part]
+  for part in asked:
+    if part not in names:
+      raise ConfigError(f'--free {part}: choose from {", ".join(names)}')
+  return {names[part]: True for part in asked}
+
+
 def run(a: argparse.Namespace) -> dict[str, object]:
   """The JSON document for parsed arguments; raises ConfigError."""
   points = read_points(a.points, parse_columns(a.columns))
@@ -178,13 +201,15 @@ def run(a: argparse.Namespace) -> dict[str, object]:
   if a.resamples < 0 or a.seed < 0:
     raise ConfigError(f'--resamples {a.resamples} --seed {a.seed}: neither may be negative')
   law, width = LAWS[a.law], parse_delta(a.delta)
-  arms = ArmModel(a.arms, a.reference or points.arms[0])
+  arms = ArmModel(a.arms, a.reference or points.arms[0], tuple(points.axes), **parse_free(a.free))
+  asked = [parse_point(text) for text in a.predict]
   fitted = fit(points, law, arms, a.loss, width)
   out = document(fitted, a.resamples, progress=True, seed=a.seed)
   out['optimum'] = json_ready(fitted.parameters)  # also where `verdicts` forbids quoting it
   out['excluded'] = excluded
   out['rollout'] = json_ready([vars(step) for step in rollout(points, law, arms, a.loss, width)])
-  if len(points.arms) > 1:
+  out['predictions'] = json_ready([prediction(fitted, at) for at in asked])
+  if len(points.arms) > 1 or points.axes:
     out['nested'] = json_ready(
       [
         {k: v for k, v in vars(c).items() if k != 'fit'}

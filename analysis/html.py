@@ -65,16 +65,20 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]], left: Sequence[
 
 
 def figures(panels: Sequence[Panel], folder: Path) -> Raw:
-  """Panels side by side where there is room, embedded as SVG, with links to their files' names."""
+  """Panels side by side where there is room, embedded as SVG, with links to their files' names.
+
+  Composites, named paper_... or learning_rate..., take a row of their own.
+  """
   out = []
   for panel in panels:
     image = base64.b64encode((folder / f'{panel.name}.svg').read_bytes()).decode()
+    kind = ' class=wide' if panel.name.startswith(('paper_', 'learning_rate')) else ''
     out.append(
-      f'<figure id="{panel.name}"><img alt="{text(panel.caption)}" '
-      f'src="data:image/svg+xml;base64,{image}"><figcaption>{text(panel.caption)} '
+      f'<figure id="{panel.name}"{kind}><div class=scroll><img alt="{text(panel.caption)}" '
+      f'src="data:image/svg+xml;base64,{image}"></div><figcaption>{text(panel.caption)} '
       f'<a href="{panel.name}.csv">CSV</a> <a href="{panel.name}.png">PNG</a></figcaption></figure>'
     )
-  return Raw('<div class=grid>' + ''.join(out) + '</div>')
+  return Raw('<div class=grid>' + ''.join(out) + '</div>' if out else '')
 
 
 def paragraph(*sentences: str) -> Raw:

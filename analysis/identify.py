@@ -89,6 +89,38 @@ def choose_law(points: Points) -> Choice:
   return Choice(LAWS['compute'], f'L(C) is fitted, not L(N, D): {path}.')
 
 
+def shape_law(points: Points) -> Choice:
+  """Width x depth x D, less the terms that the grid cannot tell: what does not vary, and tied tokens."""
+  base = choose_law(points)
+  if base.law is None:
+    return base
+  whole, note = LAWS['width_depth'], ''
+  levels = {name: _levels(points.log_x[name]) for name in whole.covariates}
+  kept = [name for name in whole.covariates if levels[name] > 1]
+  others = [points.log_x[name] for name in kept if name != 'D']
+  if not others:
+    return Choice(None, 'every run has the same width and depth.')
+  if 'D' in kept and _multiple_correlation(points.log_x['D'], others) >= MAX_CORRELATION:
+    kept.remove('D')
+    note = '; tokens grow with the model, so the exponents include their part'
+  needed = MIN_SIZES if len(kept) == 1 else MIN_LEVELS
+  words = {'W': 'widths', 'H': 'depths', 'D': 'token budgets'}
+  few = [f'{levels[name]} {words[name]}' for name in kept if levels[name] < needed]
+  if few:
+    return Choice(None, f'{" and ".join(few)} cannot test a power law ({needed} are needed).')
+  if len(others) == 2 and _multiple_correlation(others[0], others[1:]) >= MAX_CORRELATION:
+    return Choice(None, 'width and depth grow together.')
+  law = whole.keep(kept)
+  return Choice(law, f'{law.formula}{note}.')
+
+
+def _multiple_correlation(y: np.ndarray, others: list[np.ndarray]) -> float:
+  """Correlation of y with its best linear prediction from the others."""
+  centred = np.stack([x - x.mean() for x in others], 1)
+  y = y - y.mean()
+  return float(np.linalg.norm(centred @ np.linalg.lstsq(centred, y)[0]) / np.linalg.norm(y))
+
+
 def doubts(fit: Fit) -> list[str]:
   """Reasons that forbid every number of a fit; empty when none does."""
   out = []

@@ -4,7 +4,7 @@ Where: after estimate.py; used by compare.py and the report.
 
 Which is quoted (`preferred`; coverage.py measures it): below 40 clusters the delta method with
 Student's t, which covers close to its nominal 95 % at 25 runs; from 40 on the bootstrap over
-clusters, which needs no equal or normal noise. Below 40 runs CAVEAT goes with every number.
+clusters, which needs no equal or normal noise. Below 40 clusters CAVEAT goes with every number.
 """
 
 import dataclasses
@@ -19,10 +19,10 @@ from analysis.laws import Points, design, natural, natural_map, predict
 from analysis.solve import descend, residuals, score
 
 LEVEL = 0.95
-FEW_RUNS = 40
+FEW = 40
 CAVEAT = (
-  'fewer than 40 runs: intervals are approximate (simulated coverage of nominal 95 %: delta method 93-98 %, '
-  'python -m analysis.coverage; percentile bootstraps 81-98 %)'
+  f'fewer than {FEW} runs or groups of runs of one size and seed: intervals are approximate (simulated '
+  'coverage of nominal 95 %, python -m analysis.coverage: delta method 93-98 %, bootstrap 81-98 %)'
 )
 
 
@@ -35,21 +35,21 @@ class Resamples:
   unit: str
 
 
+def clusters(points: Points) -> int:
+  """Number of groups of runs that share noise."""
+  return len(set(points.cluster.tolist()))
+
+
 def coverage_caveat(fit: Fit) -> str | None:
-  """The warning that belongs to intervals from few runs, or None."""
-  return CAVEAT if len(fit.points) < FEW_RUNS else None
-
-
-def clusters_hold_several(points: Points) -> bool:
-  """Whether some cluster has more than one run."""
-  return len(set(points.cluster.tolist())) < len(points)
+  """The warning that belongs to intervals from few independent runs, or None."""
+  return CAVEAT if clusters(fit.points) < FEW else None
 
 
 def preferred(fit: Fit, available: tuple[str, ...]) -> str:
   """Name of the interval method to quote among those computed."""
-  name = 'cluster_bootstrap' if clusters_hold_several(fit.points) else 'case_bootstrap'
-  enough = len(set(fit.points.cluster.tolist())) >= FEW_RUNS
-  return name if enough and name in available else 'delta'
+  count = clusters(fit.points)
+  name = 'case_bootstrap' if count == len(fit.points) else 'cluster_bootstrap'
+  return name if count >= FEW and name in available else 'delta'
 
 
 def cluster_labels(points: Points) -> np.ndarray:
@@ -88,22 +88,22 @@ def noise(fit: Fit) -> Noise:
   pseudo_R = score(residual_R, fit.problem) / mean_slope(residual_R, k, fit.problem)
   total = float(pseudo_R @ pseudo_R)
   pooled = Noise(total / max(n - k, 1), 0.0, max(n - k, 1), 1.0, 1.0)
-  label_R = cluster_labels(fit.points)
-  clusters = int(label_R.max()) + 1
-  if clusters == n:
+  count = clusters(fit.points)
+  if count == n:
     return pooled
+  label_R = cluster_labels(fit.points)
   same_RR = (label_R[:, None] == label_R[None, :]).astype(float)
   mean_RR = same_RR / same_RR.sum(1, keepdims=True)
   _, inverse_PP = noise_covariance(fit.theta_P, fit.problem)
   between_parameters = float(np.einsum('rs,sp,pq,rq->', mean_RR, jac_RP, inverse_PP, jac_RP))
   between = float(pseudo_R @ mean_RR @ pseudo_R)
-  shared_freedom = max(clusters - between_parameters, 1.0)
-  own_freedom = max(n - clusters - (k - between_parameters), 1.0)
+  shared_freedom = max(count - between_parameters, 1.0)
+  own_freedom = max(n - count - (k - between_parameters), 1.0)
   own = (total - between) / own_freedom
-  shared = (between / shared_freedom - own) * clusters / n
+  shared = (between / shared_freedom - own) * count / n
   if shared <= 0:
     return pooled
-  return Noise(own, shared, own_freedom, shared_freedom, n / clusters)
+  return Noise(own, shared, own_freedom, shared_freedom, n / count)
 
 
 def contrast_variance(fit: Fit, rows_QP: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -125,18 +125,18 @@ def contrast_variance(fit: Fit, rows_QP: np.ndarray) -> tuple[np.ndarray, np.nda
   return variance_Q, np.maximum(variance_Q**2 / np.maximum(spread_Q, 1e-300), 1.0)
 
 
-def sandwich_covariance(fit: Fit) -> tuple[np.ndarray, int]:
-  """Cluster-robust covariance (CR1) of theta and the number of clusters."""
+def sandwich_covariance(fit: Fit) -> np.ndarray:
+  """Cluster-robust covariance (CR1) of theta."""
   residual_R, jac_RP = residuals(fit.theta_P, fit.problem)
   n, k = jac_RP.shape
   psi_R, label_R = score(residual_R, fit.problem), cluster_labels(fit.points)
-  clusters = int(label_R.max()) + 1
-  sums_GP = np.zeros((clusters, k))
+  count = clusters(fit.points)
+  sums_GP = np.zeros((count, k))
   np.add.at(sums_GP, label_R, psi_R[:, None] * jac_RP)
   _, inverse_PP = noise_covariance(fit.theta_P, fit.problem)
   bread_PP = inverse_PP / mean_slope(residual_R, k, fit.problem)
-  correction = clusters / max(clusters - 1, 1) * (n - 1) / max(n - k, 1)
-  return correction * bread_PP @ sums_GP.T @ sums_GP @ bread_PP, clusters
+  correction = count / max(count - 1, 1) * (n - 1) / max(n - k, 1)
+  return correction * bread_PP @ sums_GP.T @ sums_GP @ bread_PP
 
 
 def derived(fit: Fit, theta_P: np.ndarray) -> dict[str, float]:

@@ -113,3 +113,14 @@ def best_learning_rate(learning_rate: np.ndarray, loss: np.ndarray) -> Minimum:
   log_lr = np.log(learning_rate[keep])
   method = 'akima' if len(np.unique(np.round(log_lr, 9))) >= 5 else 'parabola'
   return minimum(log_lr, loss[keep], method)
+
+
+def learning_rate_sensitivity(learning_rate: np.ndarray, loss: np.ndarray, initial: float) -> float:
+  """Mean of min(loss, initial loss) - best over rates drawn log-uniformly from the grid's range (2309.14322).
+
+  nats; linear in log lr between grid points. A loss that is not finite (diverged) counts as the initial one.
+  """
+  order = np.argsort(learning_rate)
+  log_lr = np.log(learning_rate[order])
+  capped = np.minimum(np.where(np.isfinite(loss), loss, initial), initial)[order]
+  return float(np.trapezoid(capped - capped.min(), log_lr) / np.ptp(log_lr))

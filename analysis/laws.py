@@ -12,6 +12,7 @@ Array suffixes in analysis/: R runs, J power terms, P parameters, B resamples, G
 """
 
 import dataclasses
+from collections.abc import Collection
 
 import numpy as np
 
@@ -43,6 +44,12 @@ class Law:
   @property
   def covariates(self) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for t in self.terms for name, _ in t.covariates))
+
+  def keep(self, covariates: Collection[str]) -> 'Law':
+    """A law of one covariate to a term, without the terms of other covariates: they are part of E."""
+    kept = tuple(t for t in self.terms if {name for name, _ in t.covariates} <= set(covariates))
+    words = [f'{t.coefficient} {t.covariates[0][0]}^-{t.exponent}' for t in kept]
+    return dataclasses.replace(self, formula=' + '.join(['L = E', *words]), terms=kept)
 
 
 # A multiplier m is a compute multiplier: an arm at its size behaves like the reference arm with m

@@ -12,7 +12,6 @@ from analysis.html import (
   Raw,
   bullets,
   figures,
-  folded,
   loss,
   number,
   paragraph,
@@ -22,10 +21,11 @@ from analysis.html import (
   warning,
 )
 from analysis.intervals import residual_variance
+from analysis.multipliers import Multiplier
 from analysis.page_record import excluded, interactive, method, run_table, setting
+from analysis.page_results import checks, gain_words, gap_table, rates, result_tables
 from analysis.selection import AXIS_LABEL
-from analysis.shape_figures import GAINS, exponent_words
-from analysis.study import Multiplier, Study
+from analysis.study import Study
 
 HERE = Path(__file__).parent
 
@@ -45,24 +45,26 @@ def write_page(s: Study, panels: list[Panel], absent: list[str], folder: Path, c
     return figures([by_name[name] for name in names if name in by_name], folder)
 
   ranks = [f'loss_vs_{axis}' for axis in AXIS_LABEL]
+  compute = ('loss_vs_flops', 'loss_at_equal_flops', 'compute_multiplier', 'paper_compute')
+  rate_names = ('learning_rate', 'learning_rate_sensitivity')
+  layers = shown('paper_gains', 'paper_heat_maps')
   sections = [
     ('summary', 'Summary', summary(s)),
+    ('compute', 'Loss against compute', shown(*compute) + law(s)),
     (
-      'compute',
-      'Loss against compute',
-      shown('loss_vs_flops', 'loss_at_equal_flops', 'compute_multiplier') + law(s),
+      'gap',
+      f'Gap to {s.reference or "the reference"}',
+      shown('paper_gap_flops', 'paper_gap_tokens') + gap_table(s),
     ),
-    ('gap', f'Gap to {s.reference or "the reference"}', shown('gap_absolute', 'gap_relative') + gap_table(s)),
+    ('tables', 'Final losses', result_tables(s)),
     ('shape', 'Width and depth', shown('loss_vs_width', 'loss_vs_depth')),
-    ('rank', 'Manifold rank', shown(*ranks) + rank_words(s)),
-    (
-      'rates',
-      'Learning rates',
-      rates(s) and shown(*sorted(n for n in by_name if 'learning_rate' in n)) + rates(s),
-    ),
-    ('gains', 'Gains by layer', gain_words(s) + shown(*GAINS)),
-    ('training', 'Training curves', shown('training_loss', 'gradient_norm') + interactive(s)),
-    ('checks', 'Does the law hold?', shown('residuals', 'rollout') + checks(s)),
+    ('isoflop', 'Best size at a budget', shown('paper_isoflop', 'paper_optimal_sizes')),
+    ('rank', 'Manifold rank', shown(*ranks)),
+    ('rates', 'Learning rates', shown(*rate_names) + rates(s)),
+    ('stability', 'Stability', shown('paper_stability')),
+    ('gains', 'Gains by layer', layers and gain_words(s) + layers),
+    ('training', 'Training curves', shown('training_loss', 'paper_over_training') + interactive(s)),
+    ('checks', 'Does the law hold?', shown('paper_residuals', 'rollout') + checks(s)),
     ('excluded', 'Runs left out', excluded(s)),
     ('missing', 'Figures left out', bullets(absent) if absent else ''),
     ('runs', 'All runs', run_table(s)),
@@ -116,7 +118,7 @@ def headline_text(s: Study) -> list[str]:
 def _with_ends(m: Multiplier, name: str, digits: int) -> str:
   value, ends = getattr(m, name), getattr(m, f'{name}_interval')
   if value is None:
-    return '–'
+    return getattr(m, f'{name}_problem')
   return f'{value:.{digits}f} ({ends[0]:.{digits}f} to {ends[1]:.{digits}f})'
 
 
@@ -219,107 +221,10 @@ def currencies(s: Study) -> Raw:
   rows = [[m.arm, *(_with_ends(m, name, 3) for name in names)] for m in shown]
   return (
     Raw('<h3>The multiplier in three currencies</h3>')
-    + table(['arm', 'equal FLOPs', 'equal size and tokens', 'equal seconds'], rows)
+    + table(['arm', 'equal FLOPs', 'equal size and tokens', 'equal seconds'], rows, wide=(2, 3))
     + paragraph(
       'FLOPs count the hyper-connection terms. Equal size and tokens ignores their cost; equal '
       'seconds uses the training speeds measured on this hardware, by arm and size. Each is a fit of its own '
       '(of L(N, D), the costs at the largest common size convert). In brackets: 95 %.'
     )
   )
-
-
-def gap_table(s: Study) -> Raw:
-  """Paired gaps by size."""
-  if not s.gaps:
-    return Raw('')
-  rows = [
-    [
-      g.arm,
-      g.size,
-      number(math.exp(g.log_flops), 3),
-      g.pairs,
-      f'{g.difference:+.4f}',
-      '–' if g.low is None else f'[{g.low:+.4f}, {g.high:+.4f}]',
-      f'{100 * g.ratio:.2f} %',
-      f'{g.tokens_ratio:.3f}',
-      f'{g.flops_ratio:.3f}',
-    ]
-    for g in s.gaps
-  ]
-  head = ['arm', 'size', 'FLOPs', 'pairs', 'gap (nats)', '95 %', 'ratio']
-  head += ['tokens / reference', 'FLOPs / reference']
-  return folded('Gaps as a table', table(head, rows, left=(0, 1)))
-
-
-def rank_words(s: Study) -> Raw:
-  """Exponents of the rank sweeps."""
-  if not s.ranks:
-    return Raw('')
-  return bullets(f'{AXIS_LABEL[r.axis]}, {r.arm} at {r.size}: {exponent_words(r)}' for r in s.ranks)
-
-
-def rates(s: Study) -> Raw:
-  """Optimal learning rates."""
-  if not s.rates:
-    return Raw('')
-  rows = [
-    [r.arm, r.size, r.rows['lr'].nunique(), number(r.best, 3), r.problem or 'inside the grid']
-    for r in s.rates
-  ]
-  head = ['arm', 'size', 'rates tried', 'best rate', 'the optimum is']
-  return table(head, rows, left=(0, 1, 4)) + paragraph(
-    'Interpolated in log rate. An optimum at the edge of the grid is not one: widen the grid.'
-  )
-
-
-def gain_words(s: Study) -> Raw:
-  """What the gains mean."""
-  return paragraph(
-    'Amax gain of the residual maps H_res, last logged value on one fixed validation sequence: 1 '
-    'keeps the size of the streams; the product over sublayers shows whether they blow up.'
-  )
-
-
-def checks(s: Study) -> Raw:
-  """Nested models, rollout and other choices as tables."""
-  out = Raw('')
-  if s.nested:
-    rows = [
-      [
-        c.name,
-        c.parameters,
-        _percent(c.in_sample_error),
-        _percent(c.held_out_error),
-        _percent(c.left_out_error),
-        '–' if c.f_statistic is None else f'{c.f_statistic:.2f} {c.degrees}',
-        '–' if c.p_value is None else number(c.p_value, 2),
-      ]
-      for c in s.nested
-    ]
-    head = ['arm model', 'parameters', 'fitted error', 'largest size held out']
-    head += ['each size held out', 'clustered F (degrees)', 'p against the simpler']
-    out += Raw('<h3>Do arms differ, and only by a multiplier?</h3>') + table(head, rows)
-  if s.rollout:
-    rows = [
-      [
-        f'{r.sizes_fitted} smallest',
-        f'{r.extrapolation:.1f}x',
-        _percent(r.in_sample_error),
-        _percent(r.held_out_error),
-        f'{100 * r.bias:+.2f} %',
-        f'{100 * r.coverage:.0f} % of {r.runs_held_out}',
-      ]
-      for r in s.rollout
-    ]
-    head = ['fitted sizes', 'extrapolation', 'fitted error', 'held-out error', 'bias']
-    head += ['inside the 95 % band of a new run']
-    out += Raw('<h3>Rollout</h3>') + table(head, rows)
-  if s.sensitivity:
-    names = [k for k in s.sensitivity[0] if k != 'choice']
-    rows = [[r['choice'], *(number(r[k]) for k in names)] for r in s.sensitivity]
-    out += Raw('<h3>Other losses and conventions</h3>') + table(['choice', *names], rows)
-  return out
-
-
-def _percent(value: float | None) -> str:
-  return '–' if value is None else f'{100 * value:.2f} %'

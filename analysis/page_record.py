@@ -12,6 +12,7 @@ from analysis.draw import looks
 from analysis.html import Raw, big, bullets, folded, loss, number, paragraph, table, text
 from analysis.identify import RULES
 from analysis.runs import curve
+from analysis.selection import PARAMS
 from analysis.study import Study
 
 HERE = Path(__file__).parent
@@ -27,9 +28,10 @@ def excluded(s: Study) -> Raw:
   """Every run that is not in the law, with its reason."""
   out = s.table[s.table['excluded'].notna()]
   if not len(out):
-    return paragraph('None: every planned run is in the law.')
+    return paragraph('None: every planned run ' + ('is in the law.' if s.fit else 'could be in a law.'))
   rows = [[r['run_id'], r['arm'], _size(r), _seed(r), r['excluded']] for _, r in out.iterrows()]
-  return paragraph(f'{len(out)} of {len(s.table)} planned runs are not in the scaling law:') + table(
+  are = 'are not in the scaling law' if s.fit else 'could not be in a scaling law'
+  return paragraph(f'{len(out)} of {len(s.table)} planned runs {are}:') + table(
     ['run', 'arm', 'size', 'seed', 'reason'], rows, left=(0, 1, 2), wide=(4,)
   )
 
@@ -48,13 +50,23 @@ def run_table(s: Study) -> Raw:
   for _, r in s.table.iterrows():
     ranks = [
       '–' if pd.isna(r[k]) else f'{r[k]:.0f}'
-      for k in ('connection_streams', 'connection_rank', 'weights_rank')
+      for k in ('connection_streams', 'connection_rank', 'weights_rank', 'projected_rank')
     ]
     sizes = [big(r[k]) for k in ('params_matmul', 'params_total', 'tokens', 'flops')]
     losses = [loss(r['validation_loss']), loss(r['validation_bits_per_byte'])]
     name = [r['run_id'], r['arm'], r['state'], _size(r), *ranks, _seed(r), number(r['lr'], 3)]
     rows.append([*name, *sizes, *losses, number(r['seconds'], 3)])
-  head = ['run', 'arm', 'state', 'size', 'streams', 'connection rank', 'weights rank', 'seed']
+  head = [
+    'run',
+    'arm',
+    'state',
+    'size',
+    'streams',
+    'connection rank',
+    'weights rank',
+    'projected rank',
+    'seed',
+  ]
   head += ['lr', 'N (matmul)', 'N (all)', 'tokens', 'FLOPs', 'loss', 'bits per byte', 'seconds']
   return folded(f'{len(rows)} planned runs', table(head, rows, left=(0, 1, 2))) + Raw(
     '<p>The same with every column: <a href="../results.csv">results.csv</a>; every fitted '
@@ -114,7 +126,7 @@ def method(s: Study, command: str) -> Raw:
   """The reporting checklist and the command."""
   doc = s.document
   lines = [
-    'N: matmul parameters including the unembedding (results.csv holds all conventions). C: '
+    f'N: {PARAMS[s.params]} (results.csv holds all conventions, --params chooses). C: '
     'training FLOPs, three times the forward pass, hyper-connection terms included. D: training '
     'tokens. L: final validation loss, the same batches for every run.'
   ]
@@ -125,7 +137,7 @@ def method(s: Study, command: str) -> Raw:
       'times the robust residual scale, at least 0.001), covariates centred, objective divided by '
       f'delta squared, BFGS with analytic gradients; {o["starts_at_optimum"]} of {o["starts"]} '
       f'starts reached the optimum; condition number {doc["condition_number"]:.1e}.',
-      'Delta intervals: Student t. Runs of equal size, seed and budget share part of their noise (its '
+      'Delta intervals: Student t. Runs of equal size and seed share part of their noise (its '
       'variance is estimated); degrees of freedom after Satterthwaite, so that the curve is known only from '
       'as many pieces of information as there are such groups. Bootstraps: '
       f'{doc["resamples"]} resamples of runs, and of such groups, percentile intervals.',

@@ -1,39 +1,30 @@
-"""`python -m analysis.plots paper RUNS`: the papers' figures from a sweep's folder; `coordinates`: its own.
+"""`python -m analysis.plots paper RUNS`: the papers' figures from a sweep's folder.
 
-Where: beside report.py, which draws the single panels; this adds the composite figures and the table of
-final losses. Every figure is written as PNG, SVG and CSV.
+Where: beside report.py, which puts the same figures and tables on one page; two experiments have figures of
+their own, `coordinates` and `router`. Every figure is written as PNG, SVG and CSV.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-from analysis import coordinate_figure, isoflop_figures, paper_figures, stability_figure
+from analysis import coordinate_figure, router_figure
+from analysis.all_figures import draw_all
 from analysis.draw import Panel
-from analysis.figures import draw_all
 from analysis.points import check_folder
 from analysis.runs import Sweep, read_sweep
+from analysis.selection import PARAMS
 from analysis.study import study
+from analysis.tables import ablation, final_losses
 from mhc_jax.config import ConfigError
 
 EXAMPLES = """examples:
   python -m analysis.plots paper runs/quick
-  python -m analysis.plots paper runs/quick --out docs/figures
+  python -m analysis.plots paper runs/quick --out docs/figures --params total
+  python -m analysis.plots paper runs/identity_or_mixing-small --reference identity
   python -m analysis.plots coordinates runs/coordinate_check
+  python -m analysis.plots router runs/router
 """
-
-COMPOSITES = (
-  paper_figures.compute_arrows,
-  paper_figures.gap_and_ratio,
-  paper_figures.over_training,
-  paper_figures.token_scaling,
-  paper_figures.gains,
-  paper_figures.heat_maps,
-  isoflop_figures.isoflop_panels,
-  isoflop_figures.optimal_sizes,
-  paper_figures.residual_panels,
-  stability_figure.stability,
-)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -44,17 +35,23 @@ def main(argv: list[str] | None = None) -> int:
     epilog=EXAMPLES,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  parser.add_argument('what', choices=('paper', 'coordinates'), help='the set of figures')
+  parser.add_argument('what', choices=('paper', 'coordinates', 'router'), help='the set of figures')
   parser.add_argument('runs', type=Path, help='folder of a sweep, like runs/quick, or of a coordinate check')
   parser.add_argument('--out', type=Path, help='folder for the figures (default: RUNS/paper, RUNS/figures)')
+  parser.add_argument(
+    '--params', choices=tuple(PARAMS), default='matmul', help='what N counts (default %(default)s)'
+  )
+  parser.add_argument('--reference', help='arm that the others are compared with (default: residual)')
   a = parser.parse_args(argv)
   try:
     if a.out is not None:
       check_folder(a.out, '--out')
+    out = a.out or a.runs / ('paper' if a.what == 'paper' else 'figures')
     if a.what == 'paper':
-      _paper(read_sweep(a.runs), a.out or a.runs / 'paper')
+      _paper(read_sweep(a.runs), out, a.params, a.reference)
+    elif a.what == 'router':
+      _say(out, [router_figure.load_figure(read_sweep(a.runs), out)])
     else:
-      out = a.out or a.runs / 'figures'
       _say(out, [coordinate_figure.coordinates(coordinate_figure.read(a.runs), out)])
   except ConfigError as e:
     print(f'error: {e}', file=sys.stderr)
@@ -62,19 +59,19 @@ def main(argv: list[str] | None = None) -> int:
   return 0
 
 
-def _paper(sweep: Sweep, out: Path) -> None:
-  s = study(sweep, resamples=0)
+def _paper(sweep: Sweep, out: Path, params: str, reference: str | None) -> None:
+  s = study(sweep, resamples=0, params=params, reference=reference)
   panels, absent = draw_all(s, out)
-  for make in COMPOSITES:
-    made = make(s, out)
-    (panels if isinstance(made, Panel) else absent).append(made)
-  out.mkdir(parents=True, exist_ok=True)
-  table = paper_figures.final_losses(s)
-  table.to_csv(out / 'final_losses.csv', index=False)
   _say(out, panels)
   for sentence in absent:
     print(f'absent: {sentence}')
-  print(f'{out / "final_losses.csv"}: {len(table)} rows')
+  out.mkdir(parents=True, exist_ok=True)
+  for name, table in (('final_losses', final_losses(s)), ('ablation', ablation(s))):
+    path = out / f'{name}.csv'
+    path.unlink(missing_ok=True)
+    if len(table):
+      table.to_csv(path, index=False)
+      print(f'{path}: {len(table)} rows')
 
 
 def _say(out: Path, panels: list[Panel]) -> None:
@@ -83,4 +80,6 @@ def _say(out: Path, panels: list[Panel]) -> None:
 
 
 if __name__ == '__main__':
-  sys.exit(main())
+  from mhc_jax.command import end_with_message
+
+  sys.exit(end_with_message(main))

@@ -15,9 +15,12 @@ from analysis.laws import Points
 from mhc_jax.config import ConfigError
 
 # Roles that --columns can assign. Numbers: N parameters, D tokens, C FLOPs, W width, H depth,
-# loss in nats per token, sigma its relative noise. Labels: arm, seed, cluster, size.
-NUMBERS = ('N', 'D', 'C', 'W', 'H', 'loss', 'sigma')
+# loss in nats per token, sigma its relative noise. Labels: arm, seed, cluster, size. axis:NAME is a rank or
+# another number r with a multiplier r^phi of its own; an empty cell is a run at r = 1.
+COVARIATES = ('N', 'D', 'C', 'W', 'H')
+NUMBERS = (*COVARIATES, 'loss', 'sigma')
 LABELS = ('arm', 'seed', 'cluster', 'size')
+AXIS = 'axis:'
 
 
 def check_folder(folder: Path, option: str) -> None:
@@ -34,8 +37,8 @@ def parse_columns(text: str) -> dict[str, str]:
     role, equals, column = part.partition('=')
     if not equals or not column:
       raise ConfigError(f'--columns: {part!r} is not ROLE=COLUMN (example: N=params,loss=loss)')
-    if role not in NUMBERS + LABELS:
-      raise ConfigError(f'--columns: unknown role {role!r}; roles: {", ".join(NUMBERS + LABELS)}')
+    if role not in NUMBERS + LABELS and not role.startswith(AXIS):
+      raise ConfigError(f'--columns: unknown role {role!r}; roles: {", ".join(NUMBERS + LABELS)}, axis:NAME')
     out[role] = column
   if 'loss' not in out:
     raise ConfigError('--columns: say which column is the loss (loss=COLUMN)')
@@ -72,7 +75,7 @@ def _number(table: pd.DataFrame, role: str, column: str, path: Path) -> np.ndarr
 
 
 def read_points(path: Path, columns: dict[str, str], table: pd.DataFrame | None = None) -> Points:
-  """Points of a CSV. D = C / 6N or C = 6 N D where one is absent; M = D / N.
+  """Points of a CSV, with what `completed` adds.
 
   cluster: its column, or runs of one size and seed, or every run its own. size: its column, or
   the distinct N (ten bins of log N where N is continuous). Raises ConfigError.
@@ -83,13 +86,12 @@ def read_points(path: Path, columns: dict[str, str], table: pd.DataFrame | None 
       near = difflib.get_close_matches(column, map(str, table.columns), 1, 0.0)
       raise ConfigError(f'{path}: no column {column!r} for {role}; the nearest is {near[0]!r}')
   value = {r: _number(table, r, c, path) for r, c in columns.items() if r in NUMBERS}
-  log_x = {r: np.log(v) for r, v in value.items() if r not in ('loss', 'sigma')}
-  if {'N', 'C'} <= set(log_x) and 'D' not in log_x:
-    log_x['D'] = log_x['C'] - log_x['N'] - np.log(6)
-  if {'N', 'D'} <= set(log_x) and 'C' not in log_x:
-    log_x['C'] = log_x['N'] + log_x['D'] + np.log(6)
-  if {'N', 'D'} <= set(log_x):
-    log_x['M'] = log_x['D'] - log_x['N']
+  log_x = completed({r: np.log(v) for r, v in value.items() if r in COVARIATES})
+  axes = {
+    role.removeprefix(AXIS): np.log(_number(table.fillna({column: 1}), role, column, path))
+    for role, column in columns.items()
+    if role.startswith(AXIS)
+  }
   n = len(table)
   for role, column in columns.items():
     if role in LABELS and table[column].isna().any():
@@ -112,7 +114,19 @@ def read_points(path: Path, columns: dict[str, str], table: pd.DataFrame | None 
     size,
     np.arange(n) + 2,  # the line in the file
     sigma=value.get('sigma'),
+    axes=axes,
   )
+
+
+def completed(log_x: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """Log covariates with D = C / 6N or C = 6 N D where one of them is absent, and M = D / N."""
+  out = dict(log_x)
+  if {'N', 'C'} <= set(out) and 'D' not in out:
+    out['D'] = out['C'] - out['N'] - np.log(6)
+  if {'N', 'D'} <= set(out):
+    out.setdefault('C', out['N'] + out['D'] + np.log(6))
+    out['M'] = out['D'] - out['N']
+  return out
 
 
 def _sizes(log_x: dict[str, np.ndarray]) -> np.ndarray:

@@ -8,15 +8,16 @@ import json
 import sys
 from pathlib import Path
 
-from analysis.figures import draw_all
+from analysis.all_figures import draw_all
 from analysis.page import headline_text, write_page
 from analysis.runs import read_sweep
+from analysis.selection import PARAMS
 from analysis.study import fits_json, study
 from mhc_jax.config import ConfigError
 
 EXAMPLES = """examples:
   python -m analysis.report runs/quick
-  python -m analysis.report runs/quick --resamples 4000
+  python -m analysis.report runs/quick --resamples 4000 --params total
 """
 
 
@@ -30,27 +31,34 @@ def main(argv: list[str] | None = None) -> int:
   )
   parser.add_argument('runs', type=Path, help='folder of a sweep, like runs/quick')
   parser.add_argument('--resamples', type=int, default=500, help='bootstrap draws (default %(default)s)')
+  parser.add_argument(
+    '--params', choices=tuple(PARAMS), default='matmul', help='what N counts (default %(default)s)'
+  )
+  parser.add_argument('--reference', help='arm that the others are compared with (default: residual)')
   a = parser.parse_args(argv)
   try:
     if a.resamples < 2:
       raise ConfigError(f'--resamples {a.resamples}: at least 2 are needed')
     sweep = read_sweep(a.runs)
+    s = study(sweep, a.resamples, progress=True, params=a.params, reference=a.reference)
   except ConfigError as e:
     print(f'error: {e}', file=sys.stderr)
     return 2
-  s = study(sweep, a.resamples, progress=True)
   folder = a.runs / 'report'
   folder.mkdir(exist_ok=True)
-  # Figures of an earlier report must not outlive the runs that they show.
+  # Nothing of an earlier report may outlive the runs that it shows.
   for old in folder.iterdir():
     if old.suffix in ('.png', '.svg', '.csv', '.json', '.html'):
       old.unlink()
-  s.table.drop(columns=['cluster', 'paired']).to_csv(a.runs / 'results.csv', index=False)
+  s.table.drop(columns=['cluster', 'paired', 'on_grid', 'variant']).to_csv(
+    a.runs / 'results.csv', index=False
+  )
   (folder / 'fits.json').write_text(json.dumps(fits_json(s), indent=1) + '\n')
   panels, absent = draw_all(s, folder)
   command = f'python -m experiments.sweep {sweep.name}\npython -m analysis.report {a.runs}'
-  if a.resamples != 500:
-    command += f' --resamples {a.resamples}'
+  for name in ('resamples', 'params', 'reference'):
+    if getattr(a, name) != parser.get_default(name):
+      command += f' --{name} {getattr(a, name)}'
   page = write_page(s, panels, absent, folder, command)
   for line in (*headline_text(s), *(f'warning: {w}' for w in sweep.warnings), *absent):
     print(line)
@@ -59,4 +67,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == '__main__':
-  sys.exit(main())
+  from mhc_jax.command import end_with_message
+
+  sys.exit(end_with_message(main))

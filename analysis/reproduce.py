@@ -137,12 +137,22 @@ def read_expectation(path: Path) -> dict:
 def _check_wants(path: Path, spec: dict) -> None:
   if spec['method'] == 'isoflop':
     for want in spec['expect']:
-      if len(want.get('group', ())) != len(spec['group_by']) or 'n_exponent' not in want:
+      if not _numbers(want, 'n_exponent') or len(want.get('group', ())) != len(spec['group_by']):
         raise ConfigError(f'--expect {path}: {want} needs n_exponent and a group of {spec["group_by"]}')
     return
-  for name, want in (spec['expect'] | spec.get('intervals', {})).items():
-    if not ('at_most' in want or {'value', 'within'} <= set(want)):
-      raise ConfigError(f"--expect {path}: {name} needs 'value' and 'within', or 'at_most'")
+  for name, want in spec['expect'].items():
+    if not (_numbers(want, 'at_most') or _numbers(want, 'value', 'within')):
+      raise ConfigError(f"--expect {path}: {name} needs numbers 'value' and 'within', or 'at_most'")
+  for name, want in spec.get('intervals', {}).items():
+    ends = want.get('value') if isinstance(want, dict) else None
+    if not (
+      isinstance(ends, list) and len(ends) == 2 and _numbers(dict(enumerate(ends)) | want, 0, 1, 'within')
+    ):
+      raise ConfigError(f"--expect {path}: interval {name} needs 'value': [low, high] and 'within'")
+
+
+def _numbers(want: object, *keys: object) -> bool:
+  return isinstance(want, dict) and all(isinstance(want.get(key), int | float) for key in keys)
 
 
 def main(argv: list[str] | None = None) -> int:

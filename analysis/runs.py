@@ -127,10 +127,11 @@ def row_of(run: Run) -> dict[str, object]:
   row: dict[str, object] = {'run_id': run.run_id, 'arm': run.arm, 'state': run.state}
   for name in ('width', 'depth', 'heads', 'kv_heads', 'ffn_width', 'dtype'):
     row[name] = _at(model, name)
-  for name in ('name', 'preset', 'constraint', 'streams', 'rank'):
-    row[f'connection_{name}'] = _at(model, 'connection', name)
+  row |= _connection(_at(model, 'connection'))
+  fixed_rank = _at(run.config, 'optimizer', 'manifold') == 'fixed_rank'
   row |= {
     'weights_rank': _at(model, 'weights', 'rank'),
+    'projected_rank': _at(run.config, 'optimizer', 'manifold_value') if fixed_rank else None,
     'seed': _at(run.config, 'seed'),
     'lr': _at(run.config, 'optimizer', 'lr'),
     'schedule': _at(run.config, 'optimizer', 'schedule'),
@@ -147,6 +148,7 @@ def row_of(run: Run) -> dict[str, object]:
     'validation_loss': _finite(_at(run.status, 'final', 'validation/loss')),
     'validation_bits_per_byte': _finite(_at(run.status, 'final', 'validation/bits_per_byte')),
     'train_loss': _finite(_at(run.status, 'final', 'train/loss')),
+    'initial_loss': next((_finite(r.get(LOSS)) for r in run.rows if r.get('step') == 0), math.nan),
     'diverged_at': _at(run.status, 'diverged_at'),
     'error': _at(run.status, 'error') or run.trouble,
     'seconds': _finite(_at(run.status, 'seconds')),
@@ -160,6 +162,15 @@ def row_of(run: Run) -> dict[str, object]:
   for name in ('total', 'matmul', 'non_embedding'):
     row.setdefault(f'params_{name}', math.nan)
   return row
+
+
+def _connection(given: object) -> dict[str, object]:
+  """What names a connection, and `variant`: all of it that a sweep over streams or ranks leaves alone."""
+  row = {f'connection_{k}': _at(given, k) for k in ('name', 'preset', 'constraint', 'streams', 'rank')}
+  row |= {f'connection_{k}': _at(given, k, 'kind') for k in ('read_gate', 'write_gate')}
+  same = {k: v for k, v in row.items() if k not in ('connection_streams', 'connection_rank')}
+  same |= {k: _at(given, k) for k in ('constraint_params', 'dynamic', 'activation', 'generator', 'scope')}
+  return row | {'variant': json.dumps(same, sort_keys=True)}
 
 
 def median(values: list) -> float:
@@ -201,8 +212,9 @@ def curve(run: Run, name: str, against: str = 'tokens') -> tuple[list[float], li
 
 
 def last_list(run: Run, name: str) -> list[float] | None:
-  """The last logged list of a per-sublayer metric, NaN for null, or None."""
+  """The last logged list of a per-sublayer metric that holds a number, NaN for the others; or None."""
   for row in reversed(run.rows):
-    if isinstance(row.get(name), list):
-      return [_finite(v) for v in row[name]]
+    values = [_finite(v) for v in row[name]] if isinstance(row.get(name), list) else []
+    if not all(map(math.isnan, values)):
+      return values
   return None

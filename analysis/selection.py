@@ -8,38 +8,68 @@ import numpy as np
 import pandas as pd
 
 from analysis.laws import Points
+from analysis.points import completed
+from mhc_jax.config import ConfigError
 
-AXES = ('connection_rank', 'weights_rank', 'connection_streams')
+AXIS_FIELD = {
+  'connection_rank': 'connection.rank',
+  'weights_rank': 'weights.rank',
+  'projected_rank': 'optimizer.manifold_value',
+  'connection_streams': 'connection.streams',
+}
 AXIS_LABEL = {
   'connection_rank': 'rank of the generator (connection.rank)',
-  'weights_rank': 'rank of the weights (weights.rank)',
+  'weights_rank': 'rank of the weights W = U V (weights.rank)',
+  'projected_rank': 'rank of the projected weights (manifold fixed_rank)',
   'connection_streams': 'streams n (connection.streams)',
+}
+RANKS = ('connection_rank', 'weights_rank', 'projected_rank')  # None: full
+PARAMS = {
+  'matmul': 'parameters (matmul, with the unembedding)',
+  'total': 'parameters (all)',
+  'non_embedding': 'parameters (without embeddings)',
 }
 MIN_ARM_SIZES = 2  # of an arm in the joint law: one multiplier from one size has no check at all
 
 
 def classify(table: pd.DataFrame) -> pd.DataFrame:
-  """Adds columns size, cluster, axis (rank sweep or None) and excluded (reason or None)."""
+  """Adds columns size, cluster, axis (rank sweep or None), excluded (reason or None) and on_grid.
+
+  on_grid: runs of the grid of sizes, however they ended, at the learning rate that stays for their arm, size
+  and budget. Runs at a rank take the arm of the grid runs that have their connection.
+  """
   t = table.copy()
   known = t['width'].notna() & t['depth'].notna()
   t['size'] = [
     f'{w:.0f}x{d:.0f}' if ok else None for w, d, ok in zip(t['width'], t['depth'], known, strict=True)
   ]
-  # Paired runs: same size, seed and budget, so the same data in the same order in every arm.
-  columns = (t['size'], t['seed'], t['duration'])
-  t['cluster'] = ['|'.join(map(str, values)) for values in zip(*columns, strict=True)]
+  # Equal size and seed: the same start and, up to the shorter of the two, the same data in the same order.
+  t['cluster'] = [f'{size}|{seed}' for size, seed in zip(t['size'], t['seed'], strict=True)]
+  t['axis'] = [next((k for k in RANKS if pd.notna(row[k])), None) for _, row in t.iterrows()]
+  _join_arms(t)
   home = home_streams(t)
-  t['axis'] = [_axis(row, home) for _, row in t.iterrows()]
+  other = [_streams_axis(row, home) for _, row in t.iterrows()]
+  t['axis'] = [a if pd.notna(a) else b for a, b in zip(t['axis'], other, strict=True)]
   t['excluded'] = [_reason(row, home) for _, row in t.iterrows()]
+  t['on_grid'] = t['axis'].isna() & t['flops'].notna()
   _exclude_other_corpora(t)
   _exclude_other_rates(t)
   return t
 
 
+def _join_arms(t: pd.DataFrame) -> None:
+  """A run at a rank belongs to the arm of full rank with its connection, if there is exactly one."""
+  arms = t[t['axis'].isna()].groupby('variant')['arm'].unique()
+  for index, row in t[t['axis'].notna()].iterrows():
+    found = arms.get(row['variant'], ())
+    if len(found) == 1:
+      t.loc[index, 'arm'] = found[0]
+
+
 def home_streams(t: pd.DataFrame) -> dict[str, float]:
   """Arm -> number of streams of its size grid: the one trained at most sizes (ties: most runs)."""
   out = {}
-  for arm, rows in t[t['connection_rank'].isna() & t['weights_rank'].isna()].groupby('arm'):
+  for arm, rows in t[t['axis'].isna()].groupby('arm'):
     counts = rows.dropna(subset='connection_streams').groupby('connection_streams')['size']
     ranked = sorted(((s.nunique(), len(s), -n) for n, s in counts), reverse=True)
     if ranked:
@@ -47,14 +77,10 @@ def home_streams(t: pd.DataFrame) -> dict[str, float]:
   return out
 
 
-def _axis(row: pd.Series, home: dict[str, float]) -> str | None:
-  for name in ('connection_rank', 'weights_rank'):
-    if pd.notna(row[name]):
-      return name
+def _streams_axis(row: pd.Series, home: dict[str, float]) -> str | None:
   streams = row['connection_streams']
-  if pd.notna(streams) and streams != home.get(row['arm'], streams):
-    return 'connection_streams'
-  return None
+  other = pd.notna(streams) and streams != home.get(row['arm'], streams)
+  return 'connection_streams' if other else None
 
 
 def _reason(row: pd.Series, home: dict[str, float]) -> str | None:
@@ -80,7 +106,7 @@ def _reason(row: pd.Series, home: dict[str, float]) -> str | None:
       f"where the arm's grid has {home[row['arm']]:.0f}"
     )
   if pd.notna(row['axis']):
-    return f'rank figures only: {row["axis"].replace("_", ".")} = {row[row["axis"]]:.0f}'
+    return f'rank figures only: {AXIS_FIELD[row["axis"]]} = {row[row["axis"]]:.0f}'
   return None
 
 
@@ -91,6 +117,7 @@ def _exclude_other_corpora(t: pd.DataFrame) -> None:
   if len(digests) > 1:
     other = inside & (t['data_digest'] != digests.index[0])
     t.loc[other, 'excluded'] = f'other data digest than the {digests.iloc[0]} runs kept'
+    t.loc[other, 'on_grid'] = False
 
 
 def _exclude_other_rates(t: pd.DataFrame) -> None:
@@ -98,24 +125,32 @@ def _exclude_other_rates(t: pd.DataFrame) -> None:
 
   A diverged run counts as infinitely bad, so that no rate wins by the seeds that survived it.
   """
-  grid = t[t['excluded'].isna() | ((t['state'] == 'diverged') & t['axis'].isna())]
-  for _, rows in grid.groupby(['arm', 'size', 'duration'], dropna=False):
-    finite = rows['validation_loss'].where(rows['state'] == 'finished', np.inf)
-    losses = finite.groupby(rows['lr']).mean()
+  grid = t[t['on_grid'] & (t['excluded'].isna() | (t['state'] == 'diverged'))]
+  for (arm, size, duration), rows in grid.groupby(['arm', 'size', 'duration'], dropna=False):
+    losses = rate_losses(rows)
     if len(losses) > 1:
       best = losses.idxmin()
       worse = rows.index[(rows['lr'] != best) & rows['excluded'].isna()]
       t.loc[worse, 'excluded'] = f'learning-rate sweep: lr = {best:g} is better at this size'
+      same = (t['arm'] == arm) & (t['size'] == size) & (t['duration'] == duration)
+      t.loc[same & (t['lr'] != best), 'on_grid'] = False
+
+
+def rate_losses(rows: pd.DataFrame) -> pd.Series:
+  """Learning rate -> mean loss over seeds; infinite where one of them diverged."""
+  finite = rows['validation_loss'].where(rows['state'] == 'finished', np.inf)
+  return finite.groupby(rows['lr']).mean()
 
 
 def drop_small_arms(t: pd.DataFrame) -> pd.DataFrame:
   """Marks the runs of arms with too few sizes for a multiplier (changes and returns the table).
 
-  Column `paired`: runs that may enter paired gaps, which need no fit.
+  Column `paired`: runs that may enter paired gaps, which need no fit. Where every arm is small there is no
+  law that a run could be left out of.
   """
   t['paired'] = t['excluded'].isna()
-  sizes = t[t['excluded'].isna()].groupby('arm')['size'].nunique()
-  if len(sizes) > 1:
+  sizes = t[t['paired']].groupby('arm')['size'].nunique()
+  if (sizes >= MIN_ARM_SIZES).any():
     for arm in sizes.index[sizes < MIN_ARM_SIZES]:
       rows = t['excluded'].isna() & (t['arm'] == arm)
       t.loc[rows, 'excluded'] = f'arm {arm} finished at one size only: no multiplier can be checked there'
@@ -123,11 +158,10 @@ def drop_small_arms(t: pd.DataFrame) -> pd.DataFrame:
 
 
 def to_points(t: pd.DataFrame, convention: str = 'matmul') -> Points:
-  """Points of table rows; N counts parameters by `convention`: total, non_embedding or matmul."""
-  n = t[f'params_{convention}'].to_numpy(float)
-  d, c = t['tokens'].to_numpy(float), t['flops'].to_numpy(float)
+  """Points of table rows; N counts parameters by `convention`, a key of PARAMS."""
+  columns = {'N': f'params_{convention}', 'D': 'tokens', 'C': 'flops', 'W': 'width', 'H': 'depth'}
   return Points(
-    {'N': np.log(n), 'D': np.log(d), 'C': np.log(c), 'M': np.log(d / n)},
+    completed({name: np.log(t[column].to_numpy(float)) for name, column in columns.items()}),
     t['validation_loss'].to_numpy(float),
     t['arm'].to_numpy(str),
     t['cluster'].to_numpy(str),
@@ -136,9 +170,17 @@ def to_points(t: pd.DataFrame, convention: str = 'matmul') -> Points:
   )
 
 
-def reference_arm(t: pd.DataFrame) -> str | None:
-  """The arm with m = 1: the residual one where it has runs, else the first with finished runs."""
+def reference_arm(t: pd.DataFrame, wanted: str | None = None) -> str | None:
+  """The arm with m = 1: `wanted`, else the residual one where it has runs, else the first with finished runs.
+
+  Raises ConfigError where `wanted` has no finished run.
+  """
   finished = t[t['state'] == 'finished']
+  if wanted is not None:
+    arms = list(dict.fromkeys(finished['arm']))
+    if wanted not in arms:
+      raise ConfigError(f'--reference {wanted}: no finished run of that arm; there are {", ".join(arms)}')
+    return wanted
   inside = finished[finished['excluded'].isna()]
   inside = inside if len(inside) else finished
   if not len(inside):
@@ -184,3 +226,20 @@ def _partner(own: pd.Series, partners: pd.DataFrame) -> pd.Series | None:
   if not len(partners):
     return None
   return partners.loc[np.abs(np.log(partners['tokens'] / own['tokens'])).idxmin()]
+
+
+def largest(t: pd.DataFrame, reference: str | None) -> pd.DataFrame:
+  """The grid's runs at one size and budget, the same for every arm, however they ended.
+
+  Of all (size, budget) the one at which most arms ended runs, the reference among them; of several that of
+  most parameters, then tokens.
+  """
+  started = t[t['on_grid'] & (t['state'] != 'missing')]
+  best, best_rank = started, None
+  for _, rows in started.groupby(['size', 'duration'], sort=False):
+    ended = rows[rows['state'].isin(['finished', 'diverged'])]
+    arms = (reference in set(ended['arm']), ended['arm'].nunique(), rows['arm'].nunique())
+    rank = (*arms, rows['params_matmul'].max(), rows['tokens'].max())
+    if best_rank is None or rank > best_rank:
+      best, best_rank = rows, rank
+  return best

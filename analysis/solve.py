@@ -15,6 +15,7 @@ from analysis.laws import Design, predict
 
 LOSSES = ('huber', 'mse_log', 'mse')
 SAME_OPTIMUM = 1e-6  # relative difference of objectives below which two starts agree
+MAX_EXPONENT = 4.0  # a steeper term touches only the smallest runs: it is noise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +138,7 @@ def variable_projection(p: Problem) -> np.ndarray:
   free = ~d.linear
   # The box keeps the powers finite; a log multiplier of 5 is a factor of 150.
   low = np.where(d.is_exponent, 1e-3, -5.0)[free]
-  high = np.where(d.is_exponent, 4.0, 5.0)[free]
+  high = np.where(d.is_exponent, MAX_EXPONENT, 5.0)[free]
 
   def outer(free_P: np.ndarray) -> tuple[float, np.ndarray]:
     theta_P = best.copy()

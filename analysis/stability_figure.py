@@ -1,6 +1,6 @@
 """Stability over depth and learning rate: diverged share, final loss, gradient norm, composite gain.
 
-Where: Study -> here -> `python -m analysis.plots paper`, for sweeps like experiments/stability.py.
+Where: Study -> here -> all_figures.py, for sweeps like experiments/stability.py.
 """
 
 from pathlib import Path
@@ -8,11 +8,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from analysis.draw import Panel, figure, legend, log_axis, looks, save
+from analysis.draw import WIDE, Panel, figure, legend, log_axis, looks, save
 from analysis.runs import Run, curve, last_list
 from analysis.study import Study
 
-WIDE = 7.0  # inches: a text width
 MEASURES = {
   'diverged': 'share diverged',
   'validation_loss': 'validation loss',
@@ -55,13 +54,14 @@ def _gain(run: Run) -> float:
 def stability(s: Study, folder: Path) -> Panel | str:
   """Each measure (rows) against learning rate at each depth (columns); mean over seeds."""
   table = measured(s)
-  if table.empty or table['lr'].nunique() < 2 or table['depth'].nunique() < 2:
-    return 'Stability: fewer than two depths or two learning rates have ended.'
+  if table.empty or (table.groupby('arm')[['lr', 'depth']].nunique().min(axis=1) < 2).all():
+    return 'Stability: no arm has ended at two depths and two learning rates.'
   depths, style = sorted(table['depth'].unique()), looks(list(dict.fromkeys(s.table['arm'])))
   mean = table.groupby(['arm', 'depth', 'lr'], sort=False)[list(MEASURES)].mean().reset_index()
-  size = {'nrows': len(MEASURES), 'ncols': len(depths), 'squeeze': False, 'sharex': True, 'sharey': 'row'}
-  with figure(WIDE, 1.7 * len(MEASURES) + 0.4, **size) as (fig, axes):
-    for row, (name, label) in zip(axes, MEASURES.items(), strict=True):
+  shown = {name: label for name, label in MEASURES.items() if table[name].notna().any()}
+  size = {'nrows': len(shown), 'ncols': len(depths), 'squeeze': False, 'sharex': True, 'sharey': 'row'}
+  with figure(WIDE, 1.7 * len(shown) + 0.4, **size) as (fig, axes):
+    for row, (name, label) in zip(axes, shown.items(), strict=True):
       for ax, depth in zip(row, depths, strict=True):
         for arm, own in mean[mean['depth'] == depth].groupby('arm', sort=False):
           own = own.sort_values('lr')
@@ -71,7 +71,7 @@ def stability(s: Study, folder: Path) -> Panel | str:
       if name in ('gradient_norm', 'composite_gain'):
         log_axis(row[0], label, 'y')
     for ax, depth in zip(axes[0], depths, strict=True):
-      ax.set_title(f'depth {depth}')
+      ax.set_title(f'depth {depth:.0f}')
       ax.set_ylim(-0.05, 1.05)
     for ax in axes[-1]:
       log_axis(ax, 'learning rate')

@@ -3,6 +3,8 @@
   python -m experiments.bench step                 # train_step of each arm over residual
   python -m experiments.bench step --width 128 --repeats 9
   python -m experiments.bench constraints          # each constraint over 20 Sinkhorn iterations
+  python -m experiments.bench scaling              # communication and memory on 1 to 8 fake devices
+  python -m experiments.bench memory               # memory of each recomputation, from the compiler
 
 Repeats are interleaved: A B C A B C ..., so that a machine whose speed drifts does not favour an arm.
 """
@@ -18,7 +20,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.sweep import ONE_THREAD
+from experiments import bench_scaling
+from experiments.workers import ONE_THREAD
 from mhc_jax import config as config_lib
 from mhc_jax import optimizer as optim
 from mhc_jax.config import ConfigError, base_config
@@ -59,7 +62,7 @@ def arm_functions(arm: str, args: argparse.Namespace) -> dict[str, Callable[[], 
   c.model.dtype, c.optimizer.warmup_fraction = args.dtype, 0.05
   c.transfer.base_width, c.transfer.base_depth = 32, 2
   model, optimizer = config_lib.build_model(c, VOCAB_SIZE), config_lib.build_optimizer(c)
-  mesh = make_mesh(1, 1)
+  mesh = make_mesh({})
   found = programs(model, optimizer, mesh)
   tokens = jax.random.randint(jax.random.key(0), (args.batch, args.seq_len), 0, VOCAB_SIZE - 1)
   batch = {
@@ -115,9 +118,9 @@ def main(argv: list[str] | None = None) -> int:
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  parser.add_argument('what', choices=('step', 'constraints'))
+  parser.add_argument('what', choices=('step', 'constraints', 'scaling', 'memory'))
   parser.add_argument('--width', type=int, default=64)
-  parser.add_argument('--depth', type=int, default=4)
+  parser.add_argument('--depth', type=int, help='layers (default 4; of the memory bench, 24)')
   parser.add_argument('--batch', type=int, default=16, help='sequences')
   parser.add_argument('--seq-len', type=int, default=128)
   parser.add_argument('--streams', type=int, default=4)
@@ -129,12 +132,18 @@ def main(argv: list[str] | None = None) -> int:
   args = parser.parse_args(argv)
   if args.repeats < 1 or args.calls < 1:
     raise ConfigError('--repeats and --calls must be at least 1')
+  args.depth = args.depth or (24 if args.what == 'memory' else 4)
   # As in a sweep's workers; XLA reads it when the first computation starts.
   os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {ONE_THREAD}'.strip()
   if args.what == 'constraints':
     from experiments.bench_constraints import bench_constraints  # which imports this file
 
     result = bench_constraints(args)
+  elif args.what == 'scaling':
+    bench_scaling.fake_devices(max(bench_scaling.DEVICES))
+    result = bench_scaling.bench_scaling(args)
+  elif args.what == 'memory':
+    result = bench_scaling.bench_memory(args)
   else:
     result = bench_step(args)
   print(json.dumps(result, indent=1))

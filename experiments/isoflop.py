@@ -14,7 +14,7 @@ SIZES = {
   'small': {'depth': 2, 'head': 16, 'widths': (16, 32, 48, 64, 96)},
   'large': {'depth': 12, 'head': 64, 'widths': (256, 384, 512, 768, 1024)},
 }
-BUDGETS = {'small': (5e10, 1e11, 2e11, 4e11), 'large': (1e18, 3e18, 1e19, 3e19)}  # training FLOPs
+BUDGETS = {'small': (5e10, 8e10, 1.25e11, 2e11), 'large': (1e18, 3e18, 1e19, 3e19)}  # training FLOPs
 ARMS = ('residual', 'mhc')
 SEEDS = (0, 1)
 

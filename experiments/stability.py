@@ -1,10 +1,12 @@
 """Which connections stay stable as depth and learning rate grow: divergence rate, gradient norms, gains.
 
   python -m experiments.sweep stability:small --workers 2
-  python -m analysis.plots paper runs/stability
+  python -m analysis.plots paper runs/stability-small
 
-residual, HC, mHC, H_res = I, exact Birkhoff matrices and rotations, three seeds each. Losses, gradient norms
-and gains are in every run's metrics; a diverged run ends as such and stays in the results.
+residual, HC, mHC, H_res = I, exact Birkhoff matrices and rotations, three seeds each. No transfer over depth,
+as in the papers: its rules divide F by the depth and slow b_res and alpha_res down, which would hide part of
+what is asked. Losses and gradient norms of every update (spikes are short) and gains are in every run's
+metrics; a diverged run ends as such and stays in the results.
 """
 
 from ml_collections import ConfigDict
@@ -33,7 +35,7 @@ def runs(arg: str | None = None) -> list[ConfigDict]:
       for lr in RATES:
         for seed in SEEDS:
           c = protocol.config(scale, arm, connection, seed, lr)
-          c.model.depth = depth
+          c.model.depth, c.transfer.base_depth, c.log.every_steps = depth, None, 1
           if scale == 'small':  # shorter than the other experiments: there are many
             c.data.seq_len, c.duration.steps = 64, 80
             c.evaluation.update({'every_steps': 80, 'sequences': 128})

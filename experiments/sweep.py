@@ -10,25 +10,15 @@ Results: runs/NAME/plan.json and runs/NAME/RUN_ID/{config.json, metrics.jsonl, s
 """
 
 import argparse
-import concurrent.futures
-import contextlib
-import functools
-import json
-import multiprocessing
 import os
-import signal
 import sys
-import threading
-import time
 from collections.abc import Callable
-from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
-import filelock
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
-from experiments import ablation, identity_or_mixing, isoflop, learning_rate, quick, rank, stability
+from experiments import ablation, identity_or_mixing, isoflop, learning_rate, quick, rank, router, stability
+from experiments.workers import corpus_of, execute
 from mhc_jax.config import ConfigError
 from mhc_jax.log import ENDED, read_status, write_json
 
@@ -40,10 +30,9 @@ EXPERIMENTS: dict[str, Callable[[str | None], list[ConfigDict]]] = {
   'stability': stability.runs,
   'rank': rank.runs,
   'isoflop': isoflop.runs,
+  'router': router.runs,
 }
 
-LEFT = ('missing', 'interrupted')  # states of runs that a broken pool did not come to
-ONE_THREAD = '--xla_cpu_multi_thread_eigen=false'
 ASSUMED_FLOPS_PER_SECOND = 10e9  # of one worker, until a finished run of the sweep says better
 
 
@@ -53,6 +42,7 @@ def plan(name: str) -> tuple[list[ConfigDict], list[Any]]:
   Raises ConfigError for an unknown experiment, an invalid config, or two equal runs.
   """
   from mhc_jax.run import resolve
+  from mhc_jax.sharding import make_mesh
   from mhc_jax.train import load_data
 
   name, _, argument = name.partition(':')
@@ -64,7 +54,8 @@ def plan(name: str) -> tuple[list[ConfigDict], list[Any]]:
     raise ConfigError(f'{name}: {error}') from None
   planned, seen = [], {}
   for config in configs:
-    corpus = _corpus(config.data.name, config.data.dir)
+    make_mesh(config.mesh.to_dict())  # refuses what the devices do not fit
+    corpus = corpus_of(config.data.name, config.data.dir)
     run = resolve(config, corpus.digest)
     load_data(run, corpus)  # refuses what the corpus is too small for, before anything starts
     if run.run_id in seen:
@@ -74,24 +65,10 @@ def plan(name: str) -> tuple[list[ConfigDict], list[Any]]:
   return configs, planned
 
 
-@functools.cache
-def _corpus(name: str, data_dir: str | None):
-  from mhc_jax.data import load_corpus
-
-  return load_corpus(name, data_dir)
-
-
 def table(planned: list[Any], folder: str) -> str:
   """The plan as text: run, arm, parameters by group, tokens, FLOPs, estimated seconds, state."""
-  groups = (
-    'embedding',
-    'unembedding',
-    'attention',
-    'feed_forward',
-    'norm',
-    'hc_dynamic',
-    'hc_static',
-  )
+  sums = ('total', 'active', 'matmul', 'non_embedding')
+  groups = dict.fromkeys(name for run in planned for name in run.derived['params'] if name not in sums)
   head = (
     'run',
     'arm',
@@ -122,7 +99,7 @@ def table(planned: list[Any], folder: str) -> str:
         c['model']['connection']['streams'],
         c['model']['connection']['rank'] or '-',
         c['model']['weights']['rank'] or '-',
-        *(f'{params[group]:,}' for group in groups),
+        *(f'{params.get(group, 0):,}' for group in groups),
         f'{run.derived["tokens"]:,}',
         f'{run.derived["flops"]:.2e}',
         f'{seconds:.0f}',
@@ -165,158 +142,6 @@ def warn_of_mixtures(planned: list[Any], folder: str) -> None:
             file=sys.stderr,
           )
           return
-
-
-def shapes(run: Any) -> str:
-  """What must be equal for two runs to share a compilation."""
-  c = run.resolved
-  return repr((run.model, c['data']['batch_size'], c['data']['seq_len'], c['optimizer']['schedule']))
-
-
-def run_group(configs: list[ConfigDict], folder: str, quiet: bool) -> list[tuple[str, str]]:
-  """Trains runs of equal shapes one after another; returns (run_id, state) of each."""
-  from mhc_jax import train
-  from mhc_jax.command import FULL_DISK
-  from mhc_jax.run import resolve
-
-  ended = []
-  for config in configs:
-    corpus = _corpus(config.data.name, config.data.dir)
-    run_id = resolve(config, corpus.digest).run_id
-    try:
-      state = train.run(config, os.path.join(folder, run_id), corpus, quiet)['state']
-    except Exception as error:  # recorded in status.json by the loop; the sweep goes on
-      if isinstance(error, OSError) and error.errno in FULL_DISK:
-        raise
-      state = 'busy' if isinstance(error, train.BusyError) else 'failed'
-      print(f'{run_id} {state}: {type(error).__name__}: {error}', file=sys.stderr, flush=True)
-    ended.append((run_id, state))
-    if state == 'interrupted':
-      break
-  parent = multiprocessing.parent_process()
-  if parent is not None and not parent.is_alive():
-    os._exit(130)  # nobody takes the answer
-  return ended
-
-
-def _stop_with_parent() -> None:
-  """In a worker: the sweep's death, by whatever signal, ends its runs as Ctrl-C would, after a checkpoint."""
-
-  def watch() -> None:
-    multiprocessing.parent_process().join()
-    os.kill(os.getpid(), signal.SIGTERM)
-
-  threading.Thread(target=watch, daemon=True).start()
-
-
-def execute(
-  configs: list[ConfigDict], planned: list[Any], folder: str, workers: int
-) -> list[tuple[str, str]]:
-  """Trains all runs in `workers` processes, groups of equal shapes together and the longest first."""
-  groups: dict[str, list[int]] = {}
-  for index, run in enumerate(planned):
-    groups.setdefault(shapes(run), []).append(index)
-  ordered = sorted(groups.values(), key=lambda group: -sum(planned[i].derived['flops'] for i in group))
-  jobs = [[configs[i] for i in group] for group in ordered]
-  if workers == 1:
-    ended = []
-    for job in jobs:
-      ended += run_group(job, folder, quiet=False)
-      if any(state == 'interrupted' for _, state in ended):
-        break
-    return ended
-  # One thread per worker: small matrices do not feed two, and idle threads of XLA:CPU spin.
-  os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {ONE_THREAD}'.strip()
-  ended = []
-  while jobs:
-    ended += _in_workers(jobs, planned, folder, workers)
-    # A worker that died (out of memory, kill) breaks its pool: its run is recorded, the others go on.
-    dead = [run for run in planned if read_status(os.path.join(folder, run.run_id))['state'] == 'running']
-    for run in dead:
-      _record_death(os.path.join(folder, run.run_id))
-    states = {run.run_id: read_status(os.path.join(folder, run.run_id))['state'] for run in planned}
-    again = [[configs[i] for i in group if states[planned[i].run_id] in LEFT] for group in ordered]
-    jobs = [job for job in again if job] if dead else []
-  return ended
-
-
-def _record_death(workdir: str) -> None:
-  lock = filelock.FileLock(os.path.join(workdir, '.lock'), timeout=0)
-  with contextlib.suppress(filelock.Timeout), lock:  # locked: another sweep's
-    error = 'the process died (killed, or out of memory); --retry-failed goes on from its last checkpoint'
-    status = read_status(workdir) | {'state': 'failed', 'error': error}
-    write_json(os.path.join(workdir, 'status.json'), status)
-    print(f'{os.path.basename(workdir)} failed: {error}', file=sys.stderr, flush=True)
-
-
-def _in_workers(
-  jobs: list[list[ConfigDict]], planned: list[Any], folder: str, workers: int
-) -> list[tuple[str, str]]:
-  """Runs the jobs in a pool of processes; what a broken pool took with it is not in the result."""
-  context = multiprocessing.get_context('spawn')
-  with concurrent.futures.ProcessPoolExecutor(workers, context, _stop_with_parent) as pool:
-    futures = [pool.submit(run_group, job, folder, True) for job in jobs]
-    try:
-      _watch(futures, planned, folder)
-    except KeyboardInterrupt:  # workers got it too: they save and stop, and no new group starts
-      pool.shutdown(wait=True, cancel_futures=True)
-  ended = []
-  for future in futures:
-    if not future.cancelled() and not isinstance(future.exception(), BrokenProcessPool):
-      ended += future.result()
-  return ended
-
-
-def _watch(futures: list[concurrent.futures.Future], planned: list[Any], folder: str) -> None:
-  """One bar over all runs, in FLOPs done, read from their metrics; after Ctrl-C no new group starts."""
-  total = sum(run.derived['flops'] for run in planned)
-  plain, printed = not sys.stderr.isatty(), 0.0
-  began, at_start = time.monotonic(), sum(_flops_done(run, folder) for run in planned)
-  form = '{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining} {postfix}'
-  with tqdm(total=total, initial=at_start, desc='sweep', bar_format=form, disable=plain) as bar:
-    while True:
-      done, waiting = concurrent.futures.wait(futures, 1, return_when=concurrent.futures.FIRST_EXCEPTION)
-      stopped = [f for f in done if not f.cancelled() and (f.exception() or _interrupted(f.result()))]
-      if stopped:
-        for future in waiting:
-          future.cancel()
-      states = [read_status(os.path.join(folder, run.run_id))['state'] for run in planned]
-      ended, now = sum(state in ENDED for state in states), time.monotonic()
-      flops = sum(_flops_done(run, folder) for run in planned)
-      bar.set_postfix_str(f'{ended}/{len(planned)} runs', refresh=False)
-      bar.update(flops - bar.n)
-      if plain and (now - printed > 15 or not waiting):
-        printed = now
-        left = (now - began) * (total - flops) / (flops - at_start) if flops > at_start else None
-        text = 'compiling' if left is None else f'about {left:.0f} s left'
-        print(
-          f'sweep: {ended}/{len(planned)} runs, {flops / total:.0%} of the FLOPs, {text}',
-          file=sys.stderr,
-          flush=True,
-        )
-      if not waiting:
-        return
-
-
-def _interrupted(ended: list[tuple[str, str]]) -> bool:
-  return any(state == 'interrupted' for _, state in ended)
-
-
-def _flops_done(run: Any, folder: str) -> float:
-  """FLOPs of a run so far, from the last line of its metrics."""
-  status = read_status(os.path.join(folder, run.run_id))
-  if status['state'] in (*ENDED, 'failed'):
-    return run.derived['flops']
-  path = os.path.join(folder, run.run_id, 'metrics.jsonl')
-  if not os.path.exists(path):
-    return 0.0
-  with open(path, 'rb') as file:
-    file.seek(max(0, os.path.getsize(path) - 20000))
-    lines = [line for line in file.read().split(b'\n')[:-1] if line.endswith(b'}')]
-  try:
-    return json.loads(lines[-1])['flops'] if lines else 0.0
-  except ValueError:
-    return 0.0
 
 
 def select(
@@ -371,7 +196,10 @@ def main(argv: list[str] | None = None) -> int:
     print(table(planned, folder))
     return 0
   warn_of_mixtures(planned, folder)
-  os.makedirs(folder, exist_ok=True)
+  try:
+    os.makedirs(folder, exist_ok=True)
+  except (FileExistsError, NotADirectoryError, PermissionError) as error:
+    raise ConfigError(f'--out {args.out} cannot hold runs: {error.strerror}') from None
   runs = [{'run_id': run.run_id, 'arm': run.resolved['arm']} for run in planned]
   write_json(os.path.join(folder, 'plan.json'), {'sweep': args.name, 'runs': runs})
   print(f'{args.name}: {len(chosen)} of {len(planned)} runs to do, in {folder}', file=sys.stderr)

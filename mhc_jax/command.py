@@ -11,9 +11,12 @@ FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def end_with_message(main: Callable[[], int]) -> int:
-  """Runs a command; mistakes end in one line and 2, a full disk or lost checkpoints in one and 1."""
+  """Runs a command. One line for mistakes (2), a full disk or lost checkpoints (1), Ctrl-C (130)."""
   try:
     return main()
+  except KeyboardInterrupt:
+    print('interrupted; the same command goes on', file=sys.stderr)
+    return 130
   except ConfigError as error:
     print(f'error: {error}', file=sys.stderr)
     return 2

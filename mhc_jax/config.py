@@ -1,72 +1,46 @@
 """The configuration: every field with its default, and the frozen dataclasses that the core sees.
 
 A config file (configs/*.py) returns base_config() with changes; config_file.parse applies `--config.a.b=v`;
-the `build_*` functions check the values and build the dataclasses once. None means off or derived.
+the `build_*` functions check the values and build the dataclasses once (the model's are in model_config.py,
+and to be had from here). None means off or derived.
 """
 
 import dataclasses
-from typing import Any
 
-import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder as optional
 
-from mhc_jax.connection import ConnectionSpec
-from mhc_jax.constraints.base import Constraint
+from mhc_jax.errors import BusyError, ConfigError, require
 from mhc_jax.manifold_updates import MANIFOLDS
-from mhc_jax.presets import connection_spec
+from mhc_jax.model_config import (
+  DTYPES,
+  REMAT,
+  MLAConfig,
+  ModelConfig,
+  MoEConfig,
+  build_connection,
+  build_model,
+)
 
-DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16, 'float64': jnp.float64}
+__all__ = [
+  'DTYPES',
+  'REMAT',
+  'BusyError',
+  'ConfigError',
+  'MLAConfig',
+  'MoEConfig',
+  'ModelConfig',
+  'OptimizerConfig',
+  'base_config',
+  'build_connection',
+  'build_model',
+  'build_optimizer',
+  'check_counts',
+  'require',
+]
+
 SCHEDULES = ('wsd', 'cosine', 'step', 'constant')
 DURATIONS = ('steps', 'tokens', 'flops', 'tokens_per_param')
-
-
-class ConfigError(ValueError):
-  """A mistake of the user's: one line that says what to do; programs end with exit code 2."""
-
-
-class BusyError(ConfigError):
-  """Another process is at work on the same run."""
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
-  """Sizes and choices of one model."""
-
-  width: int
-  depth: int  # blocks; each has two sublayers
-  heads: int
-  kv_heads: int
-  head_dim: int
-  ffn_width: int
-  vocab_size: int
-  connection: ConnectionSpec
-  output_gain: float  # of the maps that write to the streams, at the start (HC: sqrt(n))
-  weights_rank: int | None  # rank of every attention and feed-forward map; None is full
-  dtype: Any  # of activations and streams; parameters stay float32
-  remat: str  # 'none' or 'layer'
-  scan: bool  # False: a Python loop over layers, the reference for tests
-  scan_unroll: int
-  rope_theta: float
-  norm_eps: float
-  base_width: int | None  # of the width transfer; None is off
-  base_depth: int | None
-
-  @property
-  def width_ratio(self) -> float:
-    """m_N = width / base width (CompleteP, arXiv 2505.01618), 1 without transfer."""
-    return 1.0 if self.base_width is None else self.width / self.base_width
-
-  @property
-  def depth_ratio(self) -> float:
-    """m_L = depth / base depth, 1 without transfer."""
-    return 1.0 if self.base_depth is None else self.depth / self.base_depth
-
-  @property
-  def attention_scale(self) -> float:
-    """1 / K with transfer, 1 / sqrt(K) without."""
-    return self.head_dim ** (-0.5 if self.base_width is None else -1.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +61,7 @@ class OptimizerConfig:
   manifold: str | None  # set or optimizer of manifold_updates.py
   manifold_pattern: str | None  # regular expression of the parameters' paths
   manifold_value: float | None  # rank, radius, or LORO's updates between exact steps
+  microbatches: int | None  # parts of a batch whose gradients are added one after another; None is one
 
 
 def base_config() -> ConfigDict:
@@ -110,14 +85,38 @@ def base_config() -> ConfigDict:
       'depth': 4,
       'heads': 4,
       'kv_heads': optional(int),  # None: as many as heads
-      'ffn_width': optional(int),  # None: 8/3 of width, rounded up to a multiple of 8
+      # None: 8/3 of width, rounded up to a multiple of 8; with experts, as wide as all that a token goes to
+      'ffn_width': optional(int),
+      'vocab_size': optional(int),  # None: the tokenizer's; more leaves the rest of the table unused
       'dtype': 'float32',  # of activations and streams: float32, bfloat16 or float64
-      'remat': 'none',  # 'layer' recomputes each block in the backward pass
+      'remat': 'none',  # 'layer' recomputes each layer in the backward pass, 'block' mHC's blocks of them
       'scan': True,
       'scan_unroll': 4,  # blocks per iteration: fewer copies of activations, more to compile
       'rope_theta': 10000.0,
       'norm_eps': 1e-6,
       'weights': ConfigDict({'rank': optional(int)}),  # W = U V of this rank; None is full
+      # Multi-head latent attention (DeepSeek-V2), on where kv_rank is set.
+      'mla': ConfigDict(
+        {
+          'kv_rank': optional(int),
+          'head_dim': optional(int),  # of queries and keys, without the rotary part; None: width / heads
+          'rope_dim': optional(int),  # None: half of head_dim
+          'value_dim': optional(int),  # None: head_dim
+        }
+      ),
+      # A mixture of experts (DeepSeek-V3) in every layer after the dense ones, on where experts is set.
+      'moe': ConfigDict(
+        {
+          'experts': optional(int),  # routed ones
+          'active': optional(int),  # of them, per token; None: 6
+          'shared': optional(int),  # experts of every token; None: 2
+          'ffn_width': optional(int),  # of one expert; None: 8/3 of width over active + shared
+          'scale': optional(float),  # of the routed experts' sum; None: 2.5 (DeepSeek-V3)
+          'router': optional(str),  # None: sigmoid; or sinkhorn
+          'bias_rate': optional(float),  # of the balancing; None: 1e-3, 0 is off
+        }
+      ),
+      'dense_layers': optional(int),  # leading layers without experts; None: 1 with experts
       # None keeps what presets.py sets.
       'connection': ConfigDict(
         {
@@ -136,12 +135,15 @@ def base_config() -> ConfigDict:
           'scope': optional(str),  # of phi: 'joint' or 'per_stream'
           'norm_scope': optional(str),  # of the norm before phi: 'joint' or 'per_stream'
           'norm_weight': optional(bool),
+          'norm_eps': optional(float),
+          'norm_eps_outside': optional(bool),  # 1 / (rms + eps) instead of 1 / sqrt(mean square + eps)
           'read_gate': optional(str),  # sigmoid, softmax, tanh, linear, fixed or elementwise
           'read_scale': optional(float),  # None: the preset's; 1 / streams for a fixed gate
           'read_rank': optional(int),  # of the elementwise read gate
           'write_gate': optional(str),  # sigmoid, softmax, tanh, linear, fixed or one_hot
           'write_scale': optional(float),  # m of m-sigmoid; 1 for a fixed gate
-          'gate_eps': optional(float),
+          'read_eps': optional(float),
+          'write_eps': optional(float),
           'single_pass': optional(bool),  # reads by the map of the sublayer before (DeepSeek-V4.1)
           'expansion': optional(str),  # replicate, one_hot or learned
           'collapse': optional(str),  # mean, sum, learned, weights or read
@@ -170,6 +172,7 @@ def base_config() -> ConfigDict:
       'manifold': optional(str),
       'manifold_pattern': optional(str),  # for example layers/(attention|feed_forward)/.*/w
       'manifold_value': optional(float),  # rank, radius (None: 1), or LORO's updates between exact steps
+      'microbatches': optional(int),  # parts of a batch, one after another: less memory, equal gradients
     }
   )
   c.optimizer.clip_norm = 1.0
@@ -193,96 +196,15 @@ def base_config() -> ConfigDict:
   c.checkpoint = ConfigDict({'every_steps': optional(int), 'keep': 2})  # None: only at the end
   # Diverged: anything non-finite, or a loss above the first for this many updates in a row after warmup.
   c.divergence = ConfigDict({'patience': 10})
-  c.mesh = ConfigDict({'data': 1, 'fsdp': 1})  # devices along each axis. Not part of the run id
+  # Devices along each axis. Not part of the run id
+  c.mesh = ConfigDict({'data': 1, 'fsdp': 1, 'tensor': 1, 'expert': 1})
+  # The accelerators that the mesh is meant for, like v5p:4x4x4. Not part of the run id
+  c.topology = optional(str)
   return c
 
 
 # What does not change the numbers of a run, and so is left out of its id.
-NOT_IN_ID = (('arm',), ('mesh',), ('data', 'dir'), ('log', 'tensorboard'), ('checkpoint',))
-
-
-def require(condition: bool, message: str) -> None:
-  """Raises ConfigError with this message unless the condition holds."""
-  if not condition:
-    raise ConfigError(message)
-
-
-def build_connection(c: ConfigDict, depth: int, constraint: Constraint | None = None) -> ConnectionSpec:
-  """model.connection -> ConnectionSpec of a model of that depth.
-
-  constraint: one of the caller's own in place of the named one. Raises ConfigError for unknown names and
-  impossible sizes.
-  """
-  fields = {key: value for key, value in c.items() if key not in ('constraint_params', 'output_init_scaling')}
-  if c.name == 'depth_matrix':
-    fields['streams'] = 2 * depth + 1  # the embedding and every sublayer's output
-  if constraint is not None:
-    fields['constraint'] = constraint
-  try:
-    return connection_spec(constraint_params=c.constraint_params.to_dict(), **fields)
-  except (TypeError, ValueError) as error:
-    raise ConfigError(f'model.connection: {error}') from None
-
-
-def build_model(config: ConfigDict, vocab_size: int, constraint: Constraint | None = None) -> ModelConfig:
-  """config -> ModelConfig with derived sizes; raises ConfigError for impossible ones."""
-  c = config.model
-  for name in ('width', 'depth', 'heads', 'scan_unroll'):
-    require(c[name] >= 1, f'model.{name} must be at least 1, got {c[name]}')
-  require(c.width % c.heads == 0, f'model.heads={c.heads} does not divide model.width={c.width}')
-  head_dim = c.width // c.heads
-  require(head_dim % 2 == 0, f'width / heads = {head_dim} must be even for rotary embeddings')
-  kv_heads = c.heads if c.kv_heads is None else c.kv_heads
-  require(
-    kv_heads >= 1 and c.heads % kv_heads == 0,
-    f'model.kv_heads={kv_heads} does not divide model.heads={c.heads}',
-  )
-  ffn_width = -(-8 * c.width // 24) * 8 if c.ffn_width is None else c.ffn_width
-  require(ffn_width >= 1, f'model.ffn_width must be at least 1, got {ffn_width}')
-  largest = min(c.width, kv_heads * head_dim, ffn_width)
-  rank = c.weights.rank
-  require(
-    rank is None or 1 <= rank <= largest,
-    f'model.weights.rank must lie between 1 and {largest}, the smallest side of a weight, got {rank}',
-  )
-  require(c.dtype in DTYPES, f'model.dtype must be one of {", ".join(DTYPES)}, got {c.dtype!r}')
-  require(c.remat in ('none', 'layer'), f'model.remat must be none or layer, got {c.remat!r}')
-  require(c.rope_theta > 0, f'model.rope_theta must be positive, got {c.rope_theta}')
-  require(c.norm_eps >= 0, f'model.norm_eps must not be negative, got {c.norm_eps}')
-  for name in ('base_width', 'base_depth'):
-    base = config.transfer[name]
-    require(base is None or base >= 1, f'transfer.{name} must be at least 1 or None, got {base}')
-  connection = build_connection(c.connection, c.depth, constraint)
-  _check_connection(connection, c.width)
-  return ModelConfig(
-    **{name: c[name] for name in ('width', 'depth', 'heads', 'remat', 'scan', 'scan_unroll')},
-    **{name: c[name] for name in ('rope_theta', 'norm_eps')},
-    kv_heads=kv_heads,
-    head_dim=head_dim,
-    ffn_width=ffn_width,
-    vocab_size=vocab_size,
-    connection=connection,
-    output_gain=connection.streams**0.5 if c.connection.output_init_scaling else 1.0,
-    weights_rank=rank,
-    dtype=DTYPES[c.dtype],
-    base_width=config.transfer.base_width,
-    base_depth=config.transfer.base_depth,
-  )
-
-
-def _check_connection(spec: ConnectionSpec, width: int) -> None:
-  inputs = spec.generator_shape[0] * width
-  require(
-    spec.rank is None or spec.rank <= inputs,
-    f'connection.rank={spec.rank} is over {inputs}, the number of inputs of phi',
-  )
-  n = spec.streams
-  coords = jax.ShapeDtypeStruct((spec.constraint.num_coordinates(n), 1, 1), jnp.float32)
-  try:
-    jax.eval_shape(lambda coords_KX: spec.constraint.matrix(coords_KX, n), coords)
-  except (TypeError, ValueError) as error:
-    what = str(error).splitlines()[0]
-    raise ConfigError(f'connection.constraint={spec.constraint.name} does not work: {what}') from None
+NOT_IN_ID = (('arm',), ('mesh',), ('topology',), ('data', 'dir'), ('log', 'tensorboard'), ('checkpoint',))
 
 
 def build_optimizer(config: ConfigDict) -> OptimizerConfig:
@@ -338,7 +260,8 @@ def check_counts(config: ConfigDict) -> None:
     'log': ('every_steps', 'diagnostics_every_steps'),
     'checkpoint': ('every_steps', 'keep'),
     'divergence': ('patience',),
-    'mesh': ('data', 'fsdp'),
+    'optimizer': ('microbatches',),
+    'mesh': ('data', 'fsdp', 'tensor', 'expert'),
   }
   for section, names in least.items():
     for name in names:
@@ -352,10 +275,12 @@ def check_counts(config: ConfigDict) -> None:
   )
   value = config.duration[given[0]]
   require(value > 0, f'duration.{given[0]} must be positive, got {value}')
-  rows, shards = config.data.batch_size, config.mesh.data * config.mesh.fsdp
+  rows, parts = config.data.batch_size, config.optimizer.microbatches or 1
+  shards = config.mesh.data * config.mesh.fsdp * config.mesh.expert
   require(
-    rows % shards == 0,
-    f'data.batch_size={rows} must be a multiple of mesh.data * mesh.fsdp = {shards}',
+    rows % (shards * parts) == 0,
+    f'data.batch_size={rows} must be a multiple of mesh.data * mesh.fsdp * mesh.expert = {shards}'
+    + f' times optimizer.microbatches={parts}' * (parts > 1),
   )
   rows = config.evaluation.batch_size
   require(rows % shards == 0, f'evaluation.batch_size={rows} must be a multiple of {shards} devices')

@@ -73,8 +73,9 @@ class ConnectionSpec:
   norm_scope: str = 'joint'  # the norm before phi is of the whole nC vector or 'per_stream'
   norm_weight: bool = False  # a learned weight after that norm (the paper absorbs it in phi)
   activation: str = 'none'  # 'tanh' bounds the dynamic part (HC)
+  phi_only: bool = False  # coordinates without biases, alpha fixed at its start (Qwen4-Exp)
   share_alpha: bool = False  # one alpha for reads and mixing (HC)
-  generator: str = 'matrix'  # 'cp': phi of each part is a sum of `rank` outer products (TEMPER)
+  generator: str = 'matrix'  # 'cp': phi of res is a sum of `rank` outer products (TEMPER)
   rank: int | None = None  # rank of the generator phi; None is full
   read_rank: int | None = None  # of the 'elementwise' read gate
   norm_eps: float = 1e-6

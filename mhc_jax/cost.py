@@ -1,25 +1,29 @@
 """Parameters and FLOPs of a model by term, hyper-connections included: pure functions of its sizes.
 
 Conventions. A multiply-add is 2 FLOPs; training is 3 x forward (no recomputation counted). Attention is
-counted in full, T x T, as it is executed. Left out: norms, softmax, activations, rotary embedding and
-residual additions (O(C) per token and sublayer), except the connection's own norm. XLA's count of matrix
-products equals the terms that are matrix products (tests/test_cost.py).
+counted in full, T x T, as it is executed; of the routed experts, those that a token goes to. Left out: norms,
+softmax, activations, rotary embedding, sorting by expert and residual additions (O(C) per token and
+sublayer), except the connection's own norm. XLA's count of matrix products equals the terms that are matrix
+products (tests/test_cost.py).
 """
 
 from mhc_jax.config import ModelConfig
 from mhc_jax.generator import cp_shapes
+from mhc_jax.layers.moe import buffer_rows
 
 
 def parameters(c: ModelConfig) -> dict[str, int]:
-  """Number of parameters by group, with 'total', 'matmul' and 'non_embedding' at the end.
+  """Number of parameters by group, and at the end the sums 'total', 'active', 'matmul', 'non_embedding'.
 
-  'matmul' (attention, feed-forward, unembedding) is the primary N of the scaling laws (Porian et al.,
-  arXiv 2406.19146); tokens_per_param counts by it.
+  'active': what a token meets, total less the routed experts that it does not go to and the embedding (the
+  vocabulary counts once). 'matmul' (attention, feed-forward, unembedding; of routed experts the active ones)
+  is the primary N of the scaling laws (Porian et al., arXiv 2406.19146); tokens_per_param counts by it.
   """
   maps = _maps(c)
   spec, n = c.connection, c.connection.streams
   dynamic = spec.dynamic and bool(spec.parts)
   alphas = len({spec.alpha_of(part) for part in spec.parts})
+  static = 0 if spec.phi_only else sum(spec.parts.values()) + alphas * dynamic
   norm = (spec.generator_shape[0] if spec.parts else n) * c.width
   norm *= spec.norm_weight and spec.dynamic and spec.has_params
   head = c.width * n**2 if spec.collapse == 'learned' else 0
@@ -28,15 +32,28 @@ def parameters(c: ModelConfig) -> dict[str, int]:
     'embedding': c.vocab_size * c.width,
     'unembedding': c.width * c.vocab_size,
     'attention': c.depth * sum(_size(shape, c.weights_rank) for shape in maps['attention']),
-    'feed_forward': c.depth * sum(_size(shape, c.weights_rank) for shape in maps['feed_forward']),
-    'norm': (2 * c.depth + 1) * c.width,
+    'feed_forward': _dense(c) * sum(_size(shape, c.weights_rank) for shape in maps['feed_forward']),
+    **_expert_parameters(c),
+    'norm': (2 * c.depth + 1) * c.width + (c.depth * c.mla.kv_rank if c.mla else 0),
     'hc_dynamic': 2 * c.depth * (_generator(c) * dynamic + _elementwise(c)) + head,
-    'hc_static': 2 * c.depth * (sum(spec.parts.values()) + alphas * dynamic + norm) + ends,
+    'hc_static': 2 * c.depth * (static + norm) + ends,
   }
   total = sum(groups.values())
-  matmul = groups['attention'] + groups['feed_forward'] + groups['unembedding']
-  non_embedding = total - groups['embedding'] - groups['unembedding']
-  return {**groups, 'total': total, 'matmul': matmul, 'non_embedding': non_embedding}
+  inactive = groups['routed_experts'] * (c.moe.experts - c.moe.active) // c.moe.experts if c.moe else 0
+  names = (
+    'attention',
+    'feed_forward',
+    'unembedding',
+    *('router', 'shared_experts', 'routed_experts') * bool(c.moe),
+  )
+  matmul = sum(groups[name] for name in names) - inactive
+  return {
+    **groups,
+    'total': total,
+    'active': total - groups['embedding'] - inactive,
+    'matmul': matmul,
+    'non_embedding': total - groups['embedding'] - groups['unembedding'],
+  }
 
 
 def forward_flops_per_token(c: ModelConfig, seq_len: int) -> dict[str, float]:
@@ -45,16 +62,18 @@ def forward_flops_per_token(c: ModelConfig, seq_len: int) -> dict[str, float]:
   flops = {
     'unembedding': 2 * c.width * c.vocab_size,
     'attention_maps': 2 * c.depth * sum(_size(s, c.weights_rank) for s in maps['attention']),
-    'attention_scores': 4 * c.depth * seq_len * c.heads * c.head_dim,
-    'feed_forward': 2 * c.depth * sum(_size(s, c.weights_rank) for s in maps['feed_forward']),
+    'attention_scores': 2 * c.depth * seq_len * c.heads * (c.head_dim + c.value_dim),
+    'feed_forward': 2 * _dense(c) * sum(_size(s, c.weights_rank) for s in maps['feed_forward']),
+    **_expert_flops(c),
   }
   if not spec.has_params:
     return flops
   inputs, outputs = spec.generator_shape
   copies = n // inputs  # 'per_stream' applies one small map n times
   product = _generator(c)
-  if spec.generator == 'cp':  # multiplied out: R = rank * parts
-    product = spec.rank * len(spec.parts) * (inputs * c.width + outputs)
+  if spec.generator == 'cp':  # multiplied out
+    res = spec.parts['res']
+    product = inputs * c.width * (outputs - res + spec.rank) + spec.rank * res
   sublayers = 2 * c.depth
   flops |= {
     'hc_generator': sublayers * spec.dynamic * (2 * copies * product + 3 * n * c.width),
@@ -74,6 +93,44 @@ def train_flops_per_token(c: ModelConfig, seq_len: int) -> float:
   return 3.0 * sum(forward_flops_per_token(c, seq_len).values())
 
 
+def routed_flops_over_ideal(c: ModelConfig, shards: int) -> float:
+  """FLOPs of the routed experts' whole buffers over those of the rows in use, which cost the ideal.
+
+  For a mesh with that many `expert` shards and a grouped matrix product that does not skip rows in no group;
+  one that does costs the ideal, one that is lowered densely (XLA:CPU) E / shards times this.
+  """
+  return shards * buffer_rows(1, c.moe.active, c.moe.experts // shards) / c.moe.active
+
+
+def _dense(c: ModelConfig) -> int:
+  """Number of layers with a dense feed-forward sublayer."""
+  return c.depth if c.moe is None else c.dense_layers
+
+
+def _expert_parameters(c: ModelConfig) -> dict[str, int]:
+  """By group, {} without experts; the router's bias counts as the router's."""
+  if c.moe is None:
+    return {}
+  layers, expert = c.depth - c.dense_layers, 3 * c.width * c.moe.ffn_width
+  return {
+    'router': layers * (c.width + 1) * c.moe.experts,
+    'shared_experts': layers * c.moe.shared * expert,
+    'routed_experts': layers * c.moe.experts * expert,
+  }
+
+
+def _expert_flops(c: ModelConfig) -> dict[str, int]:
+  """Forward FLOPs per token by term, {} without experts. 'routed_experts' is the ideal: rows in use alone."""
+  if c.moe is None:
+    return {}
+  layers, expert = c.depth - c.dense_layers, 3 * c.width * c.moe.ffn_width
+  return {
+    'router': 2 * layers * c.width * c.moe.experts,
+    'shared_experts': 2 * layers * c.moe.shared * expert,
+    'routed_experts': 2 * layers * c.moe.active * expert,
+  }
+
+
 def _generator(c: ModelConfig) -> int:
   """Parameters of one sublayer's phi."""
   spec = c.connection
@@ -81,7 +138,8 @@ def _generator(c: ModelConfig) -> int:
   if spec.rank is None:
     return inputs * c.width * outputs
   if spec.generator == 'cp':
-    return spec.rank * sum(sum(sides.values()) for sides in cp_shapes(spec, c.width).values())
+    gates = outputs - spec.parts['res']
+    return inputs * c.width * gates + spec.rank * sum(cp_shapes(spec, c.width).values())
   return spec.rank * (inputs * c.width + outputs)
 
 
@@ -91,10 +149,15 @@ def _elementwise(c: ModelConfig) -> int:
 
 
 def _maps(c: ModelConfig) -> dict[str, list[tuple[int, int]]]:
-  """(in, out) of every linear map of one block."""
+  """(in, out) of every linear map of one dense block."""
   queries, keys = c.heads * c.head_dim, c.kv_heads * c.head_dim
+  attention = [(c.width, queries), (c.width, keys), (c.width, keys), (queries, c.width)]
+  if c.mla is not None:
+    up, values = c.heads * (c.mla.head_dim + c.mla.value_dim), c.heads * c.mla.value_dim
+    latent = c.mla.kv_rank
+    attention = [(c.width, queries), (c.width, latent + c.mla.rope_dim), (latent, up), (values, c.width)]
   return {
-    'attention': [(c.width, queries), (c.width, keys), (c.width, keys), (queries, c.width)],
+    'attention': attention,
     'feed_forward': [(c.width, c.ffn_width), (c.width, c.ffn_width), (c.ffn_width, c.width)],
   }
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from mhc_jax.config import ModelConfig
 from mhc_jax.connection import Gate
+from mhc_jax.constraints.spectra import singular_values
 
 
 def interleave(records: list[dict[str, jax.Array]], name: str) -> jax.Array | None:
@@ -63,15 +64,15 @@ def shape_of(h_SNMBT: jax.Array) -> dict[str, jax.Array]:
   is rounding). distance_to_mean: from J/n, all streams alike; distance_to_identity: from I.
   """
   n = h_SNMBT.shape[1]
-  sigma_SBTN = jnp.linalg.svd(jnp.moveaxis(h_SNMBT, (3, 4), (1, 2)), compute_uv=False)
+  sigma_NSBT = singular_values(jnp.moveaxis(h_SNMBT, 0, 2))
 
   def distance(centre_NM):
     difference = h_SNMBT - centre_NM[None, :, :, None, None]
     return jnp.sqrt(jnp.sum(jnp.square(difference), (1, 2))).mean((1, 2))
 
   return {
-    'spectral_norm': sigma_SBTN[..., 0].mean((1, 2)),
-    'sigma_min': sigma_SBTN[..., -1].mean((1, 2)),
+    'spectral_norm': sigma_NSBT[0].mean((1, 2)),
+    'sigma_min': sigma_NSBT[-1].mean((1, 2)),
     'distance_to_mean': distance(jnp.full((n, n), 1 / n)),
     'distance_to_identity': distance(jnp.eye(n)),
     'res_mean': h_SNMBT.mean((3, 4)),
@@ -124,9 +125,15 @@ def stream_cosine(gram_SNMBT: jax.Array) -> jax.Array:
 
 
 def stream_rank(gram_SNMBT: jax.Array) -> jax.Array:
-  """Effective rank of the streams (n vectors of width C) at each token, mean over tokens, (S,)."""
-  eigenvalues_SBTN = jnp.linalg.eigvalsh(jnp.moveaxis(gram_SNMBT, (3, 4), (1, 2)))
-  return effective_rank(eigenvalues_SBTN).mean((1, 2))
+  """Effective rank of the streams (n vectors of width C) at each token, mean over tokens, (S,).
+
+  From their singular values, the roots of the Gram matrix's eigenvalues; those that its rounding leaves of
+  0 count as 0.
+  """
+  squares_SBTN = jnp.moveaxis(singular_values(jnp.moveaxis(gram_SNMBT, 0, 2)), 0, -1)
+  rounding_SBT1 = squares_SBTN.shape[-1] * jnp.finfo(gram_SNMBT.dtype).eps * squares_SBTN[..., :1]
+  sigma_SBTN = jnp.sqrt(jnp.where(squares_SBTN > rounding_SBT1, squares_SBTN, 0))
+  return effective_rank(sigma_SBTN).mean((1, 2))
 
 
 def diagnose(records: list[dict[str, Any]], config: ModelConfig) -> dict[str, jax.Array]:
@@ -156,23 +163,30 @@ def diagnose(records: list[dict[str, Any]], config: ModelConfig) -> dict[str, ja
     if value is not None:
       out |= gate_values(value, gate, name)
   if all(value is None or value.ndim == 4 for value in (pre_SNBT, post_SNBT)):
-    out['depth_rank'] = _depth_rank(pre_SNBT, post_SNBT, res_SNMBT)
+    out['depth_mean'] = _mean_depth_matrix(pre_SNBT, post_SNBT, res_SNMBT)
   return out
 
 
-def _depth_rank(pre_SNBT: jax.Array | None, post_SNBT: jax.Array | None, res_SNMBT: jax.Array) -> jax.Array:
-  """Effective rank of the token-mean depth matrix, from its singular values."""
+def _mean_depth_matrix(
+  pre_SNBT: jax.Array | None, post_SNBT: jax.Array | None, res_SNMBT: jax.Array
+) -> jax.Array:
+  """The token-mean depth matrix, (S, S)."""
   shape = (res_SNMBT.shape[0], *res_SNMBT.shape[2:])
   if pre_SNBT is None:  # reads stream 0
     pre_SNBT = jnp.zeros(shape).at[:, 0].set(1)
   post_SNBT = jnp.ones(shape) if post_SNBT is None else post_SNBT
-  mean_SS = depth_matrix(pre_SNBT, post_SNBT, res_SNMBT).mean((2, 3))
-  return effective_rank(jnp.linalg.svd(mean_SS, compute_uv=False))
+  return depth_matrix(pre_SNBT, post_SNBT, res_SNMBT).mean((2, 3))
 
 
 def with_spectra(found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """Adds lambda_2, the second largest modulus of eigenvalues of token-mean matrices (0 for one stream)."""
+  """Adds lambda_2, the second largest modulus of eigenvalues of token-mean matrices (0 for one stream).
+
+  And depth_rank, the effective rank of the token-mean depth matrix, in that matrix's place.
+  """
   out = dict(found)
+  mean_SS = out.pop('depth_mean', None)
+  if mean_SS is not None and np.isfinite(mean_SS).all():
+    out['depth_rank'] = effective_rank(np.linalg.svd(mean_SS, compute_uv=False))
   for name in ('', 'composite_'):
     matrices = found[f'{name}res_mean']
     if not np.isfinite(matrices).all():

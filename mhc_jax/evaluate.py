@@ -6,7 +6,6 @@ python -m mhc_jax.evaluate runs/laptop --prompt 'def main' --bytes 400 --tempera
 
 import argparse
 import functools
-import json
 import os
 import sys
 from typing import Any
@@ -18,24 +17,22 @@ from mhc_jax import train
 from mhc_jax.checkpoint import Checkpoints
 from mhc_jax.command import end_with_message
 from mhc_jax.config import ConfigError, ModelConfig
-from mhc_jax.data import BOS, Corpus, decode, encode, load_corpus, validation_batches, windows
+from mhc_jax.constraints.base import Constraint
+from mhc_jax.data import BOS, VOCAB_SIZE, Corpus, decode, encode, load_corpus, validation_batches, windows
 from mhc_jax.model import Transformer
-from mhc_jax.run import rebuild_model
+from mhc_jax.run import read_config, rebuild_model
 from mhc_jax.sharding import make_mesh, put_batch
 from mhc_jax.train_step import evaluate_sums
 
 
-def load(workdir: str) -> tuple[dict[str, Any], ModelConfig, int, Any]:
+def load(workdir: str, constraint: Constraint | None = None) -> tuple[dict[str, Any], ModelConfig, int, Any]:
   """(config.json, model, step, parameters) of the newest undamaged checkpoint.
 
-  Raises ConfigError where workdir holds no run or no checkpoint.
+  constraint: the caller's own that the run was trained with. Raises ConfigError where workdir holds no run or
+  no checkpoint, or was trained with another constraint.
   """
-  path = os.path.join(workdir, 'config.json')
-  if not os.path.exists(path):
-    raise ConfigError(f'{workdir} holds no run (no config.json)')
-  with open(path, encoding='utf-8') as file:
-    resolved = json.load(file)
-  model = rebuild_model(resolved)
+  resolved = read_config(workdir)
+  model = rebuild_model(resolved, constraint)
   tokens = jnp.zeros((1, 2), jnp.int32)
   init = functools.partial(Transformer(model).init, jax.random.key(0), tokens, tokens)
   with Checkpoints(os.path.join(workdir, 'checkpoints')) as checkpoints:
@@ -49,7 +46,7 @@ def validation(resolved: dict[str, Any], model: ModelConfig, params: Any, corpus
   """The loss over the validation batches that training used, in nats per token and bits per byte."""
   c, data = resolved['evaluation'], resolved['data']
   split = windows(corpus.validation, data['seq_len'], data['cross_documents'])
-  mesh = make_mesh(1, 1)
+  mesh = make_mesh({})
   batches = [
     put_batch(batch, mesh)
     for batch in validation_batches(split, c['batch_size'], c['sequences'] // c['batch_size'])
@@ -72,7 +69,7 @@ def sample(
   @jax.jit
   def next_token(params: Any, tokens_1T: jax.Array, last: jax.Array, key: jax.Array) -> jax.Array:
     logits_1TV, _ = Transformer(model).apply({'params': params}, tokens_1T, jnp.zeros_like(tokens_1T))
-    logits_V = logits_1TV[0, last].at[BOS].set(-jnp.inf)
+    logits_V = logits_1TV[0, last, :VOCAB_SIZE].at[BOS].set(-jnp.inf)
     greedy = jnp.argmax(logits_V)
     drawn = jax.random.categorical(key, logits_V / jnp.maximum(temperature, 1e-6))
     return jnp.where(temperature > 0, drawn, greedy)

@@ -24,10 +24,10 @@ PRECISION = lax.Precision.HIGH
 def init_generator(
   key: jax.Array, spec: ConnectionSpec, width: int, phi_scale: float
 ) -> dict[str, jax.Array]:
-  """phi (n, C, K); phi_in (n, C, R) and phi_out (R, K); or CP factors (n, R), (C, R) and (K, R) per part.
+  """phi (n, C, K); phi_in (n, C, R) and phi_out (R, K); or phi of the gates alone and res as a CP product.
 
-  All with the same variance of the product. res with n^2 coordinates has a factor for each side of the
-  matrix (TEMPER, arXiv 2608.07851: CP over (n, C, n, n)).
+  All with the same variance of the product. The CP product (TEMPER, arXiv 2608.07851) has factors
+  phi_res_NAME (length, R): of streams, width, and each side of the matrix where res has n^2 coordinates.
   """
   inputs, outputs = spec.generator_shape
   std, rank, dtype = spec.init.phi * phi_scale / math.sqrt(inputs * width), spec.rank, jnp.result_type(float)
@@ -39,36 +39,32 @@ def init_generator(
       'phi_in': std * jax.random.normal(key_in, (inputs, width, rank), dtype),
       'phi_out': jax.random.normal(key_out, (rank, outputs), dtype) / rank**0.5,
     }
-  params = {}
-  for part, shapes in cp_shapes(spec, width).items():
-    for name, size in shapes.items():
-      key, key_now = jax.random.split(key)
-      scale = std / rank**0.5 if name == 'width' else 1.0
-      params[f'phi_{part}_{name}'] = scale * jax.random.normal(key_now, (size, rank), dtype)
+  key, key_gates = jax.random.split(key)
+  gates, params = outputs - spec.parts['res'], {}
+  if gates:
+    params['phi'] = std * jax.random.normal(key_gates, (inputs, width, gates), dtype)
+  for name, size in cp_shapes(spec, width).items():
+    key, key_now = jax.random.split(key)
+    scale = std / rank**0.5 if name == 'width' else 1.0
+    params[f'phi_res_{name}'] = scale * jax.random.normal(key_now, (size, rank), dtype)
   return params
 
 
-def cp_shapes(spec: ConnectionSpec, width: int) -> dict[str, dict[str, int]]:
-  """part -> factor -> its length, for generator 'cp'."""
-  n, shapes = spec.streams, {}
-  for part, size in spec.parts.items():
-    square = part == 'res' and size == n * n
-    sides = {'row': n, 'column': n} if square else {'out': size}
-    shapes[part] = {'stream': n, 'width': width, **sides}
-  return shapes
+def cp_shapes(spec: ConnectionSpec, width: int) -> dict[str, int]:
+  """Factor of res -> its length, for generator 'cp'."""
+  n, size = spec.streams, spec.parts['res']
+  sides = {'row': n, 'column': n} if size == n * n else {'out': size}
+  return {'stream': n, 'width': width, **sides}
 
 
-def _cp_factors(params: dict[str, jax.Array], spec: ConnectionSpec) -> tuple[jax.Array, jax.Array]:
-  """The CP factors as phi_in (n, C, R) and a block-diagonal phi_out (R, K); R = rank * number of parts."""
-  inner, outer = [], []
-  for part in spec.parts:
-    inner.append(params[f'phi_{part}_stream'][:, None] * params[f'phi_{part}_width'][None])
-    if f'phi_{part}_out' in params:
-      outer.append(params[f'phi_{part}_out'].T)
-    else:
-      rows, columns = params[f'phi_{part}_row'], params[f'phi_{part}_column']
-      outer.append((rows[:, None] * columns[None]).reshape(-1, rows.shape[1]).T)
-  return jnp.concatenate(inner, -1), jax.scipy.linalg.block_diag(*outer)
+def _cp_factors(params: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+  """The gates' phi beside the CP factors of res as phi_in (n, C, K + R), and res's phi_out (R, K_res)."""
+  inner_NDR = params['phi_res_stream'][:, None] * params['phi_res_width'][None]
+  phi_NDK = jnp.concatenate([params['phi'], inner_NDR], -1) if 'phi' in params else inner_NDR
+  if 'phi_res_out' in params:
+    return phi_NDK, params['phi_res_out'].T
+  rows, columns = params['phi_res_row'], params['phi_res_column']
+  return phi_NDK, (rows[:, None] * columns[None]).reshape(-1, rows.shape[1]).T
 
 
 def inverse_rms(mean_square: jax.Array, spec: ConnectionSpec) -> jax.Array:
@@ -125,12 +121,12 @@ _normed_product.defvjp(_normed_product_forward, _normed_product_backward)
 
 def project(params: dict[str, jax.Array], x_NBTD: jax.Array, spec: ConnectionSpec) -> jax.Array:
   """The generator's outputs for normed streams, before alpha: (K, B, T)."""
-  if 'phi' in params:
-    phi_NDK, out_RK = params['phi'], None
+  if 'phi_res_width' in params:
+    phi_NDK, out_RK = _cp_factors(params)
   elif 'phi_in' in params:
     phi_NDK, out_RK = params['phi_in'], params['phi_out']
   else:
-    phi_NDK, out_RK = _cp_factors(params, spec)
+    phi_NDK, out_RK = params['phi'], None
   if 'norm_weight' in params:
     phi_NDK = params['norm_weight'][..., None] * phi_NDK
   phi_NDK = phi_NDK.astype(jnp.promote_types(x_NBTD.dtype, phi_NDK.dtype))
@@ -142,7 +138,9 @@ def project(params: dict[str, jax.Array], x_NBTD: jax.Array, spec: ConnectionSpe
     out_KBT = _normed_product(phi_NDK, x_NBTD, inverse)
   if out_RK is None:
     return out_KBT
-  out_KX = jnp.dot(out_RK.T, out_KBT.reshape(len(out_KBT), -1), precision=PRECISION)
+  out_KX = out_KBT.reshape(len(out_KBT), -1)
+  full_KX, low_RX = out_KX[: -len(out_RK)], out_KX[-len(out_RK) :]
+  out_KX = jnp.concatenate([full_KX, jnp.dot(out_RK.T, low_RX, precision=PRECISION)])
   return out_KX.reshape(-1, *out_KBT.shape[1:])
 
 

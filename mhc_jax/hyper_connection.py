@@ -42,9 +42,9 @@ def init_params(
 ) -> dict[str, jax.Array]:
   """Parameters of one sublayer's connection, float32 (float64 in x64), {} for a plain residual.
 
-  b_PART (K_PART,); alpha_PART () and the generator's phi (generator.init_generator); norm_weight (n, C), or
-  (1, C) for one map per stream. sublayer sets the home stream and may be traced. phi_scale multiplies
-  phi's start (width transfer).
+  b_PART (K_PART,) and alpha_PART () unless spec.phi_only; the generator's phi (generator.init_generator);
+  norm_weight (n, C), or (1, C) for one map per stream. sublayer sets the home stream and may be traced.
+  phi_scale multiplies phi's start (width transfer).
   """
   n, parts, dtype = spec.streams, spec.parts, jnp.result_type(float)
   is_home_N = jnp.arange(n) == sublayer % n
@@ -57,9 +57,9 @@ def init_params(
       else jnp.asarray(spec.constraint.identity(n, spec.init.mixing))
     ),
   }
-  params = {f'b_{part}': bias[part]().astype(dtype) for part in parts}
+  params = {} if spec.phi_only else {f'b_{part}': bias[part]().astype(dtype) for part in parts}
   if spec.dynamic and parts:
-    for part in parts:
+    for part in () if spec.phi_only else parts:
       params[f'alpha_{spec.alpha_of(part)}'] = jnp.asarray(spec.init.alpha, dtype)
     params |= generator.init_generator(key, spec, width, phi_scale)
   if spec.read_gate.kind == 'elementwise':
@@ -74,11 +74,14 @@ def coordinates(
 ) -> dict[str, jax.Array]:
   """alpha * f(phi^T norm(x)) + b of each part, (K_part, B, T), before gates and constraint (mHC eq. 7)."""
   tokens, dtype = x_NBTD.shape[1:3], jnp.promote_types(x_NBTD.dtype, jnp.float32)
-  coords = {part: params[f'b_{part}'][:, None, None].astype(dtype) for part in spec.parts}
+  start = {
+    part: jnp.zeros(size) if spec.phi_only else params[f'b_{part}'] for part, size in spec.parts.items()
+  }
+  coords = {part: value[:, None, None].astype(dtype) for part, value in start.items()}
   if spec.dynamic and spec.parts:
     phi = {name: value for name, value in params.items() if name.startswith(('phi', 'norm_weight'))}
     for part, value in generator.dynamic_coordinates(phi, x_NBTD, spec).items():
-      alpha = params[f'alpha_{spec.alpha_of(part)}']
+      alpha = spec.init.alpha if spec.phi_only else params[f'alpha_{spec.alpha_of(part)}']
       coords[part] = coords[part] + alpha * (jnp.tanh(value) if spec.activation == 'tanh' else value)
   return {part: jnp.broadcast_to(value, (value.shape[0], *tokens)) for part, value in coords.items()}
 

@@ -1,7 +1,8 @@
 """What a run writes about itself: metrics.jsonl, TensorBoard, status.json and its progress line.
 
 Files are the only interface to analysis. metrics.jsonl has one row per logged step, strictly increasing;
-non-finite numbers are written as null.
+non-finite numbers are written as null. The row of step 0 comes before any update: validation and diagnostics,
+no train/.
 """
 
 import json
@@ -138,18 +139,18 @@ class Progress:
     hidden = quiet or self._plain
     self._bar = tqdm(desc=name, initial=start, total=total, unit='step', disable=hidden)
 
-  def update(self, step: int, loss: float, tokens_per_second: float) -> None:
+  def update(self, step: int, loss: float, tokens_per_second: float | None) -> None:
     """Shows that `step` updates are done."""
+    speed = '' if tokens_per_second is None else f', {tokens_per_second:,.0f} tokens/s'
     if not self._bar.disable:
-      self._bar.set_postfix_str(f'loss {loss:.4f}, {tokens_per_second:,.0f} tokens/s', refresh=False)
+      self._bar.set_postfix_str(f'loss {loss:.4f}{speed}', refresh=False)
       self._bar.update(step - self._bar.n)
     now = time.monotonic()
     if self._plain and (now - self._printed > 10 or step == self._total):
       self._printed = now
       left = (now - self._began) / max(step - self._start, 1) * (self._total - step)
       print(
-        f'{self._name}: step {step}/{self._total}, loss {loss:.4f}, {tokens_per_second:,.0f} tokens/s, '
-        f'{left:.0f} s left',
+        f'{self._name}: step {step}/{self._total}, loss {loss:.4f}{speed}, {left:.0f} s left',
         file=sys.stderr,
         flush=True,
       )

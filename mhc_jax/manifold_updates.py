@@ -3,12 +3,13 @@
     W <- argmin_{W' in M} ||W' - (W + update)||_F
 
 `projected` is an optax transform to put after any optimizer; it acts on the parameters whose path matches a
-regular expression, as matrices (rows: the first axis after the layer axis of scanned parameters, columns:
-all others). m x n is a matrix's size, k = min(m, n). What is added to W is the difference, so a point of M is
+regular expression, as matrices (rows: the first axis after those of scanned layers and experts, columns: all
+others). m x n is a matrix's size, k = min(m, n). What is added to W is the difference, so a point of M is
 left by the rounding of one addition.
 """
 
 import functools
+import math
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -111,6 +112,17 @@ def fixed_rank_start(w_MN: jax.Array, rank: int) -> jax.Array:
   return low_MN * (jnp.linalg.norm(w_MN) / jnp.linalg.norm(low_MN))
 
 
+def _matrices(name: str, w: jax.Array) -> jax.Array:
+  """A parameter of that path as the matrices of its layers and experts, (number, m, n)."""
+  stacked = name.startswith('layers/') + ('/expert_' in name)
+  return w.reshape(math.prod(w.shape[:stacked]), w.shape[stacked], -1)
+
+
+def one_by_one(function: Callable) -> Callable:
+  """jax.vmap as a loop: batches of decompositions can hang XLA:CPU (constraints/spectra.py)."""
+  return lambda *stacks: lax.map(lambda each: function(*each), stacks)
+
+
 def project_params(projection: Projection, pattern: str, params: Any) -> Any:
   """The matching parameters projected, the others as they are. Computed in at least float32."""
 
@@ -118,10 +130,8 @@ def project_params(projection: Projection, pattern: str, params: Any) -> Any:
     name = path_name(path)
     if not re.fullmatch(pattern, name):
       return leaf
-    layers = leaf.shape[:1] if name.startswith('layers/') else ()
-    matrices = leaf.reshape(*layers, leaf.shape[len(layers)], -1)
-    wide = matrices.astype(jnp.promote_types(leaf.dtype, jnp.float32))
-    return (jax.vmap(projection) if layers else projection)(wide).reshape(leaf.shape).astype(leaf.dtype)
+    wide = _matrices(name, leaf).astype(jnp.promote_types(leaf.dtype, jnp.float32))
+    return one_by_one(projection)(wide).reshape(leaf.shape).astype(leaf.dtype)
 
   return jax.tree_util.tree_map_with_path(project, params)
 
@@ -186,7 +196,7 @@ def loro(factors: optax.GradientTransformation, lr: jax.Array, every: int) -> op
       return {name: exact(updates[name], params[name]) for name in params}
     step = functools.partial(loro_step, lr=lr)
     for _ in range(params['u'].ndim - 2):
-      step = jax.vmap(step)
+      step = one_by_one(step)
     shape = (*params['u'].shape[:-2], params['u'].shape[-1], -1)
     v, d_v = (jnp.moveaxis(tree['v'].reshape(shape), -1, -2) for tree in (params, updates))
     m, n = step(params['u'], v, updates['u'], d_v)
@@ -247,9 +257,8 @@ def manifold_muon(
 
   def update(updates: Any, params: Any) -> Any:
     def leaf(path, gradient, w):
-      layers = w.shape[:1] if path_name(path).startswith('layers/') else ()
-      matrices = (a.reshape(*layers, w.shape[len(layers)], -1) for a in (w, gradient))
-      return (jax.vmap(move) if layers else move)(*matrices).reshape(w.shape)
+      matrices = (_matrices(path_name(path), a) for a in (w, gradient))
+      return one_by_one(move)(*matrices).reshape(w.shape)
 
     return jax.tree_util.tree_map_with_path(leaf, updates, params)
 

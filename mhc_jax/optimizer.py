@@ -23,10 +23,11 @@ from mhc_jax.manifold_updates import matches, path_name
 
 # (regular expression on the parameter's path, kind); the first match counts and every parameter must match.
 # hidden: lr / m_N, decay * m_N. plain: lr, decay. scalar: lr, no decay. mixing: lr / m_L, no decay.
+# frozen: no update at all; train_step moves a router's bias by the loads.
 GROUPS: tuple[tuple[str, str], ...] = (
   (r'embedding', 'plain'),
   (r'unembedding', 'plain'),
-  (r'(.*/)?(final_)?norm', 'scalar'),
+  (r'(.*/)?(final_|latent_)?norm', 'scalar'),
   (r'.*_connection/(b|alpha)_res', 'mixing'),
   (r'.*_connection/((b|alpha)_\w+|norm_weight)', 'scalar'),
   (r'.*_connection/(phi(_in|_\w+_width)?|read_down)', 'hidden'),
@@ -34,6 +35,10 @@ GROUPS: tuple[tuple[str, str], ...] = (
   (r'expansion/scale', 'scalar'),
   (r'collapse/phi', 'hidden'),
   (r'collapse/(alpha|b)', 'scalar'),
+  (r'.*/attention/kv_up/[wuv]', 'plain'),  # its fan-in is the latent's rank, whatever the width
+  (r'.*/feed_forward/router', 'plain'),  # output-like: see the module in model.py
+  (r'.*/feed_forward/router_bias', 'frozen'),
+  (r'.*/feed_forward/expert_(gate|up|down)', 'hidden'),  # fan-in of one expert
   (r'.*/(attention|feed_forward)/\w+/[wu]', 'hidden'),
   (r'.*/(attention|feed_forward)/\w+/v', 'plain'),
 )
@@ -123,8 +128,8 @@ def _adamw_unclipped(
   c: OptimizerConfig, model: ModelConfig, lr: jax.Array, weight_decay: jax.Array
 ) -> optax.GradientTransformation:
   m_n, m_l = model.width_ratio, model.depth_ratio
-  lr_of = {'hidden': 1 / m_n, 'plain': 1.0, 'scalar': 1.0, 'mixing': 1 / m_l}
-  decay_of = {'hidden': m_n, 'plain': 1.0, 'scalar': 0.0, 'mixing': 0.0}
+  lr_of = {'hidden': 1 / m_n, 'plain': 1.0, 'scalar': 1.0, 'mixing': 1 / m_l, 'frozen': 0.0}
+  decay_of = {'hidden': m_n, 'plain': 1.0, 'scalar': 0.0, 'mixing': 0.0, 'frozen': 0.0}
 
   def decay(updates: Any, params: Any) -> Any:
     return jax.tree.map(

@@ -27,6 +27,8 @@ INITS: dict[str, Callable[[int], Init]] = {
   ),
   # A sum of all streams.
   'unit_reads': lambda n: Init(read=(1, 1), write=(0, 0), mixing=None, phi=1.0, alpha=0.01),
+  # Zero coordinates but for phi, behind 1 / n (Qwen4-Exp).
+  'scaled_phi': lambda n: Init(read=(0, 0), write=(0, 0), mixing=None, phi=1.0, alpha=1 / n),
   # HC: one-hot cyclic reads, unit writes, H_res = I, phi = 0: exactly pre-norm at step 0.
   'pre_norm': lambda n: Init(read=(0, 1), write=(1, 1), mixing=0.0, phi=0.0, alpha=0.01),
 }
@@ -40,8 +42,18 @@ _HC = {
   'scope': 'per_stream',
   'activation': 'tanh',
   'share_alpha': True,
+  'collapse': 'sum',
 }
 _MHC = {**_MHC_GATES, 'init': 'cyclic', 'constraint': 'birkhoff_sinkhorn'}
+# mhc-lite, KromHC, hyper-connections: a learned norm weight, phi = 0, streams summed. They clamp the norm at
+# 1e-12.
+_TORCH = {
+  **_MHC_GATES,
+  'init': 'cyclic_zero_phi',
+  'norm_weight': True,
+  'norm_eps': 1e-20,
+  'collapse': 'sum',
+}
 
 # name -> preset -> what it sets. The first preset of a name is its default.
 PRESETS: dict[str, dict[str, dict]] = {
@@ -60,7 +72,7 @@ PRESETS: dict[str, dict[str, dict]] = {
     'static': {**_HC, 'dynamic': False},
   },
   'mhc': {
-    'paper': {**_MHC, 'constraint_params': {'preset': 'paper'}},
+    'paper': {**_MHC, 'constraint_params': {'preset': 'paper'}, 'norm_eps': 1e-20},  # Table 5
     'deepseek_v4': {
       **_MHC,
       'constraint_params': {'preset': 'deepseek_v4'},
@@ -77,15 +89,44 @@ PRESETS: dict[str, dict[str, dict]] = {
       'expansion': 'one_hot',
       'collapse': 'read',
     },
+    'megatron_main': {
+      **_MHC,
+      'constraint_params': {'preset': 'megatron_main'},
+      'init': 'zero',
+      'norm_eps': 1e-6,
+      'norm_eps_outside': True,
+    },
+    'mhc_lite': {**_TORCH, 'constraint': 'birkhoff_permutations'},
+    'kromhc': {**_TORCH, 'constraint': 'birkhoff_kronecker'},
+    # One map of C for all streams.
+    'lucidrains': {
+      **_TORCH,
+      'constraint': 'birkhoff_sinkhorn',
+      'constraint_params': {'preset': 'lucidrains'},
+      'scope': 'per_stream',
+    },
   },
-  'identity': {'sigmoid': {**_MHC_GATES, 'init': 'cyclic', 'constraint': 'identity'}},
-  # Qwen4-Exp (transformers 5.23): a low-rank read per channel, H_res = I. Its inject map sees v / n.
+  # mHC in all but H_res = I.
+  'identity': {
+    'sigmoid': {**_MHC_GATES, 'init': 'cyclic', 'constraint': 'identity', 'norm_eps': 1e-20},
+    # Hunyuan V4 (transformers 5.23): both gates with eps, V4's head.
+    'hy_v4': {
+      'read_gate': Gate('sigmoid', eps=1e-6),
+      'write_gate': Gate('sigmoid', 2.0, 1e-6),
+      'init': 'near_identity',
+      'constraint': 'identity',
+      'collapse': 'learned',
+      'collapse_eps': 1e-6,
+    },
+  },
+  # Qwen4-Exp (transformers 5.23): a low-rank read per channel, H_res = I, writes 2 sigmoid(phi^T v / n).
   'gated_residual': {
     'qwen4exp': {
       'read_gate': 'elementwise',
       'read_rank': 4,
       'write_gate': Gate('sigmoid', 2.0),
-      'init': 'near_identity',
+      'phi_only': True,
+      'init': 'scaled_phi',
       'constraint': 'identity',
       'norm_scope': 'per_stream',
       'norm_weight': True,
@@ -121,7 +162,8 @@ def connection_spec(
   read_scale: float | None = None,
   write_gate: str | Gate | None = None,
   write_scale: float | None = None,
-  gate_eps: float | None = None,
+  read_eps: float | None = None,
+  write_eps: float | None = None,
   **overrides,
 ) -> ConnectionSpec:
   """The connection `name`, a key of PRESETS, in one of its presets, with n = streams.
@@ -161,8 +203,8 @@ def connection_spec(
   changes = {'mixing': mixing, 'alpha': alpha}
   init = dataclasses.replace(init, **{k: v for k, v in changes.items() if v is not None})
   fields.update({k: v for k, v in overrides.items() if v is not None})
-  fields['read_gate'] = _gate(fields['read_gate'], read_gate, read_scale, gate_eps, 1 / n)
-  fields['write_gate'] = _gate(fields['write_gate'], write_gate, write_scale, gate_eps, 1.0)
+  fields['read_gate'] = _gate(fields['read_gate'], read_gate, read_scale, read_eps, 1 / n)
+  fields['write_gate'] = _gate(fields['write_gate'], write_gate, write_scale, write_eps, 1.0)
   spec = ConnectionSpec(streams=n, constraint=constraint, init=init, **fields)
   _check(spec)
   return spec
@@ -198,6 +240,8 @@ def _check(spec: ConnectionSpec) -> None:
     kind = getattr(spec, name).kind
     if kind not in kinds:
       raise ValueError(f'connection.{name} must be one of {", ".join(kinds)}, got {kind!r}')
+  if spec.norm_eps < 0:
+    raise ValueError(f'connection.norm_eps must not be negative, got {spec.norm_eps}')
   _check_combinations(spec)
   mixing = spec.init.mixing
   if mixing is not None:
@@ -220,8 +264,10 @@ def _check_combinations(spec: ConnectionSpec) -> None:
     raise ValueError(f'connection.single_pass needs generated reads, not read_gate={spec.read_gate.kind}')
   if (spec.collapse == 'read') != spec.single_pass:
     raise ValueError('connection.collapse=read and connection.single_pass need each other')
-  if spec.generator == 'cp' and (spec.rank is None or spec.scope != 'joint'):
-    raise ValueError('connection.generator=cp needs a connection.rank and scope=joint')
+  if spec.generator == 'cp' and (spec.rank is None or spec.scope != 'joint' or 'res' not in spec.parts):
+    raise ValueError('connection.generator=cp needs a connection.rank, scope=joint and an H_res to generate')
+  if spec.phi_only and ('res' in spec.parts or not spec.dynamic):
+    raise ValueError('connection.phi_only has no biases: it needs constraint=identity and a generator')
   elementwise = spec.read_gate.kind == 'elementwise'
   if elementwise != (spec.read_rank is not None) or (elementwise and spec.read_rank < 1):
     raise ValueError('connection.read_gate=elementwise and a connection.read_rank >= 1 need each other')

@@ -21,11 +21,12 @@ from ml_collections import ConfigDict
 from mhc_jax import config as config_lib
 from mhc_jax import config_file, cost
 from mhc_jax import optimizer as optim
-from mhc_jax.config import DTYPES, ConfigError, ModelConfig, OptimizerConfig
+from mhc_jax.config import DTYPES, ConfigError, MLAConfig, ModelConfig, MoEConfig, OptimizerConfig
 from mhc_jax.connection import ConnectionSpec, Gate, Init
 from mhc_jax.constraints.base import Constraint
 from mhc_jax.data import VOCAB_SIZE
 from mhc_jax.presets import PRESETS, connection_spec
+from mhc_jax.sharding import check_mesh
 from mhc_jax.train_step import init_state
 
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
@@ -57,6 +58,7 @@ def resolve(config: ConfigDict, digest: str, constraint: Constraint | None = Non
   model = config_lib.build_model(config, VOCAB_SIZE, constraint)
   optimizer = config_lib.build_optimizer(config)
   _check_manifold(model, optimizer)
+  check_mesh(config.mesh.to_dict(), model, config.data.seq_len)
   resolved = config.to_dict()
   resolved['arm'] = config.arm or config.model.connection.name
   resolved['data']['digest'] = digest
@@ -65,6 +67,9 @@ def resolve(config: ConfigDict, digest: str, constraint: Constraint | None = Non
     'head_dim': model.head_dim,
     'ffn_width': model.ffn_width,
     'vocab_size': model.vocab_size,
+    'mla': dataclasses.asdict(model.mla) if model.mla else resolved['model']['mla'],
+    'moe': dataclasses.asdict(model.moe) if model.moe else resolved['model']['moe'],
+    'dense_layers': model.dense_layers if model.moe else None,
     'connection': _resolved_connection(resolved['model']['connection'], model),
   }
   flops_per_token = cost.train_flops_per_token(model, config.data.seq_len)
@@ -126,13 +131,22 @@ def _resolved_connection(given: dict[str, Any], model: ModelConfig) -> dict[str,
   }
 
 
-def rebuild_model(resolved: dict[str, Any]) -> ModelConfig:
-  """The ModelConfig of a resolved configuration (config.json); ConfigError for an unknown constraint."""
+def rebuild_model(resolved: dict[str, Any], constraint: Constraint | None = None) -> ModelConfig:
+  """The ModelConfig of a resolved configuration (config.json).
+
+  constraint: the caller's own, where the run has one. Raises ConfigError for an unknown constraint, or one of
+  another name or parameters than the run's.
+  """
   m = resolved['model']
   connection = {key: value for key, value in m['connection'].items() if key != 'output_init_scaling'}
   init = {key: tuple(v) if isinstance(v, list) else v for key, v in connection.pop('init').items()}
   for gate in ('read_gate', 'write_gate'):
     connection[gate] = Gate(**connection[gate])
+  if constraint is not None:
+    trained = connection['constraint'], connection.pop('constraint_params')
+    if (constraint.name, json.loads(json.dumps(constraint.params))) != trained:
+      raise ConfigError(f'the run was trained with the constraint {trained[0]} of {trained[1]}')
+    connection['constraint'] = constraint
   try:
     spec = connection_spec(**connection, init=Init(**init))
   except ValueError as error:
@@ -148,7 +162,15 @@ def rebuild_model(resolved: dict[str, Any]) -> ModelConfig:
     dtype=DTYPES[m['dtype']],
     base_width=resolved['transfer']['base_width'],
     base_depth=resolved['transfer']['base_depth'],
+    mla=_section(MLAConfig, m.get('mla')),
+    moe=_section(MoEConfig, m.get('moe')),
+    dense_layers=m.get('dense_layers') or 0,
   )
+
+
+def _section(kind: Any, values: dict[str, Any] | None) -> Any:
+  """A section as its dataclass; None where it is off, or not there because the run is older than it."""
+  return None if not values or None in values.values() else kind(**values)
 
 
 def steps_of(duration: ConfigDict, tokens_per_step: int, flops_per_token: float, params: int) -> int:
@@ -185,9 +207,14 @@ def _deciding(resolved: dict[str, Any]) -> dict[str, Any]:
     return {key: without_none(value) for key, value in node.items() if value is not None}
 
   kept = without_none(json.loads(json.dumps(resolved)))
+  if kept['data']['name'].startswith('text_files:'):
+    kept['data']['name'] = 'text_files'  # the digest says which text; the path may change
   for path in config_lib.NOT_IN_ID:
     node = functools.reduce(lambda node, key: node.get(key, {}), path[:-1], kept)
     node.pop(path[-1], None)
+  for section in ('mla', 'moe'):
+    if not kept['model'].get(section):
+      kept['model'].pop(section, None)
   connection = kept['model']['connection']
   for field in dataclasses.fields(ConnectionSpec):
     if connection.get(field.name, dataclasses.MISSING) == field.default:
@@ -195,13 +222,26 @@ def _deciding(resolved: dict[str, Any]) -> dict[str, Any]:
   return kept
 
 
+def read_config(workdir: str) -> dict[str, Any]:
+  """The resolved configuration in config.json; ConfigError where there is none or it is not a run's."""
+  path = os.path.join(workdir, 'config.json')
+  try:
+    with open(path, encoding='utf-8') as file:
+      found = json.load(file)
+    run_id(found)
+  except FileNotFoundError:
+    raise ConfigError(f'{workdir} holds no run (no config.json)') from None
+  except (AttributeError, KeyError, TypeError, ValueError) as error:
+    raise ConfigError(f'{path} is not the configuration of a run: {type(error).__name__}: {error}') from None
+  return found
+
+
 def check_workdir(workdir: str, run: Run) -> None:
   """Raises ConfigError if workdir holds a run of another configuration, naming the first difference."""
   path = os.path.join(workdir, 'config.json')
   if not os.path.exists(path):
     return
-  with open(path, encoding='utf-8') as file:
-    found = json.load(file)
+  found = read_config(workdir)
   if run_id(found) != run.run_id:
     name, old, new = _first_difference(_deciding(found), _deciding(run.resolved))
     raise ConfigError(

@@ -1,55 +1,222 @@
-"""The device mesh and where arrays live on it. One device is the same code with axes of size 1.
+"""The device mesh, and where arrays live on it. One device is the same code with axes of size 1.
 
-Axes: `data` splits the batch; `fsdp` splits the batch and every parameter and optimizer moment along its
-largest divisible dimension (fully sharded data parallelism, ZeRO-3). JAX's runtime is the only
-distributed engine.
+Mesh axes: `data` splits the batch; `fsdp` the batch, every parameter and every moment (fully sharded data
+parallelism, ZeRO-3, arXiv 1910.02054); `tensor` heads, feed-forward width and vocabulary, and the time axis
+wherever tokens do not see each other, the streams included (Megatron with sequence parallelism, arXiv
+2205.05198); `expert` the batch, and the experts of a mixture. JAX's runtime is the only distributed engine.
 """
 
+import math
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mhc_jax.config import ConfigError
+from mhc_jax.config import ConfigError, ModelConfig
 
-BATCH = P(('data', 'fsdp'))
+AXES = ('data', 'fsdp', 'tensor', 'expert')
+BATCH = ('data', 'fsdp', 'expert')
+
+# strategy -> letter of a shape suffix -> the mesh axes that split this dimension; other letters are whole.
+# A mesh axis splits one dimension of an array, that of the first letter here: heads before time.
+STRATEGIES: dict[str, dict[str, tuple[str, ...]]] = {
+  'fsdp': {'E': ('expert',), 'B': BATCH},
+  'tensor': {
+    'E': ('expert',),
+    'B': BATCH,
+    **dict.fromkeys('VFHG', ('tensor',)),
+    'T': ('tensor',),  # of queries, streams and norms; S, the time of keys, is whole
+  },
+}
+
+# (regular expression on the end of a parameter's path, its last dimensions' letters); moments have the same
+# paths. The dimensions of a parameter that is not listed are split by fsdp alone.
+PARAMETERS: tuple[tuple[str, str], ...] = (
+  (r'embedding', 'VD'),
+  (r'unembedding', 'DV'),
+  (r'attention/query/w', 'DHK'),
+  (r'attention/(key|value)/w', 'DGK'),
+  (r'attention/output/w', 'HD'),
+  (r'attention/kv_up/w', 'RHK'),
+  (r'feed_forward/(shared_)?(gate|up)/w', 'DF'),
+  (r'feed_forward/(shared_)?down/w', 'FD'),
+  (r'feed_forward/expert_(gate|up)', 'EDF'),
+  (r'feed_forward/expert_down', 'EFD'),
+  # Factors U V of maps with a rank.
+  (r'attention/query/v', 'RHK'),
+  (r'attention/(key|value)/v', 'RGK'),
+  (r'attention/output/u', 'HR'),
+  (r'feed_forward/(gate|up)/v', 'RF'),
+  (r'feed_forward/down/u', 'FR'),
+)
+
+WHOLE_BELOW = 1024  # elements: a parameter so small lies on every device
 
 
-def make_mesh(data: int, fsdp: int) -> Mesh:
-  """A (data, fsdp) mesh of the first devices; raises ConfigError where there are too few."""
-  devices = jax.devices()
-  if data * fsdp > len(devices):
+def make_mesh(axes: dict[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """A mesh of the first devices with these sizes of AXES; those not given are 1.
+
+  devices: described ones of a topology, say; None takes those that are here, all of them if there are several
+  processes. Raises ConfigError for an unknown axis, too few devices, and processes that share rows.
+  """
+  unknown = sorted(axes.keys() - set(AXES))
+  if unknown:
+    raise ConfigError(f'mesh.{unknown[0]} is not an axis of the mesh; the axes are {", ".join(AXES)}')
+  shape = tuple(axes.get(axis, 1) for axis in AXES)
+  size, several = math.prod(shape), devices is None and jax.process_count() > 1
+  devices = jax.devices() if devices is None else devices
+  if size > len(devices):
     raise ConfigError(
-      f'mesh.data * mesh.fsdp = {data * fsdp} devices, but {len(devices)} '
-      f'{devices[0].platform} device(s) are here; lower --config.mesh.data or --config.mesh.fsdp'
+      f'{" * ".join(f"mesh.{axis}" for axis in AXES)} = {size} devices, but {len(devices)} '
+      f'{devices[0].platform} device(s) are here; lower one of them'
     )
-  if jax.process_count() > 1 and data * fsdp != len(devices):
+  if several and size != len(devices):
     raise ConfigError(f'with several processes the mesh must use all {len(devices)} devices')
-  return jax.make_mesh(
-    (data, fsdp),
-    ('data', 'fsdp'),
-    axis_types=(AxisType.Auto, AxisType.Auto),
-    devices=devices[: data * fsdp],
-  )
+  # Split physical axes: a mesh need not have the form of the TPU slice that it lies on.
+  grid = mesh_utils.create_device_mesh(shape, devices[:size], allow_split_physical_axes=True)
+  if several:
+    _check_rows(grid)
+  return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _check_rows(grid: np.ndarray) -> None:
+  """Raises ConfigError unless each row of the batch is one process's: processes read rows of their own."""
+  data, fsdp, _, expert = grid.shape
+  rows = np.broadcast_to(np.arange(data * fsdp * expert).reshape(data, fsdp, 1, expert), grid.shape)
+  owners = {(row, device.process_index) for row, device in zip(rows.flat, grid.flat, strict=True)}
+  if len(owners) > data * fsdp * expert:
+    raise ConfigError('mesh.tensor crosses processes, which read different rows: lower it, raise mesh.fsdp')
+
+
+def check_mesh(axes: dict[str, int], model: ModelConfig, seq_len: int) -> None:
+  """Raises ConfigError where the tensor or expert axis does not divide what it splits.
+
+  config.check_counts looks after the batch. A vocabulary that tensor does not divide stays whole, and the
+  logits are split over time.
+  """
+  tensor = axes['tensor']
+  sizes = {f'model.{name}': getattr(model, name) for name in ('heads', 'kv_heads', 'ffn_width')}
+  if model.moe is not None:
+    sizes['model.moe.ffn_width'] = model.moe.ffn_width
+    if model.moe.experts % axes['expert']:
+      raise ConfigError(f'mesh.expert={axes["expert"]} does not divide model.moe.experts={model.moe.experts}')
+  for name, size in {**sizes, 'data.seq_len': seq_len}.items():
+    if size % tensor:
+      raise ConfigError(f'mesh.tensor={tensor} does not divide {name}={size}')
+
+
+def strategy(mesh: Mesh) -> str:
+  """The key of STRATEGIES for this mesh: 'tensor' where it has that axis, else 'fsdp'."""
+  return 'tensor' if splits_time(mesh) else 'fsdp'
+
+
+def splits_time(mesh: Mesh | None) -> bool:
+  """Whether the time axis of streams lies on several devices."""
+  return mesh is not None and mesh.shape['tensor'] > 1
+
+
+def partition(letters: str, sizes: dict[str, int], mesh: Mesh) -> list[tuple[str, ...]]:
+  """The mesh axes of each dimension, () where it is whole: because its size does not divide, for one.
+
+  Training never meets that (check_mesh); initialisation and diagnostics, with a batch of 1, do.
+  """
+  used: set[str] = set()
+  found: dict[str, tuple[str, ...]] = {}
+  for letter, axes in STRATEGIES[strategy(mesh)].items():
+    axes = tuple(axis for axis in axes if axis not in used)
+    if letter in letters and axes and sizes[letter] % math.prod(mesh.shape[axis] for axis in axes) == 0:
+      found[letter] = axes
+      used |= set(axes)
+  return [found.get(letter, ()) for letter in letters]
+
+
+def constrain(x: jax.Array, letters: str, mesh: Mesh | None) -> jax.Array:
+  """x, laid out by the letters of its shape suffix; x itself without a mesh or on one device."""
+  if mesh is None or mesh.size == 1:
+    return x
+  axes = partition(letters, dict(zip(letters, x.shape, strict=True)), mesh)
+  return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*axes)))
+
+
+def token_local(
+  function: Callable, mesh: Mesh | None, inputs: Sequence[str | None], outputs: Any
+) -> Callable:
+  """function, run by every device on its own tokens, for one that computes each token by itself.
+
+  inputs: the letters of each argument, of its first dimensions at least; None for one that every device needs
+  whole (parameters). outputs: a tree of letters, or those of all outputs. XLA's partitioner could not cut it:
+  the code flattens batch and time, and some constraints call solvers, so the streams would be gathered.
+  """
+  if mesh is None or mesh.size == 1:
+    return function
+
+  def run(*arguments: Any) -> Any:
+    sizes: dict[str, int] = {}
+    for letters, argument in zip(inputs, arguments, strict=True):
+      if letters is not None and argument is not None:
+        sizes |= dict(zip(letters, argument.shape, strict=False))
+
+    def spec(letters: str | None) -> P:
+      return P() if letters is None else P(*partition(letters, sizes, mesh))
+
+    where = {'in_specs': tuple(map(spec, inputs)), 'out_specs': jax.tree.map(spec, outputs)}
+    # check_vma=False: the generator's custom gradient sums over its own tokens, shard_map over the devices.
+    return jax.shard_map(function, mesh=mesh, **where, check_vma=False)(*arguments)
+
+  return run
 
 
 def state_sharding(abstract: Any, mesh: Mesh) -> Any:
-  """A NamedSharding for every leaf of a state: its largest dimension that fsdp divides is split."""
+  """A NamedSharding for every leaf of a state or of parameters, by its path.
 
-  def leaf(x: jax.ShapeDtypeStruct) -> NamedSharding:
-    size = mesh.shape['fsdp']
-    axes = [axis for axis in np.argsort(x.shape)[::-1] if size > 1 and x.shape[axis] % size == 0]
-    spec = [None] * len(x.shape)
-    if axes:
-      spec[axes[0]] = 'fsdp'
-    return NamedSharding(mesh, P(*spec))
+  Dimensions that PARAMETERS names by strategy; then fsdp splits D, or else the largest dimension that it
+  divides. The stack of scanned layers is split only where nothing else divides: each layer would be gathered
+  from one device.
+  """
 
-  return jax.tree.map(leaf, abstract)
+  def leaf(path: tuple[Any, ...], x: jax.ShapeDtypeStruct) -> NamedSharding:
+    name = jax.tree_util.keystr(path, simple=True, separator='/')
+    return NamedSharding(mesh, _parameter_spec(name, x.shape, mesh))
+
+  return jax.tree_util.tree_map_with_path(leaf, abstract)
+
+
+def _parameter_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
+  if math.prod(shape) < WHOLE_BELOW:
+    return P(*[None] * len(shape))
+  known = (letters for pattern, letters in PARAMETERS if re.fullmatch(rf'(.*/)?{pattern}', name))
+  letters = next(known, '').rjust(len(shape), '.')[-len(shape) :]
+  axes = partition(letters, dict(zip(letters, shape, strict=True)), mesh)
+  left = [
+    size // math.prod(mesh.shape[axis] for axis in used) for size, used in zip(shape, axes, strict=True)
+  ]
+  stacked = 'layers' in name.split('/')
+
+  def preference(i: int) -> tuple[bool, bool, int]:
+    # D first: a lookup in an embedding that is split by rows would gather the batch.
+    return not (stacked and i == 0), letters[i] == 'D', left[i]
+
+  fsdp = mesh.shape['fsdp']
+  divisible = [i for i in range(len(shape)) if left[i] % fsdp == 0]
+  if fsdp > 1 and divisible:
+    best = max(divisible, key=preference)
+    axes[best] = (*axes[best], 'fsdp')
+  return P(*(used or None for used in axes))
+
+
+def constrain_state(tree: Any, mesh: Mesh | None) -> Any:
+  """Parameters or their gradients, laid out by state_sharding; as they are without a mesh."""
+  if mesh is None or mesh.size == 1:
+    return tree
+  return jax.lax.with_sharding_constraint(tree, state_sharding(tree, mesh))
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-  """This process's rows of a global batch -> global arrays split over data and fsdp."""
-  sharding = NamedSharding(mesh, BATCH)
+  """This process's rows of a global batch -> global arrays split over BATCH."""
+  sharding = NamedSharding(mesh, P(BATCH))
   return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}

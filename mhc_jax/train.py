@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import math
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -24,7 +23,7 @@ from ml_collections import ConfigDict
 
 from mhc_jax import optimizer as optim
 from mhc_jax.checkpoint import Checkpoints
-from mhc_jax.command import end_with_message
+from mhc_jax.command import FULL_DISK, end_with_message
 from mhc_jax.config import BusyError, ConfigError
 from mhc_jax.config_file import parse
 from mhc_jax.constraints.base import Constraint
@@ -41,6 +40,7 @@ from mhc_jax.diagnostics import with_spectra
 from mhc_jax.log import ENDED, MetricsLog, Progress, read_status, write_json
 from mhc_jax.run import Run, check_workdir, git_revision, resolve, versions
 from mhc_jax.sharding import make_mesh, put_batch
+from mhc_jax.stopping import Divergence, stop_on_signal
 from mhc_jax.train_step import Batch, programs
 
 
@@ -72,44 +72,6 @@ def validation_arrays(run: Run, validation: Windows, mesh: Mesh) -> list[Batch]:
   return [put_batch(batch, mesh) for batch in batches]
 
 
-class Divergence:
-  """Says when a run has diverged; its state travels in the checkpoint."""
-
-  def __init__(self, patience: int, warmup: int, saved: dict[str, Any]):
-    self._patience, self._warmup = patience, warmup
-    self.saved = dict(saved) or {'initial_loss': None, 'above': 0}
-
-  def diverged(self, step: int, metrics: dict[str, float]) -> bool:
-    """True for anything non-finite, or `patience` losses in a row above the first after warmup."""
-    if not all(math.isfinite(value) for value in metrics.values()):
-      return True
-    if self.saved['initial_loss'] is None:
-      self.saved['initial_loss'] = metrics['loss']
-    above = step > self._warmup and metrics['loss'] > self.saved['initial_loss']
-    self.saved['above'] = self.saved['above'] + 1 if above else 0
-    return self.saved['above'] >= self._patience
-
-
-@contextlib.contextmanager
-def stop_on_signal() -> Iterator[list[int]]:
-  """A list that SIGINT or SIGTERM appends to, so that the loop ends after a checkpoint; twice kills."""
-  received: list[int] = []
-
-  def handler(number: int, _: Any) -> None:
-    received.append(number)
-    signal.signal(number, previous[number])
-
-  try:
-    previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-  except ValueError:  # not the main thread: its owner handles signals
-    previous = {}
-  try:
-    yield received
-  finally:
-    for number, old in previous.items():
-      signal.signal(number, old)
-
-
 def run(
   config: ConfigDict,
   workdir: str,
@@ -124,21 +86,16 @@ def run(
   Raises ConfigError for a mistake in the configuration, with nothing written; OSError on a full disk.
   """
   resolve(config, '', constraint)  # refuses a bad configuration before a corpus is prepared
+  mesh = make_mesh(config.mesh.to_dict())
   if config.model.dtype == 'float64' and not jax.config.jax_enable_x64:
     raise ConfigError('model.dtype=float64 needs the environment variable JAX_ENABLE_X64=1')
   corpus = corpus or load_corpus(config.data.name, config.data.dir)
   plan = resolve(config, corpus.digest, constraint)
   train, validation = load_data(plan, corpus)
-  mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
   check_workdir(workdir, plan)
   batches = validation_arrays(plan, validation, mesh)
   try:
-    os.makedirs(workdir, exist_ok=True)
-  except (FileExistsError, NotADirectoryError, PermissionError) as error:
-    raise ConfigError(f'--workdir {workdir} cannot be a folder: {error.strerror}') from None
-  lock = filelock.FileLock(os.path.join(workdir, '.lock'), timeout=0)
-  try:
-    with lock:
+    with locked_folder(workdir):
       check_workdir(workdir, plan)  # again: another process may have been first
       status = read_status(workdir)
       if status['state'] in ENDED:
@@ -147,6 +104,26 @@ def run(
       return Loop(plan, workdir, train, batches, corpus.bytes_per_token, mesh, quiet).run()
   except filelock.Timeout:
     raise BusyError(f'{workdir} is in use by another process') from None
+
+
+@contextlib.contextmanager
+def locked_folder(workdir: str) -> Iterator[None]:
+  """Makes the folder and holds its lock; filelock.Timeout where another process does.
+
+  Raises ConfigError where it cannot be made or written, OSError on a full disk.
+  """
+  lock = filelock.FileLock(os.path.join(workdir, '.lock'), timeout=0)
+  try:
+    os.makedirs(workdir, exist_ok=True)
+    lock.acquire()
+  except OSError as error:
+    if isinstance(error, filelock.Timeout) or error.errno in FULL_DISK:
+      raise
+    raise ConfigError(f'--workdir {workdir} cannot be written: {error.strerror}') from None
+  try:
+    yield
+  finally:
+    lock.release()
 
 
 class Loop:
@@ -165,7 +142,6 @@ class Loop:
     self.plan, self.workdir, self.train, self.validation = plan, workdir, train, validation
     self.bytes_per_token, self.mesh, self.quiet = bytes_per_token, mesh, quiet
     self.c = plan.resolved
-    self.programs = programs(plan.model, plan.optimizer, mesh)
     warmup = optim.warmup_steps(plan.optimizer, plan.num_steps)
     self.hparams = {
       'lr': jnp.float32(plan.optimizer.lr),
@@ -177,23 +153,29 @@ class Loop:
     self.status = read_status(workdir)
     self.revision = _joined(self.status.get('git_revision'), git_revision())
     self.seconds, self.final = 0.0, {}
+    self.step = self.status.get('step', 0)
 
   def run(self) -> dict[str, Any]:
     """Restores or initialises, trains to the end, and returns the status."""
     try:
-      state, step = self._restore_and_train()
+      state = self._restore_and_train()
     except BaseException as error:
-      self._write_status('failed', self.status.get('step', 0), error=f'{type(error).__name__}: {error}')
+      # The same command goes on after Ctrl-C and a full disk; after anything else it needs a look.
+      full = isinstance(error, OSError) and error.errno in FULL_DISK
+      state = 'interrupted' if full or isinstance(error, KeyboardInterrupt) else 'failed'
+      self._write_status(state, error=f'{type(error).__name__}: {error}')
       raise
-    self._write_status(state, step)
+    self._write_status(state)
     return self.status
 
-  def _restore_and_train(self) -> tuple[str, int]:
+  def _restore_and_train(self) -> str:
     with contextlib.ExitStack() as stack:
+      received = stack.enter_context(stop_on_signal())
+      self.programs = programs(self.plan.model, self.plan.optimizer, self.mesh)
       checkpoints = Checkpoints(os.path.join(self.workdir, 'checkpoints'), self.c['checkpoint']['keep'])
       self.checkpoints = stack.enter_context(checkpoints)
       found = checkpoints.restore_latest(self.programs.abstract)
-      start, self.state, extra = found or (
+      self.step, self.state, extra = found or (
         0,
         self.programs.init(jax.random.key(self.c['seed'])),
         {},
@@ -201,22 +183,21 @@ class Loop:
       self.seconds = extra.get('seconds', 0.0)
       self.final = extra.get('final', {})
       self.divergence = Divergence(self.c['divergence']['patience'], self.warmup, extra.get('divergence', {}))
-      last_step = start if found else None
+      last_step = self.step if found else None
       self.log = MetricsLog(self.workdir, last_step, self.c['log']['tensorboard'])
       stack.callback(self.log.close)
-      self.progress = Progress(self.c['arm'], start, self.plan.num_steps, self.quiet)
+      self.progress = Progress(self.c['arm'], self.step, self.plan.num_steps, self.quiet)
       stack.callback(self.progress.close)
-      received = stack.enter_context(stop_on_signal())
-      self._write_status('running', start)
-      state, step = self._train(start, received)
+      self._write_status('running')
+      state = self._train(received)
       self.checkpoints.wait()
       if state in ENDED:
         self.checkpoints.remove_all_but_last()
-      return state, step
+      return state
 
-  def _train(self, start: int, received: list[int]) -> tuple[str, int]:
-    """The loop itself; returns how it ended and at which step."""
-    num_steps = self.plan.num_steps
+  def _train(self, received: list[int]) -> str:
+    """The loop itself; returns how it ended. self.step: the last update whose metrics have been looked at."""
+    num_steps, start = self.plan.num_steps, self.step
     self.clock, self.timed_step = time.monotonic(), start
     if start == 0:
       self._log(0, None)
@@ -239,21 +220,21 @@ class Loop:
           jax.block_until_ready(metrics)
           self.clock, self.timed_step = time.monotonic(), step
         if waiting and self._log(*waiting):
-          return 'diverged', waiting[0]
+          return 'diverged'
         waiting = (step, metrics)
         stop = bool(received) and step < num_steps  # once: a signal may come at any moment
         save = self._due(step, 'checkpoint', 'every_steps') or step == num_steps or stop
         if save or self._due(step, 'evaluation', 'every_steps') or self._due_diagnostics(step):
           if self._log(*waiting):
-            return 'diverged', step
+            return 'diverged'
           waiting = None
         if save:
           self._save(step)
         if waiting is None:  # evaluation and saving are not training time
           self.clock = time.monotonic()
         if stop:
-          return 'interrupted', step
-    return 'finished', num_steps
+          return 'interrupted'
+    return 'finished'
 
   def _due(self, step: int, section: str, name: str) -> bool:
     every = self.c[section][name]
@@ -269,6 +250,7 @@ class Loop:
     Evaluation and diagnostics use the state after `step`, so they must be called before the next update.
     """
     last = step == self.plan.num_steps
+    self.step = step
     row: dict[str, Any] = {
       'step': step,
       'tokens': step * self.plan.derived['tokens_per_step'],
@@ -276,12 +258,12 @@ class Loop:
     }
     diverged = False
     if metrics is not None:
-      values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+      values = {name: np.asarray(value).tolist() for name, value in jax.device_get(metrics).items()}
       diverged = self.divergence.diverged(step, values)
       row |= {f'train/{name}': value for name, value in values.items()}
       self.final['train/loss'] = values['loss']
       row |= self._timing(step)
-      self.progress.update(step, values['loss'], row['time/tokens_per_second'])
+      self.progress.update(step, values['loss'], row.get('time/tokens_per_second'))
     found = {} if diverged else self._validation(step) | self._diagnostics(step)
     diverged = diverged or not math.isfinite(found.get('validation/loss', 0.0))
     if found or diverged or last or self._due(step, 'log', 'every_steps'):
@@ -306,29 +288,31 @@ class Loop:
   def _timing(self, step: int) -> dict[str, float]:
     """Seconds spent on updates so far, over all restarts, and tokens per second since the last look.
 
-    Left out: compilation (the first update after each start), evaluation and checkpoints.
+    Left out: compilation (the first update after each start, which has no speed), evaluation and checkpoints.
     """
     now = time.monotonic()
     passed, self.clock = now - self.clock, now
     self.seconds += passed
     tokens = (step - self.timed_step) * self.plan.derived['tokens_per_step']
     self.timed_step = step
-    return {'time/seconds': self.seconds, 'time/tokens_per_second': tokens / max(passed, 1e-9)}
+    speed = {'time/tokens_per_second': tokens / max(passed, 1e-9)} if tokens else {}
+    return {'time/seconds': self.seconds} | speed
 
   def _save(self, step: int) -> None:
     """Rows first, then the state: a checkpoint never knows more than the metrics on disk."""
     self.log.sync()
     extra = {'seconds': self.seconds, 'divergence': self.divergence.saved, 'final': self.final}
     self.checkpoints.save(step, self.state, extra)
+    self._write_status('running')
 
-  def _write_status(self, state: str, step: int, error: str | None = None) -> None:
+  def _write_status(self, state: str, error: str | None = None) -> None:
     devices = self.mesh.devices
     self.status = {
       'state': state,
-      'step': step,
+      'step': self.step,
       'num_steps': self.plan.num_steps,
       'error': error,
-      'diverged_at': step if state == 'diverged' else None,
+      'diverged_at': self.step if state == 'diverged' else None,
       'git_revision': self.revision,
       'versions': versions(),
       'device_kind': devices.flat[0].device_kind,

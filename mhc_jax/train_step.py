@@ -19,8 +19,9 @@ from jax.sharding import PartitionSpec as P
 from mhc_jax import optimizer as optim
 from mhc_jax.config import ModelConfig, OptimizerConfig
 from mhc_jax.diagnostics import diagnose
+from mhc_jax.layers.moe import balance
 from mhc_jax.model import Transformer, loss_sums
-from mhc_jax.sharding import state_sharding
+from mhc_jax.sharding import constrain, constrain_state, state_sharding
 
 
 @flax.struct.dataclass
@@ -58,23 +59,72 @@ def init_state(key: jax.Array, model: ModelConfig, optimizer: OptimizerConfig) -
   return TrainState(jnp.zeros((), jnp.int32), params, opt_state)
 
 
-def evaluate_sums(params: Any, batch: Batch, model: ModelConfig) -> tuple[jax.Array, jax.Array]:
+def evaluate_sums(
+  params: Any, batch: Batch, model: ModelConfig, mesh: Mesh | None = None
+) -> tuple[jax.Array, jax.Array]:
   """(sum of cross-entropies in nats, number of predicted tokens) of a batch."""
-  logits_BTV, _ = Transformer(model).apply({'params': params}, batch['inputs'], batch['segments'])
-  return loss_sums(logits_BTV, batch['targets'], batch['weights'])
+  return sums_and_load(params, batch, model, mesh)[0]
 
 
-def loss_fn(params: Any, batch: Batch, model: ModelConfig) -> jax.Array:
-  """Mean cross-entropy in nats per predicted token."""
-  total, count = evaluate_sums(params, batch, model)
-  return total / count
+def sums_and_load(
+  params: Any, batch: Batch, model: ModelConfig, mesh: Mesh | None = None
+) -> tuple[tuple[jax.Array, jax.Array], Any]:
+  """evaluate_sums, and the tokens that went to each expert, (L, E) int32; None without experts."""
+  inputs = (batch['inputs'], batch['segments'])
+  logits_BTV, records = Transformer(model, mesh).apply({'params': params}, *inputs)
+  return loss_sums(logits_BTV, batch['targets'], batch['weights']), records[1].get('load_E')
+
+
+def loss_fn(params: Any, batch: Batch, model: ModelConfig, mesh: Mesh | None = None) -> tuple[jax.Array, Any]:
+  """Mean cross-entropy in nats per predicted token, and the experts' loads."""
+  (total, count), load_LE = sums_and_load(params, batch, model, mesh)
+  return total / count, load_LE
+
+
+def gradients(
+  params: Any, batch: Batch, model: ModelConfig, parts: int | None = None, mesh: Mesh | None = None
+) -> tuple[tuple[jax.Array, Any], Any]:
+  """(loss_fn, its gradient), from `parts` microbatches one after another.
+
+  Each adds its sum of cross-entropies over the number of tokens of the whole batch, so that every token
+  weighs the same wherever it lies, and its loads. Row r is in part r % parts: rows stay on the devices that
+  hold them.
+  """
+  if parts is None:
+    found, grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch, model, mesh)
+    return found, constrain_state(grads, mesh)
+  count = jnp.sum(batch['weights'])
+
+  @functools.partial(jax.value_and_grad, has_aux=True)
+  def share(params: Any, part: Batch) -> tuple[jax.Array, Any]:
+    (total, _), load_LE = sums_and_load(params, part, model, mesh)
+    return total / count, load_LE
+
+  def add(sums: Any, part: Batch) -> tuple[Any, None]:
+    part = {name: constrain(value, 'BS', mesh) for name, value in part.items()}
+    found, grads = jax.tree.map(jnp.add, sums, share(params, part))
+    return (found, constrain_state(grads, mesh)), None
+
+  split = {name: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1) for name, x in batch.items()}
+  sums = jax.eval_shape(share, params, {name: x[0] for name, x in split.items()})
+  found, grads = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)
+  return jax.lax.scan(add, (found, constrain_state(grads, mesh)), split)[0]
 
 
 def train_step(
-  state: TrainState, batch: Batch, hparams: Hparams, model: ModelConfig, optimizer: OptimizerConfig
+  state: TrainState,
+  batch: Batch,
+  hparams: Hparams,
+  model: ModelConfig,
+  optimizer: OptimizerConfig,
+  mesh: Mesh | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-  """One update. Metrics: loss (before the update), global norms of gradient and update, lr."""
-  loss, grads = jax.value_and_grad(loss_fn)(state.params, batch, model)
+  """One update. Metrics: loss (before the update), global norms of gradient and update, lr.
+
+  With experts also load_max_over_mean, (L,): the fullest expert's tokens over the mean of its layer. The
+  routers' biases then move by these loads, outside of the optimizer.
+  """
+  (loss, load_LE), grads = gradients(state.params, batch, model, optimizer.microbatches, mesh)
   lr = hparams['lr'] * optim.schedule(state.step, hparams['num_steps'], hparams['warmup'], optimizer)
   transform = optim.adamw(optimizer, model, lr, hparams['weight_decay'])
   updates, opt_state = transform.update(grads, state.opt_state, state.params)
@@ -85,13 +135,21 @@ def train_step(
     'lr': lr,
   }
   params = optax.apply_updates(state.params, updates)
+  if load_LE is not None:
+    metrics['load_max_over_mean'] = load_LE.max(-1) / load_LE.mean(-1)
+    params = balance(params, load_LE, model)
   return TrainState(state.step + 1, params, opt_state), metrics
 
 
 def programs(model: ModelConfig, optimizer: OptimizerConfig, mesh: Mesh) -> Programs:
   """The jitted functions for runs of these shapes; what differs by lr, seed or duration shares them."""
+  return _programs(model, without_traced(optimizer), mesh)
+
+
+def without_traced(optimizer: OptimizerConfig) -> OptimizerConfig:
+  """The optimizer less what enters train_step as an array: equal ones share a compilation."""
   traced = {'lr': 0.0, 'weight_decay': 0.0, 'warmup_steps': None, 'warmup_fraction': 0.0}
-  return _programs(model, dataclasses.replace(optimizer, **traced), mesh)
+  return dataclasses.replace(optimizer, **traced)
 
 
 @functools.lru_cache(maxsize=8)
@@ -107,14 +165,14 @@ def _programs(model: ModelConfig, optimizer: OptimizerConfig, mesh: Mesh) -> Pro
 
   def record(params: Any, batch: Batch) -> dict[str, jax.Array]:
     inputs = (batch['inputs'], batch['segments'])
-    _, records = Transformer(model).apply({'params': params}, *inputs, record=True)
+    _, records = Transformer(model, mesh).apply({'params': params}, *inputs, record=True)
     return diagnose(records, model)
 
-  step = functools.partial(train_step, model=model, optimizer=optimizer)
+  step = functools.partial(train_step, model=model, optimizer=optimizer, mesh=mesh)
   return Programs(
     init=jax.jit(init, out_shardings=sharding, compiler_options=_UNOPTIMISED),
     step=jax.jit(step, donate_argnums=0, out_shardings=(sharding, replicated)),
-    evaluate=jax.jit(functools.partial(evaluate_sums, model=model), out_shardings=replicated),
+    evaluate=jax.jit(functools.partial(evaluate_sums, model=model, mesh=mesh), out_shardings=replicated),
     diagnose=jax.jit(record, out_shardings=replicated),
     abstract=abstract,
   )

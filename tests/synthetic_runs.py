@@ -21,9 +21,12 @@ def law_loss(flops):
 
 
 def config_of(arm, width, depth, seed, tokens_per_param=20.0, **change):
-  """A resolved configuration; change: streams, rank, weights_rank, lr, digest, tokens."""
+  """A resolved configuration; change: streams, the ranks, lr, digest, tokens, flops, gates."""
   streams = change.get('streams', 1 if arm == 'residual' else 4)
+  gates = change.get('gates', ('sigmoid', 'sigmoid'))
   connection = {'name': arm, 'preset': None, 'constraint': 'identity', 'streams': streams}
+  connection |= {'read_gate': {'kind': gates[0]}, 'write_gate': {'kind': gates[1]}}
+  projected = change.get('projected')
   return {
     'arm': arm,
     'seed': seed,
@@ -34,10 +37,13 @@ def config_of(arm, width, depth, seed, tokens_per_param=20.0, **change):
       'connection': connection | {'rank': change.get('rank')},
       'weights': {'rank': change.get('weights_rank')},
     },
-    'optimizer': {'lr': change.get('lr', 0.004), 'schedule': 'wsd'},
+    'optimizer': {
+      **{'lr': change.get('lr', 0.004), 'schedule': 'wsd', 'manifold_value': projected},
+      'manifold': None if projected is None else 'fixed_rank',
+    },
     'duration': {
-      'tokens': change.get('tokens'),
-      'tokens_per_param': None if 'tokens' in change else tokens_per_param,
+      **{'tokens': change.get('tokens'), 'flops': change.get('flops')},
+      'tokens_per_param': None if {'tokens', 'flops'} & set(change) else tokens_per_param,
     },
   }
 
@@ -53,8 +59,10 @@ def derived_of(config):
   total = sum(params.values())
   matmul = attention + ffn + 257 * width
   params |= {'total': total, 'matmul': matmul, 'non_embedding': total - 514 * width}
-  tokens = int(config['duration']['tokens'] or config['duration']['tokens_per_param'] * matmul)
   per_token = 6.0 * (matmul + dynamic) + 12.0 * depth * width * 128
+  given = config['duration']
+  tokens = given['tokens'] or (given['flops'] or 0) / per_token or given['tokens_per_param'] * matmul
+  tokens = int(tokens)
   return {
     **{'params': params, 'flops_per_token': per_token, 'tokens': tokens},
     **{'flops': tokens * per_token, 'num_steps': tokens // 2048, 'tokens_per_step': 2048},
@@ -82,13 +90,26 @@ def metrics_of(config, derived, final, rng, upto=1.0):
   return rows
 
 
-def write_run(folder, config, state='finished', revision='r1', noise=0.003, bonus=1.0, shared=None):
-  """Writes one run folder; returns its plan entry. bonus multiplies the arm's compute."""
+def blank(monkeypatch):
+  """Figures are built but not rendered: most of a report's time, and none of its logic."""
+  monkeypatch.setattr('matplotlib.figure.Figure.savefig', lambda self, path, **_: path.write_text('<svg/>'))
+  monkeypatch.setattr('analysis.draw.write_png', lambda fig, path: path.write_text(''))
+
+
+def write_plan(folder, planned):
+  """The plan of runs written one by one; the sweep is called like its folder."""
+  (folder / 'plan.json').write_text(json.dumps({'sweep': folder.name, 'runs': planned}))
+
+
+def write_run(
+  folder, config, state='finished', revision='r1', noise=0.003, bonus=1.0, shared=None, wanted=None
+):
+  """Writes one run folder; returns its plan entry. bonus multiplies the arm's compute; wanted: the loss."""
   text = json.dumps(config, sort_keys=True)
   run_id = hashlib.sha256(text.encode()).hexdigest()[:12]
   rng = np.random.default_rng(int(run_id, 16))
   derived = derived_of(config)
-  loss = law_loss(MULTIPLIER.get(config['arm'], 1.0) * bonus * derived['flops'])
+  loss = wanted or law_loss(MULTIPLIER.get(config['arm'], 1.0) * bonus * derived['flops'])
   loss *= np.exp(noise * (0.6 * rng.standard_normal() + 0.8 * (shared or 0.0)))
   finished = state == 'finished'
   final = {'validation/loss': loss, 'validation/bits_per_byte': loss / np.log(2)}
@@ -136,7 +157,7 @@ def write_sweep(folder, arms=tuple(MULTIPLIER), sizes=SIZES, ranks=True, states=
       planned.append(write_run(folder, config, bonus=(rank / 16) ** 0.5))
     for streams in (2, 8):
       planned.append(write_run(folder, config_of('mhc', *size, 0, streams=streams)))
-  (folder / 'plan.json').write_text(json.dumps({'sweep': folder.name, 'runs': planned}))
+  write_plan(folder, planned)
   return planned
 
 

@@ -45,7 +45,7 @@ def test_fit_writes_the_documented_json(tmp_path):
   assert found['n_points'] == 30 and found['flags'] == [] and found['objective'] > 0
   assert set(found['intervals_by_method']) == {'delta', 'case_bootstrap'}
   assert found['interval_method'] == 'delta' and 'fewer than 40 runs' in found['caveat']
-  assert [step['sizes_fitted'] for step in found['rollout']] == [3, 4, 5]
+  assert [s['sizes_fitted'] for s in found['rollout'] if s['problem'] is None] == [3, 4, 5]
   assert found['a'] == pytest.approx(found['beta'] / (found['alpha'] + found['beta']))
 
 
@@ -69,6 +69,48 @@ def test_arms_get_a_multiplier_and_nested_tests(tmp_path, capsys):
   assert len(found['nested']) == 4 and found['nested'][1]['p_value'] < 0.05
   assert found['nested'][2]['name'] == 'rho_N and rho_D per arm'
   assert set(found['intervals_by_method']) == {'delta', 'case_bootstrap', 'cluster_bootstrap'}
+
+
+def test_predictions_have_bands_or_a_reason(tmp_path, capsys):
+  points = write_points(tmp_path / 'p.csv', (('base', 1.0), ('new', 1.2)))
+  columns = ['--columns', f'{COLUMNS},arm=model', '--resamples', '0']
+  far = ['--predict', 'N=2e10,D=4e11', '--predict', 'N=2e10,C=4.8e22,arm=new']
+  assert fit.main([str(points), *columns, *far]) == 0
+  one, two = json.loads(capsys.readouterr().out)['predictions']
+  for found, m in ((one, 1.0), (two, 1.2)):
+    wanted = loss_of(2e10 * m**0.5, 4e11 * m**0.5)
+    assert found['new_run_low'] < found['low'] < wanted < found['high'] < found['new_run_high']
+    assert found['problem'] is None and found['high'] - found['low'] < 0.1
+  table = pd.read_csv(points).query('params < 1.5e8')
+  table.to_csv(points, index=False)  # two sizes: nothing may be read off this fit
+  assert fit.main([str(points), *columns, *far[:2]]) == 0
+  (none,) = json.loads(capsys.readouterr().out)['predictions']
+  assert none['loss'] is None and 'model sizes' in none['problem']
+
+
+def test_what_arms_share_can_be_freed(tmp_path, capsys):
+  points = write_points(tmp_path / 'p.csv', (('base', 1.0), ('new', 1.2)))
+  command = [str(points), '--columns', f'{COLUMNS},arm=model', '--resamples', '0']
+  assert fit.main([*command, '--free', 'E,exponents']) == 0
+  found = json.loads(capsys.readouterr().out)
+  names = set(found['optimum'])
+  assert {'E[base]', 'E[new]', 'alpha[base]', 'alpha[new]', 'beta[new]', 'm[new]'} <= names
+
+
+def test_an_axis_has_its_exponent_and_its_test(tmp_path, capsys):
+  points = write_points(tmp_path / 'p.csv', (('base', 1.0), ('r2', 2**0.5), ('r8', 8**0.5)), sizes=5)
+  table = pd.read_csv(points)
+  rank = {'base': np.nan, 'r2': 2, 'r8': 8}  # an empty cell stands at r = 1
+  table.assign(r=table['model'].map(rank)).to_csv(points, index=False)
+  columns = f'{COLUMNS},axis:rank=r'
+  ahead = ['--predict', 'N=1e9,D=2e10,axis:rank=4']
+  assert fit.main([str(points), '--columns', columns, '--resamples', '0', *ahead]) == 0
+  found = json.loads(capsys.readouterr().out)
+  low, high = found['intervals']['phi[rank]']
+  assert low < 0.5 < high < low + 0.2
+  assert [c['name'] for c in found['nested'][-2:]] == ['m = r^phi along rank', 'm free at every rank']
+  (at,) = found['predictions']
+  assert at['low'] < loss_of(1e9 * 4**0.25, 2e10 * 4**0.25) < at['high']
 
 
 def test_missing_columns_are_derived(tmp_path):
@@ -108,6 +150,12 @@ def test_highest_losses_are_dropped_with_a_sentence(tmp_path, capsys):
     ({}, ['--resamples', '-1'], 'neither may be negative'),
     ({'seed': [np.nan]}, ['--columns', f'{COLUMNS},seed=seed'], "line 2: seed (column 'seed') is empty"),
     ({}, ['--reference', 'x', '--columns', f'{COLUMNS},arm=model'], 'the arms are one'),
+    ({}, ['--free', 'A'], '--free A: choose from E, exponents'),
+    ({}, ['--predict', 'N=1e9'], 'law chinchilla needs D'),
+    ({}, ['--predict', 'N=1e9,D=-1'], "'D=-1' must be a positive number"),
+    ({}, ['--predict', 'N=1e9,X=1'], "'X=1' is not one of"),
+    ({}, ['--predict', 'N=1e9,D=1e9,arm=x'], "no arm 'x'"),
+    ({}, ['--predict', 'N=1e9,D=1e9,axis:rank=2'], 'axis:rank is not a column'),
   ],
 )
 def test_bad_input_ends_in_one_line(tmp_path, capsys, change, options, words):
@@ -195,8 +243,11 @@ def test_reproduce_refuses_bad_expectations(tmp_path, capsys):
     {'expect': {}},
     {'expect': {'E': {'value': 1.8}}},
     {'interpolation': 'magic'},
+    {'intervals': {'alpha': {'value': 0.35, 'within': 0.1}}},
+    {'intervals': {'alpha': {'at_most': 0.35}}},
+    {'expect': {'E': 1.8}},
     isoflop,
   ):
     assert reproduce.main([points, '--expect', expectation(file, **change)]) == 2
   errors = capsys.readouterr().err.splitlines()
-  assert len(errors) == 11 and all(line.startswith('error: ') for line in errors)
+  assert len(errors) == 14 and all(line.startswith('error: ') for line in errors)

@@ -5,15 +5,14 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
-from synthetic_runs import config_of, derived_of, write_run, write_sweep
+from synthetic_runs import blank, config_of, derived_of, write_plan, write_run, write_sweep
 
-from analysis import coverage, plots
+from analysis import coverage, plots, router_figure
 
 
 @pytest.fixture
 def blank_images(monkeypatch):
-  """Figures are built but not rendered."""
-  monkeypatch.setattr('matplotlib.figure.Figure.savefig', lambda self, path, **_: path.write_text('<svg/>'))
+  blank(monkeypatch)
 
 
 def add_matrices(folder, arm):
@@ -46,7 +45,7 @@ def test_paper_figures_and_their_numbers(tmp_path, blank_images, capsys):
   final = gap[gap['tokens'] == gap['tokens'].max()]
   table = pd.read_csv(out / 'final_losses.csv').set_index(['arm', 'size'])
   assert final['gap'].mean() == pytest.approx(table.loc[('mhc', '128x4'), 'difference'], rel=0.05)
-  assert table.loc[('residual', '32x2'), 'runs'] == 2 and np.isnan(table.loc[('residual', '32x2'), 'low'])
+  assert table.loc[('residual', '32x2'), 'seeds'] == 2 and np.isnan(table.loc[('residual', '32x2'), 'low'])
   heat = pd.read_csv(out / 'paper_heat_maps.csv')
   sums = heat.groupby(['kind', 'sublayer', 'row'])['value'].sum()
   np.testing.assert_allclose(sums, 1.0, rtol=1e-12)
@@ -69,17 +68,20 @@ def test_isoflop_panels(tmp_path, blank_images, capsys):
       wanted = 2.5 - 0.1 * k + 0.05 * np.log(counts['params']['matmul'] / centre) ** 2
       bonus = ((wanted - 1.2) / 1.6) ** -5 * 1e12 / counts['flops']
       planned.append(write_run(tmp_path, config, noise=0.0, bonus=bonus))
-  (tmp_path / 'plan.json').write_text(json.dumps({'sweep': 'isoflop', 'runs': planned}))
+  write_plan(tmp_path, planned)
   assert plots.main(['paper', str(tmp_path)]) == 0
   table = pd.read_csv(tmp_path / 'paper' / 'paper_isoflop.csv')
-  assert table['kind'].value_counts().to_dict() == {'curve': 303, 'run': 15, 'minimum': 3}
-  table = table[table['kind'] == 'minimum']
+  assert table['kind'].value_counts().to_dict() == {'curve': 303, 'run': 15, 'minimum': 6}
+  table = table[(table['kind'] == 'minimum') & (table['method'] == 'parabola')]
   assert table['problem'].isna().all()
   centres = [derived_of(config_of('residual', *s, 0))['params']['matmul'] for s in sizes[2:5]]
-  np.testing.assert_allclose(table['optimal_params'], centres, rtol=0.02)
-  best = pd.read_csv(tmp_path / 'paper' / 'paper_optimal_sizes.csv').groupby('optimum')['value']
-  np.testing.assert_allclose(best.get_group('N*'), centres, rtol=0.02)
-  assert len(best.get_group('D*')) == 3
+  np.testing.assert_allclose(table['params'], centres, rtol=0.02)
+  best = pd.read_csv(tmp_path / 'paper' / 'paper_optimal_sizes.csv')
+  best = best[best['method'] == 'parabola'].groupby('optimum')
+  np.testing.assert_allclose(best.get_group('N*')['value'], centres, rtol=0.02)
+  line = best.get_group('D*').iloc[0]
+  drawn = line['coefficient'] * line['flops'] ** line['exponent']
+  assert len(best.get_group('D*')) == 3 and drawn == pytest.approx(line['value'], rel=0.1)
   said = capsys.readouterr().out
   assert 'N* ~ C^' in said and 'D* ~ C^' in said
 
@@ -93,7 +95,7 @@ def test_stability_panel(tmp_path, blank_images):
         for seed in (0, 1):
           state = 'diverged' if (arm, depth, lr, seed) == ('hc', 4, 0.04, 1) else 'finished'
           planned.append(write_run(tmp_path, config_of(arm, 32, depth, seed, lr=lr), state))
-  (tmp_path / 'plan.json').write_text(json.dumps({'sweep': 'stability', 'runs': planned}))
+  write_plan(tmp_path, planned)
   assert plots.main(['paper', str(tmp_path)]) == 0
   table = pd.read_csv(tmp_path / 'paper' / 'paper_stability.csv')
   assert len(table) == 16 and table['diverged'].sum() == 1
@@ -105,6 +107,26 @@ def test_stability_panel(tmp_path, blank_images):
   assert gains['residual', 4] == 1 and gains['hc', 4] == pytest.approx(1.3**8)
 
 
+def test_router_loads(tmp_path, blank_images, capsys):
+  """The mean over the last 20 batches of each run's fullest expert; layers count from the first of all."""
+  planned = []
+  for seed, level in ((0, 1.2), (1, 1.4)):
+    config = config_of('sigmoid', 32, 4, seed)
+    config['model']['dense_layers'] = 1
+    planned.append(write_run(tmp_path, config))
+    loads = [[level, 1.0, 1.1 if step > 20 else 3.0] for step in range(1, 41)]
+    rows = [{'step': 0}] + [{'step': k, router_figure.METRIC: row} for k, row in enumerate(loads, 1)]
+    path = tmp_path / planned[-1]['run_id'] / 'metrics.jsonl'
+    path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  (tmp_path / 'plan.json').write_text(json.dumps({'sweep': 'router', 'runs': planned}))
+  assert plots.main(['router', str(tmp_path)]) == 0
+  assert 'sigmoid 1.40' in capsys.readouterr().out
+  table = pd.read_csv(tmp_path / 'figures' / 'router_loads.csv')
+  assert len(table) == 80 and set(table['run_id']) == {item['run_id'] for item in planned}
+  means = router_figure.last_means(table)
+  assert means['sigmoid', 0].to_dict() == pytest.approx({'layer_2': 1.2, 'layer_3': 1.0, 'layer_4': 1.1})
+
+
 def test_plots_on_nothing(tmp_path, capsys):
   assert plots.main(['paper', str(tmp_path / 'absent')]) == 2
   assert capsys.readouterr().err.startswith('error: ')
@@ -112,17 +134,20 @@ def test_plots_on_nothing(tmp_path, capsys):
   assert plots.main(['paper', str(tmp_path)]) == 0
   said = capsys.readouterr().out
   assert 'absent: Loss against compute: no run has finished.' in said and '.png' not in said
+  assert plots.main(['router', str(tmp_path)]) == 2 and 'no run has logged' in capsys.readouterr().err
 
 
 def test_coverage_script(tmp_path, capsys, monkeypatch):
   out = tmp_path / 'new' / 'coverage.json'
   monkeypatch.setattr(coverage, 'single', lambda rng, *_: {'E': True, 'alpha': bool(rng.random() < 0.95)})
+  monkeypatch.setattr(coverage, 'RESAMPLES', 10)
   code = coverage.main(['--simulations', '6', '--seed', '1', '--out', str(out)])
   rows = json.loads(out.read_text())['rows']
   said = capsys.readouterr().out
   # A coverage of 100 % is a miss too: the intervals would be too wide.
   assert code == 1 and 'MISSED' in said
-  assert {row['design'] for row in rows} == {'single', 'paired', 'power'}
+  assert {row['design'] for row in rows} == {'single', 'resampled', 'paired', 'power'}
+  assert all(row['met'] is None for row in rows if row['design'] == 'resampled')
   spread = [row for row in rows if row['quantity'] == 'sd(log m)']
   assert [row['delta'] for row in spread] == [0.001, 'auto'] and all(0 < r['value'] < 0.1 for r in spread)
   assert coverage.main(['--simulations', '0']) == 2

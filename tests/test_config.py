@@ -1,5 +1,6 @@
 """Configuration: overrides, durations, run ids; and that every mistake ends in one line and exit code 2."""
 
+import dataclasses
 import json
 import pathlib
 import subprocess
@@ -15,6 +16,7 @@ from mhc_jax.cost import parameters, train_flops_per_token
 from mhc_jax.data import VOCAB_SIZE
 from mhc_jax.presets import PRESETS
 from mhc_jax.run import rebuild_model, resolve
+from mhc_jax.run import run_id as run_ids
 
 ROOT = pathlib.Path(__file__).parent.parent
 SMOKE = f'{ROOT / "configs" / "laptop.py"}:smoke'
@@ -83,17 +85,35 @@ WRONG = {
   'model.kv_heads=3': 'does not divide',
   'model.ffn_width=0': 'at least 1',
   'model.dtype=float16': 'must be one of float32',
-  'model.remat=all': 'none or layer',
   'model.rope_theta=0': 'positive',
   'model.norm_eps=-1': 'not be negative',
   'model.weights.rank=33': 'between 1 and 32',
   'model.weights.rank=0': 'between 1 and 32',
+  'model.vocab_size=256': 'below 257',
+  'model.mla.head_dim=8': 'model.mla.head_dim needs model.mla.kv_rank',
+  'model.mla.kv_rank=0': 'at least 1',
+  'model.mla.kv_rank=8 model.mla.rope_dim=3': 'must be even',
+  'model.mla.kv_rank=8 model.kv_heads=1': 'does not go with model.mla.kv_rank',
+  'model.mla.kv_rank=8 model.weights.rank=9': 'between 1 and 8',
+  'model.moe.active=2': 'model.moe.active needs model.moe.experts',
+  'model.moe.experts=4 model.moe.active=5': 'between 1 and model.moe.experts=4',
+  'model.moe.experts=0': 'between 1 and',
+  'model.moe.experts=4 model.moe.shared=-1': 'not be negative',
+  'model.moe.experts=4 model.moe.ffn_width=0': 'at least 1',
+  'model.moe.experts=4 model.moe.scale=0': 'positive',
+  'model.moe.experts=4 model.moe.bias_rate=-1': 'not be negative',
+  'model.moe.experts=4 model.moe.router=top': 'must be one of sigmoid',
+  'model.moe.experts=4 model.moe.router=sinkhorn': 'below model.moe.experts=4',
+  'model.moe.experts=4 model.weights.rank=2': 'does not go with model.moe.experts',
+  'model.dense_layers=1': 'needs model.moe.experts',
+  'model.moe.experts=4 model.dense_layers=2': 'between 0 and model.depth - 1 = 1',
   'model.connection.rank=25': 'between 1 and 24',
   'model.connection.streams=0': 'at least 1',
   'model.connection.name=mhcc': 'must be one of residual',
   'model.connection.preset=papr': 'must be one of paper',
   'model.connection.constraint=ball': 'must be one of',
   'model.connection.constraint_params.depth=3': 'unknown parameters',
+  'model.connection.norm_eps=-1': 'not be negative',
   'model.connection.collapse=max': 'must be one of mean, sum, learned',
   'model.connection.activation=relu': 'must be one of none, tanh',
   'model.connection.init=ones': 'must be one of',
@@ -118,6 +138,12 @@ WRONG = {
   'divergence.patience=0': 'at least 1',
   'mesh.data=3': 'must be a multiple of mesh.data',
   'mesh.data=0': 'at least 1',
+  'mesh.expert=3': 'must be a multiple of mesh.data * mesh.fsdp * mesh.expert = 3',
+  'mesh.tensor=3': 'mesh.tensor=3 does not divide model.heads',
+  'optimizer.microbatches=0': 'at least 1',
+  'optimizer.microbatches=3': 'times optimizer.microbatches=3',
+  'model.remat=blocks': 'must be one of none, layer, block',
+  'model.remat=block model.scan=False': 'needs model.scan=True',
   # From here on the mistake shows only with the corpus or the devices at hand.
   'mesh.data=16 data.batch_size=16': '8 cpu device(s) are here',
   'duration.steps=100000': 'data.repeat=True',
@@ -196,6 +222,9 @@ def test_a_workdir_of_another_run_is_refused_and_kept(corpus, tmp_path, capsys):
   assert code == 2 and said.count('\n') == 1 and 'choose another --workdir' in said
   assert [path.name for path in tmp_path.iterdir()] == ['config.json']
   assert (tmp_path / 'config.json').read_bytes() == before
+  (tmp_path / 'config.json').write_text('{"model": 1}')
+  code, said = attempt(capsys, corpus, tmp_path, 'optimizer.lr=0.25')
+  assert code == 2 and said.count('\n') == 1 and 'not the configuration of a run' in said
 
 
 def test_the_command_itself_ends_with_code_2(tmp_path):
@@ -227,13 +256,52 @@ def test_durations_in_four_units():
 
 def test_the_run_id_covers_what_changes_the_numbers_and_nothing_else():
   base = run_id()
-  same = ('arm=x', 'mesh.data=2', 'data.dir=/x', 'log.tensorboard=False', 'checkpoint.every_steps=3')
-  for override in (*same, 'checkpoint.keep=5', 'model.connection.preset=paper'):
+  same = (
+    'arm=x',
+    'mesh.data=2',
+    'mesh.expert=2',
+    'data.dir=/x',
+    'log.tensorboard=False',
+    'checkpoint.every_steps=3',
+  )
+  for override in (*same, 'checkpoint.keep=5', 'model.connection.preset=paper', 'topology=v5p:4x4x4'):
     assert run_id(override) == base, override
   other = ('seed=1', 'optimizer.lr=0.1', 'model.connection.rank=3', 'model.weights.rank=3', 'data.seq_len=32')
   ids = [base, run_id(digest='e'), *(run_id(override) for override in other)]
   assert len(set(ids)) == len(ids)
+  texts = [run_id(f'data.name=text_files:{place}/*.txt') for place in ('/a', '/b')]
+  assert texts[0] == texts[1] != base, 'where a text lies is no matter, its digest is'
   assert resolve(changed(), 'd').resolved['data']['digest'] == 'd'
+
+
+def test_fields_that_are_off_leave_the_ids_of_older_runs():
+  """Those of the runs in docs/results, from before latent attention and experts."""
+  resolved = resolve(changed(), 'd').resolved
+  older = json.loads(json.dumps(resolved))
+  for name in ('mla', 'moe', 'dense_layers'):
+    del older['model'][name]
+  del older['topology']
+  assert run_ids(older) == run_ids(resolved) == run_id()
+  assert rebuild_model(older) == rebuild_model(resolved)
+
+
+SECTIONS = {
+  'latent attention': 'model.mla.kv_rank=8',
+  'experts': 'model.moe.experts=4 model.moe.router=sinkhorn model.moe.active=2 model.vocab_size=300',
+  'factored': 'model.weights.rank=3',
+}
+
+
+@pytest.mark.parametrize('name', SECTIONS)
+def test_config_json_rebuilds_latent_attention_experts_and_factors(name):
+  run = resolve(changed(*SECTIONS[name].split()), 'd')
+  assert rebuild_model(json.loads(json.dumps(run.resolved))) == run.model
+  assert run.run_id != run_id()
+  if name == 'experts':
+    assert (run.model.vocab_size, run.model.dense_layers, run.model.moe.ffn_width) == (300, 1, 24)
+    assert run.model.ffn_width == 4 * 24  # 2 active and 2 shared ones
+  if name == 'latent attention':
+    assert dataclasses.astuple(run.model.mla) == (8, 16, 8, 16) and run.model.head_dim == 24
 
 
 @pytest.mark.parametrize('name', PRESETS)
@@ -241,3 +309,13 @@ def test_config_json_alone_rebuilds_the_model(name):
   for preset in PRESETS[name]:
     run = resolve(changed(f'model.connection.name={name}', f'model.connection.preset={preset}'), 'd')
     assert rebuild_model(json.loads(json.dumps(run.resolved))) == run.model
+
+
+def test_eps_of_the_connection_are_its_own():
+  """Of its norm, its reads and its writes, each alone; the model's norms keep theirs."""
+  fields = ('norm_eps=0.001', 'norm_eps_outside=True', 'read_eps=0.01', 'write_eps=0.1')
+  model = build_model(changed(*(f'model.connection.{field}' for field in fields)), VOCAB_SIZE)
+  spec = model.connection
+  assert (spec.norm_eps, spec.norm_eps_outside) == (0.001, True)
+  assert (spec.read_gate.eps, spec.write_gate.eps) == (0.01, 0.1)
+  assert model.norm_eps == 1e-6

@@ -4,6 +4,7 @@ Each against a plain loop or formula; Qwen4-Exp's elementwise read against its a
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +17,9 @@ from mhc_jax import hyper_connection as hc
 from mhc_jax.connection import Gate
 from mhc_jax.layers.attention import causal_mask
 from mhc_jax.layers.norm import rms_norm
-from mhc_jax.model import Attention, FeedForward, Transformer
+from mhc_jax.model import Transformer
 from mhc_jax.presets import connection_spec
+from mhc_jax.sublayers import Attention, FeedForward
 
 N, B, T, D = 4, 2, 3, 8
 
@@ -44,8 +46,10 @@ def test_gates_are_their_formulas(x64, rng):
 
 
 def test_gates_by_name():
-  spec = connection_spec('mhc', read_gate='softmax', write_scale=1.5, gate_eps=1e-4)
-  assert spec.read_gate == Gate('softmax', eps=1e-4) and spec.write_gate == Gate('sigmoid', 1.5, 1e-4)
+  spec = connection_spec('mhc', read_gate='softmax', write_scale=1.5, write_eps=1e-4)
+  assert spec.read_gate == Gate('softmax') and spec.write_gate == Gate('sigmoid', 1.5, 1e-4)
+  v4 = connection_spec('mhc', read_eps=1e-6)  # DeepSeek-V4: of the reads alone
+  assert v4.read_gate == Gate('sigmoid', eps=1e-6) and v4.write_gate == Gate('sigmoid', 2.0)
   fixed = connection_spec('hc', read_gate='fixed', write_gate='fixed')
   assert fixed.read_gate == Gate('fixed', 1 / 4) and fixed.write_gate == Gate('fixed', 1.0)
   assert list(fixed.parts) == ['res']
@@ -67,8 +71,11 @@ def test_gates_by_name():
     ({'collapse': 'read'}, 'need each other'),
     ({'read_gate': 'fixed', 'single_pass': True, 'collapse': 'read'}, 'needs generated reads'),
     ({'generator': 'cp'}, 'needs a connection.rank'),
+    ({'generator': 'cp', 'rank': 2, 'constraint': 'identity'}, 'an H_res to generate'),
     ({'read_rank': 2}, 'need each other'),
     ({'expansion': 'zeros'}, 'expansion must be one of'),
+    ({'phi_only': True}, 'needs constraint=identity'),
+    ({'phi_only': True, 'constraint': 'identity', 'dynamic': False}, 'needs constraint=identity'),
   ),
 )
 def test_combinations_that_make_no_sense_are_refused(fields, message):
@@ -79,7 +86,7 @@ def test_combinations_that_make_no_sense_are_refused(fields, message):
 @pytest.mark.parametrize('weight', (False, True))
 @pytest.mark.parametrize('norm_scope', ('joint', 'per_stream'))
 def test_norm_scopes_are_their_formulas(x64, rng, norm_scope, weight):
-  spec = connection_spec('mhc', norm_scope=norm_scope, norm_weight=weight)
+  spec = connection_spec('mhc', norm_scope=norm_scope, norm_weight=weight, norm_eps=1e-6)
   p, x = random_params(rng, spec), rng.normal(size=(N, B, T, D))
   axes = (0, 3) if norm_scope == 'joint' else (3,)
   normed = x / np.sqrt(np.mean(x**2, axes, keepdims=True) + 1e-6)
@@ -91,15 +98,19 @@ def test_norm_scopes_are_their_formulas(x64, rng, norm_scope, weight):
   np.testing.assert_allclose(found, wanted, rtol=1e-11, atol=1e-12)
 
 
-def test_a_cp_generator_is_the_full_one_of_its_factors(x64, rng):
-  spec = connection_spec('mhc', generator='cp', rank=3)
+@pytest.mark.parametrize('constraint', ('birkhoff_sinkhorn', 'birkhoff_permutations'))
+def test_a_cp_generator_is_the_full_one_of_its_factors(x64, rng, constraint):
+  """TEMPER factors W_res alone: (n, C, n, n), or (n, C, K) for other coordinates; gates keep a full phi."""
+  spec = connection_spec('mhc', constraint=constraint, generator='cp', rank=3)
   p, x = random_params(rng, spec), rng.normal(size=(N, B, T, D))
-  columns = [np.einsum('nr,dr,kr->ndk', *(p[f'phi_{part}_{f}'] for f in ('stream', 'width', 'out')))
-             for part in ('pre', 'post')]  # fmt: skip
-  res = np.einsum('nr,dr,ir,jr->ndij', *(p[f'phi_res_{f}'] for f in ('stream', 'width', 'row', 'column')))
+  assert p['phi'].shape == (N, D, 2 * N)
+  if constraint == 'birkhoff_sinkhorn':
+    res = np.einsum('nr,dr,ir,jr->ndij', *(p[f'phi_res_{f}'] for f in ('stream', 'width', 'row', 'column')))
+  else:
+    res = np.einsum('nr,dr,kr->ndk', *(p[f'phi_res_{f}'] for f in ('stream', 'width', 'out')))
   full = {k: v for k, v in p.items() if not k.startswith('phi')}
-  full['phi'] = np.concatenate([*columns, res.reshape(N, D, -1)], -1)
-  plain = connection_spec('mhc')
+  full['phi'] = np.concatenate([p['phi'], res.reshape(N, D, -1)], -1)
+  plain = connection_spec('mhc', constraint=constraint)
   found = jax.jit(lambda p, x: hc.generate(p, x, spec))(p, x)
   wanted = jax.jit(lambda p, x: hc.generate(p, x, plain))(full, x)
   for actual, desired in zip(found, wanted, strict=True):
@@ -222,11 +233,12 @@ QWEN = {
 @pytest.mark.parametrize('seed', SEEDS)
 @pytest.mark.parametrize('rank', (1, 4))
 def test_elementwise_read_equals_source(x64, rank, seed):
-  """Qwen4-Exp's norm weight is 1 + w, and its inject map sees the normed streams over n: alpha = 1 / n."""
+  """Qwen4-Exp's norm weight is 1 + w; its inject map, without bias, sees the normed streams over n."""
   oracle = load(f'hf_qwen4exp_rank{rank}', seed)
   spec = connection_spec('gated_residual', read_rank=rank)
   inputs = {name: oracle[name] for name in ('x', 'Wf', *QWEN.values())}
   cot = stream_major(oracle['cot'])
+  start = functools.partial(hc.init_params, spec=spec, width=8, sublayer=0)
 
   @jax.jit
   def run(inputs):
@@ -236,9 +248,8 @@ def test_elementwise_read_equals_source(x64, rank, seed):
       'read_up': jnp.moveaxis(up.reshape(N, -1, rank), -1, 0),
       'phi': jnp.moveaxis(inject.reshape(N, N, -1), 0, -1),
       'norm_weight': 1 + w.reshape(N, -1),
-      'b_post': jnp.zeros(N),
-      'alpha_post': jnp.asarray(1 / N),
     }
+    assert params.keys() == jax.eval_shape(start, jax.random.key(0)).keys()
     x = stream_major(inputs['x'])
     c = hc.generate(params, x, spec)
     h = hc.read(c.pre_NBT, x)

@@ -14,7 +14,11 @@ from mhc_jax.constraints import CONSTRAINTS
 from mhc_jax.constraints.birkhoff_dual import birkhoff_dual
 from mhc_jax.constraints.birkhoff_kronecker import birkhoff_kronecker
 from mhc_jax.constraints.birkhoff_orthostochastic import birkhoff_orthostochastic
-from mhc_jax.constraints.birkhoff_permutations import birkhoff_permutations
+from mhc_jax.constraints.birkhoff_permutations import (
+  birkhoff_permutations,
+  cycle_types,
+  permutation_matrices,
+)
 from mhc_jax.constraints.birkhoff_sinkhorn import birkhoff_sinkhorn
 from mhc_jax.constraints.birkhoff_transport import birkhoff_transport
 from mhc_jax.constraints.circulant import circulant
@@ -52,6 +56,14 @@ def kronecker(coords_K, _):
   three, four = np.split(coords_K, [6])
   mixture = birkhoff_permutations().matrix
   return np.kron(*(np.asarray(mixture(c[:, None], n))[..., 0] for c, n in ((three, 3), (four, 4))))
+
+
+def kronecker_of_a_large_factor(coords_K, _):
+  """14 = 2 x 7: [[p, 1 - p], [1 - p, p]], and converged Sinkhorn iterations."""
+  p, m_NM = scipy.special.expit(coords_K[0] - coords_K[1]), np.exp(coords_K[2:].reshape(7, 7))
+  for axis in (0, 1) * 3000:
+    m_NM = m_NM / m_NM.sum(axis, keepdims=True)
+  return np.kron([[p, 1 - p], [1 - p, p]], m_NM)
 
 
 def transport(coords_K, n):
@@ -97,6 +109,7 @@ FORMULAS = {
   'orthogonal_quaternion': (orthogonal_quaternion, 4, quaternion_rotation),
   'orthostochastic': (birkhoff_orthostochastic, 3, squared_blocks),
   'kronecker': (functools.partial(birkhoff_kronecker, (3, 4)), 12, kronecker),
+  'kronecker of a large factor': (birkhoff_kronecker, 14, kronecker_of_a_large_factor),
   'transport': (birkhoff_transport, 4, transport),
   'circulant': (functools.partial(circulant, 0.3), 4, shifts),
   'spectral_sphere': (spectral_sphere, 4, sphere),
@@ -169,7 +182,6 @@ def test_permutations_in_lexicographic_order(x64):
     (lambda: birkhoff_permutations(), 6, 'n = 6 has 720 permutations; set count'),
     (lambda: birkhoff_permutations(7), 3, 'count must lie between 1 and n! = 6 at n = 3, got 7'),
     (lambda: birkhoff_kronecker((2, 2)), 8, r'factors \(2, 2\) do not multiply to n = 8'),
-    (lambda: birkhoff_kronecker(), 7, 'n = 7 has a factor above 5'),
     (lambda: orthogonal_quaternion(), 3, 'n = 4 streams only, got n = 3'),
     (lambda: birkhoff_orthostochastic(0), 4, 's must be at least 1'),
     (lambda: birkhoff_dual(0), 4, 'max_iterations must be at least 1'),
@@ -186,6 +198,38 @@ def test_parameters_tell_constraints_apart():
   """Name and parameters enter a run's id; equal ones are equal."""
   assert birkhoff_permutations(3) == birkhoff_permutations(3) != birkhoff_permutations(4)
   assert len({CONSTRAINTS[name]() for name in CONSTRAINTS}) == len(CONSTRAINTS)
+
+
+@pytest.mark.parametrize('n', (3, 4))
+def test_mixtures_of_all_permutations_start_with_equal_weights(n):
+  """Up to n = 4, where every cycle type has its share of the mass without being raised."""
+  logits_K = CONSTRAINTS['birkhoff_permutations']().identity(n, 0.01)
+  np.testing.assert_allclose(logits_K[1:], logits_K[1], rtol=1e-15)
+
+
+def test_many_cycle_types_start_with_a_share_of_the_mass_each():
+  """At n = 5 the ten transpositions would have 1/24 of it; 10 of their coordinates move a stream by 4 w."""
+  p_KNM = permutation_matrices(5)
+  weights_K = scipy.special.softmax(birkhoff_permutations().identity(5, 0.01))
+  moved_K, types_K = 1 - np.trace(p_KNM, axis1=1, axis2=2) / 5, cycle_types(p_KNM)
+  assert len(set(types_K)) == 7 and np.bincount(types_K).max() == 30
+  mass_C = np.bincount(types_K, weights_K * moved_K)
+  assert sorted(mass_C)[0] == 0 and sorted(mass_C)[1] == pytest.approx(0.105 * 0.01, rel=1e-9)
+
+
+@pytest.mark.parametrize('gamma', (0.002, 0.01, 0.0101, 0.2))
+@pytest.mark.parametrize('n', (2, 4, 8))
+def test_a_leaky_circulant_starts_near_the_identity_whatever_its_gamma(x64, n, gamma):
+  """Off-diagonal mass 0.01 where equal weights have more, else equal weights; no shift outweighs I."""
+  constraint = circulant(gamma)
+  coords_K = constraint.identity(n, 0.01)
+  assert (coords_K[0] >= coords_K[1:] - 1e-12).all()
+  mass = min(0.01, gamma * (n - 1) / n)
+  h_NM = matrices(constraint, coords_K[:, None], n)[0]
+  assert h_NM[0].sum() - h_NM[0, 0] == pytest.approx(mass, rel=1e-9)
+  # dH/dc of a shift of weight w is gamma w (1 - w), and at most half of the weight lies on one shift.
+  slope_NMK = jax.jit(jax.jacobian(lambda c: constraint.matrix(c, n)), compiler_options=COMPILER)(coords_K)
+  assert (np.abs(slope_NMK).max((0, 1)) >= 0.5 * mass / (n - 1)).all()
 
 
 def test_bench_compares_with_sinkhorn(monkeypatch):

@@ -19,7 +19,7 @@ from mhc_jax.run import resolve
 from mhc_jax.train_step import init_state
 
 ROOT = pathlib.Path(__file__).parent.parent
-CONFIGS = sorted(path for path in (ROOT / 'configs').glob('*.py') if path.name != '__init__.py')
+CONFIGS = sorted(p for p in (ROOT / 'configs').glob('*.py') if 'def get_config(' in p.read_text())
 SOURCES = sorted(
   path for name in ('mhc_jax', 'experiments', 'analysis') for path in (ROOT / name).rglob('*.py')
 )
@@ -121,6 +121,38 @@ def test_a_redefined_constraint_is_another_and_the_package_keeps_its_names():
   assert models[0] != models[1] and models[0] == models[2]
   with pytest.raises(ConfigError, match="'identity' names a constraint of the package"):
     build_model(config, VOCAB_SIZE, dataclasses.replace(first, name='identity'))
+
+
+def test_stability_has_the_depth_effect_in_full():
+  """No division of F by the depth, no slower H_res, and a gradient norm of every update."""
+  runs = [resolve(config, 'd') for config in sweep.EXPERIMENTS['stability'](None)]
+  assert {run.model.depth for run in runs} == {4, 8, 16}
+  assert {run.model.depth_ratio for run in runs} == {1.0} and {run.model.width_ratio for run in runs} == {1.0}
+  assert {run.resolved['log']['every_steps'] for run in runs} == {1}
+
+
+def test_factored_weights_have_learning_rates_of_their_own():
+  """Each rank and seed at three rates; projected matrices at the one of full ones."""
+  rates = {}
+  for c in sweep.EXPERIMENTS['rank'](None):
+    kind = 'factors' if c.model.weights.rank else c.optimizer.manifold or 'full'
+    rank = c.model.weights.rank or c.optimizer.manifold_value
+    rates.setdefault((kind, rank, c.seed), set()).add(c.optimizer.lr)
+  for (kind, _, _), found in rates.items():
+    assert found == ({4e-3, 8e-3, 1.6e-2} if kind == 'factors' else {1.6e-2}), kind
+
+
+def test_ablation_leaves_maps_out_one_by_one():
+  """Every map is missing alone from hc; no row of mhc is residual by construction: all have H_post."""
+  rows = {'hc': set(), 'mhc': set()}
+  for config in sweep.EXPERIMENTS['ablation'](None):
+    spec = build_model(config, VOCAB_SIZE).connection
+    if config.arm != 'residual':
+      rows[config.model.connection.name].add(frozenset(spec.parts))
+  full = frozenset({'pre', 'post', 'res'})
+  one_less = {full - {part} for part in full}
+  assert rows['hc'] == {full, frozenset({'res'}), *one_less}
+  assert rows['mhc'] == {full, *(parts for parts in one_less if 'post' in parts)}
 
 
 def test_identity_or_mixing_starts_every_arm_at_the_same_mixing():

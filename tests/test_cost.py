@@ -11,7 +11,12 @@ from jax import lax
 
 from mhc_jax import hyper_connection as hc
 from mhc_jax.config import base_config, build_model
-from mhc_jax.cost import forward_flops_per_token, parameters, train_flops_per_token
+from mhc_jax.cost import (
+  forward_flops_per_token,
+  parameters,
+  routed_flops_over_ideal,
+  train_flops_per_token,
+)
 from mhc_jax.model import Transformer
 from mhc_jax.presets import PRESETS
 
@@ -30,6 +35,11 @@ CASES = {
   'identity of 1 stream': {'name': 'identity', 'streams': 1},
   'factored weights': {'name': 'residual', 'weights_rank': 3},
   'grouped queries': {'name': 'mhc', 'kv_heads': 1},
+  'latent attention': {
+    'name': 'residual',
+    'mla': {'kv_rank': 6, 'head_dim': 4, 'rope_dim': 2, 'value_dim': 3},
+  },
+  'experts': {'name': 'mhc', 'moe': {'experts': 5, 'active': 2, 'shared': 1, 'ffn_width': 7}},
 }
 
 
@@ -37,9 +47,11 @@ def model(case):
   fields = dict(CASES[case])
   c = base_config()
   c.model.update(
-    {'width': 16, 'depth': 3, 'heads': 4, 'ffn_width': 20, 'kv_heads': fields.pop('kv_heads', 4)}
+    {'width': 16, 'depth': 3, 'heads': 4, 'ffn_width': 20, 'kv_heads': fields.pop('kv_heads', None)}
   )
   c.model.weights.rank = fields.pop('weights_rank', None)
+  for section in ('mla', 'moe'):
+    c.model[section].update(fields.pop(section, {}))
   c.model.connection.update(fields)
   return build_model(c, VOCAB)
 
@@ -66,7 +78,10 @@ def group(name):
     return 'hc_dynamic' if re.match('phi|read_', parts[-1]) else 'hc_static'
   if 'norm' in parts[-1]:
     return 'norm'
-  return parts[1] if parts[0] == 'layers' else parts[0]
+  expert = re.match('router|shared|expert', '/'.join(parts[2:]))
+  if expert:
+    return {'router': 'router', 'shared': 'shared_experts', 'expert': 'routed_experts'}[expert[0]]
+  return parts[1] if parts[0].startswith('layer') else parts[0]
 
 
 @pytest.mark.parametrize('case', CASES)
@@ -76,7 +91,10 @@ def test_parameters_by_group_are_those_of_the_tree(case):
   for name, size in tree(config).items():
     for key in (group(name), 'total'):
       counted[key] += size
-  counted['matmul'] = counted['attention'] + counted['feed_forward'] + counted['unembedding']
+  idle = 2 * 3 * 3 * 16 * 7 if config.moe else 0  # two layers, 3 of 5 experts, 3 maps
+  others = ('router', 'shared_experts', 'routed_experts') if config.moe else ()
+  counted['matmul'] = sum(counted[n] for n in ('attention', 'feed_forward', 'unembedding', *others)) - idle
+  counted['active'] = counted['total'] - counted['embedding'] - idle
   counted['non_embedding'] = counted['total'] - counted['embedding'] - counted['unembedding']
   assert counted == parameters(config)
 
@@ -84,7 +102,7 @@ def test_parameters_by_group_are_those_of_the_tree(case):
 def matrix_products(jaxpr, times=1):
   """(equation, how often it runs) of every matrix product; bodies of scans count by their length."""
   for equation in jaxpr.eqns:
-    if equation.primitive.name == 'dot_general':
+    if equation.primitive.name in ('dot_general', 'ragged_dot_general'):
       yield equation, times
     assert equation.primitive.name != 'while' or not list(inner_products(equation)), 'unknown trip count'
     inner_times = times * equation.params['length'] if equation.primitive.name == 'scan' else times
@@ -98,7 +116,9 @@ def inner_products(equation):
 
 
 def product_flops(equation):
-  (contracted, _), _ = equation.params['dimension_numbers']
+  """Of a grouped product: every row meets one expert."""
+  numbers = equation.params.get('dimension_numbers') or equation.params['ragged_dot_dimension_numbers']
+  (contracted, _), _ = getattr(numbers, 'dot_dimension_numbers', numbers)
   left = equation.invars[0].aval.shape
   return 2 * equation.outvars[0].aval.size * math.prod(left[axis] for axis in contracted)
 
@@ -117,16 +137,25 @@ def product_terms(config):
   if 'hc_collapse' in terms:
     terms['hc_collapse'] -= norms + 2 * spec.streams * config.width
   names = ('unembedding', 'attention_maps', 'attention_scores', 'feed_forward')
-  return sum(
-    terms[name] for name in (*names, *terms.keys() & {'hc_generator', 'hc_elementwise', 'hc_collapse'})
-  )
+  some = {'hc_generator', 'hc_elementwise', 'hc_collapse', 'router', 'shared_experts', 'routed_experts'}
+  return sum(terms[name] for name in (*names, *terms.keys() & some))
+
+
+def constraint_products(spec):
+  """FLOPs of the matrix products inside the constraint's map, per token: a part of what it states."""
+  coords_K1 = jax.ShapeDtypeStruct((spec.constraint.num_coordinates(spec.streams), 1), jnp.float32)
+  jaxpr = jax.make_jaxpr(lambda c: spec.constraint.matrix(c, spec.streams))(coords_K1)
+  products = sum(times * product_flops(equation) for equation, times in matrix_products(jaxpr.jaxpr))
+  assert products <= spec.constraint.flops(spec.streams)
+  return products
 
 
 @pytest.mark.parametrize('case', CASES)
 def test_flops_of_matrix_products_are_those_of_the_program(case):
   config = model(case)
   counted = sum(times * product_flops(equation) for equation, times in forward_products(config))
-  assert counted == B * T * product_terms(config)
+  inside = 2 * config.depth * constraint_products(config.connection)
+  assert counted == B * T * (product_terms(config) + inside)
 
 
 def xla_flops(function, *shapes):
@@ -157,6 +186,14 @@ def test_xla_counts_reads_and_writes_alike():
   assert read == B * T * (terms['hc_read'] - width)
   write = xla_flops(hc.write, shape((n, n, B, T)), gates, streams, shape((B, T, width)))
   assert write == B * T * (terms['hc_mix'] + terms['hc_write'] - n * width)
+
+
+def test_buffers_that_are_not_skipped_cost_more_than_the_ideal():
+  """64 experts, 6 active: devices with 8 experts take all 6 choices of every token, those with 2 take 2."""
+  c = base_config()
+  c.model.moe.update({'experts': 64, 'active': 6})
+  ratios = [routed_flops_over_ideal(build_model(c, VOCAB), shards) for shards in (1, 8, 32)]
+  assert ratios == [1, 8, 32 * 2 / 6]
 
 
 def test_terms_of_the_connection_follow_its_parts():

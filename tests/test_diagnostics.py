@@ -94,6 +94,11 @@ def test_effective_ranks(rng):
   assert float(diagnostics.effective_rank(jnp.array([5.0, 0, 0]))) == pytest.approx(1)
   basis_NTD = np.broadcast_to(np.eye(4)[:, None], (4, 3, 4))
   assert float(diagnostics.stream_rank(gram(basis_NTD))[0]) == pytest.approx(4)
+  # Singular values 2 and 1, shares 2/3 and 1/3; from their squares it would be 1.649.
+  uneven_NTD = np.array([2.0, 1.0])[:, None, None] * np.eye(2, 4)[:, None]
+  wanted = np.exp(-(2 / 3 * np.log(2 / 3) + 1 / 3 * np.log(1 / 3)))
+  assert wanted == pytest.approx(1.890, abs=5e-4)
+  assert float(diagnostics.stream_rank(gram(uneven_NTD))[0]) == pytest.approx(wanted, rel=1e-5)
   copies_NTD = np.broadcast_to(rng.normal(size=(3, 8)), (4, 3, 8))
   assert float(diagnostics.stream_rank(gram(copies_NTD))[0]) == pytest.approx(1, abs=1e-4)
 
@@ -154,10 +159,14 @@ def diagnosed(disturb=None, **connection):
 
 def test_of_a_residual_model():
   found = diagnosed(name='residual')
+  # Numbers of a triangle of ones: 1 / (2 sin(pi (2k - 1) / 14)) for k = 1, 2, 3, and 0.
+  sigma = 1 / (2 * np.sin(np.pi * np.array([1, 3, 5]) / 14))
+  share = sigma / sigma.sum()
+  rank = diagnostics.with_spectra(found)['depth_rank']
+  assert float(rank) == pytest.approx(np.exp(-(share * np.log(share)).sum()), rel=1e-6)
   for name, value in found.items():
-    if name == 'depth_rank':
-      ones = np.tril(np.ones((4, 4)), -1)
-      wanted = diagnostics.effective_rank(jnp.linalg.svd(jnp.asarray(ones), compute_uv=False))
+    if name == 'depth_mean':
+      wanted = np.tril(np.ones((4, 4)), -1)
     else:
       assert len(value) == 4
       wanted = 0.0 if 'distance' in name or 'defect' in name else 1.0

@@ -24,7 +24,8 @@ def trained(tmp_path_factory):
   overrides = [f'--config.data.name=text_files:{text}', f'--config.data.dir={folder}']
   overrides += ['--config.duration.steps=2', '--config.evaluation.sequences=4']
   overrides += ['--config.evaluation.batch_size=4', '--config.log.diagnostics_every_steps=None']
-  overrides += ['--config.model.weights.rank=4', '--config.model.connection.preset=deepseek_v4']
+  overrides += ['--config.model.connection.preset=deepseek_v4', '--config.model.vocab_size=300']
+  overrides += ['--config.model.mla.kv_rank=8', '--config.model.moe.experts=4', '--config.model.moe.active=2']
   config = parse('configs/laptop.py:smoke', overrides)
   status = train.run(config, str(folder / 'run'), quiet=True)
   return folder / 'run', status
@@ -44,10 +45,20 @@ def test_same_loss_as_training(trained, capsys):
   assert out.startswith('step 2: validation/loss') and 'abc' in out
 
 
-def test_greedy_sample_is_deterministic_and_of_the_asked_length(trained):
+def test_greedy_samples_are_equal_of_the_asked_length_and_of_tokens_alone(trained):
+  """Whatever the seed, and however likely a row of the vocabulary that is no token's."""
   _, model, _, params = evaluate.load(str(trained[0]))
-  texts = [evaluate.sample(model, params, 'ab', 4, 16, 0.0, seed) for seed in (0, 1)]
+  likely_DV = params['unembedding'].at[:, 290].multiply(1e6)
+  likely_DV = likely_DV.at[:, 291].set(-likely_DV[:, 290])  # one of the two is the largest
+  changed = {**params, 'unembedding': likely_DV}
+  texts = [evaluate.sample(model, p, 'ab', 4, 16, 0.0, seed) for p, seed in ((params, 0), (changed, 1))]
   assert texts[0] == texts[1] and texts[0].startswith('ab')
+
+
+def test_every_update_logs_the_loads_of_the_experts(trained):
+  rows = [json.loads(line) for line in (trained[0] / 'metrics.jsonl').read_text().splitlines()]
+  loads = [row['train/load_max_over_mean'] for row in rows if row['step']]
+  assert len(loads) == 2 and all(len(load) == 1 and 1 <= load[0] <= 2 for load in loads)
 
 
 def test_model_is_rebuilt_from_config_json_alone(trained):

@@ -165,6 +165,7 @@ def test_start_values_of_each_init(x64, init, sublayer):
     'near_identity': (np.full(N, 0.25), np.ones(N), near),
     'pre_norm': (home.astype(float), np.ones(N), np.eye(N)),
     'unit_reads': (np.ones(N), np.zeros(N), np.zeros((N, N))),
+    'scaled_phi': (np.full(N, 0.5), np.ones(N), np.full((N, N), 0.25)),
   }[init]
   for actual, wanted in zip((pre, post, res), expected, strict=True):
     np.testing.assert_allclose(actual, wanted, rtol=1e-12, atol=1e-12)
@@ -240,6 +241,24 @@ def test_hc_is_the_formula_of_its_paper(x64, rng, preset):
   np.testing.assert_allclose(c.pre_NBT, a_m, rtol=1e-12, atol=1e-12)
   np.testing.assert_allclose(c.post_NBT, beta, rtol=1e-12, atol=1e-12)
   np.testing.assert_allclose(c.res_NMBT, a_r.swapaxes(0, 1), rtol=1e-12, atol=1e-12)
+
+
+def test_presets_keep_what_their_papers_say():
+  """HC's streams are summed; mHC's norms have eps 1e-20 (Table 5), which float32 holds; V4's have 1e-6."""
+  assert {connection_spec('hc', preset).collapse for preset in PRESETS['hc']} == {'sum'}
+  assert connection_spec('mhc').norm_eps == connection_spec('identity').norm_eps == 1e-20
+  assert np.float32(1e-20) > np.finfo(np.float32).tiny
+  assert connection_spec('mhc', 'deepseek_v4').norm_eps == 1e-6
+
+
+def test_streams_far_below_1_are_normed_all_the_same(rng):
+  """With eps 1e-6 for 1e-20 streams of size 1e-6 would hardly reach the generator; zeros stay finite."""
+  spec, x_NBTD = connection_spec('mhc'), streams(rng, np.float32)
+  params = random_params(rng, spec, np.float32)
+  run = jax.jit(lambda x: hc.coordinates(params, x, spec)['res'])
+  np.testing.assert_allclose(run(1e-6 * x_NBTD), run(x_NBTD), rtol=1e-4, atol=1e-5)
+  grad = jax.jit(jax.grad(lambda x: jnp.sum(hc.coordinates(params, x, spec)['res'])))
+  assert np.isfinite(run(0 * x_NBTD)).all() and np.isfinite(grad(0 * x_NBTD)).all()
 
 
 def test_expand_copies_and_collapses_undo_it(rng):

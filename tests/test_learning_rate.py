@@ -1,36 +1,80 @@
-"""The best learning rate per arm and size, and how far it moves."""
+"""The best learning rate per arm and size, how far it moves, and what a wrong one costs."""
 
 import numpy as np
 import pandas as pd
+import pytest
+from synthetic_runs import config_of, write_plan, write_run
 
-from analysis.learning_rate import optima, picks, shifts
+from analysis import learning_rate
+from analysis.isoflop import learning_rate_sensitivity
+from analysis.learning_rate import picks, rate_sweeps, shifts, summary
+from analysis.runs import read_sweep
+from analysis.selection import classify
 
 GRID = (0.01, 0.02, 0.04, 0.08)
 
 
-def table(optimum):
+def sweeps(tmp_path, optimum, grids=(GRID, GRID)):
   """Parabolas of log loss in log lr around optimum(width); one run has diverged."""
-  rows = []
-  for width in (32, 64):
-    for lr in GRID:
-      loss = 2 * np.exp(0.05 * np.log(lr / optimum(width)) ** 2)
-      rows.append(('mhc', width, 2, lr, 'finished', loss))
-  rows[3] = (*rows[3][:4], 'diverged', np.nan)
-  names = ['arm', 'width', 'depth', 'lr', 'state', 'validation_loss']
-  return pd.DataFrame(rows, columns=names)
+  planned = []
+  for width, grid in zip((32, 64), grids, strict=True):
+    for lr in grid:
+      state = 'diverged' if (width, lr) == (32, GRID[-1]) else 'finished'
+      wanted = 2 * np.exp(0.05 * np.log(lr / optimum(width)) ** 2)
+      config = config_of('mhc', width, 2, 0, lr=lr, tokens=2e6)
+      planned.append(write_run(tmp_path, config, state, noise=0.0, wanted=wanted))
+  # Ranks and other budgets are not part of a grid.
+  planned.append(write_run(tmp_path, config_of('mhc', 32, 2, 0, lr=0.02, tokens=2e6, rank=1), wanted=0.1))
+  planned.append(write_run(tmp_path, config_of('mhc', 32, 2, 0, lr=0.01, tokens=9e6), wanted=0.1))
+  write_plan(tmp_path, planned)
+  return rate_sweeps(classify(read_sweep(tmp_path).table))
 
 
-def test_interpolated_optimum_and_shift():
+def test_interpolated_optimum_and_shift(tmp_path):
   """An exact parabola is found to 1e-6 of log lr; a shift by one grid step counts as 1."""
-  best = optima(table(lambda width: 0.025 if width == 32 else 0.05))
-  assert np.allclose(np.log(best['optimal_lr'].astype(float)), np.log([0.025, 0.05]), atol=1e-6)
-  assert list(best['best_lr']) == [0.02, 0.04]
-  assert abs(shifts(best)['mhc'] - 1) < 1e-5
-  assert best.loc[0, 'loss at 0.08'] == np.inf
-  assert picks(optima(table(lambda width: 0.02 if width == 32 else 0.03))) == {'mhc': 0.02}
+  found = sweeps(tmp_path, lambda width: 0.025 if width == 32 else 0.05)
+  assert np.allclose(np.log([r.best for r in found]), np.log([0.025, 0.05]), atol=1e-6)
+  assert [r.losses.idxmin() for r in found] == [0.02, 0.04]
+  assert abs(shifts(found)['mhc'] - 1) < 1e-5
+  assert summary(found).loc[0, 'loss at 0.08'] == np.inf
 
 
-def test_optimum_at_the_edge_is_refused_with_a_reason():
-  best = optima(table(lambda width: 1e-3))
-  assert best['optimal_lr'].isna().all() and best['problem'].notna().all()
-  assert list(best['best_lr']) == [0.01, 0.01]
+def test_one_rate_for_all_sizes(tmp_path):
+  assert picks(sweeps(tmp_path, lambda width: 0.02 if width == 32 else 0.03)) == {'mhc': 0.02}
+
+
+def test_optimum_at_the_edge_is_refused_with_a_reason(tmp_path):
+  found = sweeps(tmp_path, lambda width: 1e-3)
+  assert all(r.best is None and r.problem for r in found) and shifts(found) == {'mhc': None}
+  assert list(summary(found)['best_lr']) == [0.01, 0.01]
+
+
+def test_sensitivity_is_a_mean_over_log_uniform_rates():
+  """|log lr| between -2 and 1: the integral is 2.5 over a range of 3; what diverged is capped."""
+  rate = np.exp(np.arange(-2.0, 2.0))
+  assert learning_rate_sensitivity(rate, 3 + abs(np.log(rate)), 9.0) == pytest.approx(2.5 / 3)
+  assert learning_rate_sensitivity(rate[::-1], 3 + abs(np.log(rate[::-1])), 4.0) == pytest.approx(2 / 3)
+  assert learning_rate_sensitivity(rate, np.array([4, 3, 3, np.nan]), 5.0) == pytest.approx(1.5 / 3)
+
+
+def test_command_line(tmp_path, capsys):
+  sweeps(tmp_path, lambda width: 0.02)
+  assert learning_rate.main([str(tmp_path)]) == 0
+  said = capsys.readouterr().out
+  table = pd.read_csv(tmp_path / 'learning_rates.csv')
+  assert len(table) == 2 and table['sensitivity'].notna().all() and (table['highest_lr'] == 0.08).all()
+  assert 'rate of the lowest mean loss over sizes: 0.02' in said and 'grid steps' in said
+
+
+def test_grids_without_a_common_rate(tmp_path, capsys):
+  sweeps(tmp_path, lambda width: 0.02, (GRID, (0.011, 0.022, 0.044)))
+  assert learning_rate.main([str(tmp_path)]) == 0
+  assert 'over sizes: none' in capsys.readouterr().out
+
+
+def test_no_grid_ends_in_one_line(tmp_path, capsys):
+  write_plan(tmp_path, [write_run(tmp_path, config_of('mhc', 32, 2, 0))])
+  for folder in (tmp_path, tmp_path / 'absent'):
+    assert learning_rate.main([str(folder)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith('error: ') and error.count('\n') == 1

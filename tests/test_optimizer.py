@@ -17,8 +17,10 @@ ARMS = [
 ]
 
 
-def model(weights_rank=None, scan=True, **connection):
+def model(weights_rank=None, scan=True, experts=None, **connection):
   c = base_config()
+  c.model.moe.experts = experts
+  c.model.mla.kv_rank = experts and 6
   c.model.update({'width': 16, 'depth': 4, 'heads': 2, 'scan': scan})
   c.model.weights.rank = weights_rank
   c.model.connection.update(connection)
@@ -88,6 +90,24 @@ def test_the_groups_are_these():
   assert full['layers/attention_connection/phi'] == full['layers/attention/query/w'] == 'hidden'
   loop = by_path(optim.groups(parameters(model(name='residual', scan=False))))
   assert loop['layer_3/feed_forward/down/w'] == 'hidden'
+
+
+def test_the_groups_of_experts_and_latent_attention_are_these():
+  kinds = by_path(optim.groups(parameters(model(name='residual', experts=3))))
+  ffn = {
+    'norm': 'scalar',
+    'router': 'plain',
+    'router_bias': 'frozen',
+    **{f'expert_{name}': 'hidden' for name in ('gate', 'up', 'down')},
+    **{f'shared_{name}/w': 'hidden' for name in ('gate', 'up', 'down')},
+  }
+  attention = {'norm': 'scalar', 'latent_norm': 'scalar', 'kv_up/w': 'plain'}
+  attention |= {f'{name}/w': 'hidden' for name in ('query', 'kv_down', 'output')}
+  dense = {'norm': 'scalar', **{f'{name}/w': 'hidden' for name in ('gate', 'up', 'down')}}
+  layers = {('layers', 'feed_forward'): ffn, ('layer_0', 'feed_forward'): dense}
+  layers |= {(name, 'attention'): attention for name in ('layers', 'layer_0')}
+  wanted = {f'{a}/{b}/{name}': kind for (a, b), kinds in layers.items() for name, kind in kinds.items()}
+  assert kinds == wanted | {'embedding': 'plain', 'unembedding': 'plain', 'final_norm': 'scalar'}
 
 
 def adamw_by_hand(params, gradients, rates, c, weight_decay):

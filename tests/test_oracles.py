@@ -4,7 +4,6 @@ tests/oracles/README.md says where each file comes from. The adapters below only
 reshape; the arithmetic is generate / read / write / collapse.
 """
 
-import dataclasses
 import functools
 import pathlib
 
@@ -13,8 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mhc_jax.constraints.birkhoff_sinkhorn import birkhoff_sinkhorn
-from mhc_jax.hyper_connection import collapse, expand, generate, read, write
+from mhc_jax.hyper_connection import collapse, expand, generate, init_params, read, write
 from mhc_jax.presets import connection_spec
 
 FOLDER = pathlib.Path(__file__).parent / 'oracles'
@@ -64,21 +62,17 @@ def deepseek_v4(**changes):
   return connection_spec('mhc', 'deepseek_v4', **changes)
 
 
-def megatron():
-  return dataclasses.replace(
-    connection_spec('mhc'),
-    constraint=birkhoff_sinkhorn(preset='megatron_main'),
-    norm_eps_outside=True,
-  )
+LAYERS = {
+  'hf_deepseek_v4': deepseek_v4(),
+  'megatron_main': connection_spec('mhc', 'megatron_main'),
+  'hf_hy_v4_identity': connection_spec('identity', 'hy_v4'),
+}
 
 
-def hunyuan():
-  spec = connection_spec('identity')
-  gates = {g: dataclasses.replace(getattr(spec, g), eps=1e-6) for g in ('read_gate', 'write_gate')}
-  return dataclasses.replace(spec, **gates)
-
-
-LAYERS = {'hf_deepseek_v4': deepseek_v4, 'megatron_main': megatron, 'hf_hy_v4_identity': hunyuan}
+def assert_complete(params, spec, width) -> None:
+  """The adapter fills every parameter of the preset, in its shape, and no other."""
+  like = jax.eval_shape(lambda key: init_params(key, spec, width, 0), jax.random.key(0))
+  assert {k: v.shape for k, v in params.items()} == {k: v.shape for k, v in like.items()}
 
 
 @functools.partial(jax.jit, static_argnums=2, compiler_options=COMPILER)
@@ -88,7 +82,8 @@ def layer_and_gradients(inputs, cot_NBTD, name):
 
   def loss(inputs):
     params = layer_params(inputs['phi'], inputs['base'], inputs['scale'], n)
-    results = sublayer(params, inputs['Wf'], stream_major(inputs['x']), LAYERS[name]())
+    assert_complete(params, LAYERS[name], inputs['x'].shape[-1])
+    results = sublayer(params, inputs['Wf'], stream_major(inputs['x']), LAYERS[name])
     return jnp.sum(results[0] * cot_NBTD), results
 
   grads, results = jax.grad(loss, has_aux=True)(inputs)

@@ -5,7 +5,6 @@ As in test_oracles.py, the adapters only rename, reorder and reshape (and write 
 as such).
 """
 
-import dataclasses
 import functools
 import itertools
 
@@ -13,13 +12,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_oracles import COMPILER, SEEDS, close, deepseek_v4, layer_params, load, stream_major, sublayer
+from test_oracles import (
+  COMPILER,
+  SEEDS,
+  assert_complete,
+  close,
+  deepseek_v4,
+  layer_params,
+  load,
+  stream_major,
+  sublayer,
+)
 
-from mhc_jax.connection import Gate
 from mhc_jax.constraints.base import product
-from mhc_jax.constraints.birkhoff_kronecker import birkhoff_kronecker
-from mhc_jax.constraints.birkhoff_permutations import birkhoff_permutations
-from mhc_jax.constraints.birkhoff_sinkhorn import birkhoff_sinkhorn
 from mhc_jax.hyper_connection import init_params
 from mhc_jax.presets import connection_spec
 
@@ -75,27 +80,19 @@ def maxtext_layer(inputs):
   return {**params, 'norm_weight': inputs['gamma'].reshape(4, -1)}
 
 
-def mhc_with(constraint, **changes):
-  return dataclasses.replace(connection_spec('mhc'), constraint=constraint, **changes)
-
-
-V4_READ = Gate('sigmoid', eps=1e-6)
 # name -> (adapter, spec); inputs are the arrays that have a gradient d_NAME.
 SOURCES = {
-  'tilekernels_ref_gamma': (tilekernels_layer, deepseek_v4()),
+  'tilekernels_ref_gamma': (tilekernels_layer, deepseek_v4(norm_weight=True)),
   'mhclite_official': (
     functools.partial(author_layer, order=np.array(INVERSE), norm_shape=(4, 8)),
-    mhc_with(birkhoff_permutations(), norm_eps=0.0),
+    connection_spec('mhc', 'mhc_lite'),
   ),
   'kromhc_official': (
     functools.partial(author_layer, order=np.arange(4), norm_shape=(4, 8)),
-    mhc_with(birkhoff_kronecker((2, 2)), norm_eps=0.0),
+    connection_spec('mhc', 'kromhc'),
   ),
-  'maxtext_lite': (maxtext_layer, mhc_with(birkhoff_permutations(), read_gate=V4_READ)),
-  'lucidrains_mhcv2': (
-    lucidrains_layer,
-    mhc_with(birkhoff_sinkhorn(preset='lucidrains', transpose=False), scope='per_stream', norm_eps=0.0),
-  ),
+  'maxtext_lite': (maxtext_layer, connection_spec('mhc', 'mhc_lite', read_eps=1e-6, norm_eps=1e-6)),
+  'lucidrains_mhcv2': (lucidrains_layer, connection_spec('mhc', 'lucidrains')),
 }
 TOLERANCE = {'maxtext_lite': (1e-5, 1e-6)}  # float32; 4e-6 from a float64 derivation
 
@@ -114,7 +111,9 @@ def layer_and_gradients(inputs, cot_NBTD, name):
   adapter, spec = SOURCES[name]
 
   def loss(inputs):
-    results = sublayer(adapter(inputs), inputs['Wf'], stream_major(inputs['x']), spec)
+    params = adapter(inputs)
+    assert_complete(params, spec, inputs['x'].shape[-1])
+    results = sublayer(params, inputs['Wf'], stream_major(inputs['x']), spec)
     return jnp.sum(results[0] * cot_NBTD), results
 
   grads, results = jax.grad(loss, has_aux=True)(inputs)

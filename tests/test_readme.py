@@ -9,6 +9,10 @@ import jax.numpy as jnp
 import pytest
 from test_constraints import check
 
+from mhc_jax.config import ConfigError
+from mhc_jax.constraints import CONSTRAINTS
+from mhc_jax.evaluate import load
+
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / 'README.md').read_text()
 
@@ -44,6 +48,10 @@ def test_own_constraint_conforms_and_trains(tmp_path, x64):
     check(names['lazy_average'](), n)
   config = json.loads((tmp_path / 'run' / 'config.json').read_text())
   assert config['model']['connection']['constraint'] == 'lazy_average'
+  with jax.enable_x64(False):
+    assert load(str(tmp_path / 'run'), names['lazy_average']())[2] == 2
+    with pytest.raises(ConfigError, match='trained with the constraint lazy_average'):
+      load(str(tmp_path / 'run'), CONSTRAINTS['circulant']())
 
 
 def test_length_and_paths():

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 from synthetic_runs import MULTIPLIER, report, words, write_sweep
 
+from analysis.all_figures import FIGURES
 from analysis.report import main
 from analysis.runs import read_sweep
 from analysis.selection import classify, drop_small_arms, pair_up
@@ -36,7 +37,9 @@ def test_complete_sweep(complete):
   assert low < 0.5 < high and len(ranks['connection_streams']['runs']) == 3
   # The weight ranks are given the full-rank run's tokens in another field of the configuration.
   assert len(ranks['weights_rank']['full_rank_runs']) == 1 == len(ranks['connection_rank']['full_rank_runs'])
-  assert len(fits['rollout']) == 2 and len(fits['nested']) == 3
+  assert ranks['weights_rank']['p_value'] is None, 'one run at every rank cannot test its own multiplier'
+  assert [r['problem'] is None for r in fits['rollout']] == [False, False, True, True]
+  assert len(fits['nested']) == 3
   assert sorted(r['run'] for r in fits['fit']['influence']) == sorted(
     results[results['excluded'].isna()]['run_id']
   )
@@ -58,10 +61,10 @@ def test_gaps_pair_equal_seeds(complete):
 def test_figures_have_numbers_and_render(complete):
   folder, _, _ = complete
   names = {p.stem for p in (folder / 'report').glob('*.png')}
-  wanted = {'loss_vs_flops', 'loss_at_equal_flops', 'gap_absolute', 'gap_relative', 'loss_vs_width'}
-  wanted |= {'loss_vs_depth', 'loss_vs_connection_rank', 'loss_vs_weights_rank', 'gain_forward'}
-  wanted |= {'loss_vs_connection_streams', 'composite_gain_backward', 'compute_multiplier'}
-  assert wanted <= names
+  wanted = {'loss_vs_flops', 'loss_at_equal_flops', 'paper_gap_flops', 'loss_vs_width', 'paper_compute'}
+  wanted |= {'loss_vs_depth', 'loss_vs_connection_rank', 'loss_vs_weights_rank', 'paper_gains', 'rollout'}
+  wanted |= {'loss_vs_connection_streams', 'compute_multiplier', 'paper_gap_tokens', 'paper_over_training'}
+  assert wanted <= names <= set(FIGURES)
   for name in names:
     assert (folder / 'report' / f'{name}.png').read_bytes()[:4] == b'\x89PNG'
     assert (folder / 'report' / f'{name}.png').stat().st_size < 200_000
@@ -71,7 +74,7 @@ def test_figures_have_numbers_and_render(complete):
   assert (points['kind'] == 'run').sum() == 28
   fit = points[points['kind'] == 'fit']
   assert (fit['new_run_low'] < fit['low']).all() and (fit['low'] < fit['loss']).all()
-  gaps = pd.read_csv(folder / 'report' / 'gap_absolute.csv')
+  gaps = pd.read_csv(folder / 'report' / 'paper_gap_flops.csv')
   assert (gaps[gaps['arm'] == 'mhc']['difference'] < 0).all() and gaps['low'].notna().all()
 
 

@@ -6,13 +6,23 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
-from synthetic_runs import MULTIPLIER, SIZES, config_of, derived_of, report, words, write_run, write_sweep
+from synthetic_runs import (
+  MULTIPLIER,
+  SIZES,
+  blank,
+  config_of,
+  derived_of,
+  report,
+  words,
+  write_plan,
+  write_run,
+  write_sweep,
+)
 
 
 @pytest.fixture
 def blank_images(monkeypatch):
-  """Figures are built but not rendered: most of a report's time, and none of its logic."""
-  monkeypatch.setattr('matplotlib.figure.Figure.savefig', lambda self, path, **_: path.write_text('<svg/>'))
+  blank(monkeypatch)
 
 
 @pytest.fixture
@@ -55,8 +65,48 @@ def test_too_few_sizes_print_no_numbers(tmp_path, blank_images):
   assert fits['law'] is None and fits['fit'] is None and fits['multipliers'] == []
   assert 'cover 3 model sizes' in fits['choice'] and fits['choice'] in words(page)
   assert fits['gaps'] and 'none: no law fitted' in words(page)
-  # Nor does a rank sweep turn into an exponent without a law.
-  assert all(r['phi'] is None for r in fits['rank_sweeps'])
+
+
+def test_one_size_says_so_and_its_ranks_have_their_own_law(tmp_path, blank_images):
+  """L = 2 + 0.5 r^-0.8 over four ranks; the projected form is an axis of the arm that it was made from."""
+  planned = []
+  for seed in (0, 1, 2):
+    for arm in ('residual', 'mhc'):
+      planned.append(write_run(tmp_path, config_of(arm, 32, 4, seed), noise=0.001))
+    for n in (1, 2, 4, 8):
+      config = config_of('mhc', 32, 4, seed, rank=n)
+      planned.append(write_run(tmp_path, config, noise=0.001, wanted=2 + 0.5 * n**-0.8))
+    for r in (2, 4, 8):
+      config = config_of('mhc', 32, 4, seed, projected=r) | {'arm': f'mhc, W projected to rank {r}'}
+      planned.append(write_run(tmp_path, config, bonus=r / 16))
+  write_plan(tmp_path, planned)
+  fits, results, page = report(tmp_path)
+  assert 'cover 1 model size,' in fits['choice'] and fits['choice'] in words(page)
+  assert len(fits['excluded']) == 21 and set(results['arm']) == {'residual', 'mhc'}
+  ranks = {r['axis']: r for r in fits['rank_sweeps']}
+  low, high = ranks['connection_rank']['phi_interval']
+  assert low < 0.8 < high < 1.2 and ranks['connection_rank']['form'] == 'L = a + b r^-phi'
+  projected = ranks['projected_rank']
+  assert projected['arm'] == 'mhc' and len(projected['runs']) == 9 == 3 * len(projected['full_rank_runs'])
+  assert projected['phi'] is None and '3 values cannot test' in projected['problem']
+  table = pd.read_csv(tmp_path / 'report' / 'loss_vs_connection_rank.csv')
+  assert set(table['kind']) == {'run', 'mean', 'full', 'reference', 'exponent'}
+  assert table[table['kind'] == 'mean']['standard_error'].notna().all()
+  assert table.set_index('kind').loc['exponent', 'phi'] == pytest.approx(ranks['connection_rank']['phi'])
+
+
+def test_runs_of_one_size_and_seed_are_one_group_at_any_budget(tmp_path, no_figures):
+  planned = []
+  for budget in (1e11, 2e11, 4e11, 8e11):
+    for width in (16, 32, 48, 64, 96):
+      for arm in ('residual', 'mhc'):
+        for seed in (0, 1):
+          planned.append(write_run(tmp_path, config_of(arm, width, 2, seed, flops=budget)))
+  write_plan(tmp_path, planned)
+  fits, _, page = report(tmp_path)
+  # 80 runs, but ten starts and orders of the data.
+  assert fits['fit']['n_points'] == 80 and fits['fit']['interval_method'] == 'delta'
+  assert 'fewer than 40 runs or groups' in fits['fit']['caveat'] and fits['fit']['caveat'] in words(page)
 
 
 def test_parameters_that_are_not_identified_are_words(tmp_path, no_figures):
@@ -92,7 +142,7 @@ def test_grid_of_sizes_and_tokens_gets_the_law_of_both(tmp_path, blank_images):
         wanted = 1.2 + 60 * (gain * n) ** -0.4 + 200 * (gain * d) ** -0.35
         bonus = ((wanted - 1.2) / 1.6) ** -5 * 1e12 / counts['flops'] / MULTIPLIER[arm]
         planned.append(write_run(tmp_path, config, noise=0.001, bonus=bonus))
-  (tmp_path / 'plan.json').write_text(json.dumps({'sweep': 'grid', 'runs': planned}))
+  write_plan(tmp_path, planned)
   fits, _, page = report(tmp_path)
   assert fits['law'] == 'chinchilla' and 'L(N, D) is fitted' in words(page)
   assert fits['fit']['alpha'] == pytest.approx(0.4, abs=0.06)
@@ -112,7 +162,7 @@ def test_arms_of_equal_losses_are_equal_at_equal_size_and_tokens(tmp_path, no_fi
       config = config_of(arm, *size, 0)
       bonus = plain / derived_of(config)['flops'] / MULTIPLIER[arm]
       planned.append(write_run(tmp_path, config, noise=0.0, bonus=bonus))
-  (tmp_path / 'plan.json').write_text(json.dumps({'sweep': 'equal', 'runs': planned}))
+  write_plan(tmp_path, planned)
   fits, _, page = report(tmp_path)
   (m,) = fits['multipliers']
   assert fits['law'] == 'compute' and m['flops'] < 0.9
@@ -157,14 +207,22 @@ def test_learning_rate_sweep(tmp_path, blank_images):
       state = 'diverged' if (arm, lr) == ('residual', 0.032) else 'finished'
       bonus = np.exp(-(np.log(lr / best) ** 2))
       planned.append(write_run(tmp_path, config, state, noise=0.0, bonus=bonus))
-  (tmp_path / 'plan.json').write_text(json.dumps({'sweep': 'learning_rate', 'runs': planned}))
+  write_plan(tmp_path, planned)
   fits, results, page = report(tmp_path)
   found = {r['arm']: r for r in fits['learning_rates']}
   assert found['residual']['best'] == pytest.approx(0.008, rel=0.2)
   assert found['mhc']['best'] is None or found['mhc']['best'] > 0.025
   assert results['excluded'].str.contains('learning-rate sweep').sum() == 7
-  table = pd.read_csv(tmp_path / 'report' / 'learning_rate_32x2.csv')
-  assert len(table) == 10 and (table['state'] == 'diverged').sum() == 1
+  table = pd.read_csv(tmp_path / 'report' / 'learning_rate.csv')
+  assert (table['kind'] == 'run').sum() == 10 and (table['state'] == 'diverged').sum() == 1
+  drawn = table[table['kind'] == 'optimum'].set_index('arm')['lr']
+  assert drawn['residual'] == pytest.approx(found['residual']['best'])
+  # Linear between the rates of the grid; the diverged one counts as the loss before the first update.
+  runs = table[(table['kind'] == 'run') & (table['arm'] == 'residual')].sort_values('lr')
+  capped = runs['validation_loss'].fillna(results['initial_loss'].iloc[0]).to_numpy()
+  by_hand = np.mean((capped[1:] + capped[:-1]) / 2) - capped.min()
+  assert found['residual']['sensitivity'] == pytest.approx(by_hand)
+  assert found['residual']['lr_range'] == [0.002, 0.032] and '0.002 to 0.032' in words(page)
   assert 'Learning rates' in words(page)
 
 
@@ -175,7 +233,7 @@ def test_a_rate_does_not_win_by_the_seeds_that_survived_it(tmp_path, no_figures)
       state = 'diverged' if lr == 0.032 and seed else 'finished'
       config = config_of('mhc', 32, 2, seed, lr=lr)
       planned.append(write_run(tmp_path, config, state, noise=0.0, bonus=bonus))
-  (tmp_path / 'plan.json').write_text(json.dumps({'sweep': 'learning_rate', 'runs': planned}))
+  write_plan(tmp_path, planned)
   fits, results, _ = report(tmp_path)
   (found,) = fits['learning_rates']
   assert 0.006 < found['best'] < 0.016

@@ -1,19 +1,34 @@
-"""One update on meshes of 8 (fake) devices is the update of one device."""
+"""One update on meshes of 8 (fake) devices is the update of one device, and streams stay where they are."""
 
 import functools
+import math
+import types
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from experiments.bench_scaling import bytes_per_device
 from mhc_jax.config import ConfigError, base_config, build_model, build_optimizer
-from mhc_jax.sharding import make_mesh, put_batch, state_sharding
-from mhc_jax.train_step import programs
+from mhc_jax.hlo import collectives
+from mhc_jax.model import Transformer
+from mhc_jax.sharding import (
+  AXES,
+  BATCH,
+  _check_rows,
+  check_mesh,
+  constrain,
+  make_mesh,
+  partition,
+  put_batch,
+  state_sharding,
+)
+from mhc_jax.train_step import gradients, init_state, programs
 
-VOCAB, B, T = 16, 8, 8
+# 7 divides no dimension of a parameter: an array whose size it divides has tokens.
+VOCAB, B, T, N, D = 16, 8, 14, 3, 32
 
 
 def batch():
@@ -25,67 +40,222 @@ def batch():
   return {'inputs': inputs_BT, 'targets': targets_BT, 'weights': weights_BT, 'segments': segments_BT}
 
 
-@functools.cache
-def updated(arm, data, fsdp):
-  """(initial state, state after two updates, metrics of the second), as they lie on the mesh.
-
-  Adam's eps of 1 makes an update nearly proportional to its gradient: with a small one, rounding
-  decides the sign of an update where the gradient vanishes.
-  """
+def dense(**fields):
+  """Grouped queries, SwiGLU and mHC."""
   c = base_config()
-  c.model.update({'width': 16, 'depth': 2, 'heads': 2})
-  c.model.connection.update({'name': arm, 'streams': 2})
+  c.model.update({'width': D, 'depth': 3, 'heads': 4, 'kv_heads': 2, 'ffn_width': 48, 'dtype': 'float64'})
+  c.model.update({'scan_unroll': 1} | fields)
+  c.model.connection.streams = N
+  return c
+
+
+def experts():
+  """Latent attention, a dense layer, two with four experts, and mHC."""
+  c = dense(kv_heads=None, ffn_width=None)
+  c.model.mla.kv_rank = 16
+  c.model.moe.update({'experts': 4, 'active': 2, 'shared': 1, 'ffn_width': 16})
+  return c
+
+
+MODELS = {
+  'dense': (dense, None),
+  'experts': (experts, None),
+  'dense, in blocks and microbatches': (functools.partial(dense, remat='block'), 2),
+}
+MESHES = ((8, 1, 1, 1), (1, 8, 1, 1), (2, 2, 2, 1), (1, 2, 2, 2))
+
+
+def mesh_of(shape):
+  return make_mesh(dict(zip(AXES, shape, strict=True)))
+
+
+@functools.cache
+def start(name):
+  c = MODELS[name][0]()
+  c.optimizer.warmup_steps = 0
+  init = functools.partial(init_state, model=build_model(c, VOCAB), optimizer=build_optimizer(c))
+  return jax.device_get(jax.jit(init)(jax.random.key(0)).params)
+
+
+@functools.cache
+def compiled(name, shape):
+  """The program of loss and gradients on a mesh, and its arguments."""
+  config, parts = MODELS[name]
+  mesh, params = mesh_of(shape), start(name)
+  where = state_sharding(params, mesh)
+  program = jax.jit(
+    functools.partial(gradients, model=build_model(config(), VOCAB), parts=parts, mesh=mesh),
+    out_shardings=((NamedSharding(mesh, P()),) * 2, where),
+  )
+  arguments = (jax.device_put(params, where), put_batch(batch(), mesh))
+  return program.lower(*arguments).compile(), arguments
+
+
+@functools.cache
+def outcome(name, shape):
+  program, arguments = compiled(name, shape)
+  return jax.device_get(program(*arguments))
+
+
+CASES = [('experts', shape) for shape in MESHES]
+CASES += [('dense', (1, 2, 2, 2)), ('dense, in blocks and microbatches', (1, 2, 2, 2))]
+
+
+def test_no_choice_of_experts_is_a_matter_of_rounding(x64):
+  """Every token's last expert beats the first left out by far more than float64 sums differ."""
+  model = build_model(experts(), VOCAB)
+  inputs = (batch()['inputs'], batch()['segments'])
+  apply = functools.partial(Transformer(model).apply, record=True)
+  _, records = jax.jit(apply)({'params': start('experts')}, *inputs)
+  assert records[1]['margin_BT'].min() > 1e-8
+
+
+@pytest.mark.parametrize('name,shape', CASES)
+def test_loss_and_gradients_on_a_mesh_are_those_of_one_device(x64, name, shape):
+  (loss, load_LE), grads = outcome(name, shape)
+  (alone_loss, alone_load_LE), alone = outcome(name.split(',')[0], (1, 1, 1, 1))
+  np.testing.assert_equal(load_LE, alone_load_LE)
+  assert loss.dtype == np.float64 and float(loss) == pytest.approx(float(alone_loss), rel=1e-10)
+  # The first sublayer's H_res mixes equal streams: where it is a leaf of its own, its gradient is rounding.
+  rounding = 1e-16 * max(np.abs(leaf).max() for leaf in jax.tree.leaves(alone))
+  for path, leaf in jax.tree_util.tree_leaves_with_path(alone):
+    found = functools.reduce(lambda node, key: node[key.key], path, grads)
+    assert np.abs(leaf).max() > 0 or path[-1].key == 'router_bias', path
+    atol = max(1e-8 * np.abs(leaf).max(), rounding)
+    np.testing.assert_allclose(found, leaf, rtol=0, atol=atol, err_msg=str(path))
+
+
+def token_arrays(hlo_text, kind):
+  """Elements of every array with tokens and the full width that a kind of collective moves."""
+  found = []
+  for each in collectives(hlo_text):
+    for shape in each['shapes'] if each['kind'] == kind else ():
+      found += [math.prod(shape)] * each['count'] * (math.prod(shape) % (7 * D) == 0)
+  return found
+
+
+def test_streams_are_never_gathered(x64):
+  """By size: with n = 3 streams, a device's own streams are larger than one sublayer's input of all its time.
+
+  A gather of each stream by itself has the size of such an input, so those are counted: per layer the inputs
+  of attention and feed-forward, and in the backward pass the gradients of their outputs, perhaps twice.
+  """
+  text, (data, fsdp, tensor, expert) = compiled('dense', (1, 2, 2, 2))[0].as_text(), (1, 2, 2, 2)
+  for each in collectives(text):
+    print(each['kind'], each['bytes'], 'bytes', each['count'], 'times', each['shapes'])
+  rows, layers = B // (data * fsdp * expert), 3
+  own_streams, one_input = N * rows * (T // tensor) * D, rows * T * D
+  assert one_input < own_streams
+  for kind in ('all-gather', 'all-to-all', 'collective-permute'):
+    assert max(token_arrays(text, kind), default=0) < own_streams, kind
+  assert 2 * layers < len(token_arrays(text, 'all-gather')) <= 6 * layers + 2
+  assert max(token_arrays(text, 'all-reduce')) == one_input  # the outputs' sums over heads are seen
+
+
+def test_two_updates_on_a_mesh_are_those_of_one_device():
+  """From the start on: init, step and their layouts, as training calls them."""
+  c = dense(dtype='float32')
+  c.model.connection.name = 'identity'
+  # Adam's eps of 1 makes an update nearly proportional to its gradient: with a small one, rounding
+  # decides the sign of an update where the gradient vanishes.
   c.optimizer.warmup_steps, c.optimizer.eps, c.optimizer.clip_norm = 0, 1.0, 0.1
-  mesh = make_mesh(data, fsdp)
-  found = programs(build_model(c, VOCAB), build_optimizer(c), mesh)
-  start = found.init(jax.random.key(0))
-  initial = jax.tree.map(jnp.copy, start)  # start is donated
-  hparams = {'lr': 0.1, 'weight_decay': 0.1, 'num_steps': 10.0, 'warmup': 0.0}
-  inputs = (put_batch(batch(), mesh), jax.tree.map(jnp.float32, hparams))
-  state, _ = found.step(start, *inputs)
-  state, metrics = found.step(state, *inputs)
-  return initial, state, metrics
+  hparams = jax.tree.map(np.float32, {'lr': 0.1, 'weight_decay': 0.1, 'num_steps': 10.0, 'warmup': 0.0})
 
+  def updated(shape):
+    mesh = mesh_of(shape)
+    found = programs(build_model(c, VOCAB), build_optimizer(c), mesh)
+    state = found.init(jax.random.key(0))
+    before, inputs = jax.device_get(state.params), put_batch(batch(), mesh)
+    state, _ = found.step(state, inputs, hparams)
+    state, metrics = found.step(state, inputs, hparams)
+    assert jax.tree.map(lambda x: x.sharding, state) == state_sharding(state, mesh)
+    return before, jax.device_get(state), metrics
 
-@pytest.mark.parametrize('arm,data,fsdp', (('mhc', 2, 4), ('residual', 1, 8)))
-def test_the_sharded_step_is_the_step_of_one_device(arm, data, fsdp):
-  alone, sharded = updated(arm, 1, 1), updated(arm, data, fsdp)
-  for before, after in zip(jax.tree.leaves(alone[0]), jax.tree.leaves(sharded[0]), strict=True):
-    np.testing.assert_array_equal(before, after)
+  alone, sharded = updated((1, 1, 1, 1)), updated((1, 2, 2, 2))
+  jax.tree.map(np.testing.assert_array_equal, alone[0], sharded[0])
   # The only difference is the order of float32 sums over some hundred terms.
   for name, value in alone[2].items():
     assert float(sharded[2][name]) == pytest.approx(float(value), rel=1e-5), name
-  compare = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
-  jax.tree.map(compare, sharded[1], alone[1])
-  moved = 0.0
-  for before, after in zip(jax.tree.leaves(alone[0].params), jax.tree.leaves(alone[1].params), strict=True):
-    moved = max(moved, float(jnp.abs(before - after).max()))
-  assert moved > 1e-3, 'the updates are too small to tell'
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), sharded[1], alone[1])
+  moved = jax.tree.map(lambda x, y: np.abs(x - y).max(), alone[0], alone[1].params)
+  assert max(jax.tree.leaves(moved)) > 1e-3, 'the updates are too small to tell'
 
 
-@pytest.mark.parametrize('arm,data,fsdp', (('mhc', 2, 4), ('residual', 1, 8)))
-def test_fsdp_splits_every_large_parameter_and_moment(arm, data, fsdp):
-  _, state, _ = updated(arm, data, fsdp)
-  moments = [optax.tree_utils.tree_get(state.opt_state, name) for name in ('mu', 'nu')]
-  for tree in (state.params, *moments):
-    assert jax.tree.structure(tree) == jax.tree.structure(state.params)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-      divisible = any(size % fsdp == 0 for size in leaf.shape)
-      shares = leaf.size // leaf.addressable_shards[0].data.size
-      assert shares == (fsdp if divisible else 1), jax.tree_util.keystr(path)
-  rows = put_batch(batch(), make_mesh(data, fsdp))['inputs'].addressable_shards[0].data.shape
-  assert rows == (B // (data * fsdp), T)
+@pytest.mark.parametrize('fsdp', (2, 8))
+def test_parameters_and_moments_fall_as_one_over_devices(fsdp):
+  """Leaves under 1024 elements are whole on every device; layers are not split among devices."""
+  c = base_config()
+  c.optimizer.warmup_steps = 0
+  model, optimizer = build_model(c, VOCAB), build_optimizer(c)
+  found = {size: programs(model, optimizer, make_mesh({'fsdp': size})).abstract for size in (1, fsdp)}
+  assert bytes_per_device(found[fsdp]) * fsdp <= 1.05 * bytes_per_device(found[1])
+  for path, leaf in jax.tree_util.tree_leaves_with_path(found[fsdp]):
+    name, spec = jax.tree_util.keystr(path, simple=True, separator='/'), leaf.sharding.spec
+    assert ('fsdp' in str(spec)) == (leaf.size >= 1024), name
+    assert '/layers/' not in name or spec[0] is None, name
+  count = len(jax.tree.leaves(found[1].params))
+  assert sum('fsdp' in str(leaf.sharding.spec) for leaf in jax.tree.leaves(found[fsdp])) > count
 
 
-def test_the_largest_divisible_dimension_is_split():
-  shapes = [(3, 8, 16), (16, 6), (5, 7), (), (4, 4)]
-  abstract = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-  specs = [sharding.spec for sharding in state_sharding(abstract, make_mesh(2, 4))]
-  assert specs[:4] == [P(None, None, 'fsdp'), P('fsdp', None), P(None, None), P()]
-  assert sorted(specs[4], key=str) == [None, 'fsdp']
-  assert {s.spec for s in state_sharding(abstract[:1], make_mesh(8, 1))} == {P(None, None, None)}
+def test_layout_of_parameters():
+  shapes = {
+    'embedding': ((16, 96), P('tensor', 'fsdp')),
+    'unembedding': ((96, 16), P('fsdp', 'tensor')),
+    'final_norm': ((2048,), P('fsdp')),
+    'layers/attention/query/w': ((4, 96, 4, 8), P(None, 'fsdp', 'tensor', None)),
+    'layers/attention/output/w': ((4, 32, 96), P(None, 'tensor', 'fsdp')),
+    'layers/feed_forward/gate/w': ((4, 96, 256), P(None, 'fsdp', 'tensor')),
+    'layers/feed_forward/down/v': ((4, 8, 96), P(None, None, 'fsdp')),
+    'layers/feed_forward/down/u': ((4, 256, 8), P(None, ('tensor', 'fsdp'), None)),
+    'layers/attention_connection/phi': ((4, 2, 96, 12), P(None, None, 'fsdp', None)),
+    'layers/attention_connection/b_res': ((4, 16), P(None, None)),  # small
+    'layers/other': ((8, 31, 33), P('fsdp', None, None)),  # nothing else divides
+    'other': ((31, 33), P(None, None)),
+  }
+  for prefix in ('', 'opt_state/0/mu/'):
+    tree = {prefix + name: jax.ShapeDtypeStruct(shape, 'float32') for name, (shape, _) in shapes.items()}
+    for name, sharding in state_sharding(tree, mesh_of((1, 2, 2, 2))).items():
+      assert sharding.spec == shapes[name.removeprefix(prefix)][1], name
 
 
-def test_a_mesh_larger_than_the_machine_is_refused():
+def test_layout_of_activations():
+  mesh, whole = (
+    mesh_of((1, 2, 2, 2)),
+    {'N': 3, 'B': 8, 'T': 4, 'S': 4, 'H': 4, 'K': 8, 'V': 16, 'D': 8, 'F': 6},
+  )
+  rows, split = BATCH, ('tensor',)
+  cases = {'NBTD': [(), rows, split, ()], 'BTHK': [rows, (), split, ()], 'BSD': [rows, (), ()]}
+  cases |= {'BTF': [rows, (), split], 'BTV': [rows, (), split], 'BT': [rows, split]}
+  for letters, expected in cases.items():
+    assert partition(letters, whole, mesh) == expected, letters
+  assert partition('NBTD', whole | {'B': 1}, mesh) == [(), (), split, ()]  # diagnostics of one sequence
+  assert partition('BTV', whole | {'V': 257}, mesh) == [rows, split, ()]  # bytes: over time instead
+  assert partition('NBTD', whole, mesh_of((2, 4, 1, 1))) == [(), rows, (), ()]
+  x_BTD = np.zeros((8, 4, 8))
+  assert constrain(x_BTD, 'BTD', None) is x_BTD is constrain(x_BTD, 'BTD', make_mesh({}))
+
+
+def test_impossible_meshes_are_refused():
   with pytest.raises(ConfigError, match=r'= 16 devices, but 8 cpu device\(s\) are here'):
-    make_mesh(4, 4)
+    make_mesh({'data': 4, 'expert': 4})
+  with pytest.raises(ConfigError, match=r'mesh.pipe is not an axis of the mesh; the axes are data, fsdp'):
+    make_mesh({'pipe': 2})
+  model, axes = build_model(dense(), VOCAB), {'data': 1, 'fsdp': 1, 'expert': 1}
+  check_mesh({**axes, 'tensor': 2}, model, T)
+  with pytest.raises(ConfigError, match=r'mesh.tensor=4 does not divide model.kv_heads=2'):
+    check_mesh({**axes, 'tensor': 4}, model, T)
+  with pytest.raises(ConfigError, match=r'mesh.tensor=2 does not divide data.seq_len=7'):
+    check_mesh({**axes, 'tensor': 2}, model, 7)
+
+
+def test_rows_that_two_processes_would_share_are_refused():
+  def grid(shape, processes):
+    devices = np.empty(8, object)
+    devices[:] = [types.SimpleNamespace(process_index=i * processes // 8) for i in range(8)]
+    return devices.reshape(shape)
+
+  _check_rows(grid((1, 2, 2, 2), 2))
+  _check_rows(grid((8, 1, 1, 1), 8))
+  for shape, processes in (((1, 2, 2, 2), 4), ((1, 1, 8, 1), 2)):
+    with pytest.raises(ConfigError, match=r'mesh.tensor crosses processes'):
+      _check_rows(grid(shape, processes))

@@ -17,7 +17,7 @@ CONVENTIONS = {
   'paper': (False, (0, 1), 0.0, 'add', 0.0),
   'deepseek_v4': (True, (0, 1), 1e-6, 'add', 1e-6),
   'megatron_main': (False, (1, 0), 1e-6, 'clamp', 0.0),
-  'lucidrains': (True, (1, 0), 0.0, 'add', 0.0),
+  'lucidrains': (False, (1, 0), 0.0, 'add', 0.0),
 }
 
 

@@ -1,5 +1,6 @@
 """The sweep: finished runs are skipped, failures recorded, shards disjoint, plans printed."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -10,7 +11,7 @@ import time
 
 import pytest
 
-from experiments import sweep
+from experiments import sweep, workers
 from mhc_jax.config import ConfigError
 from mhc_jax.config_file import parse
 
@@ -60,10 +61,10 @@ def test_runs_records_failures_skips_finished_and_retries(experiment, tmp_path, 
 
   real = train.Loop._train
 
-  def broken(self, start, received):
+  def broken(self, received):
     if self.c['seed'] == 0:
       raise RuntimeError('broken on purpose')
-    return real(self, start, received)
+    return real(self, received)
 
   monkeypatch.setattr(train.Loop, '_train', broken)
   assert sweep.main([experiment, *out]) == 1
@@ -87,7 +88,7 @@ def test_a_run_in_use_is_left_to_its_process(experiment, tmp_path):
   workdir = tmp_path / planned[0].run_id
   workdir.mkdir()
   with filelock.FileLock(workdir / '.lock'):
-    ended = sweep.run_group(configs[:1], str(tmp_path), quiet=True)
+    ended = workers.run_group(configs[:1], str(tmp_path), quiet=True)
   assert ended == [(planned[0].run_id, 'busy')] and not (workdir / 'status.json').exists()
 
 
@@ -100,6 +101,12 @@ def test_shards_are_disjoint_and_cover_the_plan(experiment, tmp_path):
       sweep.select(planned, str(tmp_path), None, bad, False)
   with pytest.raises(ConfigError, match='residual'):
     sweep.select(planned, str(tmp_path), 'nobody', None, False)
+
+
+def test_runs_of_equal_shapes_form_one_group():
+  """quick: four arms at five sizes, whatever their seeds and rates, and nine ranks."""
+  _, planned = sweep.plan('quick')
+  assert len({workers.shapes(run) for run in planned}) == 4 * 5 + 9
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(experiment, tmp_path, capsys):
@@ -123,7 +130,7 @@ def test_workers_share_the_runs(experiment, tmp_path, monkeypatch):
   """Two processes: every run is done once, and groups of equal shapes stay in one process."""
   configs, planned = sweep.plan(experiment)
   monkeypatch.setenv('XLA_FLAGS', os.environ['XLA_FLAGS'])  # execute adds to it: undone afterwards
-  ended = sweep.execute(configs, planned, str(tmp_path), workers=2)
+  ended = workers.execute(configs, planned, str(tmp_path), workers=2)
   assert sorted(ended) == sorted((run.run_id, 'finished') for run in planned)
 
 
@@ -150,6 +157,54 @@ def test_a_worker_that_dies_costs_its_run_alone(experiment, tmp_path, monkeypatc
   assert 'the process died' in json.loads((victim / 'status.json').read_text())['error']
   assert sweep.main([experiment, '--retry-failed', *out]) == 0
   assert states(tmp_path / 'tiny') == ['finished'] * 3
+
+
+def test_an_interrupted_pool_is_not_started_again(experiment, tmp_path, monkeypatch):
+  """Ctrl-C, with a run that an earlier kill left as running: it is not taken for a worker's death."""
+  configs, planned = sweep.plan(experiment)
+  monkeypatch.setenv('XLA_FLAGS', os.environ['XLA_FLAGS'])
+  (tmp_path / planned[2].run_id).mkdir()
+  stale = {'state': 'running', 'step': 0}
+  (tmp_path / planned[2].run_id / 'status.json').write_text(json.dumps(stale))
+  pools, watch = [], workers._watch
+
+  def interrupted(futures, *rest):
+    pools.append(len(futures))
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(workers, '_watch', interrupted)
+  workers.execute(configs, planned, str(tmp_path), workers=2)
+  assert pools == [1]
+  assert sweep.read_status(str(tmp_path / planned[2].run_id)) == stale
+  monkeypatch.setattr(workers, '_watch', watch)
+  ended = workers.execute(configs, planned, str(tmp_path), workers=2)
+  assert {state for _, state in ended} == {'finished'} and len(ended) == 3
+
+
+def test_a_full_disk_ends_the_sweep_and_the_same_command_goes_on(experiment, tmp_path, monkeypatch, capsys):
+  from mhc_jax import train
+  from mhc_jax.command import end_with_message
+
+  real = train.Loop._train
+
+  def full(self, received):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+  monkeypatch.setattr(train.Loop, '_train', full)
+  command = [experiment, '--out', str(tmp_path)]
+  assert end_with_message(lambda: sweep.main(command)) == 1
+  assert states(tmp_path / 'tiny') == ['interrupted', 'missing', 'missing']
+  error = capsys.readouterr().err.splitlines()[-1]
+  assert error.startswith('error: No space left') and 'the same command again' in error
+  monkeypatch.setattr(train.Loop, '_train', real)
+  assert sweep.main(command) == 0
+  assert states(tmp_path / 'tiny') == ['finished'] * 3
+
+
+def test_folders_that_cannot_be_written_are_refused(experiment, tmp_path):
+  (tmp_path / 'file').write_text('')
+  with pytest.raises(ConfigError, match='cannot hold runs'):
+    sweep.main([experiment, '--out', str(tmp_path / 'file')])
 
 
 def test_mixed_code_is_warned_of(experiment, tmp_path, capsys):

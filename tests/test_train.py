@@ -18,6 +18,7 @@ from mhc_jax.config import ConfigError, base_config
 from mhc_jax.data import BOS, VOCAB_SIZE, Corpus
 from mhc_jax.run import resolve
 from mhc_jax.sharding import make_mesh
+from mhc_jax.stopping import Divergence
 from mhc_jax.train_step import init_state, programs, train_step
 
 TIMES = ('time/seconds', 'time/tokens_per_second')
@@ -71,7 +72,7 @@ def rows(workdir):
 def restored(workdir, **fields):
   """(step, state) of the newest checkpoint."""
   plan = resolve(config(**fields), 'digest')
-  abstract = programs(plan.model, plan.optimizer, make_mesh(1, 1)).abstract
+  abstract = programs(plan.model, plan.optimizer, make_mesh({})).abstract
   step, state, _ = Checkpoints(workdir / 'checkpoints').restore_latest(abstract)
   return step, state
 
@@ -147,7 +148,7 @@ def test_every_run_is_validated_on_the_same_batches(tmp_path, monkeypatch):
 def test_runs_of_equal_shapes_share_one_compilation(tmp_path):
   def of(**fields):
     plan = resolve(config(**fields), 'digest')
-    return programs(plan.model, plan.optimizer, make_mesh(1, 1))
+    return programs(plan.model, plan.optimizer, make_mesh({}))
 
   other = {'seed': 5, 'optimizer__lr': 0.1, 'optimizer__weight_decay': 0.0, 'duration__steps': 2}
   run(tmp_path / 'a', duration__steps=2)
@@ -187,26 +188,54 @@ def test_a_non_finite_update_is_recorded_and_never_saved(tmp_path):
 
 def test_divergence_counts_losses_in_a_row_after_warmup():
   def fed(losses, saved=None):
-    divergence = train.Divergence(patience=2, warmup=2, saved=saved or {})
+    divergence = Divergence(patience=2, warmup=2, saved=saved or {})
     return [divergence.diverged(step, {'loss': loss}) for step, loss in enumerate(losses, 1)], divergence
 
   assert fed([5.0, 9.0, 6.0, 4.0, 6.0, 6.0])[0] == [False] * 5 + [True]
   assert fed([5.0, 9.0, 9.0, 5.0])[0] == [False] * 4, 'warmup counts, or an equal loss'
   assert fed([5.0, math.nan])[0] == [False, True] and fed([math.inf])[0] == [True]
   saved = fed([5.0, 5.0, 6.0])[1].saved
-  resumed = train.Divergence(2, 2, json.loads(json.dumps(saved)))
+  resumed = Divergence(2, 2, json.loads(json.dumps(saved)))
   assert resumed.diverged(4, {'loss': 6.0})
 
 
 def test_an_error_is_recorded_as_failed_and_raised(tmp_path, monkeypatch):
-  def broken(*_):
-    raise RuntimeError('no luck')
+  real, died_at = train.Loop._save, 8
 
-  monkeypatch.setattr(train, 'validation_loss', broken)
+  def broken(self, step):
+    if step == died_at:
+      raise RuntimeError('no luck')
+    real(self, step)
+
+  monkeypatch.setattr(train.Loop, '_save', broken)
   with pytest.raises(RuntimeError, match='no luck'):
     run(tmp_path)
   status = json.loads((tmp_path / 'status.json').read_text())
-  assert (status['state'], status['error']) == ('failed', 'RuntimeError: no luck')
+  assert (status['state'], status['error'], status['step']) == ('failed', 'RuntimeError: no luck', died_at)
+
+
+def test_ctrl_c_before_the_first_update_is_no_failure(tmp_path, monkeypatch):
+  """A sweep skips what failed and goes on with what was interrupted."""
+
+  def pressed(*_, **__):
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    patch.setattr(train, 'train_batches', pressed)
+    run(tmp_path)
+  assert json.loads((tmp_path / 'status.json').read_text())['state'] == 'interrupted'
+  assert run(tmp_path)[0]['state'] == 'finished'
+
+
+def test_a_program_that_does_not_compile_is_recorded_at_the_step_it_died(tmp_path, monkeypatch):
+  def broken(*_):
+    raise TypeError('does not trace')
+
+  with monkeypatch.context() as patch, pytest.raises(TypeError):
+    patch.setattr(train, 'programs', broken)
+    run(tmp_path)
+  status = json.loads((tmp_path / 'status.json').read_text())
+  assert (status['state'], status['step']) == ('failed', 0)
 
 
 def test_a_workdir_in_use_is_refused(tmp_path):
@@ -293,7 +322,7 @@ ARMS = {
 def start(arm):
   """Parameters by path, through the program that training initialises with."""
   plan = resolve(config(**({'model__connection__name': arm} | ARMS.get(arm, {}))), 'digest')
-  state = programs(plan.model, plan.optimizer, make_mesh(1, 1)).init(jax.random.key(7))
+  state = programs(plan.model, plan.optimizer, make_mesh({})).init(jax.random.key(7))
   leaves = jax.tree_util.tree_leaves_with_path(state.params)
   return {jax.tree_util.keystr(path, simple=True, separator='/'): np.asarray(leaf) for path, leaf in leaves}
 

@@ -9,6 +9,7 @@ import numpy as np
 from mhc_jax.constraints.base import Constraint, linear_map, promote, stochastic_defect
 
 LARGEST = 5  # 5! = 120 coordinates per matrix; 6! = 720
+LEAST = 0.105  # of the mixing, for each cycle type at the start: slopes over 1e-3 at mixing 0.01
 
 
 def permutation_matrices(n: int, count: int | None = None) -> np.ndarray:
@@ -46,14 +47,28 @@ def _mixture(coords_KX: jax.Array, p_KNM: np.ndarray) -> jax.Array:
   return h_RX.reshape(n, n, *coords_KX.shape[1:])
 
 
-def _near_identity(p_KNM: np.ndarray, mixing: float) -> np.ndarray:
-  """Logits with equal weights on all but the identity; rows' mean off-diagonal mass `mixing`."""
+def cycle_types(p_KNM: np.ndarray) -> np.ndarray:
+  """A number for each permutation, the same for those that differ only by the names of the streams."""
+  powers = range(1, p_KNM.shape[1] + 1)
+  fixed_SK = [np.trace(np.linalg.matrix_power(p_KNM, power), axis1=1, axis2=2) for power in powers]
+  return np.unique(np.array(fixed_SK), axis=1, return_inverse=True)[1]
+
+
+def near_identity(p_KNM: np.ndarray, mixing: float, least: float) -> np.ndarray:
+  """Logits with equal weights on all but the identity; rows' mean off-diagonal mass `mixing`.
+
+  Permutations of one cycle type, which are equivalent coordinates, have together a mass of at least `least`:
+  the slope of H along them. With many types the whole mass is larger for it.
+  """
   count, n = p_KNM.shape[:2]
   if count == 1:
     return np.zeros(1)
-  moved = 1 - np.trace(p_KNM[1:], axis1=1, axis2=2).mean() / n  # share of streams a permutation moves
-  others = min(max(mixing, 1e-6) / moved, 1 - 1e-6)
-  return np.log(np.r_[1 - others, np.full(count - 1, others / (count - 1))])
+  moved_K = 1 - np.trace(p_KNM[1:], axis1=1, axis2=2) / n  # share of streams that each moves
+  others = min(max(mixing, 1e-6) / moved_K.mean(), 1 - 1e-6)
+  weights_K, types_K = np.full(count - 1, others / (count - 1)), cycle_types(p_KNM[1:])
+  weights_K *= np.maximum(1, least / np.bincount(types_K, weights_K * moved_K))[types_K]
+  weights_K *= min(1, (1 - 1e-6) / weights_K.sum())
+  return np.log(np.r_[1 - weights_K.sum(), weights_K])
 
 
 def permutation_hull_dimension(p_KNM: np.ndarray) -> int:
@@ -80,7 +95,7 @@ def birkhoff_permutations(count: int | None = None) -> Constraint:
     params={'count': count},
     num_coordinates=lambda n: len(permutation_matrices(n, count)),
     matrix=lambda coords_KX, n: _mixture(coords_KX, permutation_matrices(n, count)),
-    identity=lambda n, mixing=0.01: _near_identity(permutation_matrices(n, count), mixing),
+    identity=lambda n, mixing=0.01: near_identity(permutation_matrices(n, count), mixing, LEAST * mixing),
     dimension=dimension,
     defect=stochastic_defect,
     properties=frozenset(properties | ({'closed_under_product'} if full else set())),

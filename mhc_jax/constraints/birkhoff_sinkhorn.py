@@ -47,7 +47,7 @@ PRESETS: dict[str, dict[str, Any]] = {
   },
   'lucidrains': {
     'order': 'rows',
-    'transpose': True,
+    'transpose': False,
     'eps': 0.0,
     'eps_mode': 'add',
     'softmax_eps': 0.0,

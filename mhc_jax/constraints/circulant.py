@@ -27,7 +27,7 @@ def circulant(gamma: float = 1.0) -> Constraint:
   def identity(n: int, mixing: float = 0.01) -> np.ndarray:
     if n == 1:
       return np.zeros(1)
-    others = min(max(mixing, 1e-6) / gamma, 1 - 1e-6)
+    others = min(max(mixing, 1e-6) / gamma, 1 - 1 / n)  # at most equal weights, also where mixing > gamma
     return np.log(np.r_[1 - others, np.full(n - 1, others / (n - 1))])
 
   def defect(h_NMX: jax.Array) -> jax.Array:

@@ -6,6 +6,7 @@ import numpy as np
 
 from mhc_jax.constraints.base import Constraint, product, promote
 from mhc_jax.constraints.orthogonal import cayley, cayley_flops, skew
+from mhc_jax.constraints.spectra import singular_values
 
 
 def _helmert(n: int) -> np.ndarray:
@@ -48,8 +49,7 @@ def spectral_sphere(gamma: float = 1.0) -> Constraint:
 
   def defect(h_NMX: jax.Array) -> jax.Array:
     sums_X = jnp.maximum(jnp.abs(h_NMX.sum(1) - 1).max(0), jnp.abs(h_NMX.sum(0) - 1).max(0))
-    norm_X = jnp.linalg.norm(jnp.moveaxis(h_NMX, (0, 1), (-2, -1)), 2, axis=(-2, -1))
-    return jnp.maximum(sums_X, norm_X - 1)
+    return jnp.maximum(sums_X, singular_values(h_NMX)[0] - 1)
 
   return Constraint(
     name='spectral_sphere',

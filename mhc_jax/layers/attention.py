@@ -1,4 +1,4 @@
-"""Causal grouped-query attention (GQA, arXiv 2305.13245) within documents."""
+"""Causal attention within documents: heads in groups that share keys and values (GQA, arXiv 2305.13245)."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ def attention(
 ) -> jax.Array:
   """softmax(scale q k^T) v for H query heads in G groups of H / G; logits and softmax in float32.
 
-  Returns (B, T, H, K) in v's dtype.
+  Returns (B, T, H, size of a value) in v's dtype.
   """
   batch, time, heads, head_dim = q_BTHK.shape
   groups = k_BSGK.shape[2]
@@ -25,4 +25,4 @@ def attention(
   logits_BGRTS = jnp.einsum('btgrk,bsgk->bgrts', q_BTGRK, k_BSGK, preferred_element_type=wide)
   logits_BGRTS = jnp.where(mask_BTS[:, None, None], logits_BGRTS * scale, jnp.finfo(wide).min)
   weights_BGRTS = jax.nn.softmax(logits_BGRTS, -1).astype(v_BSGK.dtype)
-  return jnp.einsum('bgrts,bsgk->btgrk', weights_BGRTS, v_BSGK).reshape(q_BTHK.shape)
+  return jnp.einsum('bgrts,bsgk->btgrk', weights_BGRTS, v_BSGK).reshape(batch, time, heads, -1)

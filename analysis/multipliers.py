@@ -1,0 +1,115 @@
+"""Compute multipliers of the arms in three currencies: FLOPs, equal size and tokens, seconds.
+
+Where: the fitted law -> here -> study.py. Every number passes the rules of identify.py.
+"""
+
+import dataclasses
+
+import numpy as np
+import pandas as pd
+
+from analysis.estimate import Fit, fit
+from analysis.identify import verdicts
+from analysis.intervals import delta
+from analysis.laws import ArmModel
+
+UNITS = ('equal_tokens', 'seconds')
+
+
+@dataclasses.dataclass(frozen=True)
+class Multiplier:
+  """Compute multiplier of an arm over the reference in three currencies; or why there is none.
+
+  equal_tokens: at equal sizes and tokens, the connection's own cost left out. seconds: of training at the
+  speeds measured. Intervals: 95 %.
+  """
+
+  arm: str
+  problem: str | None
+  flops: float | None = None
+  flops_interval: list[float] | None = None
+  equal_tokens: float | None = None
+  equal_tokens_interval: list[float] | None = None
+  equal_tokens_problem: str | None = None
+  seconds: float | None = None
+  seconds_interval: list[float] | None = None
+  seconds_problem: str | None = None
+
+
+def multipliers(
+  fitted: Fit | None, doc: dict | None, inside: pd.DataFrame, reference: str | None
+) -> list[Multiplier]:
+  """m per arm: FLOPs, work (N x D: equal sizes and tokens) and seconds the reference needs, over
+  the arm's own, for equal loss.
+
+  L(C) is fitted once per currency, each run's FLOPs replaced by its cost in that currency: the overhead of
+  a connection differs between sizes. L(N, D) measures work; the costs at the largest common size convert it.
+  """
+  if fitted is None or len(fitted.points.arms) < 2:
+    return []
+  both, others = fitted.law.name == 'chinchilla', {}
+  if not both:
+    others = {unit: _in_currency(fitted, inside, reference, unit) for unit in UNITS}
+  out = []
+  for arm in (arm for arm in fitted.points.arms if arm != reference):
+    name = f'm[{arm}]'
+    if name in doc['verdicts']:
+      out.append(Multiplier(arm, doc['verdicts'][name]))
+      continue
+    value, ends = doc[name], np.array(doc['intervals'][name])
+    if both:
+      cost, speed = cost_ratios(inside, arm, reference)
+      if not np.isfinite(cost):
+        out.append(Multiplier(arm, f'no size in common with {reference}'))
+        continue
+      found = {'flops': (value / cost, ends / cost), 'equal_tokens': (value, ends)}
+      found['seconds'] = (value * speed / cost, ends * speed / cost)
+    else:
+      found = {'flops': (value, ends)} | {unit: others[unit].get(arm, 'no common size') for unit in UNITS}
+    fields = {}
+    for unit, one in found.items():
+      if isinstance(one, str) or not np.isfinite(one[0]):
+        fields[f'{unit}_problem'] = one if isinstance(one, str) else 'no speed was measured'
+      else:
+        fields |= {unit: float(one[0]), f'{unit}_interval': [float(v) for v in one[1]]}
+    out.append(Multiplier(arm, None, **fields))
+  return out
+
+
+def _in_currency(
+  fitted: Fit, inside: pd.DataFrame, reference: str, unit: str
+) -> dict[str, tuple[float, list[float]] | str]:
+  """Arm -> (m, interval), or the reason for none, of the same L(C) with C in another unit.
+
+  equal_tokens: the FLOPs that the reference would spend on the run's tokens at its size; seconds: its tokens
+  over the median speed of its arm and size. Runs of sizes without the reference, or without a speed, are out.
+  """
+  rows = inside.reset_index(drop=True)
+  if unit == 'equal_tokens':
+    per_token = rows[rows['arm'] == reference].groupby('size')['flops_per_token'].median()
+    cost = rows['tokens'] * rows['size'].map(per_token)
+  else:
+    cost = rows['tokens'] / rows.groupby(['arm', 'size'])['tokens_per_second'].transform('median')
+  known = np.isfinite(cost.to_numpy(float))
+  points = fitted.points.take(known)
+  points = dataclasses.replace(points, log_x=points.log_x | {'C': np.log(cost.to_numpy(float)[known])})
+  left = points.arms
+  if reference not in left or len(left) < 2 or len(points) <= len(left) + 1 + 2 * len(fitted.law.terms):
+    return dict.fromkeys(fitted.points.arms, 'too few runs have a cost in this unit')
+  again = fit(points, fitted.law, ArmModel('common', reference), delta='auto')
+  ends = delta(again)
+  reasons = verdicts(again, ends)
+  names = {arm: f'm[{arm}]' for arm in left if arm != reference}
+  return {arm: reasons[name] or (again.parameters[name], ends[name]) for arm, name in names.items()}
+
+
+def cost_ratios(inside: pd.DataFrame, arm: str, reference: str) -> tuple[float, float]:
+  """Arm over reference at the largest common size: FLOPs per token, and FLOPs per second."""
+  own, base = inside[inside['arm'] == arm], inside[inside['arm'] == reference]
+  common = base[base['size'].isin(own['size'])]
+  if not len(common):
+    return np.nan, np.nan
+  size = common.loc[common['flops'].idxmax(), 'size']
+  own, base = own[own['size'] == size], base[base['size'] == size]
+  cost = own['flops_per_token'].median() / base['flops_per_token'].median()
+  return float(cost), float(cost * own['tokens_per_second'].median() / base['tokens_per_second'].median())

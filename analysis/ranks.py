@@ -1,0 +1,133 @@
+"""Sweeps along one manifold rank: which runs belong together, and the exponent of the rank.
+
+Where: classified table and the fitted law -> here -> study.py. With a law a rank acts as compute, m = r^phi
+in one joint fit; without one (a single size) the loss itself is a constant and a power of the rank.
+"""
+
+import dataclasses
+
+import numpy as np
+import pandas as pd
+
+from analysis import selection
+from analysis.compare import clustered_f, split_levels
+from analysis.estimate import Fit, fit
+from analysis.identify import MIN_LEVELS, MIN_SIZES, verdicts
+from analysis.intervals import delta
+from analysis.laws import ArmModel, Law, Points, Term
+
+OWN_LAW = Law('rank', 'L = a + b r^-phi', (Term('A', 'power', (('r', 1.0),), 1.0),))
+
+
+@dataclasses.dataclass(frozen=True)
+class Exponent:
+  """phi of `form` with its 95 % interval, or the problem that forbids it.
+
+  p_value: of the power against a free multiplier at every rank (clustered F); None where it cannot be tested.
+  """
+
+  form: str
+  phi: float | None
+  interval: list[float] | None
+  p_value: float | None
+  problem: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class RankSweep:
+  """Runs of one arm and size that differ along one manifold rank."""
+
+  axis: str
+  arm: str
+  size: str
+  rows: pd.DataFrame  # rank points: run_id, seed, rank, loss, tokens, flops
+  full: pd.DataFrame  # the same model at full rank (empty where it was not run)
+  exponent: Exponent
+
+
+def rank_sweeps(
+  table: pd.DataFrame, fitted: Fit | None, points: Points | None, params: str
+) -> list[RankSweep]:
+  """Groups of finished runs equal but for one rank (and the seed), at least two ranks each.
+
+  The full-rank runs beside them have the same duration, or as many tokens within 5 %.
+  """
+  usable = table[
+    (table['state'] == 'finished')
+    & table['validation_loss'].notna()
+    & (table['paired'] | table['axis'].notna())
+  ]
+  out = []
+  for axis in selection.AXIS_FIELD:
+    keys = ['variant', 'size', 'lr', *(name for name in selection.AXIS_FIELD if name != axis)]
+    for _, rows in usable.groupby(keys, dropna=False, sort=False):
+      for _, swept in rows[rows[axis].notna()].groupby('duration', sort=False):
+        if swept[axis].nunique() < 2:
+          continue
+        near = np.abs(np.log(rows['tokens'] / swept['tokens'].median())) < 0.05
+        full = rows[rows[axis].isna() & (near | (rows['duration'] == swept['duration'].iloc[0]))]
+        keep = swept.assign(rank=swept[axis].astype(float))
+        found = _own_power(keep) if fitted is None else _joint_power(axis, keep, fitted, points, params)
+        out.append(RankSweep(axis, keep['arm'].iloc[0], keep['size'].iloc[0], keep, full, found))
+  return out
+
+
+def _joint_power(axis: str, rows: pd.DataFrame, fitted: Fit, points: Points, params: str) -> Exponent:
+  """phi of m = m_0 r^phi by one joint fit with the law's runs, tested against a free m at every rank."""
+  form, levels = 'm = r^phi', rows['rank'].nunique()
+  if levels < MIN_LEVELS:
+    problem = f'{levels} values cannot test a power law ({MIN_LEVELS} are needed)'
+    return Exponent(form, None, None, None, problem)
+  extra = selection.to_points(rows.assign(arm=f'{rows["arm"].iloc[0]}, {axis}'), params)
+  # Runs of the law that are also points of this sweep (its home streams) count once.
+  base = points.take(~np.isin(points.run, extra.run))
+  log_r = np.concatenate([np.zeros(len(base)), np.log(rows['rank'].to_numpy(float))])
+  merged = Points(
+    {name: np.concatenate([base.log_x[name], extra.log_x[name]]) for name in base.log_x},
+    *(
+      np.concatenate([getattr(base, k), getattr(extra, k)]) for k in ('loss', 'arm', 'cluster', 'size', 'run')
+    ),
+    axes={axis: log_r},
+  )
+  reference, width = fitted.design.arms.reference, fitted.problem.delta
+  one, power = ArmModel('common', reference), ArmModel('common', reference, (axis,))
+  joint = fit(merged, fitted.law, power, delta=width, start_count=9)
+  name = f'phi[{axis}]'
+  reason = verdicts(joint)[name]
+  if reason is not None:
+    return Exponent(form, None, None, None, reason)
+  free = fit(split_levels(merged, axis), fitted.law, one, delta=width, start_count=9)
+  test = clustered_f(free, joint)
+  return Exponent(form, joint.parameters[name], delta(joint)[name], test and test[2], None)
+
+
+def _own_power(rows: pd.DataFrame) -> Exponent:
+  """phi of L = a + b r^-phi at one size."""
+  form, levels = OWN_LAW.formula, rows['rank'].nunique()
+  if levels < MIN_SIZES:
+    problem = f'{levels} values cannot test a constant and a power ({MIN_SIZES} are needed)'
+    return Exponent(form, None, None, None, problem)
+  rank = rows['rank'].to_numpy(float)
+  points = Points(
+    {'r': np.log(rank)},
+    *(rows[k].to_numpy() for k in ('validation_loss', 'arm', 'cluster')),
+    rank.astype(str),
+    rows['run_id'].to_numpy(str),
+  )
+  own = fit(points, OWN_LAW, ArmModel('none'), delta='auto')
+  reason = verdicts(own)['power']
+  if reason is not None:
+    return Exponent(form, None, None, None, reason)
+  return Exponent(form, own.parameters['power'], delta(own)['power'], None, None)
+
+
+def exponent_words(found: Exponent) -> str:
+  """The fitted exponent in a sentence, or why there is none."""
+  if found.phi is None:
+    return f'no exponent of {found.form}: {found.problem}.'
+  # + 0.0 after rounding: no "-0.00".
+  phi, low, high = (round(v, 2) + 0.0 for v in (found.phi, *found.interval))
+  tested = ''
+  if found.p_value is not None:
+    tested = f'; against a free multiplier at every rank p = {found.p_value:.2g}'
+  return f'{found.form} with phi = {phi:.2f} (95 % {low:.2f} to {high:.2f}{tested}).'

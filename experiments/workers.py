@@ -1,0 +1,217 @@
+"""The processes of a sweep: groups of runs of equal shapes, trained side by side, watched by one bar.
+
+What is to run comes from sweep.py; every run's outcome is in its status.json.
+"""
+
+import concurrent.futures
+import contextlib
+import functools
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+import filelock
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from mhc_jax.log import ENDED, read_status, write_json
+
+ONE_THREAD = '--xla_cpu_multi_thread_eigen=false'
+
+
+@functools.cache
+def corpus_of(name: str, data_dir: str | None):
+  from mhc_jax.data import load_corpus
+
+  return load_corpus(name, data_dir)
+
+
+def shapes(run: Any) -> tuple[Any, ...]:
+  """What must be equal for two runs to share a compilation."""
+  from mhc_jax.train_step import without_traced
+
+  data = run.resolved['data']
+  return run.model, without_traced(run.optimizer), data['batch_size'], data['seq_len']
+
+
+def run_group(configs: list[ConfigDict], folder: str, quiet: bool) -> list[tuple[str, str]]:
+  """Trains runs of equal shapes one after another; returns (run_id, state) of each."""
+  from mhc_jax import train
+  from mhc_jax.command import FULL_DISK
+  from mhc_jax.run import resolve
+
+  ended = []
+  for config in configs:
+    corpus = corpus_of(config.data.name, config.data.dir)
+    run_id = resolve(config, corpus.digest).run_id
+    try:
+      state = train.run(config, os.path.join(folder, run_id), corpus, quiet)['state']
+    except Exception as error:  # recorded in status.json by the loop; the sweep goes on
+      if isinstance(error, OSError) and error.errno in FULL_DISK:
+        raise
+      state = 'busy' if isinstance(error, train.BusyError) else 'failed'
+      print(f'{run_id} {state}: {type(error).__name__}: {error}', file=sys.stderr, flush=True)
+    ended.append((run_id, state))
+    if state == 'interrupted':
+      break
+  parent = multiprocessing.parent_process()
+  if parent is not None and not parent.is_alive():
+    os._exit(130)  # nobody takes the answer
+  return ended
+
+
+def _stop_with_parent() -> None:
+  """In a worker: the sweep's death, by whatever signal, ends its runs as Ctrl-C would, after a checkpoint."""
+
+  def watch() -> None:
+    multiprocessing.parent_process().join()
+    os.kill(os.getpid(), signal.SIGUSR1)
+
+  threading.Thread(target=watch, daemon=True).start()
+
+
+def execute(
+  configs: list[ConfigDict], planned: list[Any], folder: str, workers: int
+) -> list[tuple[str, str]]:
+  """Trains all runs in `workers` processes, groups of equal shapes together and the longest first."""
+  groups: dict[tuple[Any, ...], list[int]] = {}
+  for index, run in enumerate(planned):
+    groups.setdefault(shapes(run), []).append(index)
+  ordered = sorted(groups.values(), key=lambda group: -sum(planned[i].derived['flops'] for i in group))
+  jobs = [[configs[i] for i in group] for group in ordered]
+  if workers == 1:
+    ended = []
+    for job in jobs:
+      ended += run_group(job, folder, quiet=False)
+      if any(state == 'interrupted' for _, state in ended):
+        break
+    return ended
+  # One thread per worker: small matrices do not feed two, and idle threads of XLA:CPU spin.
+  os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {ONE_THREAD}'.strip()
+  workdirs = [os.path.join(folder, run.run_id) for run in planned]
+  ended, todo = [], set(range(len(planned)))
+  while todo:
+    before = [_written(workdir) for workdir in workdirs]
+    jobs = [[configs[i] for i in group if i in todo] for group in ordered]
+    now, broken = _in_workers([job for job in jobs if job], planned, folder, workers)
+    ended += now
+    reached = [i for i in todo if _written(workdirs[i]) != before[i]]
+    if not (broken and reached):
+      break
+    # A worker that died (out of memory, kill) breaks its pool: its run is recorded, the others go on.
+    states = {i: read_status(workdirs[i])['state'] for i in reached}
+    for i in reached:
+      if states[i] == 'running':
+        _record_death(workdirs[i])
+    todo -= {i for i in reached if states[i] != 'interrupted'}  # the pool's end interrupts the others
+  return ended
+
+
+def _written(workdir: str) -> int:
+  """When status.json was last written, 0 for never: tells the runs that a pool came to."""
+  path = os.path.join(workdir, 'status.json')
+  return os.stat(path).st_mtime_ns if os.path.exists(path) else 0
+
+
+def _record_death(workdir: str) -> None:
+  lock = filelock.FileLock(os.path.join(workdir, '.lock'), timeout=0)
+  with contextlib.suppress(filelock.Timeout), lock:  # locked: another sweep's
+    error = 'the process died (killed, or out of memory); --retry-failed goes on from its last checkpoint'
+    status = read_status(workdir) | {'state': 'failed', 'error': error}
+    write_json(os.path.join(workdir, 'status.json'), status)
+    print(f'{os.path.basename(workdir)} failed: {error}', file=sys.stderr, flush=True)
+
+
+def _in_workers(
+  jobs: list[list[ConfigDict]], planned: list[Any], folder: str, workers: int
+) -> tuple[list[tuple[str, str]], bool]:
+  """Runs the jobs in a pool of processes; (what ended, whether a worker's death broke the pool).
+
+  Ctrl-C or SIGTERM: the workers are told, save and stop, and no new group starts.
+  """
+  context, stopped = multiprocessing.get_context('spawn'), False
+  with concurrent.futures.ProcessPoolExecutor(workers, context, _stop_with_parent) as pool, _sigterm_stops():
+    futures = [pool.submit(run_group, job, folder, True) for job in jobs]
+    try:
+      _watch(futures, planned, folder)
+    except KeyboardInterrupt:
+      stopped = True
+      for process in multiprocessing.active_children():
+        os.kill(process.pid, signal.SIGUSR1)
+      pool.shutdown(wait=True, cancel_futures=True)
+  done = [future for future in futures if not future.cancelled()]
+  broken = [future for future in done if isinstance(future.exception(), BrokenProcessPool)]
+  ended = [item for future in done if future not in broken for item in future.result()]
+  return ended, bool(broken) and not stopped
+
+
+@contextlib.contextmanager
+def _sigterm_stops() -> Iterator[None]:
+  """SIGTERM (a batch system's) is a Ctrl-C, in the main thread."""
+  if threading.current_thread() is not threading.main_thread():
+    yield
+    return
+  before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+  try:
+    yield
+  finally:
+    signal.signal(signal.SIGTERM, before)
+
+
+def _watch(futures: list[concurrent.futures.Future], planned: list[Any], folder: str) -> None:
+  """One bar over all runs, in FLOPs done, read from their metrics; after Ctrl-C no new group starts."""
+  total = sum(run.derived['flops'] for run in planned)
+  plain, printed = not sys.stderr.isatty(), 0.0
+  began, at_start = time.monotonic(), sum(_flops_done(run, folder) for run in planned)
+  form = '{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining} {postfix}'
+  with tqdm(total=total, initial=at_start, desc='sweep', bar_format=form, disable=plain) as bar:
+    while True:
+      waiting = concurrent.futures.wait([f for f in futures if not f.done()], 1).not_done
+      done = [f for f in futures if f.done() and not f.cancelled()]
+      if any(f.exception() or _interrupted(f.result()) for f in done):
+        for future in waiting:
+          future.cancel()
+      states = [read_status(os.path.join(folder, run.run_id))['state'] for run in planned]
+      ended, now = sum(state in ENDED for state in states), time.monotonic()
+      flops = sum(_flops_done(run, folder) for run in planned)
+      bar.set_postfix_str(f'{ended}/{len(planned)} runs', refresh=False)
+      bar.update(flops - bar.n)
+      if plain and (now - printed > 15 or not waiting):
+        printed = now
+        left = (now - began) * (total - flops) / (flops - at_start) if flops > at_start else None
+        text = 'compiling' if left is None else f'about {left:.0f} s left'
+        print(
+          f'sweep: {ended}/{len(planned)} runs, {flops / total:.0%} of the FLOPs, {text}',
+          file=sys.stderr,
+          flush=True,
+        )
+      if not waiting:
+        return
+
+
+def _interrupted(ended: list[tuple[str, str]]) -> bool:
+  return any(state == 'interrupted' for _, state in ended)
+
+
+def _flops_done(run: Any, folder: str) -> float:
+  """FLOPs of a run so far, from the last line of its metrics."""
+  status = read_status(os.path.join(folder, run.run_id))
+  if status['state'] in (*ENDED, 'failed'):
+    return run.derived['flops']
+  path = os.path.join(folder, run.run_id, 'metrics.jsonl')
+  if not os.path.exists(path):
+    return 0.0
+  with open(path, 'rb') as file:
+    file.seek(max(0, os.path.getsize(path) - 20000))
+    lines = [line for line in file.read().split(b'\n')[:-1] if line.endswith(b'}')]
+  try:
+    return json.loads(lines[-1])['flops'] if lines else 0.0
+  except ValueError:
+    return 0.0

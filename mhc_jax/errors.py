@@ -1,0 +1,15 @@
+"""Mistakes of the user's, which end a program with one line and exit code 2."""
+
+
+class ConfigError(ValueError):
+  """A mistake of the user's: one line that says what to do; programs end with exit code 2."""
+
+
+class BusyError(ConfigError):
+  """Another process is at work on the same run."""
+
+
+def require(condition: bool, message: str) -> None:
+  """Raises ConfigError with this message unless the condition holds."""
+  if not condition:
+    raise ConfigError(message)

@@ -1,0 +1,256 @@
+"""Mixture of experts without dropped tokens: routing, loss-free balancing, and the experts on a mesh.
+
+After DeepSeek-V3 (arXiv 2412.19437, section 2.1.2): a token goes to the experts with the largest score +
+bias, and weighs them by their scores alone, normalised over the chosen. The bias has no gradient; after each
+update it moves by a fixed step towards the experts with less than the mean load (arXiv 2408.15664).
+Axes: S tokens, E experts, A chosen experts of a token, R rows (a token at one of its experts), D width,
+F width of an expert.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from mhc_jax.config import ConfigError, ModelConfig, MoEConfig
+
+BATCH = ('data', 'fsdp', 'expert')  # mesh axes that split the batch
+
+
+class Routing(NamedTuple):
+  """The chosen experts of every token and their weights, both (B, T, A)."""
+
+  index_BTA: jax.Array
+  weight_BTA: jax.Array
+
+
+def route(logits_BTE: jax.Array, bias_E: jax.Array, moe: MoEConfig) -> Routing:
+  """Each token's `active` experts; weights add up to moe.scale. No token sees another one.
+
+  'sigmoid': scores sigmoid(logit), and the largest score + bias are chosen; 'sinkhorn': scores of
+  sinkhorn_scores, and the largest logit + bias are chosen, so that bias_rate is in other units.
+  """
+  if moe.router == 'sinkhorn':
+    score_BTE, selection_BTE = sinkhorn_scores(logits_BTE, moe.active), logits_BTE
+  else:
+    score_BTE = selection_BTE = jax.nn.sigmoid(logits_BTE)
+  selection_BTE = lax.stop_gradient(selection_BTE + bias_E[None, None])
+  index_BTA = lax.top_k(selection_BTE, moe.active)[1]
+  chosen_BTA = jnp.take_along_axis(score_BTE, index_BTA, -1)
+  total_BT1 = chosen_BTA.sum(-1, keepdims=True) + 1e-20  # as DeepSeek: scores may underflow
+  return Routing(index_BTA, moe.scale * chosen_BTA / total_BT1)
+
+
+def sinkhorn_scores(logits_BTE: jax.Array, active: int, iterations: int = 20) -> jax.Array:
+  """sigmoid(logit - price) with one price per token, such that a token's scores add up to `active`.
+
+  Sinkhorn over a batch scales a plan of tokens x experts to `active` per token and an equal load per expert
+  (Clark et al., arXiv 2202.01169). Its column step is a sum over all tokens, later ones included, and so not
+  causal. What is left within one token is the transport between {chosen, left out} x experts with row sums
+  (active, E - active) and column sums 1, the entropic top-k, whose solution this is; the columns' potentials
+  over tokens must come from earlier batches, which is what the balancing bias is. So the causal version
+  degenerates: a token's experts keep their order, the choice is the top-k of logit + bias as it is without
+  Sinkhorn, and only the weights differ: through the price a chosen expert's weight depends on all logits.
+
+  Sinkhorn's iteration on the price, price += logit(mean score) - logit(active / E), contracts by the share of
+  the scores' variance that lies between experts; then one Newton step, whose derivative is that of the exact
+  solution (where the scores' sum of p (1 - p) is over 1e-3). Row sums are off by less than 1e-6 for normal
+  logits of standard deviation 2, E = 64 and active = 6.
+  """
+  share = active / logits_BTE.shape[-1]
+  fixed_BTE, offset = lax.stop_gradient(logits_BTE), math.log(share / (1 - share))
+
+  def step(_, price_BT1):
+    mean_BT1 = jax.nn.sigmoid(fixed_BTE - price_BT1).mean(-1, keepdims=True)
+    return price_BT1 + jnp.log(mean_BT1) - jnp.log1p(-mean_BT1) - offset
+
+  price_BT1 = lax.fori_loop(0, iterations, step, fixed_BTE.mean(-1, keepdims=True) - offset)
+  score_BTE = jax.nn.sigmoid(logits_BTE - price_BT1)
+  slope_BT1 = lax.stop_gradient((score_BTE * (1 - score_BTE)).sum(-1, keepdims=True))
+  excess_BT1 = score_BTE.sum(-1, keepdims=True) - active
+  return jax.nn.sigmoid(logits_BTE - price_BT1 - excess_BT1 / jnp.maximum(slope_BT1, 1e-3))
+
+
+def expert_load(index_BTA: jax.Array, experts: int) -> jax.Array:
+  """Number of tokens that go to each expert, (E,) int32."""
+  return jnp.sum(index_BTA[..., None] == jnp.arange(experts)[None, None, None], (0, 1, 2), dtype=jnp.int32)
+
+
+def margin(logits_BTE: jax.Array, bias_E: jax.Array, moe: MoEConfig) -> jax.Array:
+  """By how much a token's last chosen expert beats the first left out, (B, T); 0 where none is left out."""
+  scores_BTE = jax.nn.sigmoid(logits_BTE) if moe.router == 'sigmoid' else logits_BTE
+  best_BTA = lax.top_k(scores_BTE + bias_E[None, None], min(moe.active + 1, moe.experts))[0]
+  return best_BTA[..., moe.active - 1] - best_BTA[..., -1]
+
+
+def balance(params: Any, load_LE: jax.Array, c: ModelConfig) -> Any:
+  """params with the routers' biases moved by bias_rate * sign(mean load - load), (2408.15664, algorithm 1).
+
+  load_LE: tokens per expert of the whole batch, for every layer with experts.
+  """
+  load_LE = load_LE.astype(jnp.float32)
+  move_LE = c.moe.bias_rate * jnp.sign(load_LE.mean(-1, keepdims=True) - load_LE)
+
+  def moved(layer, move):
+    ffn = layer['feed_forward']
+    bias = ffn['router_bias'] + move.astype(ffn['router_bias'].dtype)
+    return {**layer, 'feed_forward': {**ffn, 'router_bias': bias}}
+
+  if c.scan:
+    return {**params, 'layers': moved(params['layers'], move_LE)}
+  names = [f'layer_{layer}' for layer in range(c.dense_layers, c.depth)]
+  return params | {name: moved(params[name], move_E) for name, move_E in zip(names, move_LE, strict=True)}
+
+
+def buffer_rows(tokens: int, active: int, experts: int) -> int:
+  """Rows of the buffer of a device with that many experts: no token is dropped at any load.
+
+  All tokens may choose among these experts, each an expert once at most. With balanced loads
+  tokens * active * experts / (all experts) of them are in use; the others cost memory and, where the grouped
+  matrix product skips what is in no group (TPU), no FLOPs.
+  """
+  return tokens * min(active, experts)
+
+
+class _Rows(NamedTuple):
+  """Where the rows of a device's buffer come from; rows are sorted by expert, unused ones last."""
+
+  slot_R: jax.Array  # token * A + choice
+  used_R: jax.Array  # a row of one of this device's experts
+  row_SA: jax.Array  # of every token and choice; meaningless where the expert is another device's
+  here_SA: jax.Array  # the expert is this device's
+  size_E: jax.Array  # number of rows of each of this device's experts
+
+
+def _arrange(index_SA: jax.Array, first: jax.Array | int, experts: int) -> _Rows:
+  """The rows for experts first .. first + experts - 1."""
+  tokens, active = index_SA.shape
+  rows = buffer_rows(tokens, active, experts)
+  expert_SA = index_SA - first
+  here_SA = (expert_SA >= 0) & (expert_SA < experts)
+  key_N = jnp.where(here_SA, expert_SA, experts).reshape(-1)
+  slot_N = jnp.argsort(key_N)
+  size_E = jnp.sum(key_N[:, None] == jnp.arange(experts)[None], 0, dtype=jnp.int32)
+  row_SA = jnp.minimum(jnp.argsort(slot_N).reshape(tokens, active), rows - 1)
+  return _Rows(slot_N[:rows], jnp.arange(rows) < size_E.sum(), row_SA, here_SA, size_E)
+
+
+def _take(x: jax.Array, index: jax.Array) -> jax.Array:
+  return x.at[index].get(mode='promise_in_bounds')
+
+
+def _add_up(y_RD: jax.Array, weight_SA: jax.Array, rows: _Rows) -> jax.Array:
+  """sum_a weight_a * (the row of choice a), (S, D), summed in float32 or more and rounded once."""
+  wide = jnp.promote_types(y_RD.dtype, jnp.float32)
+  terms = [
+    jnp.where(here_S[:, None], weight_S[:, None] * _take(y_RD, row_S).astype(wide), 0)
+    for row_S, here_S, weight_S in zip(rows.row_SA.T, rows.here_SA.T, weight_SA.T, strict=True)
+  ]
+  return functools.reduce(jnp.add, terms).astype(y_RD.dtype)
+
+
+# Each is the other's transpose. Written out because the transpose of a gather is a scatter that adds, which
+# accelerators do row by row.
+
+
+@jax.custom_vjp
+def _spread(x_SD: jax.Array, rows: _Rows) -> jax.Array:
+  """Every row's token, (R, D); zeros in unused rows."""
+  return jnp.where(rows.used_R[:, None], _take(x_SD, rows.slot_R // rows.row_SA.shape[1]), 0)
+
+
+def _spread_backward(rows: _Rows, g_RD: jax.Array) -> tuple[jax.Array, None]:
+  return _add_up(g_RD, jnp.ones(rows.row_SA.shape, g_RD.dtype), rows), None
+
+
+_spread.defvjp(lambda x_SD, rows: (_spread(x_SD, rows), rows), _spread_backward)
+
+
+@jax.custom_vjp
+def _collect(y_RD: jax.Array, weight_SA: jax.Array, rows: _Rows) -> jax.Array:
+  """Each token's weighted sum over its rows, (S, D); rows in no group are never looked at."""
+  return _add_up(y_RD, weight_SA, rows)
+
+
+def _collect_backward(saved, g_SD: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+  y_RD, weight_SA, rows = saved
+  wide = jnp.promote_types(y_RD.dtype, jnp.float32)
+  weight_R = _take(weight_SA.reshape(-1), rows.slot_R)
+  g_RD = weight_R[:, None] * _take(g_SD, rows.slot_R // weight_SA.shape[1]).astype(wide)
+  products = [
+    jnp.where(here_S, jnp.sum(g_SD.astype(wide) * _take(y_RD, row_S).astype(wide), -1), 0)
+    for row_S, here_S in zip(rows.row_SA.T, rows.here_SA.T, strict=True)
+  ]
+  g_weight_SA = jnp.stack(products, 1).astype(weight_SA.dtype)
+  return jnp.where(rows.used_R[:, None], g_RD, 0).astype(y_RD.dtype), g_weight_SA, None
+
+
+_collect.defvjp(lambda *args: (_collect(*args), args), _collect_backward)
+
+
+def _experts_here(
+  x_BTD: jax.Array,
+  index_BTA: jax.Array,
+  weight_BTA: jax.Array,
+  gate_EDF: jax.Array,
+  up_EDF: jax.Array,
+  down_EFD: jax.Array,
+  first: jax.Array | int,
+) -> jax.Array:
+  """These tokens' sum over the given experts, of which the first has the index `first`."""
+  active = index_BTA.shape[-1]
+  rows = _arrange(index_BTA.reshape(-1, active), first, len(gate_EDF))
+  x_RD = _spread(x_BTD.reshape(-1, x_BTD.shape[-1]), rows)
+  gate_RF = lax.ragged_dot(x_RD, gate_EDF, rows.size_E)
+  up_RF = lax.ragged_dot(x_RD, up_EDF, rows.size_E)
+  y_RD = lax.ragged_dot(jax.nn.silu(gate_RF) * up_RF, down_EFD, rows.size_E)
+  return _collect(y_RD, weight_BTA.reshape(-1, active), rows).reshape(x_BTD.shape)
+
+
+def experts(
+  x_BTD: jax.Array,
+  routing: Routing,
+  gate_EDF: jax.Array,
+  up_EDF: jax.Array,
+  down_EFD: jax.Array,
+  mesh: Mesh | None,
+) -> jax.Array:
+  """sum_a weight_a * SwiGLU_{index_a}(x), (B, T, D) in x's dtype, in which the weights must be too.
+
+  On a mesh: tokens are gathered over `expert`, whose devices hold E / expert experts each; every device sorts
+  the rows of its own by expert, multiplies group by group, and the sums are scattered back, rounded to x's
+  dtype before. Weights are gathered over `fsdp` on use; F stays split over `tensor`, over which the outputs
+  are added. A batch that the mesh does not divide (a single sequence) is computed by every device alike.
+  Raises ConfigError where `expert` does not divide E.
+  """
+  arrays = (x_BTD, routing.index_BTA, routing.weight_BTA, gate_EDF, up_EDF, down_EFD)
+  if mesh is None or mesh.size == 1 or len(x_BTD) % math.prod(mesh.shape[axis] for axis in BATCH):
+    return _experts_here(*arrays, first=0)
+  count, width, ffn_width = gate_EDF.shape
+  for axis, name, size in (('expert', 'moe.experts', count), ('tensor', 'moe.ffn_width', ffn_width)):
+    if size % mesh.shape[axis]:
+      raise ConfigError(f'mesh.{axis}={mesh.shape[axis]} does not divide model.{name}={size}')
+  fsdp = (
+    'fsdp' if width % mesh.shape['fsdp'] == 0 else None
+  )  # a width that it does not divide is gathered before
+
+  def body(x_BTD, index_BTA, weight_BTA, gate_EDF, up_EDF, down_EFD):
+    tokens = (lax.all_gather(a, 'expert', axis=0, tiled=True) for a in (x_BTD, index_BTA, weight_BTA))
+    x_BTD, index_BTA, weight_BTA = (lax.pcast(a, 'tensor', to='varying') for a in tokens)
+    weights = lax.pcast((gate_EDF, up_EDF, down_EFD), 'data' if fsdp else ('data', 'fsdp'), to='varying')
+    if fsdp:
+      axes = (1, 1, 2)
+      weights = (lax.all_gather(w, 'fsdp', axis=a, tiled=True) for w, a in zip(weights, axes, strict=True))
+    first = lax.axis_index('expert') * gate_EDF.shape[0]
+    y_BTD = _experts_here(x_BTD, index_BTA, weight_BTA, *weights, first=first)
+    return lax.psum(lax.psum_scatter(y_BTD, 'expert', scatter_dimension=0, tiled=True), 'tensor')
+
+  into, out = P('expert', fsdp, 'tensor'), P('expert', 'tensor', fsdp)
+  return jax.shard_map(
+    body, mesh=mesh, in_specs=(P(BATCH), P(BATCH), P(BATCH), into, into, out), out_specs=P(BATCH)
+  )(*arrays)

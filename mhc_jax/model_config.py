@@ -1,0 +1,269 @@
+"""The model's part of the configuration: ConfigDict -> ModelConfig, with derived sizes and all checks."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from mhc_jax.connection import ConnectionSpec
+from mhc_jax.constraints.base import Constraint
+from mhc_jax.errors import ConfigError, require
+from mhc_jax.presets import connection_spec
+
+REMAT = ('none', 'layer', 'block')
+DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16, 'float64': jnp.float64}
+ROUTERS = ('sigmoid', 'sinkhorn')
+
+
+@dataclasses.dataclass(frozen=True)
+class MLAConfig:
+  """Sizes of multi-head latent attention (DeepSeek-V2, arXiv 2405.04434); queries have full rank."""
+
+  kv_rank: int  # of the latent from which keys and values are made
+  head_dim: int  # of queries and keys, without the rotary part
+  rope_dim: int  # of the rotary part; one rotary key serves all heads
+  value_dim: int
+
+
+@dataclasses.dataclass(frozen=True)
+class MoEConfig:
+  """A mixture of experts (DeepSeek-V3, arXiv 2412.19437) in place of the feed-forward sublayer."""
+
+  experts: int  # routed ones
+  active: int  # routed ones that a token goes to
+  shared: int  # experts that every token goes to: one SwiGLU of `shared` times the width
+  ffn_width: int  # of one expert
+  scale: float  # of the routed experts' sum, whose weights add up to 1
+  router: str  # 'sigmoid' or 'sinkhorn'
+  bias_rate: float  # by which an expert's bias moves after each update
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """Sizes and choices of one model."""
+
+  width: int
+  depth: int  # blocks; each has two sublayers
+  heads: int
+  kv_heads: int
+  head_dim: int  # of queries and keys
+  ffn_width: int  # of dense layers
+  vocab_size: int
+  connection: ConnectionSpec
+  output_gain: float  # of the maps that write to the streams, at the start (HC: sqrt(n))
+  weights_rank: int | None  # rank of every attention and feed-forward map; None is full
+  dtype: Any  # of activations and streams; parameters stay float32
+  remat: str  # 'none', 'layer' or 'block'
+  scan: bool  # False: a Python loop over layers, the reference for tests
+  scan_unroll: int
+  rope_theta: float
+  norm_eps: float
+  base_width: int | None  # of the width transfer; None is off
+  base_depth: int | None
+  mla: MLAConfig | None  # None: grouped-query attention
+  moe: MoEConfig | None  # None: every layer is dense
+  dense_layers: int  # leading layers outside the scan, with a dense feed-forward sublayer; 0 without moe
+
+  @property
+  def width_ratio(self) -> float:
+    """m_N = width / base width (CompleteP, arXiv 2505.01618), 1 without transfer."""
+    return 1.0 if self.base_width is None else self.width / self.base_width
+
+  @property
+  def depth_ratio(self) -> float:
+    """m_L = depth / base depth, 1 without transfer."""
+    return 1.0 if self.base_depth is None else self.depth / self.base_depth
+
+  @property
+  def attention_scale(self) -> float:
+    """1 / K with transfer, 1 / sqrt(K) without."""
+    return self.head_dim ** (-0.5 if self.base_width is None else -1.0)
+
+  @property
+  def value_dim(self) -> int:
+    """Size of one head's value."""
+    return self.head_dim if self.mla is None else self.mla.value_dim
+
+
+def build_connection(c: ConfigDict, depth: int, constraint: Constraint | None = None) -> ConnectionSpec:
+  """model.connection -> ConnectionSpec of a model of that depth.
+
+  constraint: one of the caller's own in place of the named one. Raises ConfigError for unknown names and
+  impossible sizes.
+  """
+  fields = {key: value for key, value in c.items() if key not in ('constraint_params', 'output_init_scaling')}
+  if c.name == 'depth_matrix':
+    fields['streams'] = 2 * depth + 1  # the embedding and every sublayer's output
+  if constraint is not None:
+    fields['constraint'] = constraint
+  try:
+    return connection_spec(constraint_params=c.constraint_params.to_dict(), **fields)
+  except (TypeError, ValueError) as error:
+    raise ConfigError(f'model.connection: {error}') from None
+
+
+def build_model(config: ConfigDict, vocab_size: int, constraint: Constraint | None = None) -> ModelConfig:
+  """config -> ModelConfig with derived sizes; raises ConfigError for impossible ones.
+
+  vocab_size: the tokenizer's; model.vocab_size may ask for more.
+  """
+  c = config.model
+  _check_values(config)
+  mla, moe = _build_mla(c), _build_moe(c)
+  head_dim, kv_heads = _heads(c, mla)
+  all_experts = None if moe is None else (moe.active + moe.shared) * moe.ffn_width
+  ffn_width = _given(c.ffn_width, all_experts or -(-8 * c.width // 24) * 8)
+  require(ffn_width >= 1, f'model.ffn_width must be at least 1, got {ffn_width}')
+  vocabulary = _given(c.vocab_size, vocab_size)
+  require(
+    vocabulary >= vocab_size,
+    f'model.vocab_size={vocabulary} is below {vocab_size}, the number of tokens of the tokenizer',
+  )
+  if mla is None:
+    largest = min(c.width, kv_heads * head_dim, ffn_width)
+  else:
+    sides = (mla.kv_rank, c.heads * head_dim, c.heads * mla.value_dim)
+    largest = min(c.width, ffn_width, *sides)
+  rank = c.weights.rank
+  require(
+    rank is None or 1 <= rank <= largest,
+    f'model.weights.rank must lie between 1 and {largest}, the smallest side of a weight, got {rank}',
+  )
+  require(rank is None or moe is None, 'model.weights.rank does not go with model.moe.experts')
+  connection = build_connection(c.connection, c.depth, constraint)
+  _check_connection(connection, c.width)
+  return ModelConfig(
+    **{name: c[name] for name in ('width', 'depth', 'heads', 'remat', 'scan', 'scan_unroll')},
+    **{name: c[name] for name in ('rope_theta', 'norm_eps')},
+    kv_heads=kv_heads,
+    head_dim=head_dim,
+    ffn_width=ffn_width,
+    vocab_size=vocabulary,
+    connection=connection,
+    output_gain=connection.streams**0.5 if c.connection.output_init_scaling else 1.0,
+    weights_rank=rank,
+    dtype=DTYPES[c.dtype],
+    base_width=config.transfer.base_width,
+    base_depth=config.transfer.base_depth,
+    mla=mla,
+    moe=moe,
+    dense_layers=_dense_layers(c, moe),
+  )
+
+
+def _given(value: Any, default: Any) -> Any:
+  return default if value is None else value
+
+
+def _check_values(config: ConfigDict) -> None:
+  c = config.model
+  for name in ('width', 'depth', 'heads', 'scan_unroll'):
+    require(c[name] >= 1, f'model.{name} must be at least 1, got {c[name]}')
+  require(c.dtype in DTYPES, f'model.dtype must be one of {", ".join(DTYPES)}, got {c.dtype!r}')
+  require(c.remat in REMAT, f'model.remat must be one of {", ".join(REMAT)}, got {c.remat!r}')
+  require(c.remat != 'block' or c.scan, 'model.remat=block needs model.scan=True')
+  require(c.rope_theta > 0, f'model.rope_theta must be positive, got {c.rope_theta}')
+  require(c.norm_eps >= 0, f'model.norm_eps must not be negative, got {c.norm_eps}')
+  for name in ('base_width', 'base_depth'):
+    base = config.transfer[name]
+    require(base is None or base >= 1, f'transfer.{name} must be at least 1 or None, got {base}')
+  for section, switch in (('mla', 'kv_rank'), ('moe', 'experts')):
+    given = [name for name, value in c[section].items() if value is not None]
+    on = c[section][switch] is not None
+    require(on or not given, f'model.{section}.{"".join(given[:1])} needs model.{section}.{switch}')
+
+
+def _heads(c: ConfigDict, mla: MLAConfig | None) -> tuple[int, int]:
+  """(size of a head's query, number of heads of keys and values)."""
+  if mla is not None:
+    require(
+      c.kv_heads in (None, c.heads), 'model.kv_heads does not go with model.mla.kv_rank: leave it at None'
+    )
+    return mla.head_dim + mla.rope_dim, c.heads
+  require(c.width % c.heads == 0, f'model.heads={c.heads} does not divide model.width={c.width}')
+  head_dim = c.width // c.heads
+  require(head_dim % 2 == 0, f'width / heads = {head_dim} must be even for rotary embeddings')
+  kv_heads = _given(c.kv_heads, c.heads)
+  require(
+    kv_heads >= 1 and c.heads % kv_heads == 0,
+    f'model.kv_heads={kv_heads} does not divide model.heads={c.heads}',
+  )
+  return head_dim, kv_heads
+
+
+def _build_mla(c: ConfigDict) -> MLAConfig | None:
+  """model.mla -> MLAConfig; heads of width / heads, half of that for the rotary part."""
+  m = c.mla
+  if m.kv_rank is None:
+    return None
+  head_dim = _given(m.head_dim, c.width // c.heads)
+  rope_dim = _given(m.rope_dim, max(2, head_dim // 4 * 2))
+  found = MLAConfig(m.kv_rank, head_dim, rope_dim, _given(m.value_dim, head_dim))
+  for name, value in dataclasses.asdict(found).items():
+    require(value >= 1, f'model.mla.{name} must be at least 1, got {value}')
+  require(rope_dim % 2 == 0, f'model.mla.rope_dim must be even, got {rope_dim}')
+  return found
+
+
+def _build_moe(c: ConfigDict) -> MoEConfig | None:
+  """model.moe -> MoEConfig. Counts not given are the paper's (arXiv 2512.24880).
+
+  It does not state the scale: 2.5 is DeepSeek-V3's, close to the square root of 6, which gives the mean of 6
+  independent experts the variance of one. bias_rate is that of arXiv 2408.15664.
+  """
+  m = c.moe
+  if m.experts is None:
+    return None
+  active, shared = _given(m.active, min(6, m.experts)), _given(m.shared, 2)
+  require(
+    1 <= active <= m.experts,
+    f'model.moe.active must lie between 1 and model.moe.experts={m.experts}, got {active}',
+  )
+  require(shared >= 0, f'model.moe.shared must not be negative, got {shared}')
+  found = MoEConfig(
+    experts=m.experts,
+    active=active,
+    shared=shared,
+    ffn_width=_given(m.ffn_width, -(-8 * c.width // (24 * (active + shared))) * 8),
+    scale=_given(m.scale, 2.5),
+    router=_given(m.router, ROUTERS[0]),
+    bias_rate=_given(m.bias_rate, 1e-3),
+  )
+  require(found.ffn_width >= 1, f'model.moe.ffn_width must be at least 1, got {found.ffn_width}')
+  require(found.scale > 0, f'model.moe.scale must be positive, got {found.scale}')
+  require(found.bias_rate >= 0, f'model.moe.bias_rate must not be negative, got {found.bias_rate}')
+  require(
+    found.router in ROUTERS, f'model.moe.router must be one of {", ".join(ROUTERS)}, got {found.router!r}'
+  )
+  require(
+    found.router != 'sinkhorn' or active < m.experts,
+    f'model.moe.router=sinkhorn needs model.moe.active={active} below model.moe.experts={m.experts}',
+  )
+  return found
+
+
+def _dense_layers(c: ConfigDict, moe: MoEConfig | None) -> int:
+  require(moe is not None or c.dense_layers is None, 'model.dense_layers needs model.moe.experts')
+  dense = 0 if moe is None else _given(c.dense_layers, 1)
+  require(
+    moe is None or 0 <= dense < c.depth,
+    f'model.dense_layers must lie between 0 and model.depth - 1 = {c.depth - 1}, got {dense}',
+  )
+  return dense
+
+
+def _check_connection(spec: ConnectionSpec, width: int) -> None:
+  inputs = spec.generator_shape[0] * width
+  require(
+    spec.rank is None or spec.rank <= inputs,
+    f'connection.rank={spec.rank} is over {inputs}, the number of inputs of phi',
+  )
+  n = spec.streams
+  coords = jax.ShapeDtypeStruct((spec.constraint.num_coordinates(n), 1, 1), jnp.float32)
+  try:
+    jax.eval_shape(lambda coords_KX: spec.constraint.matrix(coords_KX, n), coords)
+  except (TypeError, ValueError) as error:
+    what = str(error).splitlines()[0]
+    raise ConfigError(f'connection.constraint={spec.constraint.name} does not work: {what}') from None

@@ -1,0 +1,46 @@
+"""Recomputation in the paper's blocks of layers (mHC, arXiv 2512.24880, section 4.3.2).
+
+The streams at the start of a block are kept, and what the layer functions F cannot do without; the
+hyper-connections of a block are run again, in the backward pass, from its start.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def block_layers(streams: int, layers: int) -> int:
+  """L_r* = sqrt(n L / (n + 2)) sublayers (eq. 20), rounded to whole layers of two, at least 1.
+
+  It makes n C ceil(L / L_r) + (n + 2) C L_r elements per token smallest: the starts of all blocks, and what
+  is alive while one of them is run again. L = 2 * layers sublayers.
+  """
+  sublayers = math.sqrt(streams * 2 * layers / (streams + 2))
+  return max(1, round(sublayers / 2))
+
+
+def scan_blocks(layer: Callable, carry: Any, inputs_L: Any, size: int) -> tuple[Any, Any]:
+  """lax.scan(layer, carry, inputs_L) with recomputation in blocks of `size` layers.
+
+  The last block is shorter where size does not divide their number. Kept are each block's carry and the
+  products with weights, F's; products of activations with each other, and everything elementwise, are not.
+  """
+
+  @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+  def block(carry: Any, inputs: Any) -> tuple[Any, Any]:
+    return lax.scan(layer, carry, inputs)
+
+  length = len(jax.tree.leaves(inputs_L)[0])
+  whole = length // size * size
+  blocks = jax.tree.map(lambda x: x[:whole].reshape(-1, size, *x.shape[1:]), inputs_L)
+  carry, outputs = lax.scan(block, carry, blocks)
+  outputs = jax.tree.map(lambda y: y.reshape(whole, *y.shape[2:]), outputs)
+  if whole < length:
+    carry, rest = block(carry, jax.tree.map(lambda x: x[whole:], inputs_L))
+    outputs = jax.tree.map(lambda a, b: jnp.concatenate((a, b)), outputs, rest)
+  return carry, outputs

@@ -1,0 +1,199 @@
+"""What figures say of the runs that they show: who diverged, which budget, which exponent, what N counts."""
+
+import itertools
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from synthetic_runs import (
+  SIZES,
+  blank,
+  config_of,
+  derived_of,
+  report,
+  words,
+  write_plan,
+  write_run,
+  write_sweep,
+)
+
+from analysis import plots
+from analysis.all_figures import FIGURES, draw_all
+from analysis.draw import LOOKS, looks
+from analysis.identify import shape_law
+from analysis.runs import read_sweep
+from analysis.selection import classify, largest, to_points
+from analysis.study import study
+
+
+@pytest.fixture(autouse=True)
+def blank_images(monkeypatch):
+  blank(monkeypatch)
+
+
+def paper(folder, out, *options):
+  assert plots.main(['paper', str(folder), '--out', str(out), *options]) == 0
+  return lambda name: pd.read_csv(out / f'{name}.csv')
+
+
+def test_an_arm_that_diverged_at_the_largest_size_stays_in_the_figures(tmp_path, capsys):
+  states = {('hc', (128, 4), seed): 'diverged' for seed in (0, 1)}
+  write_sweep(tmp_path, arms=('residual', 'hc', 'mhc'), ranks=False, states=states)
+  read = paper(tmp_path, tmp_path / 'out')
+  s = study(read_sweep(tmp_path), resamples=0)
+  shown = largest(s.table, s.reference)
+  assert set(shown['size']) == {'128x4'} and len(shown) == 6
+  ids = set(shown.loc[shown['arm'] == 'hc', 'run_id'])
+  for name in ('paper_over_training', 'paper_gap_tokens', 'paper_gains', 'training_loss'):
+    table = read(name)
+    assert ids <= set(table['run_id']) <= set(shown['run_id']), name
+    assert set(table.loc[table['run_id'].isin(ids), 'state']) == {'diverged'}
+  said = capsys.readouterr().out
+  figures = ('paper_over_training', 'paper_gap_tokens', 'paper_gains', 'training_loss')
+  for line in (line for line in said.splitlines() if any(f'{name}.png' in line for name in figures)):
+    assert 'width x depth 128x4; diverged (x): hc seed 0 and 1' in line
+  # The gap of a diverged run ends where it ended.
+  gap = read('paper_gap_tokens').groupby('state')['tokens'].max()
+  assert gap['diverged'] < 0.5 * gap['finished']
+  losses = read('final_losses').set_index(['arm', 'size'])
+  assert losses.loc[('hc', '128x4'), 'diverged'] == 2 and np.isnan(
+    losses.loc[('hc', '128x4'), 'validation_loss']
+  )
+
+
+def test_the_common_size_is_one_that_every_arm_has(tmp_path):
+  states = {('mhc', (128, 4), seed): None for seed in (0, 1)} | {('hc', (64, 4), 0): 'running'}
+  write_sweep(tmp_path, arms=('residual', 'hc', 'mhc'), ranks=False, states=states)
+  table = classify(read_sweep(tmp_path).table)
+  assert set(largest(table, 'residual')['size']) == {'64x2'}
+
+
+def test_every_arm_has_a_look_of_its_own():
+  names = [*LOOKS, *(f'arm {k}' for k in range(24))]
+  found = list(looks(names).values())
+  for cues in (('color', 'marker'), ('color', 'linestyle')):
+    assert len({tuple(look[cue] for cue in cues) for look in found}) == len(names), cues
+
+
+def test_panels_show_a_budget_in_one_colour_whatever_the_arm(tmp_path, monkeypatch):
+  """The second arm has the two larger of three budgets, at 3 % more FLOPs."""
+  planned = []
+  for arm, budgets in (('residual', (1e11, 4e11, 1.6e12)), ('mhc', (4.1e11, 1.65e12))):
+    for flops, width in itertools.product(budgets, (16, 24, 32, 48, 64)):
+      n = derived_of(config_of('residual', width, 2, 0))['params']['matmul']
+      wanted = 2 + 0.05 * np.log(n / 0.02 / flops**0.5) ** 2 + 0.1 * np.log(1e13 / flops)
+      planned.append(write_run(tmp_path, config_of(arm, width, 2, 0, flops=flops), noise=0.0, wanted=wanted))
+  write_plan(tmp_path, planned)
+  figures = []
+  monkeypatch.setattr('analysis.isoflop_figures.save', lambda fig, *rest: figures.append(fig) or rest[-1])
+  draw_all(study(read_sweep(tmp_path), resamples=0), tmp_path / 'out')
+  first, second = figures[0].axes
+  looked = [
+    {
+      line.get_label(): (tuple(line.get_color()), line.get_marker())
+      for line in ax.lines
+      if 'FLOPs' in line.get_label()
+    }
+    for ax in (first, second)
+  ]
+  assert [len(one) for one in looked] == [3, 2] and set(looked[1]) < set(looked[0])
+  assert all(looked[0][label] == look for label, look in looked[1].items())
+  assert len(figures[0].legends[0].get_texts()) == 3
+
+
+def test_figures_are_called_by_their_names_and_leave_none_behind(tmp_path):
+  write_sweep(tmp_path, arms=('residual', 'mhc'), sizes=SIZES[:2], ranks=True)
+  out = tmp_path / 'out'
+  out.mkdir()
+  for name in ('paper_isoflop.png', 'paper_isoflop.csv', 'ablation.csv', 'mine.png'):
+    (out / name).write_text('old')
+  paper(tmp_path, out)
+  assert {path.stem for path in out.glob('*.png')} <= {*FIGURES, 'mine'}
+  assert (out / 'mine.png').exists() and not list(out.glob('paper_isoflop*'))
+
+
+def test_every_map_has_a_row_in_the_ablation(tmp_path):
+  planned = []
+  arms = {'mhc': ('sigmoid', 'sigmoid'), 'mhc pre': ('sigmoid', 'fixed'), 'mhc post': ('fixed', 'sigmoid')}
+  for seed in (0, 1):
+    planned.append(write_run(tmp_path, config_of('residual', 32, 4, seed)))
+    for arm, gates in arms.items():
+      config = config_of(arm, 32, 4, seed, gates=gates)
+      config['model']['connection'] |= {'name': 'mhc', 'constraint': 'birkhoff_sinkhorn'}
+      planned.append(write_run(tmp_path, config))
+  write_plan(tmp_path, planned)
+  _, _, page = report(tmp_path)
+  assert 'What each map is worth, at 32x4' in words(page) and 'bits per byte' in words(page)
+  table = paper(tmp_path, tmp_path / 'out')('ablation').set_index('arm')
+  assert table.loc['residual', ['H_res', 'H_pre', 'H_post']].tolist() == ['I', 'fixed', 'fixed']
+  assert table.loc['mhc pre', ['H_res', 'H_pre', 'H_post']].tolist() == [
+    'birkhoff_sinkhorn',
+    'sigmoid',
+    'fixed',
+  ]
+  assert table.loc[list(arms), ['difference', 'low', 'high', 'bits_per_byte']].notna().all().all()
+
+
+def shapes(folder, depths, tokens):
+  """Losses 1.2 + 20 W^-0.6 + 1.5 H^-0.8 + 60 D^-0.3 with little noise."""
+  planned = []
+  for width, depth in itertools.product((64, 128, 256, 512), depths):
+    for d in tokens(derived_of(config_of('residual', width, depth, 0))['params']['matmul']):
+      config = config_of('residual', width, depth, 0, tokens=d)
+      wanted = 1.2 + 20 * width**-0.6 + 1.5 * depth**-0.8 + 60 * d**-0.3
+      planned.append(write_run(folder, config, noise=1e-4, wanted=wanted))
+  write_plan(folder, planned)
+
+
+def test_width_and_depth_have_exponents(tmp_path, capsys):
+  shapes(tmp_path, (2, 4, 8, 16), lambda n: (1e6, 1e7, 1e8))
+  read = paper(tmp_path, tmp_path / 'out')
+  for name, value in (('width', 0.6), ('depth', 0.8)):
+    row = read(f'loss_vs_{name}').set_index('kind').loc['exponent']
+    assert row['low'] < value < row['high'] < row['low'] + 0.3
+  said = capsys.readouterr().out
+  assert 'L = E + A W^-alpha + B H^-beta + G D^-gamma. alpha = 0.' in said
+  s = study(read_sweep(tmp_path), resamples=0)
+  assert [a.law for a in s.alternatives if a.problem is None] == [
+    'compute',
+    'chinchilla',
+    'overtraining',
+    'width_depth',
+  ]
+  best = min((a for a in s.alternatives), key=lambda a: a.left_out_error)
+  assert best.law == 'width_depth' and best.left_out_error < 1e-3
+
+
+def test_shape_terms_that_the_grid_cannot_tell_are_left_out(tmp_path):
+  shapes(tmp_path, (2, 4, 8), lambda n: (20 * n,))
+  tied = shape_law(to_points(classify(read_sweep(tmp_path).table)))
+  assert tied.law.covariates == ('W', 'H') and 'tokens grow with the model' in tied.reason
+  (tmp_path / 'two').mkdir()
+  shapes(tmp_path / 'two', (2, 4), lambda n: (20 * n,))
+  two = shape_law(to_points(classify(read_sweep(tmp_path / 'two').table)))
+  assert two.law is None and two.reason == '2 depths cannot test a power law (3 are needed).'
+
+
+def test_n_is_counted_as_asked(tmp_path):
+  shapes(tmp_path, (2, 4), lambda n: (1e6, 1e7, 1e8))
+  tables = {p: paper(tmp_path, tmp_path / p, '--params', p)('paper_residuals') for p in ('matmul', 'total')}
+  first = read_sweep(tmp_path).table.set_index('run_id')
+  for name, table in tables.items():
+    counted = first.loc[table['run_id'], f'params_{name}']
+    np.testing.assert_allclose(table['N'], counted, rtol=1e-9)
+  assert plots.main(['paper', str(tmp_path), '--out', str(tmp_path / 'x'), '--params', 'total']) == 0
+
+
+def test_a_currency_without_a_sound_fit_has_a_reason(tmp_path):
+  """Speeds that are noise of a factor of 20: no multiplier in seconds can be read off."""
+  write_sweep(tmp_path, arms=('residual', 'mhc'), ranks=False)
+  rng = np.random.default_rng(0)
+  for path in tmp_path.glob('*/metrics.jsonl'):
+    speed = 1e4 * 20 ** rng.uniform(-1, 1)
+    rows = [json.loads(line) | {'time/tokens_per_second': speed} for line in path.read_text().splitlines()]
+    path.write_text('\n'.join(map(json.dumps, rows)))
+  fits, _, page = report(tmp_path)
+  (m,) = fits['multipliers']
+  assert m['flops'] is not None and m['equal_tokens'] is not None
+  assert m['seconds'] is None and m['seconds_problem'] in words(page)
