@@ -1,0 +1,112 @@
+"""train_step for NVIDIA GPUs that are not there: lowered for CUDA, with sizes and bounds by arithmetic.
+
+`python -m experiments.compile --config ... --gpu H100:64`. XLA's GPU compiler needs a GPU, so nothing comes
+from it: lowering shows that every operation exists for CUDA and that no kernel of CPUs or TPUs is
+called; memory is that of the shards, and times are lower bounds.
+"""
+
+import re
+from typing import Any
+
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType
+from ml_collections import ConfigDict
+
+from experiments.abstract_step import describe, device_bytes, mesh_axes, trace_step
+from experiments.chips import CHIPS, GPUS, Chip
+from experiments.predict import speed
+from mhc_jax import cost
+from mhc_jax.config import ConfigError, ModelConfig, require
+
+# Custom calls of one kind of machine: LAPACK and Eigen of CPUs, Mosaic and others of TPUs.
+ELSEWHERE = re.compile(r'lapack|eigen|onednn|cpu|tpu', re.IGNORECASE)
+
+
+def lower_step(config: ConfigDict, gpus: str) -> dict[str, Any]:
+  """The report on one config and a number of GPUs; raises ConfigError for impossible ones."""
+  name, _, number = gpus.partition(':')
+  require(
+    name in GPUS and number.isdigit() and int(number) > 0,
+    f'--gpu is a chip of {", ".join(GPUS)} and their number, like H100:64; got {gpus!r}',
+  )
+  chip, axes = CHIPS[name], mesh_axes(config, int(number), f'--gpu {gpus}')
+  mesh = AbstractMesh(tuple(axes.values()), tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
+  traced, state, batch, model = trace_step(config, mesh)
+  try:
+    lowered = traced.lower(lowering_platforms=('cuda',)).as_text()
+  except NotImplementedError as error:
+    what = ' '.join(str(error).split())
+    raise ConfigError(f'train_step has an operation that does not exist for CUDA: {what}') from None
+  targets = sorted(set(re.findall(r'custom_call @([\w.$]+)', lowered)))
+  held = {
+    'params': device_bytes(state.params),
+    'optimizer': device_bytes((state.opt_state, state.step)),
+    'gradients': device_bytes(state.params),
+    'batch': device_bytes(batch),
+  }
+  held |= activation_bytes(config, model)
+  report = {
+    **describe(config, model, gpus, mesh.size),
+    'custom_calls': targets,
+    'not_for_cuda': [target for target in targets if ELSEWHERE.search(target)],
+    'memory_bytes': {**held, 'total': sum(held.values()), 'capacity': chip.memory},
+    'fits': sum(held.values()) < chip.memory,
+  }
+  tokens = config.data.batch_size * config.data.seq_len
+  flops_per_token = cost.train_flops_per_token(model, config.data.seq_len)
+  seconds = bounds(chip, mesh.shape['fsdp'], held, flops_per_token * tokens / mesh.size)
+  slowest = max(seconds.values())
+  return {
+    **report,
+    'bounds': {'seconds': seconds, **speed(slowest, tokens, flops_per_token, mesh.size, chip)},
+  }
+
+
+def activation_bytes(config: ConfigDict, model: ModelConfig) -> dict[str, int]:
+  """The two that recomputation leaves, of one GPU: the streams between blocks and the logits."""
+  axes = config.mesh.to_dict()
+  shards = axes['data'] * axes['fsdp'] * axes.get('expert', 1)
+  tokens = config.data.batch_size * config.data.seq_len // shards
+  item = np.dtype(model.dtype).itemsize
+  streams = model.depth * model.connection.streams * tokens * model.width * item
+  tensor = axes.get('tensor', 1)
+  return {'streams': streams // tensor, 'logits': tokens * model.vocab_size * 4 // tensor}
+
+
+def bounds(chip: Chip, fsdp: int, held: dict[str, int], flops: float) -> dict[str, float]:
+  """Lower bounds of a step's seconds on one GPU: its FLOPs, its optimizer's traffic, fsdp's collectives.
+
+  Every parameter is gathered twice and its gradient reduced once, over NVLink within a domain and over the
+  network beyond it. The optimizer reads parameters, gradients and moments and writes all but the gradients.
+  """
+  inside = fsdp <= chip.domain
+  rate = chip.interconnect / 2 if inside else chip.network
+  traffic = 3 * held['params'] + 2 * held['optimizer']
+  return {
+    'flops': flops / chip.flops,
+    'optimizer_bytes': traffic / chip.bandwidth,
+    # A gather or reduction of all shards moves (fsdp - 1) shards through each GPU.
+    'fsdp_collectives': 3 * held['params'] * (fsdp - 1) / rate,
+  }
+
+
+def text(report: dict[str, Any]) -> str:
+  """The report for people."""
+  gib = {name: f'{size / 2**30:.2f} GiB' for name, size in report['memory_bytes'].items()}
+  seconds = report['bounds']['seconds']
+  foreign = report['not_for_cuda']
+  kinds = ', '.join(f'{name} {size}' for name, size in gib.items() if name not in ('total', 'capacity'))
+  calls = ', '.join(report['custom_calls']) or 'none'
+  speed_of = report['bounds']
+  return '\n'.join(
+    [
+      f'{report["connection"]} (n = {report["streams"]}), {report["params"]["total"] / 1e9:.3g} B parameters '
+      f'on {report["topology"]}, mesh {report["mesh"]}',
+      'lowered for CUDA; ' + (f'NOT FOR CUDA: {", ".join(foreign)}' if foreign else f'custom calls: {calls}'),
+      f'at least {gib["total"]} of {gib["capacity"]} a GPU: {kinds}'
+      + ('' if report['fits'] else ' - DOES NOT FIT'),
+      'Predictions, not measurements: a step takes at least '
+      + ', '.join(f'{value:.4g} s for its {name.replace("_", " ")}' for name, value in seconds.items()),
+      f'at most {speed_of["tokens_per_second"]:.4g} tokens/s, MFU {100 * speed_of["mfu"]:.1f} %',
+    ]
+  )

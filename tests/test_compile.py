@@ -1,0 +1,224 @@
+"""Counting in HLO text, the arithmetic of predictions, and how experiments.compile ends on mistakes."""
+
+import functools
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import compile as compile_
+from experiments import compile_gpu, overhead
+from experiments.chips import CHIPS, link_seconds
+from experiments.hlo_cost import Count, Operation, count
+from experiments.hlo_text import Shape, parse_module, replica_group, trip_count
+from experiments.predict import advice, predict, speed
+from mhc_jax.command import end_with_message
+from mhc_jax.config import ConfigError, base_config, build_model
+from mhc_jax.model import Transformer
+
+# What the TPU's compiler makes of a scan of six residual products on v5p:4x4x4, weights split 16-fold; names
+# shortened and attributes left out.
+TPU = parse_module((pathlib.Path(__file__).parent / 'data' / 'tpu.hlo').read_text())
+
+
+def config(**mesh):
+  c = base_config()
+  c.model.update({'width': 16, 'depth': 2, 'heads': 2, 'scan_unroll': 1})
+  c.model.connection.update({'name': 'residual', 'streams': 2})
+  c.data.update({'seq_len': 8, 'batch_size': 8})
+  c.optimizer.warmup_steps, c.duration.steps = 1, 2
+  c.mesh.update(mesh)
+  return c
+
+
+@functools.cache
+def compiled(arm, scan):
+  """(the count, XLA's own) of a small model's gradient, blocks in a scan or unrolled."""
+  c = config()
+  c.model.scan, c.model.connection.name = scan, arm
+  model, tokens = build_model(c, 16), jnp.zeros((2, 8), jnp.int32)
+  params = jax.eval_shape(Transformer(model).init, jax.random.key(0), tokens, tokens)['params']
+
+  def loss(params):
+    return jnp.mean(jax.nn.logsumexp(Transformer(model).apply({'params': params}, tokens, tokens)[0], -1))
+
+  program = jax.jit(jax.grad(loss)).lower(params).compile()
+  return count(parse_module(program.as_text())), program.cost_analysis()
+
+
+@pytest.mark.parametrize('arm', ('residual', 'mhc'))
+def test_a_scan_counts_as_its_unrolled_model(arm):
+  """mhc has loops within the loop: Sinkhorn's. Beyond products, a scan adds its own slices and counters."""
+  scan, loop = compiled(arm, True)[0], compiled(arm, False)[0]
+  # The unrolled compiler drops the first block's unused parts of the streams' gradient.
+  assert scan.total('matmul_flops') == pytest.approx(loop.total('matmul_flops'), rel=5e-3)
+  assert scan.flops == pytest.approx(loop.flops, rel=0.02)
+  assert not scan.unknown_loops and not loop.unknown_loops and not loop.custom_calls
+  xla = compiled(arm, True)[1]['flops']
+  assert xla < 0.5 * scan.flops, 'XLA counts the loops: this file has no purpose any more'
+
+
+def test_the_count_is_xlas_where_there_are_no_loops():
+  """Rest: what XLA counts for operations such as gathers, and bytes of slices inside fusions."""
+  found, xla = compiled('residual', False)
+  assert found.flops == pytest.approx(xla['flops'], rel=2e-3)
+  assert found.total('bytes') == pytest.approx(xla['bytes accessed'], rel=0.02)
+
+
+def test_a_tpu_program_with_tiles_memory_spaces_and_a_loop():
+  found = count(TPU)
+  rows = {row.name: row for row in found.operations}
+  mb = 2**20
+  assert {name: row.bytes for name, row in rows.items()} == {
+    'dynamic-slice_fusion.2': mb / 8
+    + 4,  # reads a 64th of the stack and the index; the result is on the chip
+    'all-gather.3': 2 * mb,  # from the chip to memory
+    'copy-start.2': 2 * mb,  # from memory to the chip
+    'fusion.16': 4 * mb,  # weights in and x out; x was on the chip
+    'dynamic-update-slice_fusion.2': 4 * mb + 4,  # the stack is updated in place
+    'add.24': 12,
+  }
+  assert all(row.times == 6 for row in found.operations) and not found.unknown_loops
+  assert found.total('matmul_flops') == 6 * 2 * 1024**3
+  assert rows['fusion.16'].vector_flops == 4 * 1024**2  # three conversions and an addition
+  gather = rows['all-gather.3']
+  assert (gather.collective, gather.payload, gather.group) == ('all-gather', 2 * mb, tuple(range(16)))
+  assert (gather.source, rows['fusion.16'].cycles) == ('model.py:49', 14796)
+
+
+# Products as a TPU's compiler writes them, with the 20 heads as a window: shapes, attributes, FLOPs.
+CONVOLUTIONS = {
+  'width to heads': (
+    'bf16[4096,2560,1] bf16[20,128,2560] bf16[4096,20,128]',
+    'window={size=20 pad=19_19 rhs_reversal=1}, dim_labels=bf0_0oi->b0f',
+    2 * 4096 * 2560 * 20 * 128,
+  ),
+  'each head by itself': (
+    'bf16[20,4096,128] bf16[20,128,512] bf16[20,4096,512]',
+    'window={size=20 stride=19 lhs_dilate=20}, dim_labels=0bf_0io->0bf',
+    2 * 20 * 4096 * 128 * 512,
+  ),
+  'heads summed': (
+    'bf16[4096,20,128] bf16[128,20,2560] bf16[2560,4096,1]',
+    'window={size=20}, dim_labels=b0f_i0o->fb0',
+    2 * 4096 * 20 * 128 * 2560,
+  ),
+  'a plain product': ('f32[8,32] f32[16,32] f32[8,16]', 'dim_labels=bf_oi->bf', 2 * 8 * 32 * 16),
+}
+
+
+@pytest.mark.parametrize('name', CONVOLUTIONS)
+def test_products_written_as_convolutions_count_without_their_padding(name):
+  shapes, attributes, flops = CONVOLUTIONS[name]
+  left, right, out = shapes.split()
+  found = count(
+    parse_module(
+      f'ENTRY %main (a: {left}, b: {right}) -> {out} {{\n'
+      f'  %a = {left} parameter(0)\n  %b = {right} parameter(1)\n'
+      f'  ROOT %c = {out} convolution(%a, %b), {attributes}, operand_precision={{high,high}}\n}}'
+    )
+  )
+  assert found.total('matmul_flops') == flops
+  passes = 3 if left.startswith('f32') else 1  # of bfloat16 products in a float32 product
+  assert found.total('matmul_passes') == passes * flops
+
+
+GROUPS = {
+  'replica_groups={{0,1},{2,3}}': [0, 1],
+  'source_target_pairs={{0,3},{1,2}}': [0, 3],
+  'replica_groups=[4,2]<=[8]': [0, 1],
+  'replica_groups=[4,2]<=[2,4]T(1,0)': [0, 4],
+  "replica_groups=mesh['a'=2,'b'=4] {'a'}": [0, 4],
+  "replica_groups=mesh['a'=2,'b'=4] {'a','b'}": list(range(8)),
+  "replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}": [0, 1, 2, 3],
+  "replica_groups=mesh['a'=8] {'a':(2)2}": [0, 2],
+  'channel_id=1': [],
+}
+
+
+@pytest.mark.parametrize('text', GROUPS)
+def test_the_first_group_of_every_notation(text):
+  line = f'  ROOT %x = f32[8]{{0}} all-reduce(%p), {text}, to_apply=%add'
+  module = parse_module(f'ENTRY %main (p: f32[8]) -> f32[8] {{\n{line}\n}}')
+  np.testing.assert_array_equal(replica_group(module.computations['main'].root), GROUPS[text])
+
+
+def test_bytes_include_the_padding_of_tiles():
+  assert Shape('bf16', (4, 10), '1,0:T(8,128)(2,1)').bytes == 8 * 128 * 2
+  assert Shape('f32', (10, 4, 300), '0,2,1:T(8,128)').bytes == 4 * 304 * 128 * 4  # 10 is minor, 300 next
+  assert Shape('f32', (10, 4), '1,0').bytes == 160 and Shape('pred', (3,), '').bytes == 3
+  assert Shape('f32', (), ':T(128)S(6)').bytes == 4 and Shape('s4', (16,), '0').bytes == 8
+  assert Shape('bf16', (8,), '0:T(128)S(1)').on_chip and not Shape('bf16', (8,), '0:T(128)').on_chip
+
+
+def operation(**fields):
+  zero = dict.fromkeys(('matmul_flops', 'matmul_passes', 'vector_flops', 'bytes', 'payload'), 0.0)
+  names = {'name': 'x', 'opcode': 'fusion', 'op_name': 'a/b', 'source': 'model.py:3', 'cycles': None}
+  return Operation(**{**names, **zero, 'times': 1, 'collective': None, 'group': (), **fields})
+
+
+def test_a_step_is_the_sum_of_what_limits_each_operation():
+  chip = CHIPS['v5p']
+  found = Count(
+    [
+      operation(times=3, matmul_flops=459e12, matmul_passes=459e12, bytes=2765e7),  # 1 s, memory 0.01 s
+      operation(times=2, bytes=2765e9, source='generator.py:1'),  # 1 s
+      # 8 chips along one wrapped axis, 200 GB/s: 7/8 of the payload.
+      operation(collective='all-gather', payload=400e9, group=tuple(range(8)), bytes=2765e6),
+    ],
+    [],
+    {},
+  )
+  predicted = predict(found, chip, lambda operation: (8, 1, 1) if operation.group else ())
+  seconds = predicted['seconds']
+  assert seconds['step'] == pytest.approx(3 + 2 + 1.75)
+  assert seconds['without_collectives'] == pytest.approx(3 + 2 + 0.001)
+  assert seconds['collectives'] == pytest.approx(1.75)
+  assert seconds['roofline'] == pytest.approx(3) and seconds['all_bytes'] == pytest.approx(2.031)
+  assert [row['limit'] for row in predicted['costliest']] == ['compute', 'memory', 'links']
+  assert predicted['costliest'][0]['share'] == pytest.approx(3 / 6.75)
+  assert predicted['parts']['generator.py']['seconds'] == pytest.approx(2)
+  assert predicted['collectives']['all-gather']['bytes'] == 400e9
+  # 1e12 FLOPs a token, 1000 tokens in 2 s on 2 chips.
+  assert speed(2.0, 1000, 1e12, 2, chip) == {
+    'tokens_per_second': 500,
+    'mfu': pytest.approx(1e15 / (4 * 459e12)),
+  }
+
+
+def test_half_a_chip_has_half_its_rates():
+  found = Count([operation(bytes=7380e9)], [], {})
+  assert predict(found, CHIPS['7x'], lambda _: ())['seconds']['step'] == pytest.approx(2)
+
+
+LINKS = {  # kind, chips along each axis of v5p (100 GB/s per link and direction) -> seconds for 800 GB
+  ('all-gather', (8, 1, 1)): 3.5,
+  ('all-gather', (2, 1, 1)): 4,  # a line: one link
+  ('all-gather', (8, 8, 1)): 800 * 63 / 64 / 400,
+  ('reduce-scatter', (8, 1, 1)): 3.5,
+  ('all-reduce', (8, 1, 1)): 7,
+  ('all-to-all', (8, 1, 1)): 8,
+  ('collective-permute', (2, 1, 1)): 8,
+  (None, (8, 1, 1)): 0,
+}
+
+
+@pytest.mark.parametrize('case', LINKS)
+def test_collectives_take_the_links_that_their_group_has(case):
+  kind, sides = case
+  group = tuple(range(int(np.prod(sides))))
+  found = operation(collective=kind, payload=800e9, group=group)
+  assert link_seconds(found, CHIPS['v5p'], sides) == pytest.approx(LINKS[case])
+
+
+def test_what_does_not_fit_says_what_to_change():
+  arguments = {'params': 30, 'optimizer': 60, 'batch': 1}
+  mesh = {'data': 1, 'fsdp': 4}
+  lines = advice('none', mesh, 8, arguments, 100.0)
+  assert 'remat=layer' in lines[0] and '90 %' in lines[1] and 'fsdp (now 4)' in lines[1]
+  assert lines[2].startswith('2 sequences')
+  small = advice('layer', {**mesh, 'tensor': 2}, 4, {**arguments, 'params': 1, 'optimizer': 2}, 100.0)
+  assert 'remat=block' in small[0] and 'tensor (now 2)' in small[1] and len(small) == 3
