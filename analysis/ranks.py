@@ -50,16 +50,20 @@ def rank_sweeps(
 ) -> list[RankSweep]:
   """Groups of finished runs equal but for one rank (and the seed), at least two ranks each.
 
-  The full-rank runs beside them have the same duration, or as many tokens within 5 %.
+  Of several learning rates for one rank the one of lowest mean loss counts. The full-rank runs beside them have
+  the same duration, or as many tokens within 5 %.
   """
   usable = table[
     (table['state'] == 'finished')
     & table['validation_loss'].notna()
     & (table['paired'] | table['axis'].notna())
   ]
+  cell = ['variant', 'size', 'duration', *selection.AXIS_FIELD]
+  mean = usable.groupby([*cell, 'lr'], dropna=False)['validation_loss'].transform('mean')
+  usable = usable[mean == mean.groupby([usable[name] for name in cell], dropna=False).transform('min')]
   out = []
   for axis in selection.AXIS_FIELD:
-    keys = ['variant', 'size', 'lr', *(name for name in selection.AXIS_FIELD if name != axis)]
+    keys = ['variant', 'size', *(name for name in selection.AXIS_FIELD if name != axis)]
     for _, rows in usable.groupby(keys, dropna=False, sort=False):
       for _, swept in rows[rows[axis].notna()].groupby('duration', sort=False):
         if swept[axis].nunique() < 2:

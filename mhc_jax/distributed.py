@@ -34,7 +34,9 @@ _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _END_SECONDS = 20  # that a process which ends, by a mistake for example, waits for the others to end too
 _CHILD = 'MHC_JAX_PROCESS'  # environment variable in which `supervise` tells its child who it is
 # The first line of what the runtime says, at some length, when it aborts a process that lost another.
-_LAST_WORDS = re.compile(r'[EFW]\d{4} .*(coordination_service|preemption_sync_manager|client\.h)')
+_LAST_WORDS = re.compile(
+  r"[EFW]\d{4} .*(coordination_service|preemption_sync_manager|client\.h)|terminate called .* 'gloo::"
+)
 
 
 @dataclasses.dataclass(frozen=True)

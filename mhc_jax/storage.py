@@ -71,7 +71,7 @@ def read_json(path: str | os.PathLike[str]) -> Any | None:
   with errors_of(path):
     try:
       text = to_path(path).read_bytes()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
       return None
   return json.loads(text)
 

@@ -184,7 +184,7 @@ def test_validation_windows_are_spread_distinct_and_fixed(numbered):
   assert ((edges[:-1] <= chosen) & (chosen < edges[1:])).all()
   # Part of every published number: a change here makes results incomparable.
   np.testing.assert_array_equal(chosen, [2, 6, 9, 14, 17, 23, 27, 32, 34, 37, 43, 46])
-  parts = [shown(validation_batches(numbered, 4, 3, p, 2)) for p in range(2)]
+  parts = [shown(validation_batches(numbered, 4, 3, rows)) for rows in ([0, 1], [2, 3])]
   np.testing.assert_array_equal(np.concatenate(parts, axis=1).reshape(-1), chosen)
 
 
