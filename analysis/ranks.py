@@ -50,7 +50,7 @@ def rank_sweeps(
 ) -> list[RankSweep]:
   """Groups of finished runs equal but for one rank (and the seed), at least two ranks each.
 
-  Of several learning rates for one rank the one of lowest mean loss counts. The full-rank runs beside them have
+  Of several learning rates for one rank the one of lowest mean loss counts. Full-rank runs beside them have
   the same duration, or as many tokens within 5 %.
   """
   usable = table[
