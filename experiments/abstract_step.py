@@ -16,7 +16,7 @@ from mhc_jax import cost
 from mhc_jax.config import ModelConfig, build_model, build_optimizer, check_counts, require
 from mhc_jax.config_file import check_fields
 from mhc_jax.data import VOCAB_SIZE
-from mhc_jax.sharding import BATCH
+from mhc_jax.sharding import BATCH, check_mesh
 from mhc_jax.train_step import TrainState, programs
 
 
@@ -49,6 +49,7 @@ def trace_step(
   check_fields(config)
   check_counts(config)
   model = build_model(config, VOCAB_SIZE)
+  check_mesh(config.mesh.to_dict(), model, config.data.seq_len)
   found = programs(model, build_optimizer(config), mesh)
   batch, hparams = abstract_inputs(config, mesh)
   return found.step.trace(found.abstract, batch, hparams), found.abstract, batch, model

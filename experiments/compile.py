@@ -199,7 +199,9 @@ def main(argv: list[str] | None = None) -> int:
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   parser.add_argument('--config', required=True, help='a file of configs/, with :argument if it takes one')
-  parser.add_argument('--topology', help=f'chip:sides of a TPU slice ({", ".join(TPUS)}), like v5p:8x8x8')
+  parser.add_argument(
+    '--topology', help=f"chip:sides of a TPU slice, of {', '.join(TPUS)} (default: the config's)"
+  )
   parser.add_argument('--gpu', help='chip:number of NVIDIA GPUs instead, like H100:64: lowered, not compiled')
   parser.add_argument('--json', action='store_true', help='print the whole report as JSON')
   args, overrides = parser.parse_known_args(argv)
@@ -209,8 +211,9 @@ def main(argv: list[str] | None = None) -> int:
   if args.gpu:
     report, as_text = compile_gpu.lower_step(config, args.gpu), compile_gpu.text
   else:
-    require(args.topology is not None, 'name a slice: --topology v5p:8x8x8, or --gpu H100:64')
-    report, as_text = compile_step(config, args.topology), text
+    topology = args.topology or config.topology
+    require(topology is not None, 'name a slice: --topology v5p:8x8x8, or --gpu H100:64')
+    report, as_text = compile_step(config, topology), text
   print(json.dumps(report, indent=1) if args.json else as_text(report))
   return 0 if report['fits'] else 1
 

@@ -85,6 +85,7 @@ def count(module: Module) -> Count:
 
 
 def _walk(module: Module, computation: Computation, times: int, result: Count) -> None:
+  channels: set[str] = set()
   for instruction in computation.instructions.values():
     opcode = instruction.opcode
     if opcode in _FREE or opcode.endswith(('-done', '-update')):
@@ -108,14 +109,19 @@ def _walk(module: Module, computation: Computation, times: int, result: Count) -
     elif instruction.find(r'custom_call_target="([^"]*)"') not in _FREE_CALLS:
       if opcode == 'custom-call':
         result.custom_calls[instruction.find(r'custom_call_target="([^"]*)"')] += times
-      result.operations.append(_operation(module, computation, instruction, times))
+      result.operations.append(_operation(module, computation, instruction, times, channels))
 
 
-def _operation(module: Module, computation: Computation, instruction: Instruction, times: int) -> Operation:
+def _operation(
+  module: Module, computation: Computation, instruction: Instruction, times: int, channels: set[str]
+) -> Operation:
+  """channels: of the collectives before it. A TPU spreads an asynchronous one over fusions of one channel."""
   matmul, passes, vector = _flops(module, computation, instruction)
   holder, collective = _collective(module, computation, instruction)
   kind, payload, group = None, 0.0, ()
-  if collective is not None:
+  channel = collective and collective.find(r'channel_id=(\d+)')
+  if collective is not None and not (instruction.opcode == 'fusion' and channel in channels):
+    channels |= {channel} if channel else set()
     kind = collective.opcode.removesuffix('-start')
     group = tuple(replica_group(collective).tolist())
     payload = sum(shape.bytes for shape in _operand_shapes(holder, collective))
