@@ -1,7 +1,6 @@
 """Counting in HLO text, the arithmetic of predictions, and how experiments.compile ends on mistakes."""
 
 import functools
-import json
 import pathlib
 
 import jax
@@ -9,14 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import compile as compile_
-from experiments import compile_gpu, overhead
 from experiments.chips import CHIPS, link_seconds
 from experiments.hlo_cost import Count, Operation, count
-from experiments.hlo_text import Shape, parse_module, replica_group, trip_count
+from experiments.hlo_text import Shape, parse_module, replica_group
 from experiments.predict import advice, predict, speed
-from mhc_jax.command import end_with_message
-from mhc_jax.config import ConfigError, base_config, build_model
+from mhc_jax.config import base_config, build_model
 from mhc_jax.model import Transformer
 
 # What the TPU's compiler makes of a scan of six residual products on v5p:4x4x4, weights split 16-fold; names
@@ -38,7 +34,7 @@ def config(**mesh):
 def compiled(arm, scan):
   """(the count, XLA's own) of a small model's gradient, blocks in a scan or unrolled."""
   c = config()
-  c.model.scan, c.model.connection.name = scan, arm
+  c.model.scan, c.model.depth, c.model.connection.name = scan, 4, arm
   model, tokens = build_model(c, 16), jnp.zeros((2, 8), jnp.int32)
   params = jax.eval_shape(Transformer(model).init, jax.random.key(0), tokens, tokens)['params']
 
