@@ -50,16 +50,17 @@ def rank_sweeps(
 ) -> list[RankSweep]:
   """Groups of finished runs equal but for one rank (and the seed), at least two ranks each.
 
-  The full-rank runs beside them have the same duration, or as many tokens within 5 %.
+  Each rank is at its best learning rate. The full-rank runs beside them have the same duration, or as many
+  tokens within 5 %.
   """
   usable = table[
     (table['state'] == 'finished')
     & table['validation_loss'].notna()
-    & (table['paired'] | table['axis'].notna())
+    & (table['paired'] | (table['axis'].notna() & table['best_rate']))
   ]
   out = []
   for axis in selection.AXIS_FIELD:
-    keys = ['variant', 'size', 'lr', *(name for name in selection.AXIS_FIELD if name != axis)]
+    keys = ['variant', 'size', *(name for name in selection.AXIS_FIELD if name != axis)]
     for _, rows in usable.groupby(keys, dropna=False, sort=False):
       for _, swept in rows[rows[axis].notna()].groupby('duration', sort=False):
         if swept[axis].nunique() < 2:
