@@ -66,9 +66,9 @@ def _join_arms(t: pd.DataFrame) -> None:
 
 
 def home_streams(t: pd.DataFrame) -> dict[str, float]:
-  """Arm -> number of streams of its size grid: the one trained at most sizes (ties: most runs)."""
+  """Arm -> number of streams of its size grid: that of most sizes (ties: of most runs, at any rank)."""
   out = {}
-  for arm, rows in t[t['axis'].isna()].groupby('arm'):
+  for arm, rows in t.groupby('arm'):
     counts = rows.dropna(subset='connection_streams').groupby('connection_streams')['size']
     ranked = sorted(((s.nunique(), len(s), -n) for n, s in counts), reverse=True)
     if ranked:
