@@ -50,17 +50,14 @@ def rank_sweeps(
 ) -> list[RankSweep]:
   """Groups of finished runs equal but for one rank (and the seed), at least two ranks each.
 
-  Of several learning rates for one rank the one of lowest mean loss counts. Full-rank runs beside them have
-  the same duration, or as many tokens within 5 %.
+  Each rank is at its best learning rate. The full-rank runs beside them have the same duration, or as many
+  tokens within 5 %.
   """
   usable = table[
     (table['state'] == 'finished')
     & table['validation_loss'].notna()
-    & (table['paired'] | table['axis'].notna())
+    & (table['paired'] | (table['axis'].notna() & table['best_rate']))
   ]
-  cell = ['variant', 'size', 'duration', *selection.AXIS_FIELD]
-  mean = usable.groupby([*cell, 'lr'], dropna=False)['validation_loss'].transform('mean')
-  usable = usable[mean == mean.groupby([usable[name] for name in cell], dropna=False).transform('min')]
   out = []
   for axis in selection.AXIS_FIELD:
     keys = ['variant', 'size', *(name for name in selection.AXIS_FIELD if name != axis)]

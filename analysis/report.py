@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
   for old in folder.iterdir():
     if old.suffix in ('.png', '.svg', '.csv', '.json', '.html'):
       old.unlink()
-  s.table.drop(columns=['cluster', 'paired', 'on_grid', 'variant']).to_csv(
+  s.table.drop(columns=['cluster', 'paired', 'best_rate', 'on_grid', 'variant']).to_csv(
     a.runs / 'results.csv', index=False
   )
   (folder / 'fits.json').write_text(json.dumps(fits_json(s), indent=1) + '\n')

@@ -33,10 +33,10 @@ MIN_ARM_SIZES = 2  # of an arm in the joint law: one multiplier from one size ha
 
 
 def classify(table: pd.DataFrame) -> pd.DataFrame:
-  """Adds columns size, cluster, axis (rank sweep or None), excluded (reason or None) and on_grid.
+  """Adds columns size, cluster, axis (rank sweep or None), excluded (reason or None), best_rate and on_grid.
 
-  on_grid: runs of the grid of sizes, however they ended, at the learning rate that stays for their arm, size
-  and budget. Runs at a rank take the arm of the grid runs that have their connection.
+  best_rate: runs at the learning rate that stays for their arm, size, rank and budget. on_grid: those of the
+  grid of sizes, however they ended. Runs at a rank take the arm of the grid runs that have their connection.
   """
   t = table.copy()
   known = t['width'].notna() & t['depth'].notna()
@@ -51,9 +51,9 @@ def classify(table: pd.DataFrame) -> pd.DataFrame:
   other = [_streams_axis(row, home) for _, row in t.iterrows()]
   t['axis'] = [a if pd.notna(a) else b for a, b in zip(t['axis'], other, strict=True)]
   t['excluded'] = [_reason(row, home) for _, row in t.iterrows()]
-  t['on_grid'] = t['axis'].isna() & t['flops'].notna()
-  _exclude_other_corpora(t)
-  _exclude_other_rates(t)
+  same_corpus = _exclude_other_corpora(t)
+  t['best_rate'] = _exclude_other_rates(t)
+  t['on_grid'] = t['axis'].isna() & t['flops'].notna() & same_corpus & t['best_rate']
   return t
 
 
@@ -67,9 +67,9 @@ def _join_arms(t: pd.DataFrame) -> None:
 
 
 def home_streams(t: pd.DataFrame) -> dict[str, float]:
-  """Arm -> number of streams of its size grid: the one trained at most sizes (ties: most runs)."""
+  """Arm -> number of streams of its size grid: that of most sizes (ties: of most runs, at any rank)."""
   out = {}
-  for arm, rows in t[t['axis'].isna()].groupby('arm'):
+  for arm, rows in t.groupby('arm'):
     counts = rows.dropna(subset='connection_streams').groupby('connection_streams')['size']
     ranked = sorted(((s.nunique(), len(s), -n) for n, s in counts), reverse=True)
     if ranked:
@@ -110,30 +110,30 @@ def _reason(row: pd.Series, home: dict[str, float]) -> str | None:
   return None
 
 
-def _exclude_other_corpora(t: pd.DataFrame) -> None:
-  """Losses on different data cannot share a law: the most common data digest stays."""
+def _exclude_other_corpora(t: pd.DataFrame) -> pd.Series:
+  """Losses on different data cannot share a law: the most common data digest stays. True where it is."""
   inside = t['excluded'].isna() & t['data_digest'].notna()
   digests = t.loc[inside, 'data_digest'].value_counts()
-  if len(digests) > 1:
-    other = inside & (t['data_digest'] != digests.index[0])
-    t.loc[other, 'excluded'] = f'other data digest than the {digests.iloc[0]} runs kept'
-    t.loc[other, 'on_grid'] = False
+  other = inside & (t['data_digest'] != digests.index[0]) if len(digests) > 1 else inside & False
+  t.loc[other, 'excluded'] = f'other data digest than the {digests.max()} runs kept'
+  return ~other
 
 
-def _exclude_other_rates(t: pd.DataFrame) -> None:
-  """Of several learning rates for one arm, size and budget the one of lowest mean loss stays.
+def _exclude_other_rates(t: pd.DataFrame) -> pd.Series:
+  """Of several learning rates for one arm, size, rank and budget that of lowest mean loss stays: True there.
 
   A diverged run counts as infinitely bad, so that no rate wins by the seeds that survived it.
   """
-  grid = t[t['on_grid'] & (t['excluded'].isna() | (t['state'] == 'diverged'))]
-  for (arm, size, duration), rows in grid.groupby(['arm', 'size', 'duration'], dropna=False):
-    losses = rate_losses(rows)
+  stays = pd.Series(True, t.index)
+  finished = t['excluded'].isna() | (t['axis'].notna() & (t['state'] == 'finished'))
+  for _, rows in t.groupby(['arm', 'size', 'duration', *AXIS_FIELD], dropna=False):
+    losses = rate_losses(rows[finished[rows.index] | (rows['state'] == 'diverged')])
     if len(losses) > 1:
-      best = losses.idxmin()
-      worse = rows.index[(rows['lr'] != best) & rows['excluded'].isna()]
-      t.loc[worse, 'excluded'] = f'learning-rate sweep: lr = {best:g} is better at this size'
-      same = (t['arm'] == arm) & (t['size'] == size) & (t['duration'] == duration)
-      t.loc[same & (t['lr'] != best), 'on_grid'] = False
+      worse = rows.index[rows['lr'] != losses.idxmin()]
+      stays[worse] = False
+      reason = f'learning-rate sweep: lr = {losses.idxmin():g} is better at this size'
+      t.loc[worse[finished[worse]], 'excluded'] = reason
+  return stays
 
 
 def rate_losses(rows: pd.DataFrame) -> pd.Series:

@@ -11,20 +11,23 @@ from synthetic_runs import (
   blank,
   config_of,
   derived_of,
-  report,
-  words,
   write_plan,
   write_run,
   write_sweep,
 )
 
 from analysis import plots
-from analysis.all_figures import FIGURES, draw_all
+from analysis.all_figures import FIGURES
 from analysis.draw import LOOKS, looks
 from analysis.identify import shape_law
+from analysis.isoflop_figures import isoflop_panels
+from analysis.page import currencies
+from analysis.page_results import result_tables
 from analysis.runs import read_sweep
 from analysis.selection import classify, largest, to_points
+from analysis.shape_figures import loss_vs_depth, loss_vs_width
 from analysis.study import study
+from analysis.tables import ablation
 
 
 @pytest.fixture(autouse=True)
@@ -87,7 +90,7 @@ def test_panels_show_a_budget_in_one_colour_whatever_the_arm(tmp_path, monkeypat
   write_plan(tmp_path, planned)
   figures = []
   monkeypatch.setattr('analysis.isoflop_figures.save', lambda fig, *rest: figures.append(fig) or rest[-1])
-  draw_all(study(read_sweep(tmp_path), resamples=0), tmp_path / 'out')
+  isoflop_panels(study(read_sweep(tmp_path), resamples=0), tmp_path / 'out')
   first, second = figures[0].axes
   looked = [
     {
@@ -123,9 +126,9 @@ def test_every_map_has_a_row_in_the_ablation(tmp_path):
       config['model']['connection'] |= {'name': 'mhc', 'constraint': 'birkhoff_sinkhorn'}
       planned.append(write_run(tmp_path, config))
   write_plan(tmp_path, planned)
-  _, _, page = report(tmp_path)
-  assert 'What each map is worth, at 32x4' in words(page) and 'bits per byte' in words(page)
-  table = paper(tmp_path, tmp_path / 'out')('ablation').set_index('arm')
+  s = study(read_sweep(tmp_path), resamples=0)
+  assert 'What each map is worth, at 32x4' in result_tables(s) and 'bits per byte' in result_tables(s)
+  table = ablation(s).set_index('arm')
   assert table.loc['residual', ['H_res', 'H_pre', 'H_post']].tolist() == ['I', 'fixed', 'fixed']
   assert table.loc['mhc pre', ['H_res', 'H_pre', 'H_post']].tolist() == [
     'birkhoff_sinkhorn',
@@ -146,15 +149,15 @@ def shapes(folder, depths, tokens):
   write_plan(folder, planned)
 
 
-def test_width_and_depth_have_exponents(tmp_path, capsys):
+def test_width_and_depth_have_exponents(tmp_path):
   shapes(tmp_path, (2, 4, 8, 16), lambda n: (1e6, 1e7, 1e8))
-  read = paper(tmp_path, tmp_path / 'out')
-  for name, value in (('width', 0.6), ('depth', 0.8)):
-    row = read(f'loss_vs_{name}').set_index('kind').loc['exponent']
-    assert row['low'] < value < row['high'] < row['low'] + 0.3
-  said = capsys.readouterr().out
-  assert 'L = E + A W^-alpha + B H^-beta + G D^-gamma. alpha = 0.' in said
   s = study(read_sweep(tmp_path), resamples=0)
+  for draw, value in ((loss_vs_width, 0.6), (loss_vs_depth, 0.8)):
+    panel = draw(s, tmp_path)
+    row = panel.table.set_index('kind').loc['exponent']
+    assert row['low'] < value < row['high'] < row['low'] + 0.3
+    assert 'L = E + A W^-alpha + B H^-beta + G D^-gamma.' in panel.caption
+    assert f'{row["exponent"]:.2f} (95 %' in panel.caption
   assert [a.law for a in s.alternatives if a.problem is None] == [
     'compute',
     'chinchilla',
@@ -176,13 +179,11 @@ def test_shape_terms_that_the_grid_cannot_tell_are_left_out(tmp_path):
 
 
 def test_n_is_counted_as_asked(tmp_path):
-  shapes(tmp_path, (2, 4), lambda n: (1e6, 1e7, 1e8))
-  tables = {p: paper(tmp_path, tmp_path / p, '--params', p)('paper_residuals') for p in ('matmul', 'total')}
-  first = read_sweep(tmp_path).table.set_index('run_id')
-  for name, table in tables.items():
-    counted = first.loc[table['run_id'], f'params_{name}']
-    np.testing.assert_allclose(table['N'], counted, rtol=1e-9)
-  assert plots.main(['paper', str(tmp_path), '--out', str(tmp_path / 'x'), '--params', 'total']) == 0
+  shapes(tmp_path, (2,), lambda n: (1e6, 1e7, 1e8))
+  residuals = paper(tmp_path, tmp_path / 'out', '--params', 'total')('paper_residuals')
+  counted = read_sweep(tmp_path).table.set_index('run_id').loc[residuals['run_id']]
+  np.testing.assert_allclose(residuals['N'], counted['params_total'], rtol=1e-9)
+  assert (counted['params_total'] > counted['params_matmul']).all()
 
 
 def test_a_currency_without_a_sound_fit_has_a_reason(tmp_path):
@@ -193,7 +194,7 @@ def test_a_currency_without_a_sound_fit_has_a_reason(tmp_path):
     speed = 1e4 * 20 ** rng.uniform(-1, 1)
     rows = [json.loads(line) | {'time/tokens_per_second': speed} for line in path.read_text().splitlines()]
     path.write_text('\n'.join(map(json.dumps, rows)))
-  fits, _, page = report(tmp_path)
-  (m,) = fits['multipliers']
-  assert m['flops'] is not None and m['equal_tokens'] is not None
-  assert m['seconds'] is None and m['seconds_problem'] in words(page)
+  s = study(read_sweep(tmp_path), resamples=0)
+  (m,) = s.multipliers
+  assert m.flops is not None and m.equal_tokens is not None
+  assert m.seconds is None and m.seconds_problem in currencies(s)

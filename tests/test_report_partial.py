@@ -73,19 +73,29 @@ def test_one_size_says_so_and_its_ranks_have_their_own_law(tmp_path, blank_image
   for seed in (0, 1, 2):
     for arm in ('residual', 'mhc'):
       planned.append(write_run(tmp_path, config_of(arm, 32, 4, seed), noise=0.001))
+    planned.append(write_run(tmp_path, config_of('mhc', 32, 4, seed, streams=1)))
     for n in (1, 2, 4, 8):
       config = config_of('mhc', 32, 4, seed, rank=n)
       planned.append(write_run(tmp_path, config, noise=0.001, wanted=2 + 0.5 * n**-0.8))
     for r in (2, 4, 8):
       config = config_of('mhc', 32, 4, seed, projected=r) | {'arm': f'mhc, W projected to rank {r}'}
       planned.append(write_run(tmp_path, config, bonus=r / 16))
+  for lr in (0.002, 0.008):  # another rate of one rank: worse, and better
+    config = config_of('mhc', 32, 4, 0, rank=8, lr=lr)
+    planned.append(write_run(tmp_path, config, noise=0.0, wanted=2 + 0.5 * 8**-0.8 + 0.004 - lr))
   write_plan(tmp_path, planned)
   fits, results, page = report(tmp_path)
   assert 'cover 1 model size,' in fits['choice'] and fits['choice'] in words(page)
-  assert len(fits['excluded']) == 21 and set(results['arm']) == {'residual', 'mhc'}
+  # Four streams, at which the ranks are, are mhc's own, not the one that has as many runs at full rank.
+  kept = results[(results['arm'] == 'mhc') & results['excluded'].isna()]
+  assert set(kept['connection_streams']) == {4}
+  assert len(fits['excluded']) == 26 and set(results['arm']) == {'residual', 'mhc'}
   ranks = {r['axis']: r for r in fits['rank_sweeps']}
   low, high = ranks['connection_rank']['phi_interval']
   assert low < 0.8 < high < 1.2 and ranks['connection_rank']['form'] == 'L = a + b r^-phi'
+  best = results[results['connection_rank'] == 8].set_index('lr')
+  assert best.loc[[0.002, 0.004], 'excluded'].str.contains('lr = 0.008 is better').all()
+  assert len(ranks['connection_rank']['runs']) == 10, 'every rank at its best rate'
   projected = ranks['projected_rank']
   assert projected['arm'] == 'mhc' and len(projected['runs']) == 9 == 3 * len(projected['full_rank_runs'])
   assert projected['phi'] is None and '3 values cannot test' in projected['problem']
