@@ -11,10 +11,11 @@ from ml_collections import ConfigDict
 from experiments import protocol
 
 SIZES = {
-  'small': {'depth': 2, 'head': 16, 'widths': (16, 32, 48, 64, 96)},
+  'small': {'depth': 2, 'head': 8, 'widths': (16, 24, 32, 48, 64)},
   'large': {'depth': 12, 'head': 64, 'widths': (256, 384, 512, 768, 1024)},
 }
-BUDGETS = {'small': (5e10, 8e10, 1.25e11, 2e11), 'large': (1e18, 3e18, 1e19, 3e19)}  # training FLOPs
+# Training FLOPs. Below 2e11 a small model of width 16 is best, so that no minimum lies inside the grid.
+BUDGETS = {'small': (2e11, 3.2e11, 5e11, 8e11), 'large': (1e18, 3e18, 1e19, 3e19)}
 ARMS = ('residual', 'mhc')
 SEEDS = (0, 1)
 
