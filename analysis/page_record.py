@@ -21,6 +21,7 @@ METRICS = {
   'validation/loss': 'validation loss',
   'train/grad_norm': 'gradient norm',
 }
+MOST_REASONS = 30  # beyond, the list of runs left out is folded
 MOST_POINTS = 150  # per curve in the page; the files of the run hold all of them
 DASH = {'-': [], '--': [7, 4], '-.': [7, 3, 2, 3], ':': [2, 3]}  # pixels on and off
 
@@ -32,9 +33,9 @@ def excluded(s: Study) -> Raw:
     return paragraph('None: every planned run ' + ('is in the law.' if s.fit else 'could be in a law.'))
   rows = [[r['run_id'], r['arm'], _size(r), _seed(r), r['excluded']] for _, r in out.iterrows()]
   are = 'are not in the scaling law' if s.fit else 'could not be in a scaling law'
-  return paragraph(f'{len(out)} of {len(s.table)} planned runs {are}:') + table(
-    ['run', 'arm', 'size', 'seed', 'reason'], rows, left=(0, 1, 2), wide=(4,)
-  )
+  reasons = table(['run', 'arm', 'size', 'seed', 'reason'], rows, left=(0, 1, 2), wide=(4,))
+  said = paragraph(f'{len(out)} of {len(s.table)} planned runs {are}:')
+  return said + (reasons if len(rows) <= MOST_REASONS else folded('Runs with their reasons', reasons))
 
 
 def _size(row: pd.Series) -> str:
