@@ -89,7 +89,7 @@ def _draw_budget(
     best = {'params': None if found.log_x is None else np.exp(found.log_x), 'loss': found.loss}
     rows.append({'kind': 'minimum', 'method': method} | best | {'problem': found.problem})
     if found.log_x is not None:
-      marker = {'parabola': {'marker': '*', 'ms': 9}, 'akima': {'marker': 'x', 'ms': 6}}[method]
+      marker = {'parabola': {'marker': '*', 'ms': 9}, 'akima': {'marker': 'X', 'ms': 7}}[method]
       ax.plot(best['params'], best['loss'], **marker, color=look['color'], mec='black', mew=0.7, zorder=4)
   runs = near[['run_id', 'seed', column, 'validation_loss']].to_dict('records')
   rows += [
