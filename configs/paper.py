@@ -6,6 +6,10 @@ AdamW, step schedule, 2000 updates of warmup; n = 4 streams. Where the table is 
 DeepSeek-V3's scale 2.5 of the routed experts, bias rate 1e-3 (arXiv 2408.15664), gradients clipped to norm 1,
 start values of variance 1 / fan-in.
 
+No mesh here has an `expert` axis. A device sees 16,000 tokens or more of a step, and gathering the weights of
+a layer's experts over fsdp moves no more bytes than gathering the tokens of 8 devices would; and all rows of
+the experts' buffers are in use, where 8 shards need buffers of 8 times the mean load to drop no token.
+
 The paper's corpus and tokenizer are not public. Bytes take 257 of the 129280 rows of the vocabulary, which
 has the paper's size so that shapes and costs are the paper's; any corpus of enough tokens does, by
 --config.data.name, and C4 has enough for all but the trillion tokens.

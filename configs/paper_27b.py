@@ -4,8 +4,7 @@
   python -m mhc_jax.train --config configs/paper_27b.py:residual --workdir runs/paper_27b_residual
 
 For a TPU v5p slice of 8x8x8 = 512 chips. 1280 sequences are a multiple of 256, not of 512, so pairs of chips
-share five sequences by the tensor axis; parameters and moments are split 512-fold by fsdp, expert and tensor,
-with half of 9 of the 72 routed experts on a chip.
+share five sequences by the tensor axis; parameters and moments are split 512-fold by fsdp and tensor.
 """
 
 from ml_collections import ConfigDict
@@ -26,5 +25,5 @@ def get_config(arg: str | None = None) -> ConfigDict:
     steps=50_000,
     lr=4.0e-4,
     topology='v5p:8x8x8',
-    mesh={'fsdp': 32, 'tensor': 2, 'expert': 8},
+    mesh={'fsdp': 256, 'tensor': 2},
   )

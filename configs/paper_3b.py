@@ -3,8 +3,7 @@
   python -m mhc_jax.train --config configs/paper_3b.py --workdir runs/paper_3b
   python -m mhc_jax.train --config configs/paper_3b.py:residual --workdir runs/paper_3b_residual
 
-For a TPU v5p slice of 4x4x4 = 64 chips, five sequences on each: parameters and moments are split 64-fold by
-fsdp and expert, with 8 of the 64 routed experts on a chip.
+For a TPU v5p slice of 4x4x4 = 64 chips, five sequences on each; parameters and moments are split 64-fold.
 """
 
 from ml_collections import ConfigDict
@@ -25,5 +24,5 @@ def get_config(arg: str | None = None) -> ConfigDict:
     steps=30_000,
     lr=8.6e-4,
     topology='v5p:4x4x4',
-    mesh={'fsdp': 8, 'expert': 8},
+    mesh={'fsdp': 64},
   )

@@ -3,8 +3,8 @@
   python -m mhc_jax.train --config configs/paper_3b_1t.py --workdir runs/paper_3b_1t
   python -m mhc_jax.train --config configs/paper_3b_1t.py:residual --workdir runs/paper_3b_1t_residual
 
-For a TPU v5p slice of 8x8x8 = 512 chips, five sequences on each: parameters and moments are split 512-fold by
-fsdp and expert, with 8 of the 64 routed experts on a chip.
+For a TPU v5p slice of 8x8x8 = 512 chips, five sequences on each; parameters and moments are split 256-fold
+and kept twice, because 512 does not divide the width.
 """
 
 from ml_collections import ConfigDict
@@ -25,5 +25,5 @@ def get_config(arg: str | None = None) -> ConfigDict:
     steps=100_000,
     lr=9.0e-4,
     topology='v5p:8x8x8',
-    mesh={'fsdp': 64, 'expert': 8},
+    mesh={'data': 2, 'fsdp': 256},
   )

@@ -3,8 +3,7 @@
   python -m mhc_jax.train --config configs/paper_9b.py --workdir runs/paper_9b
   python -m mhc_jax.train --config configs/paper_9b.py:residual --workdir runs/paper_9b_residual
 
-For a TPU v5p slice of 4x4x8 = 128 chips, four sequences on each: parameters and moments are split 128-fold by
-fsdp and expert, with 8 of the 64 routed experts on a chip.
+For a TPU v5p slice of 4x4x8 = 128 chips, four sequences on each; parameters and moments are split 128-fold.
 """
 
 from ml_collections import ConfigDict
@@ -25,5 +24,5 @@ def get_config(arg: str | None = None) -> ConfigDict:
     steps=50_000,
     lr=5.9e-4,
     topology='v5p:4x4x8',
-    mesh={'fsdp': 16, 'expert': 8},
+    mesh={'fsdp': 128},
   )

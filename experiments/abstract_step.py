@@ -75,4 +75,5 @@ def describe(config: ConfigDict, model: ModelConfig, where: str, devices: int) -
     'batch_size': config.data.batch_size,
     'seq_len': config.data.seq_len,
     'params': cost.parameters(model),
+    'routed_buffer_over_used': cost.routed_flops_over_ideal(model, config.mesh.expert) if model.moe else None,
   }

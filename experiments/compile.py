@@ -27,11 +27,11 @@ from ml_collections import ConfigDict
 from experiments import compile_gpu
 from experiments.abstract_step import describe, device_bytes, mesh_axes, trace_step
 from experiments.chips import CHIPS, TPUS, Chip
-from experiments.hlo_cost import Operation, count
+from experiments.hlo_cost import Count, Operation, count
 from experiments.hlo_text import parse_module
 from experiments.predict import GIB, advice, predict, speed
 from mhc_jax import cost
-from mhc_jax.config import ConfigError, require
+from mhc_jax.config import ConfigError, ModelConfig, require
 from mhc_jax.config_file import parse
 from mhc_jax.sharding import make_mesh
 
@@ -89,16 +89,34 @@ def compile_step(config: ConfigDict, topology: str) -> dict[str, Any]:
       raise
     return {**report, **too_large(str(error), config, arguments, chip.memory / chip.devices)}
   report['compile_seconds'] = time.perf_counter() - began
-  predicted = predict(count(parse_module(compiled.as_text())), chip, group_sides(mesh))
+  counted = count(parse_module(compiled.as_text()))
+  predicted = predict(counted, chip, group_sides(mesh))
   tokens = config.data.batch_size * config.data.seq_len
   flops_per_token = cost.train_flops_per_token(model, config.data.seq_len)
   analysis = compiled.cost_analysis()
   predicted['seconds']['compiler_loops_once'] = analysis.get('optimal_seconds')
   predicted['model_flops'] = flops_per_token * tokens / len(devices)
+  predicted['routed_experts'] = routed_experts(counted, config, model, len(devices))
   predicted |= speed(
     predicted['seconds']['step'], tokens, flops_per_token, len(devices) // chip.devices, chip
   )
   return {**report, 'fits': True, 'memory_bytes': memory(compiled, chip), 'predicted': predicted}
+
+
+def routed_experts(
+  found: Count, config: ConfigDict, model: ModelConfig, devices: int
+) -> dict[str, float] | None:
+  """FLOPs of the routed experts' products on a device, all rows of their buffers, and over the ideal's.
+
+  Ideal: each token times its chosen experts, forward and backward; a recomputation adds a third.
+  """
+  if model.moe is None:
+    return None
+  products = (row for row in found.operations if re.search(r'ragged.dot|tgmm', row.name + row.op_name))
+  flops = sum(row.times * row.matmul_flops for row in products)
+  tokens = config.data.batch_size * config.data.seq_len
+  per_token = cost.forward_flops_per_token(model, config.data.seq_len)['routed_experts']
+  return {'flops': flops, 'over_ideal': flops / (3 * per_token * tokens / devices)}
 
 
 def memory(compiled: Any, chip: Chip) -> dict[str, float]:
@@ -176,6 +194,11 @@ def predicted_lines(predicted: dict[str, Any], compile_seconds: float) -> list[s
   for kind, row in predicted['collectives'].items():
     size = row['bytes'] / GIB
     lines.append(f'{kind:20} {row["times"]:7} {row["group"]:6} {size:9.3f} {row["seconds"]:9.4f}')
+  if predicted['routed_experts']:
+    flops, over = predicted['routed_experts'].values()
+    lines.insert(
+      2, f'  of these the routed experts {flops:.3g}, {over:.2f} x what they need without recompute'
+    )
   lines += ['', f'{"seconds":>8} {"share":>6} {"limit":8} {"times":>6} {"FLOPs":>9} {"bytes":>9}  operation']
   for row in predicted['costliest']:
     scope = '/'.join(row['op_name'].split('/')[-2:])

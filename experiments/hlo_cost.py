@@ -4,7 +4,8 @@ XLA's own cost analysis counts the body of a loop once; here it counts as often 
 too. Conventions: a multiply-add is 2 FLOPs. A top-level operation reads its operands and writes its results
 once, with their padding; a fusion is one operation: of an operand that it only slices it reads the slices, of
 one that it updates in place it writes the update. What lies in a TPU's on-chip memory is free. Only the
-dearest branch of a conditional counts. Exponentials and other transcendental functions count no FLOPs.
+dearest branch of a conditional counts. Exponentials and other transcendental functions count no FLOPs. Of a
+kernel (a custom call of Pallas or of XLA's own) FLOPs and bytes are those of the estimate that it carries.
 """
 
 import collections
@@ -65,7 +66,7 @@ class Count:
 
   operations: list[Operation]
   unknown_loops: list[str]  # loops whose trip count is not in the text: counted once
-  custom_calls: dict[str, int]  # target -> executions: their FLOPs are unknown
+  custom_calls: dict[str, int]  # target -> executions, of those whose FLOPs are unknown
 
   def total(self, field: str) -> float:
     """The sum of a field over all executions."""
@@ -107,7 +108,7 @@ def _walk(module: Module, computation: Computation, times: int, result: Count) -
       result.unknown_loops.extend(dearest.unknown_loops)
       result.custom_calls.update(dearest.custom_calls)
     elif instruction.find(r'custom_call_target="([^"]*)"') not in _FREE_CALLS:
-      if opcode == 'custom-call':
+      if opcode == 'custom-call' and _estimate(instruction, 'flops') is None:
         result.custom_calls[instruction.find(r'custom_call_target="([^"]*)"')] += times
       result.operations.append(_operation(module, computation, instruction, times, channels))
 
@@ -175,6 +176,9 @@ def _flops(module: Module, computation: Computation, instruction: Instruction) -
   opcode = instruction.opcode
   if opcode == 'fusion':
     return _flops_inside(module, instruction.called[0])
+  if opcode == 'custom-call':
+    flops = _estimate(instruction, 'flops') or 0.0
+    return flops, flops, 0.0
   if opcode in ('dot', 'convolution', 'ragged-dot'):
     flops = _product_flops(computation, instruction)
     shapes = _operand_shapes(computation, instruction)
@@ -199,6 +203,12 @@ def _flops_inside(module: Module, name: str) -> tuple[float, float, float]:
   inner = module.computations[name]
   parts = [_flops(module, inner, instruction) for instruction in inner.instructions.values()]
   return tuple(math.fsum(part) for part in zip(*parts, strict=True))
+
+
+def _estimate(instruction: Instruction, field: str) -> float | None:
+  """A field of a kernel's own cost estimate, None where it has none."""
+  value = instruction.find(rf'"cost_estimate":\{{[^}}]*"{field}":"(\d+)"')
+  return None if value is None else float(value)
 
 
 def _product_flops(computation: Computation, instruction: Instruction) -> float:
@@ -270,6 +280,8 @@ def _bytes(module: Module, computation: Computation, instruction: Instruction) -
     arrays = len(operands) // 2
     updates = sum(_main(operand.shapes[0]) for operand in operands[arrays + 1 :])
     return 3.0 * updates + _main(operands[arrays].shapes[0])
+  if opcode == 'custom-call' and (estimate := _estimate(instruction, 'bytes_accessed')) is not None:
+    return estimate
   if opcode == 'copy-start':  # its results name the destination and the source
     return float(sum(_main(shape) for shape in instruction.shapes[:2]))
   results = instruction.shapes

@@ -53,7 +53,7 @@ SLICES = {
   'paper_3b': {'v5p': ('v5p:4x4x4', ()), 'v6e': ('v6e:8x8', ())},
   'paper_9b': {'v5p': ('v5p:4x4x8', ()), 'v6e': ('v6e:8x16', ())},
   'paper_27b': {'v5p': ('v5p:8x8x8', ()), 'v6e': ('v6e:16x16', (('fsdp', 256), ('tensor', 1)))},
-  'paper_3b_1t': {'v5p': ('v5p:8x8x8', ()), 'v6e': ('v6e:16x16', ())},
+  'paper_3b_1t': {'v5p': ('v5p:8x8x8', ()), 'v6e': ('v6e:16x16', (('data', 1),))},
 }
 STREAMS_AT = 'paper_9b'  # n = 2 and 8 besides 4, on v5p
 

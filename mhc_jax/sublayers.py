@@ -151,7 +151,6 @@ class MixtureOfExperts(nn.Module):
     """load_E: tokens per routed expert; with `record` also margin_BT (moe.margin)."""
     c, m = self.config, self.config.moe
     x_BTD = rms_norm(x_BTD, self.param('norm', ones, (c.width,)), c.norm_eps)
-    x_BTD = constrain(x_BTD, 'BSD', self.mesh)
     # Output-like, as the unembedding: wide in, E numbers out, whatever the width.
     router_DE = self.param('router', normal(1 / (c.base_width or c.width)), (c.width, m.experts))
     bias_E = self.param('router_bias', zeros, (m.experts,))
@@ -166,7 +165,8 @@ class MixtureOfExperts(nn.Module):
     routing = moe.route(logits_BTE, bias_E, m)
     y_BTD = moe.experts(x_BTD, routing, *(w.astype(c.dtype) for w in weights), self.mesh)
     if m.shared:
-      y_BTD += _swiglu(x_BTD, m.shared * m.ffn_width, c, self.mesh, 'shared_')
+      x_BSD = constrain(x_BTD, 'BSD', self.mesh)
+      y_BTD += _swiglu(x_BSD, m.shared * m.ffn_width, c, self.mesh, 'shared_')
     found = {'load_E': moe.expert_load(routing.index_BTA, m.experts)}
     if self.record:
       found['margin_BT'] = moe.margin(logits_BTE, bias_E, m)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType
 
 from mhc_jax import manifold_updates
@@ -86,6 +87,19 @@ def test_values_and_gradients_are_those_of_all_experts_on_all_tokens(x64, rng, r
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
       np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12 * np.abs(b).max(), err_msg=name)
       assert np.abs(b).max() > 1e-3
+
+
+@pytest.mark.parametrize('sizes', ([40, 0, 7, 17], [0, 0, 0, 30]))
+def test_the_tpu_kernel_makes_the_weight_gradient(rng, sizes):
+  """In Pallas' interpreter; rows of no expert are not looked at. Float32 sums of 64 products."""
+  x, g = (jnp.asarray(rng.normal(size=(64, width)), jnp.float32) for width in (128, 256))
+  unused = jnp.arange(64)[:, None] >= sum(sizes)
+  arguments = jnp.where(unused, jnp.nan, x), jnp.where(unused, jnp.nan, g), jnp.asarray(sizes)
+  with pltpu.force_tpu_interpret_mode():
+    found = moe._weight_gradient_on_tpu(*arguments)
+  ends = np.cumsum(sizes)
+  wanted = [x[end - size : end].T @ g[end - size : end] for end, size in zip(ends, sizes, strict=True)]
+  np.testing.assert_allclose(found, np.stack(wanted), atol=1e-4)
 
 
 def test_the_bias_chooses_and_does_not_weigh(x64, rng):
