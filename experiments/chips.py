@@ -55,12 +55,13 @@ def compute_seconds(operation: Operation, chip: Chip) -> float:
   return max(flops, operation.bytes / (chip.bandwidth / chip.devices))
 
 
-def link_seconds(operation: Operation, chip: Chip, sides: Sequence[int]) -> float:
+def link_seconds(operation: Operation, chip: Chip, sides: Sequence[tuple[int, bool]]) -> float:
   """Time of one execution of a TPU's collective on the links, bandwidth alone.
 
-  sides: how many chips the group has along each axis of the torus (1: it does not extend there). A ring of a
-  wrapped axis receives from both neighbours, a line from one. All-to-all: each byte crosses a quarter of each
-  side on average. A permutation goes to the next neighbour, over one link.
+  sides: of each axis of the torus, how many chips the group has there (1: it does not extend along it), and
+  whether it is a ring: all chips of an axis whose ends are connected. A ring receives from both neighbours, a
+  line from one; so does every second chip of a ring, which shares its links with the others. All-to-all: each
+  byte crosses a quarter of each side on average. A permutation goes to the next neighbour, over one link.
   """
   group = len(operation.group) or 1
   if operation.collective is None or group == 1:
@@ -68,12 +69,12 @@ def link_seconds(operation: Operation, chip: Chip, sides: Sequence[int]) -> floa
   link = chip.interconnect / 2 / (2 * chip.axes)  # one link, one direction
   if operation.collective == 'collective-permute':
     return operation.payload / link
-  used = [side for side in sides if side > 1]
+  used = [(side, ring) for side, ring in sides if side > 1]
   if not used:  # two devices of one chip
     return operation.payload / chip.bandwidth
   if 'all-to-all' in operation.collective:
-    side = max(used)
-    return operation.payload * max(side / 4, 1) / (2 * link if side >= chip.wraps_at else link)
-  rate = sum(2 * link if side >= chip.wraps_at else link for side in used)
+    side, ring = max(used)
+    return operation.payload * max(side / 4, 1) / (2 * link if ring else link)
+  rate = sum(2 * link if ring else link for _, ring in used)
   twice = 2 if operation.collective == 'all-reduce' else 1
   return twice * operation.payload * (group - 1) / group / rate

@@ -12,6 +12,7 @@ Memory is the compiler's; FLOPs, bytes and times are counted in its optimised pr
 import argparse
 import importlib.util
 import json
+import math
 import os
 import re
 import sys
@@ -33,7 +34,8 @@ from experiments.predict import GIB, advice, predict, speed
 from mhc_jax import cost
 from mhc_jax.config import ConfigError, ModelConfig, require
 from mhc_jax.config_file import parse
-from mhc_jax.sharding import make_mesh
+from mhc_jax.run import git_revision
+from mhc_jax.sharding import BATCH, make_mesh
 
 # libtpu looks for the machine it runs on, and two compilations at once collide on its lock file.
 LIBTPU = {
@@ -79,6 +81,7 @@ def compile_step(config: ConfigDict, topology: str) -> dict[str, Any]:
     'batch': device_bytes(batch),
   }
   report = describe(config, model, topology, len(devices))
+  report |= {'git_revision': git_revision()}
   report |= {'versions': {name: metadata.version(name) for name in ('jax', 'jaxlib', 'libtpu')}}
   report |= {'argument_bytes': arguments}
   began = time.perf_counter()
@@ -90,11 +93,11 @@ def compile_step(config: ConfigDict, topology: str) -> dict[str, Any]:
     return {**report, **too_large(str(error), config, arguments, chip.memory / chip.devices)}
   report['compile_seconds'] = time.perf_counter() - began
   counted = count(parse_module(compiled.as_text()))
-  predicted = predict(counted, chip, group_sides(mesh))
+  predicted = predict(counted, chip, group_sides(mesh, chip))
   tokens = config.data.batch_size * config.data.seq_len
   flops_per_token = cost.train_flops_per_token(model, config.data.seq_len)
-  analysis = compiled.cost_analysis()
-  predicted['seconds']['compiler_loops_once'] = analysis.get('optimal_seconds')
+  optimal = compiled.cost_analysis().get('optimal_seconds', -1.0)  # negative: no estimate
+  predicted['seconds']['compiler_loops_once'] = optimal if optimal > 0 else None
   predicted['model_flops'] = flops_per_token * tokens / len(devices)
   predicted['routed_experts'] = routed_experts(counted, config, model, len(devices))
   predicted |= speed(
@@ -112,8 +115,9 @@ def routed_experts(
   """
   if model.moe is None:
     return None
-  products = (row for row in found.operations if re.search(r'ragged.dot|tgmm', row.name + row.op_name))
-  flops = sum(row.times * row.matmul_flops for row in products)
+  # The TPU's kernels of grouped products have no source.
+  ours = [row for row in found.operations if row.source.startswith('moe.py') or 'ragged-dot' in row.name]
+  flops = sum(row.times * row.matmul_flops for row in ours)
   tokens = config.data.batch_size * config.data.seq_len
   per_token = cost.forward_flops_per_token(model, config.data.seq_len)['routed_experts']
   return {'flops': flops, 'over_ideal': flops / (3 * per_token * tokens / devices)}
@@ -140,17 +144,21 @@ def too_large(error: str, config: ConfigDict, arguments: dict[str, int], capacit
   found: dict[str, Any] = {'capacity': capacity}
   if used:
     found = {'total': float(used[1]) * scale[used[2]], 'capacity': float(used[3]) * scale[used[4]]}
-  lines = advice(config.model.remat, config.mesh.to_dict(), config.data.batch_size, arguments, capacity)
+  mesh, parts = config.mesh.to_dict(), config.optimizer.microbatches or 1
+  rows = config.data.batch_size // (parts * math.prod(mesh[axis] for axis in BATCH))
+  lines = advice(config.model.remat, mesh, rows, arguments, capacity)
   return {'fits': False, 'memory_bytes': found, 'change': lines}
 
 
-def group_sides(mesh: Mesh) -> Any:
-  """operation -> how many chips its group has along each axis of the torus."""
+def group_sides(mesh: Mesh, chip: Chip) -> Any:
+  """operation -> how many chips its group has along each axis of the torus, and whether they are a ring."""
   coords = [tuple(device.coords) for device in mesh.devices.flat]
+  slice_sides = [len(set(axis)) for axis in zip(*coords, strict=True)]
 
-  def sides(operation: Operation) -> list[int]:
+  def sides(operation: Operation) -> list[tuple[int, bool]]:
     group = [coords[member] for member in operation.group]
-    return [len(set(axis)) for axis in zip(*group, strict=True)]
+    found = [len(set(axis)) for axis in zip(*group, strict=True)]
+    return [(side, side == whole >= chip.wraps_at) for side, whole in zip(found, slice_sides, strict=True)]
 
   return sides
 
@@ -178,15 +186,16 @@ def text(report: dict[str, Any]) -> str:
 def predicted_lines(predicted: dict[str, Any], compile_seconds: float) -> list[str]:
   """The predictions for people."""
   device, seconds = predicted['per_device'], predicted['seconds']
-  ratio = device['matmul_flops'] / predicted['model_flops']
+  ratio, once = device['matmul_flops'] / predicted['model_flops'], seconds['compiler_loops_once']
   lines = [
     f'Predictions, not measurements (compiled in {compile_seconds:.0f} s):',
     f"  a device and step: {device['flops']:.3g} FLOPs (matrix products {ratio:.2f} x the model's own "
     f'{predicted["model_flops"]:.3g}), {device["hbm_bytes"]:.3g} bytes of memory traffic',
-    f'  step {seconds["step"]:.4g} s, of which collectives {seconds["collectives"]:.3g} s; '
-    f'roofline {seconds["roofline"]:.4g} s',
-    f"  the compiler's own estimates: {device['compiler_cycles']:.4g} cycles without collectives; "
-    f'{seconds["compiler_loops_once"] or 0:.3g} s with every loop run once',
+    f'  step {seconds["step"]:.4g} s: operations {seconds["without_collectives"]:.4g} s and collectives '
+    f'{seconds["collectives"]:.3g} s, less what one fusion does at once',
+    f'  all FLOPs at their peak {seconds["all_flops"]:.4g} s, all bytes {seconds["all_bytes"]:.4g} s',
+    f"  the compiler's own estimate: {device['compiler_cycles']:.4g} cycles without collectives"
+    + (f', {once:.3g} s with every loop run once' if once else ''),
     f'  {predicted["tokens_per_second"]:.4g} tokens/s, MFU {100 * predicted["mfu"]:.1f} %',
     '',
     f'{"collective":20} {"times":>7} {"group":>6} {"GiB":>9} {"seconds":>9}',

@@ -124,7 +124,7 @@ def _operation(
   if collective is not None and not (instruction.opcode == 'fusion' and channel in channels):
     channels |= {channel} if channel else set()
     kind = collective.opcode.removesuffix('-start')
-    group = tuple(replica_group(collective).tolist())
+    group = tuple(replica_group(collective).tolist()) or tuple(range(module.partitions))
     payload = sum(shape.bytes for shape in _operand_shapes(holder, collective))
     if kind == 'all-gather':
       payload *= max(len(group), 1)

@@ -118,6 +118,7 @@ class Module:
   computations: dict[str, Computation]
   entry: str
   frames: dict[int, tuple[str, int]]  # stack frame -> (file, line), innermost
+  partitions: int  # devices
 
 
 def parse_module(text: str) -> Module:
@@ -139,7 +140,8 @@ def parse_module(text: str) -> Module:
         current.instructions[instruction.name] = instruction
   if not entry:
     raise ValueError('no ENTRY computation: this is not the text of an HLO module')
-  return Module(computations, entry, _frames(lines))
+  partitions = re.search(r'num_partitions=(\d+)', lines[0])
+  return Module(computations, entry, _frames(lines), int(partitions[1]) if partitions else 1)
 
 
 def _instruction(line: str) -> Instruction | None:

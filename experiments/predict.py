@@ -13,7 +13,8 @@ from experiments.hlo_cost import Count, Operation
 
 GIB = 2**30
 
-Sides = Callable[[Operation], Sequence[int]]  # how far an operation's group extends along each axis
+# How far an operation's group extends along each axis of the torus, and whether as a ring.
+Sides = Callable[[Operation], Sequence[tuple[int, bool]]]
 
 
 def predict(found: Count, chip: Chip, sides: Sides) -> dict[str, Any]:
@@ -49,7 +50,7 @@ def predict(found: Count, chip: Chip, sides: Sides) -> dict[str, Any]:
   }
 
 
-def _row(operation: Operation, chip: Chip, sides: Sequence[int]) -> dict[str, Any]:
+def _row(operation: Operation, chip: Chip, sides: Sequence[tuple[int, bool]]) -> dict[str, Any]:
   """One operation over the whole step: all of its executions."""
   times = operation.times
   compute, links = compute_seconds(operation, chip), link_seconds(operation, chip, sides)
@@ -107,30 +108,27 @@ def speed(seconds: float, tokens: int, flops_per_token: float, chips: int, chip:
 
 
 def advice(
-  remat: str, mesh: dict[str, int], batch_size: int, arguments: dict[str, int], capacity: float
+  remat: str, mesh: dict[str, int], rows: int, arguments: dict[str, int], capacity: float
 ) -> list[str]:
   """What to change where a step does not fit, by what takes the memory.
 
-  arguments: bytes of params, optimizer and batch of one device.
+  rows: of the batch, or of a microbatch, on each group of devices that shares them. arguments: bytes of
+  params, optimizer and batch of one device.
   """
   lines = []
-  if remat == 'none':
+  if remat != 'layer':  # blocks keep the products of attention and feed-forward
     lines.append('recompute activations: --config.model.remat=layer')
-  elif remat == 'layer':
-    lines.append('recompute blocks of layers: --config.model.remat=block')
   if arguments['params'] + arguments['optimizer'] > capacity / 4:
     lines.append(
       f'parameters and optimizer take {share(arguments, capacity)} of the memory: a larger '
       f'--config.mesh.fsdp (now {mesh["fsdp"]}) splits them further'
     )
-  shards = mesh['data'] * mesh['fsdp'] * mesh.get('expert', 1)
-  rows = batch_size // shards
   if rows > 1:
     lines.append(
-      f'{rows} sequences of the batch are on each group of devices: split them with a larger mesh.data or '
-      'mesh.fsdp (more chips), accumulate gradients, or lower --config.data.batch_size'
+      f'{rows} sequences are at a time on each group of devices: accumulate gradients over '
+      '--config.optimizer.microbatches, or split them with a larger mesh.data or mesh.fsdp (more chips)'
     )
-  elif 'tensor' in mesh:
+  else:
     lines.append(f'split the width of activations: a larger --config.mesh.tensor (now {mesh["tensor"]})')
   return [*lines, 'or take a larger slice, or chips with more memory']
 

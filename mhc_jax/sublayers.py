@@ -161,7 +161,8 @@ class MixtureOfExperts(nn.Module):
       self.param('expert_down', normal(c.output_gain * m.ffn_width**-0.5), out),
     ]
     wide = jnp.promote_types(c.dtype, jnp.float32)
-    logits_BTE = jnp.einsum('btd,de->bte', x_BTD.astype(wide), router_DE.astype(wide)) / c.width_ratio
+    router = functools.partial(jnp.einsum, 'btd,de->bte', precision=jax.lax.Precision.HIGH)  # as generator.py
+    logits_BTE = router(x_BTD.astype(wide), router_DE.astype(wide)) / c.width_ratio
     routing = moe.route(logits_BTE, bias_E, m)
     y_BTD = moe.experts(x_BTD, routing, *(w.astype(c.dtype) for w in weights), self.mesh)
     if m.shared:
