@@ -5,23 +5,20 @@ python -m experiments.bench memory       # each recomputation (model.remat), on 
 """
 
 import argparse
-import math
 import os
 from collections import defaultdict
-from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 from jax.stages import Compiled
 from ml_collections import ConfigDict
 
+from experiments.abstract_step import abstract_inputs, device_bytes
 from mhc_jax.config import REMAT, base_config, build_model, build_optimizer
 from mhc_jax.data import VOCAB_SIZE
 from mhc_jax.hlo import collectives
 from mhc_jax.recompute import block_layers
-from mhc_jax.sharding import BATCH, check_mesh, make_mesh
+from mhc_jax.sharding import check_mesh, make_mesh
 from mhc_jax.train_step import TrainState, programs
 
 DEVICES = (1, 2, 4, 8)
@@ -39,28 +36,16 @@ def small_config(args: argparse.Namespace, remat: str = 'none') -> ConfigDict:
   c = base_config()
   c.model.width, c.model.depth, c.model.heads = args.width, args.depth, 8
   c.model.connection.streams, c.model.dtype = args.streams, args.dtype
+  c.data.batch_size, c.data.seq_len = args.batch, args.seq_len
   c.model.scan_unroll, c.model.remat = 1, remat
   c.optimizer.warmup_fraction = 0.05
   return c
 
 
-def compile_step(c: ConfigDict, mesh: Mesh, batch: int, seq_len: int) -> tuple[Compiled, TrainState]:
+def compile_step(c: ConfigDict, mesh: Mesh) -> tuple[Compiled, TrainState]:
   """(the compiled train_step of a configuration on a mesh, its state's shapes and shardings)."""
   found = programs(build_model(c, VOCAB_SIZE), build_optimizer(c), mesh)
-  rows = NamedSharding(mesh, P(BATCH))
-  kinds = {'inputs': jnp.int32, 'targets': jnp.int32, 'segments': jnp.int32, 'weights': jnp.float32}
-  inputs = {name: jax.ShapeDtypeStruct((batch, seq_len), kind, sharding=rows) for name, kind in kinds.items()}
-  hparams = dict.fromkeys(
-    ('lr', 'weight_decay', 'num_steps', 'warmup'), jax.ShapeDtypeStruct((), jnp.float32)
-  )
-  return found.step.lower(found.abstract, inputs, hparams).compile(), found.abstract
-
-
-def bytes_per_device(tree: Any) -> int:
-  """Bytes of a tree of ShapeDtypeStructs on one device."""
-  return sum(
-    math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)
-  )
+  return found.step.lower(found.abstract, *abstract_inputs(c, mesh)).compile(), found.abstract
 
 
 def volume(hlo_text: str) -> dict[str, dict[str, int]]:
@@ -83,8 +68,8 @@ def bench_scaling(args: argparse.Namespace) -> dict[str, object]:
     c.mesh[axis] = devices
     check_mesh(c.mesh.to_dict(), build_model(c, VOCAB_SIZE), args.seq_len)
     mesh = make_mesh(c.mesh.to_dict())
-    compiled, state = compile_step(c, mesh, args.batch, args.seq_len)
-    params, optimizer = bytes_per_device(state.params), bytes_per_device(state.opt_state)
+    compiled, state = compile_step(c, mesh)
+    params, optimizer = device_bytes(state.params), device_bytes(state.opt_state)
     whole = whole or params + optimizer
     rows.append(
       {
@@ -101,10 +86,10 @@ def bench_scaling(args: argparse.Namespace) -> dict[str, object]:
 
 
 def bench_memory(args: argparse.Namespace) -> dict[str, object]:
-  """Temporary bytes and FLOPs of the step, as compiled, for each recomputation."""
+  """Temporary and argument bytes of the step, as compiled, for each recomputation."""
   rows = {}
   for remat in REMAT:
-    compiled, _ = compile_step(small_config(args, remat), make_mesh({}), args.batch, args.seq_len)
+    compiled, _ = compile_step(small_config(args, remat), make_mesh({}))
     memory = compiled.memory_analysis()
     rows[remat] = {
       'temporary_bytes': memory.temp_size_in_bytes,

@@ -157,7 +157,7 @@ def group_sides(mesh: Mesh, chip: Chip) -> Any:
 
   def sides(operation: Operation) -> list[tuple[int, bool]]:
     group = [coords[member] for member in operation.group]
-    found = [len(set(axis)) for axis in zip(*group, strict=True)]
+    found = [len(set(axis)) for axis in zip(*group, strict=True)] or [1] * len(slice_sides)
     return [(side, side == whole >= chip.wraps_at) for side, whole in zip(found, slice_sides, strict=True)]
 
   return sides

@@ -5,6 +5,7 @@ from it: lowering shows that every operation exists for CUDA and that no kernel 
 called; memory is that of the shards, and times are lower bounds.
 """
 
+import math
 import re
 from typing import Any
 
@@ -17,6 +18,8 @@ from experiments.chips import CHIPS, GPUS, Chip
 from experiments.predict import speed
 from mhc_jax import cost
 from mhc_jax.config import ConfigError, ModelConfig, require
+from mhc_jax.recompute import block_layers
+from mhc_jax.sharding import BATCH
 
 # Custom calls of one kind of machine: LAPACK and Eigen of CPUs, Mosaic and others of TPUs.
 ELSEWHERE = re.compile(r'lapack|eigen|onednn|cpu|tpu', re.IGNORECASE)
@@ -54,7 +57,8 @@ def lower_step(config: ConfigDict, gpus: str) -> dict[str, Any]:
   }
   tokens = config.data.batch_size * config.data.seq_len
   flops_per_token = cost.train_flops_per_token(model, config.data.seq_len)
-  seconds = bounds(chip, mesh.shape['fsdp'], held, flops_per_token * tokens / mesh.size)
+  gathered = held['params'] * np.dtype(model.dtype).itemsize // 4  # cast before
+  seconds = bounds(chip, mesh.shape['fsdp'], held, gathered, flops_per_token * tokens / mesh.size)
   slowest = max(seconds.values())
   return {
     **report,
@@ -64,20 +68,21 @@ def lower_step(config: ConfigDict, gpus: str) -> dict[str, Any]:
 
 def activation_bytes(config: ConfigDict, model: ModelConfig) -> dict[str, int]:
   """The two that recomputation leaves, of one GPU: the streams between blocks and the logits."""
-  axes = config.mesh.to_dict()
-  shards = axes['data'] * axes['fsdp'] * axes.get('expert', 1)
-  tokens = config.data.batch_size * config.data.seq_len // shards
+  axes, parts = config.mesh.to_dict(), config.optimizer.microbatches or 1
+  shards = math.prod(axes[axis] for axis in BATCH)
+  tokens = config.data.batch_size // parts * config.data.seq_len // shards
+  size = block_layers(model.connection.streams, model.depth) if model.remat == 'block' else 1
   item = np.dtype(model.dtype).itemsize
-  streams = model.depth * model.connection.streams * tokens * model.width * item
-  tensor = axes.get('tensor', 1)
-  return {'streams': streams // tensor, 'logits': tokens * model.vocab_size * 4 // tensor}
+  streams = math.ceil(model.depth / size) * model.connection.streams * tokens * model.width * item
+  return {'streams': streams // axes['tensor'], 'logits': tokens * model.vocab_size * 4 // axes['tensor']}
 
 
-def bounds(chip: Chip, fsdp: int, held: dict[str, int], flops: float) -> dict[str, float]:
+def bounds(chip: Chip, fsdp: int, held: dict[str, int], gathered: int, flops: float) -> dict[str, float]:
   """Lower bounds of a step's seconds on one GPU: its FLOPs, its optimizer's traffic, fsdp's collectives.
 
   Every parameter is gathered twice and its gradient reduced once, over NVLink within a domain and over the
-  network beyond it. The optimizer reads parameters, gradients and moments and writes all but the gradients.
+  network beyond it; gathered: bytes of this GPU's shards as they travel. The optimizer reads parameters,
+  gradients and moments and writes all but the gradients.
   """
   inside = fsdp <= chip.domain
   rate = chip.interconnect / 2 if inside else chip.network
@@ -86,7 +91,7 @@ def bounds(chip: Chip, fsdp: int, held: dict[str, int], flops: float) -> dict[st
     'flops': flops / chip.flops,
     'optimizer_bytes': traffic / chip.bandwidth,
     # A gather or reduction of all shards moves (fsdp - 1) shards through each GPU.
-    'fsdp_collectives': 3 * held['params'] * (fsdp - 1) / rate,
+    'fsdp_collectives': 3 * gathered * (fsdp - 1) / rate,
   }
 
 
@@ -98,6 +103,12 @@ def text(report: dict[str, Any]) -> str:
   kinds = ', '.join(f'{name} {size}' for name, size in gib.items() if name not in ('total', 'capacity'))
   calls = ', '.join(report['custom_calls']) or 'none'
   speed_of = report['bounds']
+  lines = []
+  if report['routed_buffer_over_used'] is not None:
+    lines.append(
+      "the experts' products are ragged_dot: where XLA has no kernel for it, every expert meets every row; "
+      f'rows of their buffers over those in use: {report["routed_buffer_over_used"]:.3g}'
+    )
   return '\n'.join(
     [
       f'{report["connection"]} (n = {report["streams"]}), {report["params"]["total"] / 1e9:.3g} B parameters '
@@ -108,5 +119,6 @@ def text(report: dict[str, Any]) -> str:
       'Predictions, not measurements: a step takes at least '
       + ', '.join(f'{value:.4g} s for its {name.replace("_", " ")}' for name, value in seconds.items()),
       f'at most {speed_of["tokens_per_second"]:.4g} tokens/s, MFU {100 * speed_of["mfu"]:.1f} %',
+      *lines,
     ]
   )

@@ -239,10 +239,10 @@ def local_rows(batch_size: int, mesh: Mesh) -> list[int]:
 
 @contextlib.contextmanager
 def stop_on_signal() -> Iterator[Callable[[int], bool]]:
-  """A function that says after each step whether to stop: SIGINT, SIGTERM or SIGUSR1 came, to any process.
+  """A function that says after each step whether to stop: SIGINT or SIGTERM came, to any process.
 
   Every process must ask after every step; all get the same answer. In a single process the same signal twice
-  kills; a sweep tells its workers by SIGUSR1, which adds to a Ctrl-C that they got too.
+  kills; and a sweep tells its workers by SIGUSR1, which adds to a Ctrl-C that they got too.
   """
   several = jax.process_count() > 1
   received: list[int] = []

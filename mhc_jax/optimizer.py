@@ -36,7 +36,7 @@ GROUPS: tuple[tuple[str, str], ...] = (
   (r'collapse/phi', 'hidden'),
   (r'collapse/(alpha|b)', 'scalar'),
   (r'.*/attention/kv_up/[wuv]', 'plain'),  # its fan-in is the latent's rank, whatever the width
-  (r'.*/feed_forward/router', 'plain'),  # output-like: see the module in model.py
+  (r'.*/feed_forward/router', 'plain'),  # output-like: see the module in sublayers.py
   (r'.*/feed_forward/router_bias', 'frozen'),
   (r'.*/feed_forward/expert_(gate|up|down)', 'hidden'),  # fan-in of one expert
   (r'.*/(attention|feed_forward)/\w+/[wu]', 'hidden'),

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from mhc_jax.layers.moe import PRODUCTS
+
 
 def block_layers(streams: int, layers: int) -> int:
   """L_r* = sqrt(n L / (n + 2)) sublayers (eq. 20), rounded to whole layers of two, at least 1.
@@ -28,10 +30,15 @@ def scan_blocks(layer: Callable, carry: Any, inputs_L: Any, size: int) -> tuple[
   """lax.scan(layer, carry, inputs_L) with recomputation in blocks of `size` layers.
 
   The last block is shorter where size does not divide their number. Kept are each block's carry and the
-  products with weights, F's; products of activations with each other, and everything elementwise, are not.
+  products with weights, F's, those of experts included; products of activations with each other, everything
+  elementwise, and collectives are not.
   """
+  policies = jax.checkpoint_policies
+  policy = policies.save_from_both_policies(
+    policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(PRODUCTS)
+  )
 
-  @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+  @functools.partial(jax.checkpoint, policy=policy)
   def block(carry: Any, inputs: Any) -> tuple[Any, Any]:
     return lax.scan(layer, carry, inputs)
 

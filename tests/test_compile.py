@@ -1,7 +1,9 @@
 """Counting in HLO text, the arithmetic of predictions, and how experiments.compile ends on mistakes."""
 
 import functools
+import itertools
 import pathlib
+import types
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 
 from experiments.chips import CHIPS, link_seconds
+from experiments.compile import group_sides
 from experiments.hlo_cost import Count, Operation, count
 from experiments.hlo_text import Shape, parse_module, replica_group
 from experiments.predict import advice, predict, speed
@@ -210,6 +213,21 @@ def test_collectives_take_the_links_that_their_group_has(case):
   found = operation(collective=kind, payload=800e9, group=group)
   rings = [(side, side == 8) for side in sides]
   assert link_seconds(found, CHIPS['v5p'], rings) == pytest.approx(LINKS[case])
+
+
+def test_a_group_is_a_ring_where_it_fills_an_axis_that_wraps():
+  """4x8x2: groups along the first axis; along every second chip of the second; of one device."""
+  coords = list(itertools.product(range(4), range(8), range(2)))
+  devices = np.array([types.SimpleNamespace(coords=place) for place in coords], object)
+  sides = group_sides(types.SimpleNamespace(devices=devices), CHIPS['v5p'])
+  groups = {
+    tuple(range(0, 64, 16)): [(4, True), (1, False), (1, False)],
+    (0, 4, 8, 12): [(1, False), (4, False), (1, False)],
+    tuple(range(64)): [(4, True), (8, True), (2, False)],
+    (): [(1, False)] * 3,
+  }
+  for group, wanted in groups.items():
+    assert sides(operation(group=group)) == wanted
 
 
 def test_what_does_not_fit_says_what_to_change():

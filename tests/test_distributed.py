@@ -230,7 +230,7 @@ def test_slurm_runs_every_process_and_queues_a_stopped_run_again(launch, capsys)
   train_command = ['.venv/bin/python', '-m', 'mhc_jax.train', *RUN]
   code, said = launch('slurm.sh', *RUN, **job, CODE='130')
   assert code == 130 and said == [
-    ['srun', '--kill-on-bad-exit=1', *train_command],
+    ['srun', *train_command],
     ['scontrol', 'requeue', '7'],
   ]
   code, said = launch('slurm.sh', *RUN, **job, CODE='1')

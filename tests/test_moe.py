@@ -60,7 +60,7 @@ def dense(x, logits, gate, up, down, bias, config):
   return jnp.einsum('bte,btef,efd->btd', weights, hidden, down)
 
 
-# No load; usual loads; all tokens at the last two experts, which are one device's if `expert` is 2.
+# Usual loads; all tokens at the last two experts, which are one device's if `expert` is 2.
 LOADS = {'even': [0.0, 0, 0, 0], 'full': [0.0, 0, 99, 99]}
 
 

@@ -81,6 +81,23 @@ def test_recomputation_saves_memory(x64):
   assert memory['none'] > 1.1 * memory['block'] > 1.1 * 1.1 * memory['layer'], memory
 
 
+def test_blocks_keep_the_products_of_experts(x64):
+  """As often in the program as without recomputation; recomputation by layer has the forward ones twice."""
+  c = base_config()
+  c.model.update({'width': 16, 'depth': 3, 'heads': 2, 'dtype': 'float64', 'scan_unroll': 1})
+  c.model.moe.update({'experts': 4, 'active': 2, 'ffn_width': 8})
+  params, count = None, {}
+  for remat in REMAT:
+    c.model.remat = remat
+    config = build_model(c, VOCAB)
+    if params is None:
+      tokens = jnp.zeros((1, 2), jnp.int32)
+      params = jax.eval_shape(Transformer(config).init, jax.random.key(0), tokens, tokens)['params']
+    found = jax.make_jaxpr(functools.partial(gradients, model=config))(params, batch())
+    count[remat] = str(found).count('= ragged_dot_general')
+  assert count['block'] == count['none'] == count['layer'] - 3, count
+
+
 def test_blocks_are_those_of_equation_20():
   """Facts of the paper's sizes: 4.0, 4.9 and 6.3 sublayers of 24, 36 and 60, in whole layers of two."""
   assert [block_layers(4, layers) for layers in (12, 18, 30)] == [2, 2, 3]

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from experiments.bench_scaling import bytes_per_device
+from experiments.abstract_step import device_bytes
 from mhc_jax.config import ConfigError, base_config, build_model, build_optimizer
 from mhc_jax.hlo import collectives
 from mhc_jax.model import Transformer
@@ -188,7 +188,7 @@ def test_parameters_and_moments_fall_as_one_over_devices(fsdp):
   c.optimizer.warmup_steps = 0
   model, optimizer = build_model(c, VOCAB), build_optimizer(c)
   found = {size: programs(model, optimizer, make_mesh({'fsdp': size})).abstract for size in (1, fsdp)}
-  assert bytes_per_device(found[fsdp]) * fsdp <= 1.05 * bytes_per_device(found[1])
+  assert device_bytes(found[fsdp]) * fsdp <= 1.05 * device_bytes(found[1])
   for path, leaf in jax.tree_util.tree_leaves_with_path(found[fsdp]):
     name, spec = jax.tree_util.keystr(path, simple=True, separator='/'), leaf.sharding.spec
     assert ('fsdp' in str(spec)) == (leaf.size >= 1024), name

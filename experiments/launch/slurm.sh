@@ -19,7 +19,7 @@
 set -uo pipefail
 
 cd "${SLURM_SUBMIT_DIR:?start this with sbatch from the top folder of the project}" || exit 1
-srun --kill-on-bad-exit=1 .venv/bin/python -m mhc_jax.train "$@"
+srun .venv/bin/python -m mhc_jax.train "$@"
 code=$?
 if [ "$code" -eq 130 ]; then
   scontrol requeue "$SLURM_JOB_ID"

@@ -14,12 +14,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from mhc_jax.config import ConfigError, ModelConfig, MoEConfig
+from mhc_jax.sharding import BATCH
 
-BATCH = ('data', 'fsdp', 'expert')  # mesh axes that split the batch
+PRODUCTS = 'products of experts'  # their name for policies of recomputation, which know plain products alone
 
 
 class Routing(NamedTuple):
@@ -225,7 +227,7 @@ def _weight_gradient_on_tpu(x_RD: jax.Array, g_RF: jax.Array, size_E: jax.Array)
   XLA's TPU compiler has a kernel for the ragged product, but for this one (ragged in what is contracted) it
   multiplies all rows for every expert and masks: E times the FLOPs.
   """
-  from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm  # 0.3 s, wanted on TPUs alone
+  from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm  # 0.3 s, wanted by experts alone
 
   def tile(size: int) -> int:
     """The largest whole part of a dimension whose blocks and float32 sums fit the on-chip memory."""
@@ -248,9 +250,10 @@ def _experts_here(
   active = index_BTA.shape[-1]
   rows = _arrange(index_BTA.reshape(-1, active), first, len(gate_EDF))
   x_RD = _spread(x_BTD.reshape(-1, x_BTD.shape[-1]), rows)
-  gate_RF = _grouped_product(x_RD, gate_EDF, rows.size_E)
-  up_RF = _grouped_product(x_RD, up_EDF, rows.size_E)
-  y_RD = _grouped_product(jax.nn.silu(gate_RF) * up_RF, down_EFD, rows.size_E)
+  gate_RF = checkpoint_name(_grouped_product(x_RD, gate_EDF, rows.size_E), PRODUCTS)
+  up_RF = checkpoint_name(_grouped_product(x_RD, up_EDF, rows.size_E), PRODUCTS)
+  hidden_RF = jax.nn.silu(gate_RF) * up_RF
+  y_RD = checkpoint_name(_grouped_product(hidden_RF, down_EFD, rows.size_E), PRODUCTS)
   return _collect(y_RD, weight_BTA.reshape(-1, active), rows).reshape(x_BTD.shape)
 
 
@@ -267,8 +270,9 @@ def experts(
   On a mesh: tokens are gathered over `expert` and `tensor`. The devices of `expert` hold E / expert experts
   each, those of `tensor` a part of every expert's width F. Every device sorts the rows of its own by expert,
   multiplies group by group, and the sums are scattered back, rounded to x's dtype before. Weights are
-  gathered over `fsdp` on use. Tokens that the mesh does not divide (a single sequence) are computed by every
-  device alike. Raises ConfigError where `expert` does not divide E.
+  gathered over `fsdp` on use, and their gradients added over it in x's dtype. Tokens that the mesh does not
+  divide (a single sequence) are computed by every device alike. Raises ConfigError where `expert` does not
+  divide E, or `tensor` F.
   """
   arrays = (x_BTD, routing.index_BTA, routing.weight_BTA, gate_EDF, up_EDF, down_EFD)
   if mesh is None or mesh.size == 1:
