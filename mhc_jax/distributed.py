@@ -37,6 +37,9 @@ _CHILD = 'MHC_JAX_PROCESS'  # environment variable in which `supervise` tells it
 _LAST_WORDS = re.compile(
   r"[EFW]\d{4} .*(coordination_service|preemption_sync_manager|client\.h)|terminate called .* 'gloo::"
 )
+# What an error of the runtime says where it is another process that failed, and not this one.
+_PEER = re.compile(r'gloo|nccl|connection (reset|closed)|UNAVAILABLE', re.IGNORECASE)
+_LOST = 255  # what a child tells its parent then, in place of its exit code
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,14 +160,15 @@ def supervise(cluster: Cluster, command: list[str]) -> int:
     else:
       print(line, end='', file=sys.stderr, flush=True)
   code = child.wait()
-  if told := ours.recv(1):  # how it ended before it waited for the others
+  told = ours.recv(1)  # how it ended before it waited for the others
+  if told and told[0] != _LOST:
     return told[0]
-  if code == -signal.SIGABRT and last_words:
-    reason = re.search(r'absl::Status: (.*\n.*)', ''.join(last_words))
+  if told or (code == -signal.SIGABRT and last_words):
+    status = re.search(r'absl::Status: (.*\n.*)', ''.join(last_words))
+    reason = ' '.join(status[1].split()) if status else 'an exchange with them failed'
     print(
-      f'error: process {cluster.process} of {cluster.processes} lost the other processes'
-      f' ({" ".join(reason[1].split()) if reason else "no reason given"}): see what the others say;'
-      ' the same command goes on from the last checkpoint',
+      f'error: process {cluster.process} of {cluster.processes} lost the other processes ({reason}): see '
+      'what the others say; the same command goes on from the last checkpoint',
       file=sys.stderr,
     )
     return 1
@@ -176,7 +180,7 @@ def ended(command: Callable[[], int]) -> int:
   """Runs a command, as a child of `supervise` or not, and returns its exit code, which the parent learns too.
 
   At exit a process waits for the others, and the runtime aborts it where they do not come: then the code
-  would be lost. An error of the runtime is not told: most often it is the death of another process.
+  would be lost. The death of another process can show as an error of the runtime before it aborts this one.
   """
   if not is_supervised():
     return command()
@@ -190,8 +194,11 @@ def ended(command: Callable[[], int]) -> int:
   code = 1
   try:
     code = command()
-  except jax.errors.JaxRuntimeError:
-    raise
+  except jax.errors.JaxRuntimeError as error:
+    if not _PEER.search(str(error)):
+      raise
+    parent.send(bytes([_LOST]))
+    sys.exit(1)
   except BaseException:
     parent.send(bytes([1]))
     raise

@@ -152,6 +152,29 @@ def test_two_processes_are_killed_and_stopped_and_one_takes_over(folder, tmp_pat
       assert row[name] == pytest.approx(other[name], rel=1e-4), (row['step'], name)
 
 
+SUPERVISED = """
+import os, sys, jax
+from mhc_jax import distributed
+def fail():
+  raise jax.errors.JaxRuntimeError(sys.argv[1])
+if distributed.is_supervised():
+  sys.exit(distributed.ended(fail))
+sys.exit(distributed.supervise(distributed.Cluster('host:1', 2, 0), [sys.executable, *sys.orig_argv[1:]]))
+"""
+
+
+def test_a_failed_exchange_is_told_in_one_line_and_other_errors_in_full():
+  """A dead process can show as an error of a collective, before the runtime notices the death."""
+  said = {}
+  for error in ('UNKNOWN: Gloo AllGather failed: Connection reset by peer', 'RESOURCE_EXHAUSTED: no memory'):
+    command = [sys.executable, '-c', SUPERVISED, error]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    said[error[:3]] = done.stderr.splitlines()
+  assert len(said['UNK']) == 1 and 'process 0 of 2 lost the other processes' in said['UNK'][0]
+  assert said['RES'][0].startswith('Traceback') and said['RES'][-1].endswith('RESOURCE_EXHAUSTED: no memory')
+
+
 def flags(*given):
   parser = argparse.ArgumentParser()
   distributed.add_flags(parser)
