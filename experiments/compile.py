@@ -84,6 +84,7 @@ def compile_step(config: ConfigDict, topology: str) -> dict[str, Any]:
   report |= {'git_revision': git_revision()}
   report |= {'versions': {name: metadata.version(name) for name in ('jax', 'jaxlib', 'libtpu')}}
   report |= {'argument_bytes': arguments}
+  print(f'compiling for {topology}, some minutes for a large model', file=sys.stderr)
   began = time.perf_counter()
   try:
     compiled = traced.lower().compile()

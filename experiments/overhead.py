@@ -27,13 +27,13 @@ ARMS = ('residual', 'mhc')
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-  """One compilation: a file of configs/ without its suffix, arm, streams, slice and mesh."""
+  """One compilation: a file of configs/ without its suffix, arm, streams, slice and fields."""
 
   config: str
   arm: str
   streams: int
   topology: str
-  mesh: tuple[tuple[str, int], ...]  # axes that differ from the config's own
+  fields: tuple[str, ...]  # that differ from the config's own, as section.field=value
 
   @property
   def name(self) -> str:
@@ -45,15 +45,21 @@ class Cell:
   def overrides(self) -> list[str]:
     """The same as on the command line of experiments.compile."""
     streams = [] if self.arm == 'residual' else [f'--config.model.connection.streams={self.streams}']
-    return [*streams, *(f'--config.mesh.{axis}={size}' for axis, size in self.mesh)]
+    return [*streams, *(f'--config.{field}' for field in self.fields)]
 
 
-# Slices of as many chips as the configs' own on v5p; v6e ends at 256 chips.
+# Slices of as many chips as the configs' own on v5p; v6e ends at 256 chips, whose 32 GB need microbatches.
 SLICES = {
   'paper_3b': {'v5p': ('v5p:4x4x4', ()), 'v6e': ('v6e:8x8', ())},
   'paper_9b': {'v5p': ('v5p:4x4x8', ()), 'v6e': ('v6e:8x16', ())},
-  'paper_27b': {'v5p': ('v5p:8x8x8', ()), 'v6e': ('v6e:16x16', (('fsdp', 256), ('tensor', 1)))},
-  'paper_3b_1t': {'v5p': ('v5p:8x8x8', ()), 'v6e': ('v6e:16x16', (('data', 1),))},
+  'paper_27b': {
+    'v5p': ('v5p:8x8x8', ()),
+    'v6e': ('v6e:16x16', ('mesh.tensor=1', 'optimizer.microbatches=5')),
+  },
+  'paper_3b_1t': {
+    'v5p': ('v5p:8x8x8', ()),
+    'v6e': ('v6e:16x16', ('mesh.data=1', 'optimizer.microbatches=2')),
+  },
 }
 STREAMS_AT = 'paper_9b'  # n = 2 and 8 besides 4, on v5p
 
@@ -62,10 +68,9 @@ def cells() -> list[Cell]:
   """Every cell, the cheapest first."""
   found = []
   for config, chips in SLICES.items():
-    for topology, mesh in chips.values():
-      found += [Cell(config, arm, 1 if arm == 'residual' else 4, topology, mesh) for arm in ARMS]
-  topology, mesh = SLICES[STREAMS_AT]['v5p']
-  return [*found, *(Cell(STREAMS_AT, 'mhc', n, topology, mesh) for n in (2, 8))]
+    for topology, fields in chips.values():
+      found += [Cell(config, arm, 1 if arm == 'residual' else 4, topology, fields) for arm in ARMS]
+  return [*found, *(Cell(STREAMS_AT, 'mhc', n, *SLICES[STREAMS_AT]['v5p']) for n in (2, 8))]
 
 
 def run(cell: Cell, folder: pathlib.Path) -> dict[str, Any]:
@@ -113,10 +118,11 @@ def page(reports: dict[str, dict[str, Any]], every: list[Cell]) -> str:
   revisions = sorted({str(report['git_revision']) for report in reports.values()})
   lines = [HEAD, f'Git revision of the reports: {", ".join(revisions)}.', '', *TABLE]
   for cell in every:
-    base = Cell(cell.config, 'residual', 1, cell.topology, cell.mesh).name
+    base = dataclasses.replace(cell, arm='residual', streams=1).name
     if cell.arm != 'residual' and cell.name in reports and base in reports:
       where = f'{cell.config.removeprefix("paper_").replace("_", "-").upper()}, n = {cell.streams}'
-      lines.append(row(f'{where}, {cell.topology}', reports[base], reports[cell.name]))
+      fields = f' ({", ".join(cell.fields)})' * bool(cell.fields)
+      lines.append(row(f'{where}, {cell.topology}{fields}', reports[base], reports[cell.name]))
   lines += [LIMITS]
   for cell in every:
     if cell.config == 'paper_27b' and cell.topology.startswith('v5p') and cell.name in reports:
