@@ -14,9 +14,10 @@ from jax.stages import Compiled
 from ml_collections import ConfigDict
 
 from experiments.abstract_step import abstract_inputs, device_bytes
+from experiments.hlo_cost import count
+from experiments.hlo_text import parse_module
 from mhc_jax.config import REMAT, base_config, build_model, build_optimizer
 from mhc_jax.data import VOCAB_SIZE
-from mhc_jax.hlo import collectives
 from mhc_jax.recompute import block_layers
 from mhc_jax.sharding import check_mesh, make_mesh
 from mhc_jax.train_step import TrainState, programs
@@ -48,12 +49,13 @@ def compile_step(c: ConfigDict, mesh: Mesh) -> tuple[Compiled, TrainState]:
   return found.step.lower(found.abstract, *abstract_inputs(c, mesh)).compile(), found.abstract
 
 
-def volume(hlo_text: str) -> dict[str, dict[str, int]]:
-  """Executions and bytes on one device of the collectives in one step, by kind."""
-  found: dict[str, dict[str, int]] = defaultdict(lambda: {'count': 0, 'bytes': 0})
-  for each in collectives(hlo_text):
-    found[each['kind']]['count'] += each['count']
-    found[each['kind']]['bytes'] += each['count'] * each['bytes']
+def volume(hlo_text: str) -> dict[str, dict[str, float]]:
+  """Collectives of one step by kind: executions, and bytes that a group gathers, reduces or exchanges."""
+  found: dict[str, dict[str, float]] = defaultdict(lambda: {'count': 0, 'bytes': 0})
+  for operation in count(parse_module(hlo_text)).operations:
+    if operation.collective:
+      found[operation.collective]['count'] += operation.times
+      found[operation.collective]['bytes'] += operation.times * operation.payload
   return dict(found)
 
 

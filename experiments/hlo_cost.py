@@ -55,7 +55,8 @@ class Operation:
   vector_flops: float
   bytes: float  # of main memory, read and written
   collective: str | None
-  payload: float  # bytes of the whole array that the group gathers, reduces or exchanges
+  arrays: tuple[int, ...]  # elements of each whole array that the group gathers, reduces or exchanges
+  payload: float  # their bytes
   group: tuple[int, ...]  # the first group of devices, by their place in the mesh
   cycles: int | None  # what the TPU compiler estimates
 
@@ -119,15 +120,15 @@ def _operation(
   """channels: of the collectives before it. A TPU spreads an asynchronous one over fusions of one channel."""
   matmul, passes, vector = _flops(module, computation, instruction)
   holder, collective = _collective(module, computation, instruction)
-  kind, payload, group = None, 0.0, ()
+  kind, arrays, payload, group = None, (), 0.0, ()
   channel = collective and collective.find(r'channel_id=(\d+)')
   if collective is not None and not (instruction.opcode == 'fusion' and channel in channels):
     channels |= {channel} if channel else set()
     kind = collective.opcode.removesuffix('-start')
     group = tuple(replica_group(collective).tolist()) or tuple(range(module.partitions))
-    payload = sum(shape.bytes for shape in _operand_shapes(holder, collective))
-    if kind == 'all-gather':
-      payload *= max(len(group), 1)
+    parts, shapes = len(group) if kind == 'all-gather' else 1, _operand_shapes(holder, collective)
+    arrays = tuple(parts * shape.elements for shape in shapes)
+    payload = parts * sum(shape.bytes for shape in shapes)
     if kind == 'all-reduce' and 'all-reduce-scatter' in holder.name:
       kind = 'reduce-scatter'  # how a TPU's compiler writes it: all-reduce and slice in one fusion
   file, line = module.frames.get(int(instruction.find(r'stack_frame_id=(\d+)') or 0), ('', 0))
@@ -143,6 +144,7 @@ def _operation(
     vector_flops=vector,
     bytes=_bytes(module, computation, instruction),
     collective=kind,
+    arrays=arrays,
     payload=payload,
     group=group,
     cycles=None if cycles is None else int(cycles),

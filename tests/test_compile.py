@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.bench_scaling import volume
 from experiments.chips import CHIPS, link_seconds
 from experiments.compile import group_sides
 from experiments.hlo_cost import Count, Operation, count
@@ -156,7 +157,7 @@ def test_bytes_include_the_padding_of_tiles():
 def operation(**fields):
   zero = dict.fromkeys(('matmul_flops', 'matmul_passes', 'vector_flops', 'bytes', 'payload'), 0.0)
   names = {'name': 'x', 'opcode': 'fusion', 'op_name': 'a/b', 'source': 'model.py:3', 'cycles': None}
-  return Operation(**{**names, **zero, 'times': 1, 'collective': None, 'group': (), **fields})
+  return Operation(**{**names, **zero, 'times': 1, 'collective': None, 'arrays': (), 'group': (), **fields})
 
 
 def test_a_step_is_the_sum_of_what_limits_each_operation():
@@ -191,6 +192,77 @@ def test_a_step_is_the_sum_of_what_limits_each_operation():
 def test_half_a_chip_has_half_its_rates():
   found = Count([operation(bytes=7380e9)], [], {})
   assert predict(found, CHIPS['7x'], lambda _: ())['seconds']['step'] == pytest.approx(2)
+
+
+COLLECTIVES = """\
+HloModule jit_step, is_scheduled=true, num_partitions=8
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%body (p: (s32[], f32[4,8])) -> (s32[], f32[4,8]) {
+  %p = (s32[], f32[4,8]) parameter(0)
+  %x = f32[4,8]{1,0} get-tuple-element(%p), index=1
+  %gathered = f32[8,8]{1,0} all-gather(%x), channel_id=1, replica_groups=[4,2]<=[8], dimensions={0}
+  %fused = f32[4,8]{1,0} fusion(%gathered), kind=kCustom, calls=%all-reduce-scatter.1
+  ROOT %next = (s32[], f32[4,8]) tuple(%p, %fused)
+}
+
+%all-reduce-scatter.1 (q: f32[8,8]) -> f32[4,8] {
+  %q = f32[8,8]{1,0:T(8,128)} parameter(0)
+  %all = f32[8,8]{1,0:T(8,128)} all-reduce(%q), channel_id=2, replica_groups={{0,1},{2,3}}, to_apply=%add
+  %at = s32[] constant(0)
+  ROOT %part = f32[4,8]{1,0} dynamic-slice(%all, %at, %at), dynamic_slice_sizes={4,8}
+}
+
+%part_of_async (r: bf16[2,8]) -> bf16[4,8] {
+  %r = bf16[2,8]{1,0} parameter(0)
+  ROOT %piece = bf16[4,8]{1,0} all-gather(%r), channel_id=3, replica_groups=[4,2]<=[2,4]T(1,0), dimensions={0}
+}
+
+%until (p: (s32[], f32[4,8])) -> pred[] {
+  %p = (s32[], f32[4,8]) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %limit = s32[] constant(5)
+  ROOT %less = pred[] compare(%i, %limit), direction=LT
+}
+
+ENTRY %main (x0: f32[4,8], y0: bf16[2,8]) -> f32[4,8] {
+  %x0 = f32[4,8]{1,0} parameter(0)
+  %y0 = bf16[2,8]{1,0} parameter(1)
+  %zero = s32[] constant(0)
+  %t = (s32[], f32[4,8]) tuple(%zero, %x0)
+  %w1 = (s32[], f32[4,8]) while(%t), condition=%until, body=%body, \
+backend_config={"known_trip_count":{"n":"3"}}
+  %w2 = (s32[], f32[4,8]) while(%t), condition=%until, body=%body
+  %begin = bf16[4,8]{1,0} fusion(%y0), kind=kCustom, calls=%part_of_async
+  %end = bf16[4,8]{1,0} fusion(%y0), kind=kCustom, calls=%part_of_async
+  %go = (f32[4,8]{1,0}, f32[16,8]{1,0}) all-gather-start(%x0), channel_id=4, \
+replica_groups=mesh['a'=2,'b'=4], device_ids=([2,2,2]T(1,0,2)) {'a', 'b':(1)2}, dimensions={0}
+  %stop = f32[16,8]{1,0} all-gather-done(%go)
+  ROOT %both = (f32[4,8]{1,0}, /*index=1*/bf16[2,8]{1,0}) all-reduce(%x0, %y0), channel_id=5, to_apply=%add
+}
+"""
+
+
+def test_collectives_are_counted_with_their_loops():
+  """Trip counts noted and not, parts of one channel in two fusions, a TPU's reduce-scatter."""
+  found = {}
+  for row in count(parse_module(COLLECTIVES)).operations:
+    if row.collective:
+      what = (row.collective, len(row.group), row.arrays, row.payload)
+      found[what] = found.get(what, 0) + row.times
+  assert found == {
+    ('all-gather', 2, (32,), 64): 1,
+    ('all-gather', 2, (64,), 256): 3 + 5,
+    ('all-gather', 4, (128,), 512): 1,
+    ('all-reduce', 8, (32, 16), 160): 1,
+    ('reduce-scatter', 2, (64,), 4096): 8,  # with the padding of its tile
+  }
+  assert volume(COLLECTIVES)['all-gather'] == {'count': 10, 'bytes': 64 + 8 * 256 + 512}
 
 
 LINKS = {  # kind, chips along each axis of v5p (100 GB/s per link and direction) -> seconds for 800 GB

@@ -1,7 +1,6 @@
 """One update on meshes of 8 (fake) devices is the update of one device, and streams stay where they are."""
 
 import functools
-import math
 import types
 
 import jax
@@ -11,8 +10,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from experiments.abstract_step import device_bytes
+from experiments.hlo_cost import count
+from experiments.hlo_text import parse_module
 from mhc_jax.config import ConfigError, base_config, build_model, build_optimizer
-from mhc_jax.hlo import collectives
 from mhc_jax.model import Transformer
 from mhc_jax.sharding import (
   AXES,
@@ -128,9 +128,9 @@ def test_loss_and_gradients_on_a_mesh_are_those_of_one_device(x64, name, shape):
 def token_arrays(hlo_text, kind):
   """Elements of every array with tokens and the full width that a kind of collective moves."""
   found = []
-  for each in collectives(hlo_text):
-    for shape in each['shapes'] if each['kind'] == kind else ():
-      found += [math.prod(shape)] * each['count'] * (math.prod(shape) % (7 * D) == 0)
+  for operation in count(parse_module(hlo_text)).operations:
+    for elements in operation.arrays if operation.collective == kind else ():
+      found += [elements] * operation.times * (elements % (7 * D) == 0)
   return found
 
 
@@ -141,8 +141,9 @@ def test_streams_are_never_gathered(x64):
   of attention and feed-forward, and in the backward pass the gradients of their outputs, perhaps twice.
   """
   text, (data, fsdp, tensor, expert) = compiled('dense', (1, 2, 2, 2))[0].as_text(), (1, 2, 2, 2)
-  for each in collectives(text):
-    print(each['kind'], each['bytes'], 'bytes', each['count'], 'times', each['shapes'])
+  for operation in count(parse_module(text)).operations:
+    if operation.collective:
+      print(operation.collective, operation.payload, 'bytes', operation.times, 'times', operation.arrays)
   rows, layers = B // (data * fsdp * expert), 3
   own_streams, one_input = N * rows * (T // tensor) * D, rows * T * D
   assert one_input < own_streams
