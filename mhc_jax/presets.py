@@ -183,18 +183,11 @@ def connection_spec(
   n = fields.pop('streams', streams)
   if n < 1:
     raise ValueError(f'connection.streams must be at least 1, got {n}')
-  default_constraint, default_init = fields.pop('constraint'), fields.pop('init')
-  default_params = fields.pop('constraint_params', {})
-  if constraint is None:
-    constraint = default_constraint
-  if isinstance(constraint, str):
-    if constraint not in CONSTRAINTS:
-      raise ValueError(f'connection.constraint must be one of {", ".join(CONSTRAINTS)}, got {constraint!r}')
-    same = constraint == default_constraint
-    params = {**(default_params if same else {}), **(constraint_params or {})}
-    constraint = CONSTRAINTS[constraint](**params)
-  elif constraint.name in CONSTRAINTS and not constraint.is_of_package:
-    raise ValueError(f'{constraint.name!r} names a constraint of the package; give your own another name')
+  default, default_params = fields.pop('constraint'), fields.pop('constraint_params', {})
+  constraint = default if constraint is None else constraint
+  params = {**(default_params if constraint == default else {}), **(constraint_params or {})}
+  constraint = _constraint(constraint, params)
+  default_init = fields.pop('init')
   init = default_init if init is None else init
   if isinstance(init, str):
     if init not in INITS:
@@ -208,6 +201,17 @@ def connection_spec(
   spec = ConnectionSpec(streams=n, constraint=constraint, init=init, **fields)
   _check(spec)
   return spec
+
+
+def _constraint(constraint: str | Constraint, params: dict) -> Constraint:
+  """The constraint of that name with these parameters, or the given one; ValueError for a wrong name."""
+  if isinstance(constraint, str):
+    if constraint not in CONSTRAINTS:
+      raise ValueError(f'connection.constraint must be one of {", ".join(CONSTRAINTS)}, got {constraint!r}')
+    return CONSTRAINTS[constraint](**params)
+  if constraint.name in CONSTRAINTS and not constraint.is_of_package:
+    raise ValueError(f'{constraint.name!r} names a constraint of the package; give your own another name')
+  return constraint
 
 
 def _gate(
