@@ -1,0 +1,186 @@
+"""experiments.compile and experiments.overhead as commands, with CPU devices in place of a TPU's."""
+
+import json
+import pathlib
+
+import jax
+import pytest
+
+from experiments import compile as compile_module
+from experiments import compile_gpu, overhead
+from experiments.hlo_cost import count
+from experiments.hlo_text import parse_module
+from mhc_jax.command import end_with_message
+from mhc_jax.config import ConfigError
+
+ROOT = pathlib.Path(__file__).parent.parent
+SMALL = [
+  f'--config={ROOT}/configs/laptop.py:smoke',
+  '--config.mesh.fsdp=4',
+  '--config.model.mla.kv_rank=8',
+  '--config.model.moe.experts=4',
+  '--config.model.moe.active=2',
+  '--config.model.moe.ffn_width=16',
+]
+
+
+def run(capsys, *arguments):
+  """(exit code, what was printed, what was printed as errors)."""
+  code = end_with_message(lambda: compile_module.main(list(arguments)))
+  return code, *capsys.readouterr()
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+  """Four CPU devices for a slice of v5p; they have no coordinates, and libtpu need not be installed."""
+  monkeypatch.setattr(compile_module, 'described_devices', lambda topology: jax.devices()[:4])
+  monkeypatch.setattr(
+    compile_module, 'group_sides', lambda mesh, chip: lambda operation: [(len(operation.group), False)]
+  )
+  monkeypatch.setattr(compile_module.metadata, 'version', lambda name: '1')
+
+
+def test_the_report_on_a_slice(on_cpu, capsys):
+  """The whole path but for the TPU's compiler; text and JSON tell the same."""
+  code, out, _ = run(capsys, *SMALL, '--topology=v5p:2x2x1', '--json')
+  report = json.loads(out)
+  assert code == 0 and report['fits'] and report['devices'] == 4 and report['mesh']['fsdp'] == 4
+  memory, held, predicted = report['memory_bytes'], report['argument_bytes'], report['predicted']
+  assert memory['arguments'] == pytest.approx(sum(held.values()), rel=0.01)  # and four scalars
+  assert memory['total'] < memory['capacity'] == 95 * 2**30
+  assert (
+    held['optimizer'] == pytest.approx(2 * held['params'], rel=1e-3) and predicted['uncounted']['loops'] == []
+  )
+  seconds = predicted['seconds']
+  assert seconds['step'] >= seconds['roofline'] > 0
+  assert predicted['collectives']['all-gather']['bytes'] > held['params']
+  # CPUs multiply all rows by every expert, and for the weights' gradient too: 4 experts, 2 in use.
+  assert predicted['routed_experts']['over_ideal'] == pytest.approx(4, rel=0.01)
+  words = compile_module.text(report)
+  assert words.splitlines()[1].startswith('fits: 0.0') and 'Predictions, not measurements' in words
+  assert 'all-gather' in words and 'what they need' in words
+
+
+def test_kernels_count_what_they_say_they_cost():
+  estimate = '"cost_estimate":{"flops":"640","transcendentals":"0","bytes_accessed":"96"}'
+  text = f"""HloModule m, is_scheduled=true, entry_computation_layout={{(f32[8])->f32[8]}}
+
+ENTRY %main (p: f32[8]) -> f32[8] {{
+  %p = f32[8]{{0}} parameter(0)
+  %a = f32[8]{{0}} custom-call(%p), custom_call_target="tpu_custom_call", backend_config={{{estimate}}}
+  ROOT %b = f32[8]{{0}} custom-call(%a), custom_call_target="tpu_custom_call"
+}}
+"""
+  found = count(parse_module(text))
+  assert [(row.name, row.matmul_flops, row.bytes) for row in found.operations] == [
+    ('a', 640, 96),
+    ('b', 0, 64),
+  ]
+  assert found.custom_calls == {'tpu_custom_call': 1}
+
+
+def test_without_memory_the_report_says_what_to_change(on_cpu, monkeypatch, capsys):
+  """The compiler's own message of a step that needs more than there is."""
+
+  class Traced:
+    def lower(self):
+      raise jax.errors.JaxRuntimeError(
+        'RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. '
+        'Used 120.50G of 95.00G hbm. Exceeded hbm capacity by 25.50G.'
+      )
+
+  traced = compile_module.trace_step
+  monkeypatch.setattr(
+    compile_module, 'trace_step', lambda config, mesh: (Traced(), *traced(config, mesh)[1:])
+  )
+  code, out, _ = run(capsys, *SMALL, '--topology=v5p:2x2x1')
+  lines = out.splitlines()
+  assert code == 1 and lines[1] == 'DOES NOT FIT: 120.50 GiB of 95.00 GiB a device'
+  assert lines[2] == '- recompute activations: --config.model.remat=layer' and len(lines) > 3
+
+
+@pytest.mark.parametrize(
+  'arguments,words',
+  (
+    (['--topology=v5p:2x2'], 'a topology is a chip and its sides'),
+    (['--topology=H100:8'], 'a topology is a chip and its sides'),
+    (['--topology=v5p:2x2x2', '--config.mesh.fsdp=3'], 'mesh.fsdp'),
+    ([], 'name a slice: --topology v5p:8x8x8, or --gpu H100:64'),
+    (['--gpu=v5p:4'], '--gpu is a chip of A100'),
+    (['--gpu=H100:4', '--topology=v5p:2x2x1'], 'exclude each other'),
+    (['--gpu=H100:8'], '--gpu H100:8 has 8 devices'),
+  ),
+)
+def test_mistakes_end_in_one_line(monkeypatch, capsys, arguments, words):
+  if '--topology=v5p:2x2x2' in arguments:
+    monkeypatch.setattr(compile_module, 'described_devices', lambda topology: jax.devices())
+  code, out, error = run(capsys, *SMALL, *arguments)
+  assert code == 2 and not out and len(error.splitlines()) == 1 and words in error
+
+
+def test_a_missing_compiler_is_named(monkeypatch):
+  monkeypatch.setattr(compile_module.importlib.util, 'find_spec', lambda name: None)
+  with pytest.raises(ConfigError, match='pip install'):
+    compile_module.described_devices('v5p:2x2x1')
+
+
+def test_lowering_for_gpus_has_no_kernel_of_other_machines(capsys):
+  """mHC, latent attention and experts. Sorting by expert is XLA's own."""
+  code, out, _ = run(capsys, *SMALL, '--gpu=H100:4', '--json')
+  report = json.loads(out)
+  assert code == 0 and report['fits'] and report['not_for_cuda'] == []
+  words = compile_gpu.text(report)
+  assert 'lowered for CUDA; custom calls' in words and 'Predictions, not measurements' in words
+  assert 'in use: 1' in words  # one shard of the experts
+  alien = {**report, 'not_for_cuda': ['lapack_sgesdd']}
+  assert 'NOT FOR CUDA: lapack_sgesdd' in compile_gpu.text(alien)
+  for target in ('lapack_sgesdd_ffi', 'tpu_custom_call', '__cpu$xla'):
+    assert compile_gpu.ELSEWHERE.search(target)
+
+
+def test_overhead_keeps_what_is_finished(monkeypatch, tmp_path, capsys):
+  """The second call compiles nothing; the page has a line for the pair and the costliest operations.
+
+  The compiler's part is replaced by the reports that are kept in docs/compile/.
+  """
+  calls = []
+
+  def kept(config, topology):
+    calls.append((topology, config.model.connection.streams, config.mesh.fsdp))
+    name = 'residual' if config.model.connection.name == 'residual' else 'mhc-n4'
+    return json.loads((ROOT / 'docs' / 'compile' / f'paper_27b-v5p-{name}.json').read_text())
+
+  monkeypatch.setattr(overhead, 'compile_step', kept)
+  monkeypatch.chdir(ROOT)
+  arguments = ['--only', 'paper_27b-v5p', '--out', str(tmp_path)]
+  assert overhead.main(arguments) == 0 and len(calls) == 2
+  assert [call[::2] for call in calls] == [('v5p:8x8x8', 256)] * 2 and calls[1][1] == 4
+  first = (tmp_path / 'scale.md').read_text()
+  assert overhead.main(arguments) == 0 and len(calls) == 2
+  assert (tmp_path / 'scale.md').read_text() == first
+  assert first.count('| 27B, n = 4, v5p:8x8x8 |') == 1
+  assert first.count('the ten costliest operations') == 2
+  assert sum(first.count(f'| {limit} |') for limit in ('memory', 'compute', 'links')) == 20
+  assert capsys.readouterr().err.count('kept') == 2
+  assert not list(tmp_path.glob('**/*.part'))
+  with pytest.raises(ConfigError, match='no cell has'):
+    overhead.main(['--only', 'nothing', '--out', str(tmp_path)])
+
+
+def test_a_pair_that_does_not_fit_has_no_numbers():
+  fits, not_fits = {'fits': True, 'connection': 'residual'}, {'fits': False, 'connection': 'mhc'}
+  line = overhead.row('3B, n = 4, v6e:8x8', fits, not_fits)
+  assert line.startswith('| 3B, n = 4, v6e:8x8 | mhc does not fit |')
+  assert {text.count('|') for text in (line, *overhead.TABLE[1:])} == {10}
+
+
+def test_the_page_is_what_the_reports_say():
+  """docs/scale.md is written from docs/compile/, and every paper config is there on both kinds of slice."""
+  folder, cells = ROOT / 'docs' / 'compile', overhead.cells()
+  reports = {cell.name: json.loads((folder / f'{cell.name}.json').read_text()) for cell in cells}
+  assert (ROOT / 'docs' / 'scale.md').read_text() == overhead.page(reports, cells)
+  assert {path.stem for path in (ROOT / 'configs').glob('paper_*.py')} == {cell.config for cell in cells}
+  largest = [reports[f'paper_27b-v5p-{arm}'] for arm in ('residual', 'mhc-n4')]
+  assert all(report['fits'] and report['compile_seconds'] < 900 for report in largest)
+  residual, mhc = (report['predicted']['seconds']['step'] for report in largest)
+  assert mhc < 1.25 * residual
