@@ -82,7 +82,8 @@ def check_fields(config: ConfigDict) -> None:
   def check(given: ConfigDict, known: ConfigDict, path: list[str]) -> None:
     for key in [*given.keys(), *(key for key in known if key not in given)]:
       name = '.'.join([*path, key])
-      require(key in known, f'unknown config field {name}{_nearest(path, key, known)}')
+      if key not in known:  # the search for a near one is slow
+        raise ConfigError(f'unknown config field {name}{_nearest(path, key, known)}')
       require(key in given, f'config field {name} is missing')
       if key != 'constraint_params' and isinstance(known[key], ConfigDict):
         require(isinstance(given[key], ConfigDict), f'{name} must be a section')

@@ -125,10 +125,11 @@ def test_a_redefined_constraint_is_another_and_the_package_keeps_its_names():
 
 def test_stability_has_the_depth_effect_in_full():
   """No division of F by the depth, no slower H_res, and a gradient norm of every update."""
-  runs = [resolve(config, 'd') for config in sweep.EXPERIMENTS['stability'](None)]
-  assert {run.model.depth for run in runs} == {4, 8, 16}
-  assert {run.model.depth_ratio for run in runs} == {1.0} and {run.model.width_ratio for run in runs} == {1.0}
-  assert {run.resolved['log']['every_steps'] for run in runs} == {1}
+  runs = sweep.EXPERIMENTS['stability'](None)
+  models = [build_model(config, 257) for config in runs]
+  assert {model.depth for model in models} == {4, 8, 16}
+  assert {model.depth_ratio for model in models} == {model.width_ratio for model in models} == {1.0}
+  assert {config.log.every_steps for config in runs} == {1}
 
 
 def test_factored_weights_have_learning_rates_of_their_own():

@@ -1,4 +1,4 @@
-"""The transformer against a textbook in numpy, and against itself: streams, scan, remat, start values."""
+"""The transformer against a textbook in numpy, and against itself: streams, scan, start values."""
 
 import dataclasses
 import functools
@@ -227,15 +227,6 @@ def test_a_python_loop_and_an_unrolled_scan_are_the_scan(x64, rng):
   assert 'unroll=1' in str(forward(scan).trace(params).jaxpr)
   assert 'unroll=2' in str(forward(unrolled).trace(params).jaxpr)
   assert 'length=2' not in str(forward(loop).trace(restacked(params, 2)).jaxpr)
-
-
-def test_remat_changes_nothing(x64, rng):
-  plain = model('mhc')
-  remat = dataclasses.replace(plain, remat='layer')
-  params = disturbed(initial(plain), rng)
-  close(gradients(remat)(params), gradients(plain)(params))
-  assert 'remat' in str(gradients(remat).trace(params).jaxpr)
-  assert 'remat' not in str(gradients(plain).trace(params).jaxpr)
 
 
 def without_generator(params, **replaced):

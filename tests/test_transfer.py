@@ -1,6 +1,6 @@
 """CompleteP (arXiv 2505.01618): activations and what training changes in them keep their size.
 
-The coordinate check of experiments/coordinate_check.py at three widths and three depths. With transfer the
+The coordinate check of experiments/coordinate_check.py at two widths and two depths. With transfer the
 size of every module's output stays the same; without, the streams grow with width and with depth.
 """
 
@@ -14,11 +14,11 @@ from experiments.coordinate_check import BASE, coordinates
 
 LR = 5e-2
 HC_LR = 1.6e-2  # hc's matrices are not bounded: at 5e-2 they leave the identity within four updates
-SIZES = {axis: sizes[:3] for axis, sizes in coordinate_check.SIZES.items()}
+SIZES = {axis: (sizes[0], sizes[2]) for axis, sizes in coordinate_check.SIZES.items()}
 
 
 def slopes(arm, axis, sizes, bases, lr=LR):
-  """d log(coordinate) / d log(width or depth) by least squares, for each coordinate."""
+  """d log(coordinate) / d log(width or depth), for each coordinate."""
   found = [coordinates(arm, size, base, lr) for size, base in zip(sizes, bases, strict=True)]
   at = np.log([size[list(SIZES).index(axis)] for size in sizes])
   return {name: np.polyfit(at, np.log([f[name][-1] for f in found]), 1)[0] for name in found[0]}
@@ -28,7 +28,7 @@ def slopes(arm, axis, sizes, bases, lr=LR):
 @pytest.mark.parametrize('arm', ('residual', 'mhc', 'identity'))
 def test_coordinates_keep_their_size_with_transfer(arm, axis):
   """0 in the limit; at these sizes, where terms of 1 / sqrt(width) are left, within 0.2."""
-  found = slopes(arm, axis, SIZES[axis], [BASE] * 3)
+  found = slopes(arm, axis, SIZES[axis], [BASE] * 2)
   assert max(map(abs, found.values())) < 0.2, found
 
 
@@ -39,7 +39,7 @@ def test_coordinates_of_hyper_connections_transfer_less_well_in_depth(axis, limi
   The slope is -0.62 if b_res and alpha_res keep lr, -0.34 at lr / m_L; the rest is phi's share of H_res.
   The logits do not see it: the final norm divides the streams' size out.
   """
-  found = slopes('hc', axis, SIZES[axis], [BASE] * 3, HC_LR)
+  found = slopes('hc', axis, SIZES[axis], [BASE] * 2, HC_LR)
   assert max(map(abs, found.values())) < limit, found
   assert abs(found['change of the logits']) < 0.2, found
 
@@ -47,13 +47,12 @@ def test_coordinates_of_hyper_connections_transfer_less_well_in_depth(axis, limi
 @pytest.mark.parametrize('arm,axis', (('residual', 'width'), ('residual', 'depth'), ('mhc', 'width')))
 def test_streams_grow_in_proportion_without_transfer(arm, axis):
   """Every size its own base, which turns the rules off and leaves the smallest model as it is."""
-  ends = (SIZES[axis][0], SIZES[axis][-1])
-  found = slopes(arm, axis, ends, ends)
+  found = slopes(arm, axis, SIZES[axis], SIZES[axis])
   assert min(found[name] for name in found if name.startswith('streams')) > 0.6, found
 
 
 def test_the_command_writes_what_the_figure_reads(tmp_path, monkeypatch, capsys):
-  monkeypatch.setattr(coordinate_check, 'SIZES', {axis: sizes[:2] for axis, sizes in SIZES.items()})
+  monkeypatch.setattr(coordinate_check, 'SIZES', SIZES)
   assert coordinate_check.main(['--arms', 'residual', '--lr', str(LR), '--out', str(tmp_path)]) == 0
   found = pd.read_csv(tmp_path / 'coordinates.csv')
   assert len(found) == 2 * 2 * 2 * 5 * 3
@@ -61,7 +60,7 @@ def test_the_command_writes_what_the_figure_reads(tmp_path, monkeypatch, capsys)
   assert len(start) == 8 and (start == 0).all()
   assert plots.main(['coordinates', str(tmp_path)]) == 0
   said = capsys.readouterr().out
-  slope = slopes('residual', 'width', SIZES['width'][:2], [BASE] * 2)['streams after attention']
+  slope = slopes('residual', 'width', SIZES['width'], [BASE] * 2)['streams after attention']
   drawn = pd.read_csv(tmp_path / 'figures' / 'coordinates.csv')
   own = drawn.query('axis == "width" and transfer and coordinate == "streams after attention"')
   np.testing.assert_allclose(own['slope'], slope, rtol=1e-5)
