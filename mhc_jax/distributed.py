@@ -28,6 +28,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mhc_jax.config import ConfigError
+from mhc_jax.sharding import BATCH
 
 _START_SECONDS = 300  # for all processes to arrive: images and environments load at different speeds
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -239,7 +240,7 @@ def local_rows(batch_size: int, mesh: Mesh) -> list[int]:
 
   Processes along an axis that does not split the batch hold, and so read, the same rows.
   """
-  axes = tuple(axis for axis in ('data', 'fsdp', 'expert') if axis in mesh.shape)
+  axes = tuple(axis for axis in BATCH if axis in mesh.shape)
   places = NamedSharding(mesh, P(axes)).addressable_devices_indices_map((batch_size,))
   return sorted({row for (rows,) in places.values() for row in range(*rows.indices(batch_size))})
 

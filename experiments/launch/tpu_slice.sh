@@ -27,7 +27,8 @@ case "${1:-}" in
     gcloud compute tpus tpu-vm scp "$archive" "$TPU:mhc_jax.tgz" --zone "$ZONE" --worker=all
     on_every_host 'mkdir -p mhc_jax && tar -C mhc_jax -xzf mhc_jax.tgz && cd mhc_jax && python3 -m pip install -q uv &&
       python3 -m uv venv -q --allow-existing --python 3.11 && # the hosts own Python may be older
-      python3 -m uv pip install -q -r requirements.txt -e ".[tpu,cloud]"'
+      python3 -m uv pip install -q -r requirements.txt && # first: the extras may move a pin
+      python3 -m uv pip install -q -e ".[tpu,cloud]"'
     ;;
   stop)
     on_every_host 'pkill -TERM -f "mhc_jax[.]train"'
