@@ -5,11 +5,11 @@ Where: after identify.py; the report tabulates them, and the figures of width an
 
 import dataclasses
 
-from analysis.compare import errors
-from analysis.estimate import fit
-from analysis.identify import Choice, choose_law, shape_law, verdicts
-from analysis.intervals import delta
-from analysis.laws import LAWS, ArmModel, Points
+from .compare import errors
+from .fitting.estimate import fit
+from .fitting.identify import Choice, choose_law, shape_law, verdicts
+from .fitting.intervals import delta
+from .fitting.laws import LAWS, ArmModel, Points
 
 
 @dataclasses.dataclass(frozen=True)

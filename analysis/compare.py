@@ -11,10 +11,11 @@ import dataclasses
 import numpy as np
 from scipy import linalg, stats
 
-from analysis.estimate import DELTA, Fit, fit
-from analysis.intervals import LEVEL, band, sandwich_covariance
-from analysis.laws import ArmModel, Design, Law, Points, design, predict
-from mhc_jax.config import ConfigError
+from mhc_jax.errors import ConfigError
+
+from .fitting.estimate import DELTA, Fit, fit
+from .fitting.intervals import LEVEL, band, sandwich_covariance
+from .fitting.laws import ArmModel, Design, Law, Points, design, predict
 
 CLUSTERS_PER_RESTRICTION = 4  # of the clustered F test
 
@@ -226,74 +227,3 @@ def _held_out(
   if len(rest) <= len(design(law, rest, arms).names):
     return None
   return _error(fit(rest, law, arms, loss, delta, start_count=0), held)
-
-
-@dataclasses.dataclass(frozen=True)
-class Gap:
-  """Loss of an arm minus the reference's over paired seeds at one size (nats, and as a ratio)."""
-
-  arm: str
-  size: str
-  log_flops: float
-  pairs: int
-  difference: float
-  ratio: float
-  low: float | None
-  high: float | None
-  ratio_low: float | None
-  ratio_high: float | None
-  flops_ratio: float
-  tokens_ratio: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Spread:
-  """Standard deviation of paired differences and ratios at one size, with its freedom."""
-
-  difference: float
-  ratio: float
-  freedom: int
-
-
-def pooled_spread(groups: list[tuple[np.ndarray, np.ndarray]]) -> Spread | None:
-  """Pools the within-group variance of own - other and own / other over groups of paired losses.
-
-  A group is one arm at one size: its seeds. None when no group has two seeds.
-  """
-  freedom = sum(len(own) - 1 for own, _ in groups)
-  if not freedom:
-    return None
-
-  def deviation(values: list[np.ndarray]) -> float:
-    return float(np.sqrt(sum(((v - v.mean()) ** 2).sum() for v in values) / freedom))
-
-  return Spread(
-    deviation([own - other for own, other in groups]),
-    deviation([own / other for own, other in groups]),
-    freedom,
-  )
-
-
-def paired_gap(
-  arm: str,
-  size: str,
-  losses: tuple[np.ndarray, np.ndarray],
-  flops: np.ndarray,
-  costs: tuple[np.ndarray, np.ndarray],
-  spread: Spread | None,
-  level: float = LEVEL,
-) -> Gap:
-  """Gap of one arm at one size from the paired losses (own, other) of its seeds.
-
-  The interval is Student's t with the pooled spread; without a spread there is none.
-  costs: (FLOPs, tokens) of the arm over the reference's, per pair.
-  """
-  own, other = losses
-  gap, ratio = float((own - other).mean()), float((own / other).mean())
-  ends = [None] * 4
-  if spread is not None:
-    quantile = float(stats.t.ppf(0.5 + level / 2, spread.freedom)) / np.sqrt(len(own))
-    ends = [gap - quantile * spread.difference, gap + quantile * spread.difference]
-    ends += [ratio - quantile * spread.ratio, ratio + quantile * spread.ratio]
-  cost = [float(np.exp(np.log(c).mean())) for c in costs]
-  return Gap(arm, size, float(np.log(flops).mean()), len(own), gap, ratio, *ends, *cost)

@@ -22,9 +22,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from analysis.estimate import DELTA, Fit, fit
-from analysis.intervals import band, bootstrap, delta, percentile
-from analysis.laws import LAWS, ArmModel, Points
+from .fitting.estimate import DELTA, Fit, fit
+from .fitting.intervals import band, bootstrap, delta, percentile
+from .fitting.laws import LAWS, ArmModel, Points
 
 EXAMPLES = """examples:
   python -m analysis.coverage --simulations 1000 --seed 0

@@ -5,31 +5,19 @@ Where: the command line of estimate.py and intervals.py; `document` is also what
 
 import argparse
 import json
-import math
 import sys
 from pathlib import Path
 
-import numpy as np
+from mhc_jax.command import check_folder
+from mhc_jax.errors import ConfigError
 
-from analysis.compare import nested, rollout
-from analysis.estimate import DELTA, Fit, fit
-from analysis.identify import doubts, verdicts
-from analysis.intervals import (
-  LEVEL,
-  bootstrap,
-  clusters,
-  coverage_caveat,
-  delta,
-  derived,
-  noise,
-  percentile,
-  preferred,
-)
-from analysis.laws import LAWS, ArmModel
-from analysis.points import check_folder, drop_highest, parse_columns, read_points
-from analysis.predict import parse_point, prediction
-from analysis.solve import LOSSES
-from mhc_jax.config import ConfigError
+from .compare import nested, rollout
+from .fitting.document import document, json_ready
+from .fitting.estimate import DELTA, fit
+from .fitting.laws import LAWS, ArmModel
+from .fitting.points import drop_highest, parse_columns, read_points
+from .fitting.prediction import parse_point, prediction
+from .fitting.solve import LOSSES
 
 EXAMPLES = """examples:
   python -m analysis.fit points.csv --law chinchilla --columns N=params,D=tokens,loss=loss
@@ -39,89 +27,6 @@ EXAMPLES = """examples:
       --loss huber --delta 0.001 --resamples 2000 --predict N=7e10,D=1.4e12
   python -m analysis.fit points.csv --columns N=params,D=tokens,loss=loss,arm=model,axis:rank=r
 """
-
-
-def json_ready(value: object) -> object:
-  """Plain JSON types: arrays to lists, infinities and NaN to null."""
-  if isinstance(value, dict):
-    return {str(k): json_ready(v) for k, v in value.items()}
-  if isinstance(value, list | tuple | np.ndarray):
-    return [json_ready(v) for v in value]
-  if isinstance(value, np.generic):
-    return json_ready(value.item())
-  if isinstance(value, float) and not math.isfinite(value):
-    return None
-  return value
-
-
-def document(fitted: Fit, resamples: int = 0, progress: bool = False, seed: int = 0) -> dict[str, object]:
-  """Everything about one fit as JSON types: parameters at the top level, then how it was found.
-
-  A parameter that identify.py does not let through is null, with the reason under `verdicts`.
-  """
-  values = fitted.parameters | derived(fitted, fitted.theta_P)
-  by_method, redrawn = {'delta': delta(fitted)}, {}
-  if resamples:
-    kinds = ('case', 'cluster') if clusters(fitted.points) < len(fitted.points) else ('case',)
-    for kind in kinds:
-      sample = bootstrap(fitted, resamples, kind == 'cluster', seed, progress)
-      by_method[f'{kind}_bootstrap'] = percentile(fitted, sample)
-      redrawn[f'{kind}_bootstrap'] = sample.redrawn
-  method = preferred(fitted, tuple(by_method))
-  reasons = verdicts(fitted, by_method[method])
-  show = {name: reasons[name] is None for name in values}
-  shown = {name: {k: v if show[k] else None for k, v in ends.items()} for name, ends in by_method.items()}
-  return json_ready(
-    {name: value if show[name] else None for name, value in values.items()}
-    | {
-      'objective': fitted.objective,
-      'n_points': len(fitted.points),
-      'intervals': shown[method],
-      'flags': list(fitted.flags),
-      'doubts': doubts(fitted),
-      'verdicts': {k: v for k, v in reasons.items() if v is not None},
-      'law': fitted.law.name,
-      'formula': fitted.law.formula,
-      'level': LEVEL,
-      'interval_method': method,
-      'intervals_by_method': shown,
-      'resamples': resamples,
-      'redrawn': redrawn,
-      'caveat': coverage_caveat(fitted),
-    }
-    | diagnostics(fitted)
-  )
-
-
-def diagnostics(fitted: Fit) -> dict[str, object]:
-  """How a fit was made and how far it can be trusted."""
-  rows = zip(fitted.points.run.tolist(), fitted.influence_R, fitted.shift_RP, strict=True)
-  return {
-    'degrees_of_freedom': fitted.degrees_of_freedom,
-    'loss': fitted.problem.kind,
-    'delta': fitted.problem.delta,
-    'reference': fitted.design.arms.reference,
-    'within_cluster_correlation': noise(fitted).correlation,
-    'optimiser': {
-      'converged': fitted.converged,
-      'starts': fitted.starts,
-      'starts_at_optimum': fitted.starts_at_optimum,
-      'moved_from_init': fitted.moved_from_init,
-    },
-    'condition_number': fitted.condition,
-    'correlation': {
-      'parameters': list(fitted.theta_names),
-      'matrix': np.round(fitted.correlation_PP, 4),
-    },
-    'influence': [
-      {
-        'run': run,
-        'cooks_distance': float(f'{cook:.4g}'),
-        'shift_in_standard_errors': dict(zip(fitted.theta_names, shift_P.round(3), strict=True)),
-      }
-      for run, cook, shift_P in rows
-    ],
-  }
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -8,10 +8,10 @@ import dataclasses
 import numpy as np
 import pandas as pd
 
-from analysis.estimate import Fit, fit
-from analysis.identify import verdicts
-from analysis.intervals import delta
-from analysis.laws import ArmModel
+from .fitting.estimate import Fit, fit
+from .fitting.identify import verdicts
+from .fitting.intervals import delta
+from .fitting.laws import ArmModel
 
 UNITS = ('equal_tokens', 'seconds')
 

@@ -8,15 +8,17 @@ import argparse
 import sys
 from pathlib import Path
 
-from analysis import coordinate_figure, router_figure
-from analysis.all_figures import draw_all
-from analysis.draw import Panel
-from analysis.points import check_folder
-from analysis.runs import Sweep, read_sweep
-from analysis.selection import PARAMS
-from analysis.study import study
-from analysis.tables import ablation, final_losses
-from mhc_jax.config import ConfigError
+from mhc_jax.command import check_folder
+from mhc_jax.errors import ConfigError
+
+from .figures import coordinates as coordinate_figure
+from .figures import router as router_figure
+from .figures.catalogue import draw_all
+from .figures.draw import Panel
+from .runs import Sweep, read_sweep
+from .selection import PARAMS
+from .study import study
+from .tables import ablation, final_losses
 
 EXAMPLES = """examples:
   python -m analysis.plots paper runs/quick

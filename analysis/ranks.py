@@ -9,12 +9,12 @@ import dataclasses
 import numpy as np
 import pandas as pd
 
-from analysis import selection
-from analysis.compare import clustered_f, split_levels
-from analysis.estimate import Fit, fit
-from analysis.identify import MIN_LEVELS, MIN_SIZES, verdicts
-from analysis.intervals import delta
-from analysis.laws import ArmModel, Law, Points, Term
+from . import selection
+from .compare import clustered_f, split_levels
+from .fitting.estimate import Fit, fit
+from .fitting.identify import MIN_LEVELS, MIN_SIZES, verdicts
+from .fitting.intervals import delta
+from .fitting.laws import ArmModel, Law, Points, Term
 
 OWN_LAW = Law('rank', 'L = a + b r^-phi', (Term('A', 'power', (('r', 1.0),), 1.0),))
 

@@ -8,12 +8,13 @@ import json
 import sys
 from pathlib import Path
 
-from analysis.all_figures import draw_all
-from analysis.page import headline_text, write_page
-from analysis.runs import read_sweep
-from analysis.selection import PARAMS
-from analysis.study import fits_json, study
-from mhc_jax.config import ConfigError
+from mhc_jax.errors import ConfigError
+
+from .figures.catalogue import draw_all
+from .page.write import headline_text, write_page
+from .runs import read_sweep
+from .selection import PARAMS
+from .study import fits_json, study
 
 EXAMPLES = """examples:
   python -m analysis.report runs/quick

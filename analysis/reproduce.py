@@ -15,12 +15,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from analysis.estimate import DELTA, fit
-from analysis.intervals import bootstrap, derived, percentile
-from analysis.isoflop import METHODS, isoflop, power_law
-from analysis.laws import LAWS, ArmModel
-from analysis.points import drop_highest, parse_columns, read_points, read_table
-from mhc_jax.config import ConfigError
+from mhc_jax.errors import ConfigError
+
+from .fitting.estimate import DELTA, fit
+from .fitting.intervals import bootstrap, derived, percentile
+from .fitting.laws import LAWS, ArmModel
+from .fitting.points import drop_highest, parse_columns, read_points, read_table
+from .minima import METHODS, isoflop, power_law
 
 EXAMPLES = """examples:
   python -m analysis.reproduce chinchilla_besiroglu.csv \\

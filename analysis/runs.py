@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from mhc_jax.config import ConfigError
+from mhc_jax.errors import ConfigError
 
 LOSS = 'validation/loss'
 

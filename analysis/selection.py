@@ -7,9 +7,10 @@ table's column `excluded`; nothing is dropped without one.
 import numpy as np
 import pandas as pd
 
-from analysis.laws import Points
-from analysis.points import completed
-from mhc_jax.config import ConfigError
+from mhc_jax.errors import ConfigError
+
+from .fitting.laws import Points
+from .fitting.points import completed
 
 AXIS_FIELD = {
   'connection_rank': 'connection.rank',
@@ -187,45 +188,6 @@ def reference_arm(t: pd.DataFrame, wanted: str | None = None) -> str | None:
     return None
   residual = inside[inside['connection_name'] == 'residual']
   return (residual if len(residual) else inside)['arm'].iloc[0]
-
-
-def pair_up(t: pd.DataFrame, reference: str) -> dict[str, pd.DataFrame]:
-  """Arm -> pairs with the reference: same size and seed, and equal budget, tokens or FLOPs.
-
-  Columns: size, seed, duration; run_id, validation_loss, flops and tokens of the arm (suffix _own)
-  and of the reference (_ref). Of several partners the one nearest in tokens counts.
-  """
-  inside = t[t['paired']]
-  base = inside[inside['arm'] == reference]
-  out = {}
-  for arm in dict.fromkeys(inside['arm']):
-    rows = []
-    for _, own in inside[inside['arm'] == arm].iterrows():
-      partners = base[(base['size'] == own['size']) & (base['seed'] == own['seed'])]
-      best = _partner(own, partners)
-      if best is not None and arm != reference:
-        keys = ('run_id', 'validation_loss', 'flops', 'tokens')
-        rows.append(
-          {name: own[name] for name in ('size', 'seed', 'duration')}
-          | {f'{k}_own': own[k] for k in keys}
-          | {f'{k}_ref': best[k] for k in keys}
-        )
-    if rows:
-      out[arm] = pd.DataFrame(rows)
-  return out
-
-
-def _partner(own: pd.Series, partners: pd.DataFrame) -> pd.Series | None:
-  def close(name: str) -> pd.Series:
-    return np.abs(np.log(partners[name] / own[name])) < 0.05
-
-  if not len(partners):
-    return None
-  fits = (partners['duration'] == own['duration']) | close('tokens') | close('flops')
-  partners = partners[fits]
-  if not len(partners):
-    return None
-  return partners.loc[np.abs(np.log(partners['tokens'] / own['tokens'])).idxmin()]
 
 
 def largest(t: pd.DataFrame, reference: str | None) -> pd.DataFrame:

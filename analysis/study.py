@@ -9,17 +9,18 @@ import dataclasses
 import numpy as np
 import pandas as pd
 
-from analysis import selection
-from analysis.alternatives import Alternative, alternatives
-from analysis.compare import Candidate, Gap, RolloutStep, nested, paired_gap, pooled_spread, rollout
-from analysis.estimate import Fit, fit
-from analysis.fit import document, json_ready
-from analysis.identify import RULES, Choice, choose_law, verdicts
-from analysis.laws import ArmModel, Points
-from analysis.learning_rate import RateSweep, rate_sweeps
-from analysis.multipliers import Multiplier, multipliers
-from analysis.ranks import RankSweep, rank_sweeps
-from analysis.runs import Sweep
+from . import selection
+from .alternatives import Alternative, alternatives
+from .compare import Candidate, RolloutStep, nested, rollout
+from .fitting.document import document, json_ready
+from .fitting.estimate import Fit, fit
+from .fitting.identify import RULES, Choice, choose_law, verdicts
+from .fitting.laws import ArmModel, Points
+from .gaps import Gap, gaps
+from .multipliers import Multiplier, multipliers
+from .ranks import RankSweep, rank_sweeps
+from .rates import RateSweep, rate_sweeps
+from .runs import Sweep
 
 DELTA = 'auto'  # report: Huber's width follows the noise (estimate.make_problem)
 
@@ -131,29 +132,6 @@ def sensitivity(fitted: Fit | None, inside: pd.DataFrame, params: str) -> list[d
     shown = {k: v if allowed[k] is None else None for k, v in other.parameters.items()}
     out.append({'choice': label} | shown)
   return out
-
-
-def gaps(table: pd.DataFrame, reference: str | None) -> list[Gap]:
-  """Paired gaps to the reference of every arm, smallest size first; the spread of the paired
-  differences is pooled over all arms and sizes, since one arm has too few seeds for its own.
-  """
-  if reference is None:
-    return []
-  groups = []
-  for arm, pairs in selection.pair_up(table, reference).items():
-    groups += [(arm, size, rows) for size, rows in pairs.groupby(['size', 'duration'], sort=False)]
-  losses = [_both(rows, 'validation_loss') for *_, rows in groups]
-  spread = pooled_spread(losses)
-  out = []
-  for (arm, (size, _), rows), loss in zip(groups, losses, strict=True):
-    flops, tokens = _both(rows, 'flops'), _both(rows, 'tokens')
-    costs = (flops[0] / flops[1], tokens[0] / tokens[1])
-    out.append(paired_gap(arm, size, loss, flops[0], costs, spread))
-  return sorted(out, key=lambda g: (g.arm, g.log_flops))
-
-
-def _both(pairs: pd.DataFrame, name: str) -> tuple[np.ndarray, np.ndarray]:
-  return pairs[f'{name}_own'].to_numpy(float), pairs[f'{name}_ref'].to_numpy(float)
 
 
 def fits_json(s: Study) -> dict[str, object]:

@@ -6,8 +6,8 @@ Where: Study -> here -> page.py and `python -m analysis.plots paper`.
 import numpy as np
 import pandas as pd
 
-from analysis.selection import largest
-from analysis.study import Study
+from .selection import largest
+from .study import Study
 
 
 def final_losses(s: Study) -> pd.DataFrame:

@@ -12,8 +12,8 @@ reads, which a norm follows. HC's differ because its H_res may scale.
 
 from ml_collections import ConfigDict
 
-from experiments import protocol
-from experiments.quick import LEARNING_RATES
+from . import protocol
+from .protocol import LEARNING_RATES
 
 OFF = {
   'res': {'constraint': 'identity'},

@@ -24,8 +24,9 @@ import pandas as pd
 from tqdm import tqdm
 
 from mhc_jax import optimizer as optim
-from mhc_jax.config import base_config, build_model, build_optimizer
+from mhc_jax.config import base_config, build_optimizer
 from mhc_jax.model import Transformer, loss_sums
+from mhc_jax.model_config import build_model
 from mhc_jax.train_step import init_state
 
 VOCAB, B, T = 32, 4, 8

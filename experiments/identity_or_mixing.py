@@ -11,7 +11,7 @@ Every arm runs at every learning rate of the grid and every seed, so that each i
 
 from ml_collections import ConfigDict
 
-from experiments import protocol
+from . import protocol
 
 CONSTRAINTS = (
   'identity',

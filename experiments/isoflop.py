@@ -8,7 +8,7 @@ Widths at one depth, each trained for the same FLOPs (connections included), two
 
 from ml_collections import ConfigDict
 
-from experiments import protocol
+from . import protocol
 
 SIZES = {
   'small': {'depth': 2, 'head': 8, 'widths': (16, 24, 32, 48, 64)},

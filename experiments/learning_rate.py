@@ -8,7 +8,7 @@ import itertools
 
 from ml_collections import ConfigDict
 
-from experiments import quick
+from . import quick
 
 GRID = (8e-3, 1.6e-2, 3.2e-2, 6.4e-2)
 SIZES = (quick.SIZES[0], (64, 4))

@@ -56,3 +56,6 @@ def config(
 def locked(configs: list[ConfigDict]) -> list[ConfigDict]:
   """The same configs, ready to be planned."""
   return [c.lock() for c in configs]
+
+
+LEARNING_RATES = {'residual': 1.6e-2, 'hc': 3.2e-2, 'mhc': 1.6e-2, 'identity': 1.6e-2}

@@ -7,14 +7,16 @@ Learning rates come from experiments/learning_rate.py (experiments/LOG.md).
 
 from ml_collections import ConfigDict
 
-from mhc_jax.config import base_config, build_model
+from mhc_jax.config import base_config
 from mhc_jax.cost import parameters
 from mhc_jax.data import VOCAB_SIZE
+from mhc_jax.model_config import build_model
+
+from .protocol import LEARNING_RATES
 
 # (width, depth): width and depth vary on their own and together.
 SIZES = ((32, 2), (32, 4), (64, 2), (48, 4), (64, 4))
 TOKENS_PER_PARAM = 3
-LEARNING_RATES = {'residual': 1.6e-2, 'hc': 3.2e-2, 'mhc': 1.6e-2, 'identity': 1.6e-2}
 RANK_SIZE = (32, 2)
 GENERATOR_RANKS = (1, 2, 4)
 STREAMS = (1, 2, 8)  # besides 4

@@ -10,7 +10,7 @@ so these run at three.
 
 from ml_collections import ConfigDict
 
-from experiments import protocol
+from . import protocol
 
 GENERATOR_RANKS = (1, 2, 4, 8)  # of 24 at n = 4
 STREAMS = (1, 2, 8)  # besides 4

@@ -9,7 +9,7 @@ shows what the balancing does. Every update logs the load of each layer's fulles
 
 from ml_collections import ConfigDict
 
-from experiments import protocol
+from . import protocol
 
 ARMS = {
   'sigmoid': {},

@@ -11,7 +11,7 @@ metrics; a diverged run ends as such and stays in the results.
 
 from ml_collections import ConfigDict
 
-from experiments import protocol
+from . import protocol
 
 ARMS = {
   'residual': {'name': 'residual'},

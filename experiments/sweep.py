@@ -17,10 +17,12 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from experiments import ablation, identity_or_mixing, isoflop, learning_rate, quick, rank, router, stability
-from experiments.workers import corpus_of, execute
-from mhc_jax.config import ConfigError
-from mhc_jax.log import ENDED, read_status, write_json
+from mhc_jax.errors import ConfigError
+from mhc_jax.storage import write_json
+from mhc_jax.workdir import ENDED, read_status
+
+from . import ablation, identity_or_mixing, isoflop, learning_rate, quick, rank, router, stability
+from .workers import corpus_of, execute
 
 EXPERIMENTS: dict[str, Callable[[str | None], list[ConfigDict]]] = {
   'quick': quick.runs,
@@ -41,7 +43,7 @@ def plan(name: str) -> tuple[list[ConfigDict], list[Any]]:
 
   Raises ConfigError for an unknown experiment, an invalid config, or two equal runs.
   """
-  from mhc_jax.run import resolve
+  from mhc_jax.plan import resolve
   from mhc_jax.sharding import make_mesh
   from mhc_jax.train import load_data
 
@@ -127,7 +129,7 @@ def _flops_per_second(planned: list[Any], folder: str) -> float:
 
 def warn_of_mixtures(planned: list[Any], folder: str) -> None:
   """Says on stderr where ended runs come from other code or versions than this process."""
-  from mhc_jax.run import git_revision, versions
+  from mhc_jax.workdir import git_revision, versions
 
   now = {'git revision': git_revision(), 'versions': versions()}
   for run in planned:

@@ -21,8 +21,9 @@ import filelock
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from mhc_jax.config import BusyError
-from mhc_jax.log import ENDED, read_status, write_json
+from mhc_jax.errors import BusyError
+from mhc_jax.storage import write_json
+from mhc_jax.workdir import ENDED, read_status
 
 ONE_THREAD = '--xla_cpu_multi_thread_eigen=false'
 
@@ -45,8 +46,8 @@ def shapes(run: Any) -> tuple[Any, ...]:
 def run_group(configs: list[ConfigDict], folder: str, quiet: bool) -> list[tuple[str, str]]:
   """Trains runs of equal shapes one after another; returns (run_id, state) of each."""
   from mhc_jax import train
-  from mhc_jax.command import FULL_DISK
-  from mhc_jax.run import resolve
+  from mhc_jax.errors import FULL_DISK
+  from mhc_jax.plan import resolve
 
   ended = []
   for config in configs:

@@ -17,13 +17,11 @@ import contextlib
 import errno
 import gc
 import json
-import logging
 import os
 import re
 import shutil
 import sys
 import time
-import traceback
 import warnings
 import zlib
 from collections.abc import Sequence
@@ -34,8 +32,9 @@ from etils import epath
 
 from mhc_jax import storage
 from mhc_jax.checksum import leaf_checksums
-from mhc_jax.config import ConfigError
 from mhc_jax.distributed import any_process, require_same
+from mhc_jax.errors import CheckpointError, ConfigError
+from mhc_jax.orbax_patches import quieten_orbax
 
 PyTree = Any
 
@@ -45,11 +44,6 @@ _HALF_WRITTEN = '.orbax-checkpoint-tmp'  # in the name of a local step that is b
 _COMMITTED = 'commit_success.txt'  # in a remote step that is whole: object stores cannot rename folders
 # Tensorstore's names for a store that cannot be reached, as opposed to one that holds something else.
 _TROUBLE = re.compile('UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|PERMISSION_DENIED|UNAUTHENTICATED')
-_ORBAX = re.compile('orbax|tensorstore|OCDBT')  # in the log lines and module paths of orbax alone
-
-
-class CheckpointError(OSError):
-  """Checkpoints exist but none can be trusted; the message is one line that says what to do."""
 
 
 class Checkpoints:
@@ -232,7 +226,7 @@ class Checkpoints:
     return state, manifest
 
   def _prepare_orbax(self) -> None:
-    _quieten_orbax()
+    quieten_orbax()
     if self._remote:
       storage.teach_orbax_s3()
 
@@ -366,31 +360,3 @@ def _require_structure(saved: dict, target: PyTree, only_part: bool, directory: 
         f'the checkpoints in {directory} are of another model or optimizer: {name} is '
         f'{there or "absent"} there and {here or "absent"} in this run; use another workdir'
       )
-
-
-def _quieten_orbax() -> None:
-  """Keeps orbax's own words off stderr, once per process; its errors reach the caller as raised.
-
-  Sources: absl's log (a full traceback for every failed write); and, after the first of several
-  failed transfers, the others, which report to asyncio, or to an event loop already closed.
-  """
-  if _not_from_orbax in logging.getLogger('absl').filters:
-    return
-  for name in ('absl', 'asyncio'):
-    logging.getLogger(name).addFilter(_not_from_orbax)
-  earlier_hook = sys.unraisablehook
-
-  def hook(unraisable) -> None:
-    late_write = unraisable.object is None and str(unraisable.exc_value) == 'Event loop is closed'
-    coroutine = getattr(unraisable.object, 'cr_code', None)
-    late_read = coroutine is not None and bool(_ORBAX.search(coroutine.co_filename))
-    if not (late_write or late_read):
-      earlier_hook(unraisable)
-
-  sys.unraisablehook = hook
-
-
-def _not_from_orbax(record: logging.LogRecord) -> bool:
-  frames = traceback.extract_tb(record.exc_info[2]) if record.exc_info else []
-  text = ' '.join([record.pathname, record.getMessage(), *(frame.filename for frame in frames)])
-  return not _ORBAX.search(text)

@@ -1,14 +1,11 @@
 """How commands end: mistakes and full disks in one line, with an exit code."""
 
-import errno
+import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
-from mhc_jax.checkpoint import CheckpointError
-from mhc_jax.config import ConfigError
-from mhc_jax.storage import StorageError
-
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+from mhc_jax.errors import FULL_DISK, CheckpointError, ConfigError, StorageError
 
 
 def end_with_message(main: Callable[[], int]) -> int:
@@ -33,3 +30,10 @@ def end_with_message(main: Callable[[], int]) -> int:
       file=sys.stderr,
     )
     return 1
+
+
+def check_folder(folder: Path, option: str) -> None:
+  """Raises ConfigError where the folder that `option` names cannot be made or written to; makes nothing."""
+  nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+  if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+    raise ConfigError(f'{option}: {nearest} is not a folder that can be written to')

@@ -9,7 +9,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from mhc_jax.config import ConfigError, base_config, require
+from mhc_jax.config import base_config
+from mhc_jax.errors import ConfigError, require
 
 
 def parse(path: str, overrides: list[str]) -> ConfigDict:

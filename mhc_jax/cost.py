@@ -7,9 +7,9 @@ sublayer), except the connection's own norm. XLA's count of matrix products equa
 products (tests/test_cost.py).
 """
 
-from mhc_jax.config import ModelConfig
 from mhc_jax.generator import cp_shapes
-from mhc_jax.layers.moe import buffer_rows
+from mhc_jax.layers.grouped_experts import buffer_rows
+from mhc_jax.model_config import ModelConfig
 
 
 def parameters(c: ModelConfig) -> dict[str, int]:

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mhc_jax.config import ModelConfig
 from mhc_jax.connection import Gate
 from mhc_jax.constraints.spectra import singular_values
+from mhc_jax.model_config import ModelConfig
 
 
 def interleave(records: list[dict[str, jax.Array]], name: str) -> jax.Array | None:

@@ -24,11 +24,8 @@ from collections.abc import Callable, Iterator
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
-from mhc_jax.config import ConfigError
-from mhc_jax.sharding import BATCH
+from mhc_jax.errors import ConfigError
 
 _START_SECONDS = 300  # for all processes to arrive: images and environments load at different speeds
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -233,16 +230,6 @@ def require_same(what: str, value: str) -> None:
   different = [i for i, other in enumerate(found) if (other != found[0]).any()]
   if different:
     raise ConfigError(f'process {different[0]} has another {what} than process 0')
-
-
-def local_rows(batch_size: int, mesh: Mesh) -> list[int]:
-  """Rows of a global batch that lie on this process's devices, ascending.
-
-  Processes along an axis that does not split the batch hold, and so read, the same rows.
-  """
-  axes = tuple(axis for axis in BATCH if axis in mesh.shape)
-  places = NamedSharding(mesh, P(axes)).addressable_devices_indices_map((batch_size,))
-  return sorted({row for (rows,) in places.values() for row in range(*rows.indices(batch_size))})
 
 
 @contextlib.contextmanager

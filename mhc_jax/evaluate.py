@@ -6,23 +6,38 @@ python -m mhc_jax.evaluate runs/laptop --prompt 'def main' --bytes 400 --tempera
 
 import argparse
 import functools
+import math
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
-from mhc_jax import train
+from mhc_jax import distributed
 from mhc_jax.checkpoint import Checkpoints
 from mhc_jax.command import end_with_message
-from mhc_jax.config import ConfigError, ModelConfig
 from mhc_jax.constraints.base import Constraint
-from mhc_jax.data import BOS, VOCAB_SIZE, Corpus, decode, encode, load_corpus, validation_batches, windows
+from mhc_jax.data import (
+  BOS,
+  VOCAB_SIZE,
+  Corpus,
+  Windows,
+  decode,
+  encode,
+  load_corpus,
+  validation_batches,
+  windows,
+)
+from mhc_jax.errors import ConfigError
 from mhc_jax.model import Transformer
-from mhc_jax.run import read_config, rebuild_model
+from mhc_jax.model_config import ModelConfig
+from mhc_jax.plan import Run, rebuild_model
 from mhc_jax.sharding import make_mesh, put_batch
-from mhc_jax.train_step import evaluate_sums
+from mhc_jax.train_step import Batch, evaluate_sums
+from mhc_jax.workdir import read_config
 
 
 def load(workdir: str, constraint: Constraint | None = None) -> tuple[dict[str, Any], ModelConfig, int, Any]:
@@ -54,7 +69,7 @@ def validation(resolved: dict[str, Any], model: ModelConfig, params: Any, corpus
     for batch in validation_batches(split, c['batch_size'], c['sequences'] // c['batch_size'])
   ]
   evaluate = jax.jit(functools.partial(evaluate_sums, model=model))
-  return train.validation_loss(evaluate, params, batches, corpus.bytes_per_token)
+  return validation_loss(evaluate, params, batches, corpus.bytes_per_token)
 
 
 def sample(
@@ -111,3 +126,24 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == '__main__':
   sys.exit(end_with_message(main))
+
+
+def validation_loss(
+  evaluate: Callable, params: Any, batches: list[Batch], bytes_per_token: float
+) -> dict[str, float]:
+  """Nats per predicted token and bits per byte over the batches, each token weighing the same."""
+  sums = jax.device_get([evaluate(params, batch) for batch in batches])
+  total, count = (math.fsum(float(pair[i]) for pair in sums) for i in (0, 1))
+  return {
+    'validation/loss': total / count,
+    'validation/bits_per_byte': total / count / math.log(2) / bytes_per_token,
+  }
+
+
+def validation_arrays(run: Run, validation: Windows, mesh: Mesh) -> list[Batch]:
+  """The validation batches, on the devices: the same for every run."""
+  c = run.resolved['evaluation']
+  count = c['sequences'] // c['batch_size']
+  rows = distributed.local_rows(c['batch_size'], mesh)
+  batches = validation_batches(validation, c['batch_size'], count, rows)
+  return [put_batch(batch, mesh) for batch in batches]

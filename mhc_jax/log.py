@@ -6,7 +6,6 @@ no train/. In a remote workdir (storage.py) it is as of the last checkpoint.
 """
 
 import json
-import math
 import os
 import sys
 import time
@@ -16,27 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from mhc_jax import storage
-
-ENDED = ('finished', 'diverged')
-
-
-def read_status(workdir: str) -> dict[str, Any]:
-  """A run's status.json; {'state': 'missing'} if there is none."""
-  return storage.read_json(os.path.join(workdir, 'status.json')) or {'state': 'missing'}
-
-
-def write_json(path: str, value: Any) -> None:
-  """Writes JSON so that the file is always whole."""
-  storage.write_text(path, json.dumps(finite(value), indent=1) + '\n')
-
-
-def finite(value: Any) -> Any:
-  """The value with non-finite floats as None, so that it is valid JSON."""
-  if isinstance(value, dict):
-    return {key: finite(item) for key, item in value.items()}
-  if isinstance(value, list | tuple):
-    return [finite(item) for item in value]
-  return None if isinstance(value, float) and not math.isfinite(value) else value
+from mhc_jax.storage import finite
 
 
 class MetricsLog:

@@ -19,6 +19,8 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from mhc_jax.parameters import matches, path_name
+
 Projection = Callable[[jax.Array], jax.Array]  # (m, n) -> (m, n)
 
 
@@ -87,23 +89,6 @@ PROJECTIONS: dict[str, Callable[[float | None], Projection]] = {
   'doubly_stochastic': lambda _: doubly_stochastic,
 }
 MANIFOLDS = (*PROJECTIONS, 'loro', 'manifold_muon')
-
-
-def path_name(path: tuple[Any, ...]) -> str:
-  """'layers/attention/query/w' from a tree path."""
-  return '/'.join(str(getattr(key, 'key', key)) for key in path)
-
-
-def matches(pattern: str, params: Any) -> Any:
-  """A tree of booleans: whose path matches the whole pattern. Raises ValueError where none does."""
-
-  def match(path, _):
-    return bool(re.fullmatch(pattern, path_name(path)))
-
-  found = jax.tree_util.tree_map_with_path(match, params)
-  if not any(jax.tree.leaves(found)):
-    raise ValueError(f'no parameter matches {pattern!r}')
-  return found
 
 
 def fixed_rank_start(w_MN: jax.Array, rank: int) -> jax.Array:

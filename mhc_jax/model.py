@@ -16,12 +16,15 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from mhc_jax import hyper_connection as hc
-from mhc_jax.config import ModelConfig
-from mhc_jax.layers.attention import causal_mask
+from mhc_jax.layers.attention import Attention, causal_mask
+from mhc_jax.layers.feed_forward import FeedForward
+from mhc_jax.layers.latent_attention import LatentAttention
+from mhc_jax.layers.linear import normal, ones
+from mhc_jax.layers.moe import MixtureOfExperts
 from mhc_jax.layers.norm import rms_norm
+from mhc_jax.model_config import ModelConfig
 from mhc_jax.recompute import block_layers, scan_blocks
 from mhc_jax.sharding import constrain, token_local
-from mhc_jax.sublayers import Attention, FeedForward, LatentAttention, MixtureOfExperts, normal, ones
 
 
 class Block(nn.Module):

@@ -10,7 +10,6 @@ grows with depth unless b_res and alpha_res learn with lr / m_L.
 """
 
 import functools
-import re
 from typing import Any
 
 import jax
@@ -18,42 +17,9 @@ import jax.numpy as jnp
 import optax
 
 from mhc_jax import manifold_updates
-from mhc_jax.config import ModelConfig, OptimizerConfig
-from mhc_jax.manifold_updates import matches, path_name
-
-# (regular expression on the parameter's path, kind); the first match counts and every parameter must match.
-# hidden: lr / m_N, decay * m_N. plain: lr, decay. scalar: lr, no decay. mixing: lr / m_L, no decay.
-# frozen: no update at all; train_step moves a router's bias by the loads.
-GROUPS: tuple[tuple[str, str], ...] = (
-  (r'embedding', 'plain'),
-  (r'unembedding', 'plain'),
-  (r'(.*/)?(final_|latent_)?norm', 'scalar'),
-  (r'.*_connection/(b|alpha)_res', 'mixing'),
-  (r'.*_connection/((b|alpha)_\w+|norm_weight)', 'scalar'),
-  (r'.*_connection/(phi(_in|_\w+_width)?|read_down)', 'hidden'),
-  (r'.*_connection/(phi_(out|\w+_(stream|out|row|column))|read_up)', 'plain'),
-  (r'expansion/scale', 'scalar'),
-  (r'collapse/phi', 'hidden'),
-  (r'collapse/(alpha|b)', 'scalar'),
-  (r'.*/attention/kv_up/[wuv]', 'plain'),  # its fan-in is the latent's rank, whatever the width
-  (r'.*/feed_forward/router', 'plain'),  # output-like: see the module in sublayers.py
-  (r'.*/feed_forward/router_bias', 'frozen'),
-  (r'.*/feed_forward/expert_(gate|up|down)', 'hidden'),  # fan-in of one expert
-  (r'.*/(attention|feed_forward)/\w+/[wu]', 'hidden'),
-  (r'.*/(attention|feed_forward)/\w+/v', 'plain'),
-)
-
-
-def groups(params: Any) -> Any:
-  """The kind of every parameter, as a tree; raises ValueError for one that no expression matches."""
-
-  def kind(path: tuple[Any, ...], _: Any) -> str:
-    for pattern, name in GROUPS:
-      if re.fullmatch(pattern, path_name(path)):
-        return name
-    raise ValueError(f'optimizer.GROUPS has no line for parameter {path_name(path)!r}')
-
-  return jax.tree_util.tree_map_with_path(kind, params)
+from mhc_jax.config import OptimizerConfig
+from mhc_jax.model_config import ModelConfig
+from mhc_jax.parameters import groups, matches
 
 
 def schedule(step: jax.Array, num_steps: jax.Array, warmup: jax.Array, c: OptimizerConfig) -> jax.Array:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mhc_jax.layers.moe import PRODUCTS
+from mhc_jax.layers.grouped_experts import PRODUCTS
 
 
 def block_layers(streams: int, layers: int) -> int:

@@ -17,7 +17,9 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mhc_jax.config import ConfigError, ModelConfig
+from mhc_jax.errors import ConfigError
+from mhc_jax.model_config import ModelConfig
+from mhc_jax.parameters import PARAMETERS
 
 AXES = ('data', 'fsdp', 'tensor', 'expert')
 BATCH = ('data', 'fsdp', 'expert')
@@ -32,26 +34,6 @@ LAYOUT: dict[str, tuple[str, ...]] = {
   'T': ('tensor',),  # of queries, streams and norms
 }
 
-# (regular expression on the end of a parameter's path, its last dimensions' letters); moments have the same
-# paths. The dimensions of a parameter that is not listed are split by fsdp alone.
-PARAMETERS: tuple[tuple[str, str], ...] = (
-  (r'embedding', 'VD'),
-  (r'unembedding', 'DV'),
-  (r'attention/query/w', 'DHK'),
-  (r'attention/(key|value)/w', 'DGK'),
-  (r'attention/output/w', 'HD'),
-  (r'attention/kv_up/w', 'RHK'),
-  (r'feed_forward/(shared_)?(gate|up)/w', 'DF'),
-  (r'feed_forward/(shared_)?down/w', 'FD'),
-  (r'feed_forward/expert_(gate|up)', 'EDF'),
-  (r'feed_forward/expert_down', 'EFD'),
-  # Factors U V of maps with a rank.
-  (r'attention/query/v', 'RHK'),
-  (r'attention/(key|value)/v', 'RGK'),
-  (r'attention/output/u', 'HR'),
-  (r'feed_forward/(gate|up)/v', 'RF'),
-  (r'feed_forward/down/u', 'FR'),
-)
 
 WHOLE_BELOW = 1024  # elements: a parameter so small lies on every device
 
@@ -213,3 +195,13 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
   """This process's rows of a global batch -> global arrays split over BATCH."""
   sharding = NamedSharding(mesh, P(BATCH))
   return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}
+
+
+def local_rows(batch_size: int, mesh: Mesh) -> list[int]:
+  """Rows of a global batch that lie on this process's devices, ascending.
+
+  Processes along an axis that does not split the batch hold, and so read, the same rows.
+  """
+  axes = tuple(axis for axis in BATCH if axis in mesh.shape)
+  places = NamedSharding(mesh, P(axes)).addressable_devices_indices_map((batch_size,))
+  return sorted({row for (rows,) in places.values() for row in range(*rows.indices(batch_size))})

@@ -5,9 +5,9 @@ workdir is remote keeps its metrics and its lock in a local scratch folder, and 
 """
 
 import contextlib
-import functools
 import hashlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterator
@@ -17,13 +17,9 @@ from typing import Any
 import fsspec
 from etils import epath
 
-from mhc_jax.config import ConfigError
+from mhc_jax.errors import ConfigError, StorageError
 
 _PACKAGES = {'gs': 'gcsfs', 's3': 's3fs'}
-
-
-class StorageError(OSError):
-  """An object store failed; the message is one line that names the path."""
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
@@ -123,32 +119,15 @@ def download(name: str, workdir: str) -> None:
       local.write_bytes(to_path(path).read_bytes())
 
 
-@functools.cache
-def teach_orbax_s3() -> None:
-  """Lets orbax write arrays to s3://, which the tensorstore below it can; orbax 0.12 sends only gs:// there.
+def write_json(path: str, value: Any) -> None:
+  """Writes JSON so that the file is always whole."""
+  write_text(path, json.dumps(finite(value), indent=1) + '\n')
 
-  Two of its functions choose tensorstore's driver by the path; this puts s3:// beside gs:// in both. The
-  usual variables (AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID, ...) hold for it as they do for s3fs.
-  """
-  from orbax.checkpoint._src.path import gcs_utils
-  from orbax.checkpoint._src.serialization import tensorstore_utils
 
-  uses_gcs, gcs_store = tensorstore_utils._use_gcs_driver, gcs_utils.get_kvstore_for_gcs
-
-  def store(path: str) -> dict[str, Any]:
-    if not path.startswith('s3:/'):
-      return gcs_store(path)
-    bucket, _, key = path.removeprefix('s3:').lstrip('/').partition('/')  # orbax made one slash of two
-    spec = {'driver': 's3', 'bucket': bucket, 'path': key}
-    region = os.environ.get('AWS_REGION') or os.environ.get('AWS_DEFAULT_REGION')
-    endpoint = os.environ.get('AWS_ENDPOINT_URL')
-    if endpoint:
-      spec['endpoint'] = endpoint
-    if endpoint or region:
-      spec['aws_region'] = region or 'us-east-1'
-    if 'AWS_ACCESS_KEY_ID' in os.environ:  # else it looks for files first, and says that there are none
-      spec['aws_credentials'] = {'type': 'environment'}
-    return spec
-
-  tensorstore_utils._use_gcs_driver = lambda path: uses_gcs(path) or path.startswith('s3:/')
-  gcs_utils.get_kvstore_for_gcs = store
+def finite(value: Any) -> Any:
+  """The value with non-finite floats as None, so that it is valid JSON."""
+  if isinstance(value, dict):
+    return {key: finite(item) for key, item in value.items()}
+  if isinstance(value, list | tuple):
+    return [finite(item) for item in value]
+  return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -23,8 +23,7 @@ from ml_collections import ConfigDict
 from mhc_jax import distributed, storage
 from mhc_jax import optimizer as optim
 from mhc_jax.checkpoint import Checkpoints
-from mhc_jax.command import FULL_DISK, end_with_message
-from mhc_jax.config import ConfigError
+from mhc_jax.command import end_with_message
 from mhc_jax.config_file import parse
 from mhc_jax.constraints.base import Constraint
 from mhc_jax.data import (
@@ -33,27 +32,18 @@ from mhc_jax.data import (
   check_enough_tokens,
   load_corpus,
   train_batches,
-  validation_batches,
   windows,
 )
 from mhc_jax.diagnostics import with_spectra
 from mhc_jax.divergence import Divergence
-from mhc_jax.log import ENDED, MetricsLog, Progress, read_status, write_json
-from mhc_jax.run import Run, check_workdir, claim, git_revision, resolve, versions
+from mhc_jax.errors import FULL_DISK, ConfigError
+from mhc_jax.evaluate import validation_arrays, validation_loss
+from mhc_jax.log import MetricsLog, Progress
+from mhc_jax.plan import Run, resolve
 from mhc_jax.sharding import make_mesh, put_batch
+from mhc_jax.storage import write_json
 from mhc_jax.train_step import Batch, programs
-
-
-def validation_loss(
-  evaluate: Callable, params: Any, batches: list[Batch], bytes_per_token: float
-) -> dict[str, float]:
-  """Nats per predicted token and bits per byte over the batches, each token weighing the same."""
-  sums = jax.device_get([evaluate(params, batch) for batch in batches])
-  total, count = (math.fsum(float(pair[i]) for pair in sums) for i in (0, 1))
-  return {
-    'validation/loss': total / count,
-    'validation/bits_per_byte': total / count / math.log(2) / bytes_per_token,
-  }
+from mhc_jax.workdir import ENDED, check_workdir, claim, git_revision, read_status, versions
 
 
 def load_data(run: Run, corpus: Corpus) -> tuple[Windows, Windows]:
@@ -62,15 +52,6 @@ def load_data(run: Run, corpus: Corpus) -> tuple[Windows, Windows]:
   train = windows(corpus.train, data['seq_len'], data['cross_documents'])
   check_enough_tokens(train, run.derived['tokens'], data['repeat'])
   return train, windows(corpus.validation, data['seq_len'], data['cross_documents'])
-
-
-def validation_arrays(run: Run, validation: Windows, mesh: Mesh) -> list[Batch]:
-  """The validation batches, on the devices: the same for every run."""
-  c = run.resolved['evaluation']
-  count = c['sequences'] // c['batch_size']
-  rows = distributed.local_rows(c['batch_size'], mesh)
-  batches = validation_batches(validation, c['batch_size'], count, rows)
-  return [put_batch(batch, mesh) for batch in batches]
 
 
 def run(

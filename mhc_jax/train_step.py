@@ -17,10 +17,11 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mhc_jax import optimizer as optim
-from mhc_jax.config import ModelConfig, OptimizerConfig
+from mhc_jax.config import OptimizerConfig
 from mhc_jax.diagnostics import diagnose
 from mhc_jax.layers.moe import balance
 from mhc_jax.model import Transformer, loss_sums
+from mhc_jax.model_config import ModelConfig
 from mhc_jax.sharding import constrain, constrain_state, state_sharding
 
 

@@ -93,7 +93,7 @@ def metrics_of(config, derived, final, rng, upto=1.0):
 def blank(monkeypatch):
   """Figures are built but not rendered: most of a report's time, and none of its logic."""
   monkeypatch.setattr('matplotlib.figure.Figure.savefig', lambda self, path, **_: path.write_text('<svg/>'))
-  monkeypatch.setattr('analysis.draw.write_png', lambda fig, path: path.write_text(''))
+  monkeypatch.setattr('analysis.figures.draw.write_png', lambda fig, path: path.write_text(''))
 
 
 def write_plan(folder, planned):

@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 
 from analysis import fit, reproduce
-from analysis.points import parse_columns, read_points, read_table
-from mhc_jax.config import ConfigError
+from analysis.fitting.points import parse_columns, read_points, read_table
+from mhc_jax.errors import ConfigError
 
 TRUE = {'E': 1.8172, 'A': 477.83, 'B': 2143.4, 'alpha': 0.3473, 'beta': 0.3672}
 

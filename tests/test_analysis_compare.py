@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from test_fit import CHINCHILLA, COMPUTE, arm_points, chinchilla_loss, grid, noisy_points, points_nd
 
-from analysis.compare import clustered_f, nested, paired_gap, pooled_spread, restriction, rollout
-from analysis.estimate import fit
-from analysis.laws import ArmModel
+from analysis.compare import clustered_f, nested, restriction, rollout
+from analysis.fitting.estimate import fit
+from analysis.fitting.laws import ArmModel
+from analysis.gaps import paired_gap, pooled_spread
 
 
 def test_joint_fit_resolves_a_compute_multiplier():

@@ -17,15 +17,15 @@ from synthetic_runs import (
 )
 
 from analysis import plots
-from analysis.all_figures import FIGURES
-from analysis.draw import LOOKS, looks
-from analysis.identify import shape_law
-from analysis.isoflop_figures import isoflop_panels
-from analysis.page import currencies
-from analysis.page_results import result_tables
+from analysis.figures.catalogue import FIGURES
+from analysis.figures.draw import LOOKS, looks
+from analysis.figures.isoflop import isoflop_panels
+from analysis.figures.shape import loss_vs_depth, loss_vs_width
+from analysis.fitting.identify import shape_law
+from analysis.page.results import result_tables
+from analysis.page.write import currencies
 from analysis.runs import read_sweep
 from analysis.selection import classify, largest, to_points
-from analysis.shape_figures import loss_vs_depth, loss_vs_width
 from analysis.study import study
 from analysis.tables import ablation
 
@@ -89,7 +89,7 @@ def test_panels_show_a_budget_in_one_colour_whatever_the_arm(tmp_path, monkeypat
       planned.append(write_run(tmp_path, config_of(arm, width, 2, 0, flops=flops), noise=0.0, wanted=wanted))
   write_plan(tmp_path, planned)
   figures = []
-  monkeypatch.setattr('analysis.isoflop_figures.save', lambda fig, *rest: figures.append(fig) or rest[-1])
+  monkeypatch.setattr('analysis.figures.isoflop.save', lambda fig, *rest: figures.append(fig) or rest[-1])
   isoflop_panels(study(read_sweep(tmp_path), resamples=0), tmp_path / 'out')
   first, second = figures[0].axes
   looked = [

@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 from synthetic_runs import blank, config_of, derived_of, write_plan, write_run, write_sweep
 
-from analysis import coverage, plots, router_figure
+from analysis import coverage, plots
+from analysis.figures import router as router_figure
 
 
 @pytest.fixture

@@ -20,9 +20,9 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from mhc_jax.checkpoint import CheckpointError, Checkpoints
+from mhc_jax.checkpoint import Checkpoints
 from mhc_jax.checksum import leaf_checksums
-from mhc_jax.config import ConfigError
+from mhc_jax.errors import CheckpointError, ConfigError
 
 
 @flax.struct.dataclass

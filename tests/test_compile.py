@@ -10,14 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.bench_scaling import volume
-from experiments.chips import CHIPS, link_seconds
-from experiments.compile import group_sides
-from experiments.hlo_cost import Count, Operation, count
-from experiments.hlo_text import Shape, parse_module, replica_group
-from experiments.predict import advice, predict, speed
-from mhc_jax.config import base_config, build_model
+from experiments.bench.compiled import volume
+from experiments.compile.chips import CHIPS, link_seconds
+from experiments.compile.hlo_cost import Count, Operation, count
+from experiments.compile.hlo_text import Shape, parse_module, replica_group
+from experiments.compile.step_time import advice, predict, speed
+from experiments.compile.tpu import group_sides
+from mhc_jax.config import base_config
 from mhc_jax.model import Transformer
+from mhc_jax.model_config import build_model
 
 # What the TPU's compiler makes of a scan of six residual products on v5p:4x4x4, weights split 16-fold; names
 # shortened and attributes left out.

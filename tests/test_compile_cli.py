@@ -6,12 +6,13 @@ import pathlib
 import jax
 import pytest
 
-from experiments import compile as compile_module
-from experiments import compile_gpu, overhead
-from experiments.hlo_cost import count
-from experiments.hlo_text import parse_module
+from experiments.compile import __main__ as compile_command
+from experiments.compile import gpu as compile_gpu
+from experiments.compile import overhead, tpu
+from experiments.compile.hlo_cost import count
+from experiments.compile.hlo_text import parse_module
 from mhc_jax.command import end_with_message
-from mhc_jax.config import ConfigError
+from mhc_jax.errors import ConfigError
 
 ROOT = pathlib.Path(__file__).parent.parent
 SMALL = [
@@ -26,18 +27,18 @@ SMALL = [
 
 def run(capsys, *arguments):
   """(exit code, what was printed, what was printed as errors)."""
-  code = end_with_message(lambda: compile_module.main(list(arguments)))
+  code = end_with_message(lambda: compile_command.main(list(arguments)))
   return code, *capsys.readouterr()
 
 
 @pytest.fixture
 def on_cpu(monkeypatch):
   """Four CPU devices for a slice of v5p; they have no coordinates, and libtpu need not be installed."""
-  monkeypatch.setattr(compile_module, 'described_devices', lambda topology: jax.devices()[:4])
+  monkeypatch.setattr(tpu, 'described_devices', lambda topology: jax.devices()[:4])
   monkeypatch.setattr(
-    compile_module, 'group_sides', lambda mesh, chip: lambda operation: [(len(operation.group), False)]
+    tpu, 'group_sides', lambda mesh, chip: lambda operation: [(len(operation.group), False)]
   )
-  monkeypatch.setattr(compile_module.metadata, 'version', lambda name: '1')
+  monkeypatch.setattr(tpu.metadata, 'version', lambda name: '1')
 
 
 def test_the_report_on_a_slice(on_cpu, capsys):
@@ -57,7 +58,7 @@ def test_the_report_on_a_slice(on_cpu, capsys):
   assert predicted['collectives']['all-gather']['bytes'] > held['params']
   # CPUs multiply all rows by every expert, and for the weights' gradient too: 4 experts, 2 in use.
   assert predicted['routed_experts']['over_ideal'] == pytest.approx(4, rel=0.01)
-  words = compile_module.text(report)
+  words = tpu.text(report)
   assert words.splitlines()[1].startswith('fits: 0.0') and 'Predictions, not measurements' in words
   assert 'all-gather' in words and 'what they need' in words
 
@@ -90,10 +91,8 @@ def test_without_memory_the_report_says_what_to_change(on_cpu, monkeypatch, caps
         'Used 120.50G of 95.00G hbm. Exceeded hbm capacity by 25.50G.'
       )
 
-  traced = compile_module.trace_step
-  monkeypatch.setattr(
-    compile_module, 'trace_step', lambda config, mesh: (Traced(), *traced(config, mesh)[1:])
-  )
+  traced = tpu.trace_step
+  monkeypatch.setattr(tpu, 'trace_step', lambda config, mesh: (Traced(), *traced(config, mesh)[1:]))
   code, out, _ = run(capsys, *SMALL, '--topology=v5p:2x2x1')
   lines = out.splitlines()
   assert code == 1 and lines[1] == 'DOES NOT FIT: 120.50 GiB of 95.00 GiB a device'
@@ -114,15 +113,15 @@ def test_without_memory_the_report_says_what_to_change(on_cpu, monkeypatch, caps
 )
 def test_mistakes_end_in_one_line(monkeypatch, capsys, arguments, words):
   if '--topology=v5p:2x2x2' in arguments:
-    monkeypatch.setattr(compile_module, 'described_devices', lambda topology: jax.devices())
+    monkeypatch.setattr(tpu, 'described_devices', lambda topology: jax.devices())
   code, out, error = run(capsys, *SMALL, *arguments)
   assert code == 2 and not out and len(error.splitlines()) == 1 and words in error
 
 
 def test_a_missing_compiler_is_named(monkeypatch):
-  monkeypatch.setattr(compile_module.importlib.util, 'find_spec', lambda name: None)
+  monkeypatch.setattr(tpu.importlib.util, 'find_spec', lambda name: None)
   with pytest.raises(ConfigError, match='pip install'):
-    compile_module.described_devices('v5p:2x2x1')
+    tpu.described_devices('v5p:2x2x1')
 
 
 def test_lowering_for_gpus_has_no_kernel_of_other_machines(capsys):

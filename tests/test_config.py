@@ -10,13 +10,15 @@ import pytest
 
 from mhc_jax import train
 from mhc_jax.command import end_with_message
-from mhc_jax.config import ConfigError, base_config, build_model
+from mhc_jax.config import base_config
 from mhc_jax.config_file import check_fields, parse
 from mhc_jax.cost import parameters, train_flops_per_token
 from mhc_jax.data import VOCAB_SIZE
+from mhc_jax.errors import ConfigError
+from mhc_jax.model_config import build_model
+from mhc_jax.plan import rebuild_model, resolve
+from mhc_jax.plan import run_id as run_ids
 from mhc_jax.presets import PRESETS
-from mhc_jax.run import rebuild_model, resolve
-from mhc_jax.run import run_id as run_ids
 
 ROOT = pathlib.Path(__file__).parent.parent
 SMOKE = f'{ROOT / "configs" / "laptop.py"}:smoke'

@@ -15,11 +15,11 @@ from test_oracles import SEEDS, close, load, stream_major
 
 from mhc_jax import hyper_connection as hc
 from mhc_jax.connection import Gate
-from mhc_jax.layers.attention import causal_mask
+from mhc_jax.layers.attention import Attention, causal_mask
+from mhc_jax.layers.feed_forward import FeedForward
 from mhc_jax.layers.norm import rms_norm
 from mhc_jax.model import Transformer
 from mhc_jax.presets import connection_spec
-from mhc_jax.sublayers import Attention, FeedForward
 
 N, B, T, D = 4, 2, 3, 8
 

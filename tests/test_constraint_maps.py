@@ -9,7 +9,7 @@ import pytest
 import scipy.linalg
 import scipy.special
 
-from experiments import bench_constraints
+from experiments.bench import constraints as bench_constraints
 from mhc_jax.constraints import CONSTRAINTS
 from mhc_jax.constraints.birkhoff_dual import birkhoff_dual
 from mhc_jax.constraints.birkhoff_kronecker import birkhoff_kronecker

@@ -12,10 +12,12 @@ import pytest
 
 from experiments import sweep
 from mhc_jax import hyper_connection
-from mhc_jax.config import ConfigError, base_config, build_model
+from mhc_jax.config import base_config
 from mhc_jax.config_file import parse
 from mhc_jax.data import VOCAB_SIZE
-from mhc_jax.run import resolve
+from mhc_jax.errors import ConfigError
+from mhc_jax.model_config import build_model
+from mhc_jax.plan import resolve
 from mhc_jax.train_step import init_state
 
 ROOT = pathlib.Path(__file__).parent.parent

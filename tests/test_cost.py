@@ -10,7 +10,7 @@ import pytest
 from jax import lax
 
 from mhc_jax import hyper_connection as hc
-from mhc_jax.config import base_config, build_model
+from mhc_jax.config import base_config
 from mhc_jax.cost import (
   forward_flops_per_token,
   parameters,
@@ -18,6 +18,7 @@ from mhc_jax.cost import (
   train_flops_per_token,
 )
 from mhc_jax.model import Transformer
+from mhc_jax.model_config import build_model
 from mhc_jax.presets import PRESETS
 
 VOCAB, B, T = 11, 2, 6

@@ -7,7 +7,6 @@ import time
 import numpy as np
 import pytest
 
-from mhc_jax.config import ConfigError
 from mhc_jax.data import (
   BOS,
   check_enough_tokens,
@@ -17,6 +16,7 @@ from mhc_jax.data import (
   validation_batches,
   windows,
 )
+from mhc_jax.errors import ConfigError
 
 SEQ_LEN = 8
 

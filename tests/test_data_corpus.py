@@ -11,17 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mhc_jax.config import ConfigError
-from mhc_jax.data import (
-  BOS,
-  corpus,
-  decode,
-  load_corpus,
-  splits,
-  streams,
-  text_builders,
-  text_files,
-)
+from mhc_jax.data import BOS, corpus, decode, load_corpus, splits, text_builders, text_files, token_files
+from mhc_jax.errors import ConfigError
 
 
 @pytest.fixture
@@ -106,7 +97,7 @@ def test_digest_covers_both_streams(tmp_path, split):
   def digest(folder, **texts):
     folder.mkdir()
     texts = {'train': b'one', 'validation': b'two', **texts}
-    return streams.write(folder, texts.items())['digest']
+    return token_files.write(folder, texts.items())['digest']
 
   assert digest(tmp_path / 'a') == digest(tmp_path / 'b')
   assert digest(tmp_path / 'a2') != digest(tmp_path / 'c', **{split: b'six'})
@@ -125,7 +116,7 @@ def test_damaged_folder_is_built_again(library, tmp_path):
 LOAD = """
 import os, signal, sys, time
 from pathlib import Path
-from mhc_jax.data import corpus, streams, text_builders, text_files
+from mhc_jax.data import corpus, text_builders, text_files, token_files
 
 library, data_dir, moment = sys.argv[1:]
 calls = 0
@@ -150,9 +141,9 @@ prepare, text_builders.prepare = text_builders.prepare, note
 if moment == 'while TFDS writes':
   kill_at(text_files.Piece, 'read', 100)
 if moment == 'while tokens are written':
-  kill_at(streams.tokenizer, 'encode', 100)
+  kill_at(token_files.tokenizer, 'encode', 100)
 if moment == 'before completion':
-  kill_at(streams.os, 'replace', 1)
+  kill_at(token_files.os, 'replace', 1)
 files = text_files.scan_stdlib(Path(library))
 print('ready', flush=True)
 input()
@@ -196,7 +187,7 @@ def test_full_disk_leaves_nothing_behind(library, tmp_path, monkeypatch):
     raise OSError(errno.ENOSPC, 'No space left on device')
 
   with monkeypatch.context() as patch, pytest.raises(OSError, match='No space'):
-    patch.setattr(streams.os, 'fsync', no_space)
+    patch.setattr(token_files.os, 'fsync', no_space)
     load(library, tmp_path / 'data')
   assert not list((tmp_path / 'data' / 'mhc_jax').glob('python_stdlib-*/'))
   load(library, tmp_path / 'data')

@@ -9,8 +9,8 @@ import pytest
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core.utils.lazy_imports_utils import tensorflow
 
-from mhc_jax.config import ConfigError
-from mhc_jax.data import BOS, VOCAB_SIZE, load_corpus, streams
+from mhc_jax.data import BOS, VOCAB_SIZE, load_corpus, token_files
+from mhc_jax.errors import ConfigError
 
 SPLITS = {
   'all_splits': {'train': 40, 'validation': 5, 'test': 7},
@@ -92,7 +92,7 @@ def test_a_single_document_is_split_at_its_end(tmp_path):
 
 def test_second_load_tokenises_nothing(tmp_path, monkeypatch):
   first = load_corpus('mhc_toy/all_splits', str(tmp_path))
-  monkeypatch.setattr(streams, 'write', None)
+  monkeypatch.setattr(token_files, 'write', None)
   for name in ('mhc_toy/all_splits', 'mhc_toy/all_splits:1.0.0'):
     second = load_corpus(name, str(tmp_path))
     assert second.digest == first.digest

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from mhc_jax import diagnostics
-from mhc_jax.config import base_config, build_model
+from mhc_jax.config import base_config
 from mhc_jax.connection import Gate
 from mhc_jax.model import Transformer
+from mhc_jax.model_config import build_model
 from mhc_jax.presets import PRESETS
 
 

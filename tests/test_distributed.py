@@ -19,9 +19,9 @@ import yaml
 
 from experiments import sweep
 from mhc_jax import distributed, train
-from mhc_jax.config import ConfigError
 from mhc_jax.config_file import parse
 from mhc_jax.distributed import Cluster
+from mhc_jax.errors import ConfigError
 from tests.conftest import FLAGS
 
 ROOT = pathlib.Path(__file__).parent.parent

@@ -6,10 +6,11 @@ import random
 import pytest
 
 from mhc_jax import evaluate, train
-from mhc_jax.config import ConfigError, build_model
 from mhc_jax.config_file import parse
 from mhc_jax.data import VOCAB_SIZE, load_corpus
-from mhc_jax.run import rebuild_model, resolve
+from mhc_jax.errors import ConfigError
+from mhc_jax.model_config import build_model
+from mhc_jax.plan import rebuild_model, resolve
 
 
 @pytest.fixture(scope='module')

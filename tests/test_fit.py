@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from scipy.optimize import check_grad, minimize
 
-from analysis.estimate import fit, make_problem
-from analysis.identify import doubts, verdicts
-from analysis.intervals import (
+from analysis.fitting.estimate import fit, make_problem
+from analysis.fitting.identify import doubts, verdicts
+from analysis.fitting.intervals import (
   band,
   bootstrap,
   contrast_variance,
@@ -18,9 +18,9 @@ from analysis.intervals import (
   percentile,
   preferred,
 )
-from analysis.laws import LAWS, ArmModel, Points, design, natural, power_covariates, predict
-from analysis.solve import Problem, linear_solve, objective, starts, variable_projection
-from mhc_jax.config import ConfigError
+from analysis.fitting.laws import LAWS, ArmModel, Points, design, natural, power_covariates, predict
+from analysis.fitting.solve import Problem, linear_solve, objective, starts, variable_projection
+from mhc_jax.errors import ConfigError
 
 # The optimum for Chinchilla's 240 points (Besiroglu et al. 2404.10102); points here are synthetic.
 TRUE = {'E': 1.8172, 'A': 477.83, 'B': 2143.4, 'alpha': 0.3473, 'beta': 0.3672}

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from test_fit import CHINCHILLA, COMPUTE, TRUE, chinchilla_loss, noisy_points, points_nd
 
-from analysis.identify import choose_law
-from analysis.isoflop import best_learning_rate, isoflop, minimum, power_law
+from analysis.fitting.identify import choose_law
+from analysis.minima import best_learning_rate, isoflop, minimum, power_law
 
 
 def test_choice_of_law():

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mhc_jax.config import base_config, build_model
-from mhc_jax.sublayers import LatentAttention
+from mhc_jax.config import base_config
+from mhc_jax.layers.latent_attention import LatentAttention
+from mhc_jax.model_config import build_model
 
 B, T, D, H, R, K, P, V = 2, 5, 12, 3, 6, 4, 2, 5  # K without position, P rotary, V of values
 SEGMENTS = np.array([[0, 0, 0, 0, 0], [0, 0, 1, 1, 1]])

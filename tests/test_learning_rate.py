@@ -6,8 +6,9 @@ import pytest
 from synthetic_runs import config_of, write_plan, write_run
 
 from analysis import learning_rate
-from analysis.isoflop import learning_rate_sensitivity
-from analysis.learning_rate import picks, rate_sweeps, shifts, summary
+from analysis.learning_rate import picks, shifts, summary
+from analysis.minima import learning_rate_sensitivity
+from analysis.rates import rate_sweeps
 from analysis.runs import read_sweep
 from analysis.selection import classify
 

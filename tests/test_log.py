@@ -5,7 +5,8 @@ import math
 
 import pytest
 
-from mhc_jax.log import MetricsLog, Progress, finite, write_json
+from mhc_jax.log import MetricsLog, Progress
+from mhc_jax.storage import finite, write_json
 
 
 def rows(path):

@@ -12,8 +12,10 @@ import scipy.linalg
 
 from mhc_jax import manifold_updates as mu
 from mhc_jax import optimizer as optim
-from mhc_jax.config import ConfigError, base_config, build_model, build_optimizer
-from mhc_jax.run import resolve
+from mhc_jax.config import base_config, build_optimizer
+from mhc_jax.errors import ConfigError
+from mhc_jax.model_config import build_model
+from mhc_jax.plan import resolve
 from mhc_jax.train_step import init_state, train_step
 
 SHAPES = ((6, 4), (4, 6), (5, 5))

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mhc_jax.config import base_config, build_model
+from mhc_jax.config import base_config
 from mhc_jax.connection import Gate
+from mhc_jax.layers.linear import Linear
 from mhc_jax.model import Transformer, loss_sums
+from mhc_jax.model_config import build_model
 from mhc_jax.presets import PRESETS, connection_spec
-from mhc_jax.sublayers import Linear
 
 VOCAB, B, T = 11, 2, 6
 TOKENS = np.random.default_rng(1).integers(0, VOCAB, (B, T)).astype(np.int32)

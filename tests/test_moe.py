@@ -12,9 +12,11 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType
 
 from mhc_jax import manifold_updates
-from mhc_jax.config import ConfigError, base_config, build_model, build_optimizer
+from mhc_jax.config import base_config, build_optimizer
+from mhc_jax.errors import ConfigError
 from mhc_jax.layers import moe
 from mhc_jax.model import Transformer, loss_sums
+from mhc_jax.model_config import build_model
 from mhc_jax.train_step import init_state, train_step
 
 VOCAB, B, T, D, E, A, F = 11, 4, 6, 8, 4, 2, 6

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from mhc_jax import optimizer as optim
-from mhc_jax.config import OptimizerConfig, base_config, build_model
+from mhc_jax.config import OptimizerConfig, base_config
 from mhc_jax.model import Transformer
+from mhc_jax.model_config import build_model
 from mhc_jax.presets import PRESETS
 
 ARMS = [

@@ -8,7 +8,7 @@ import pytest
 
 from mhc_jax.config_file import parse
 from mhc_jax.model import Transformer
-from mhc_jax.run import resolve
+from mhc_jax.plan import resolve
 
 CONFIGS = pathlib.Path(__file__).parent.parent / 'configs'
 

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import pytest
 from test_constraints import check
 
-from mhc_jax.config import ConfigError
 from mhc_jax.constraints import CONSTRAINTS
+from mhc_jax.errors import ConfigError
 from mhc_jax.evaluate import load
 
 ROOT = pathlib.Path(__file__).parent.parent

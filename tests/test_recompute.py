@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mhc_jax.config import REMAT, base_config, build_model
+from mhc_jax.config import base_config
 from mhc_jax.model import Transformer
+from mhc_jax.model_config import REMAT, build_model
 from mhc_jax.recompute import block_layers, scan_blocks
 from mhc_jax.train_step import gradients
 

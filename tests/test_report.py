@@ -7,10 +7,11 @@ import pandas as pd
 import pytest
 from synthetic_runs import MULTIPLIER, report, words, write_sweep
 
-from analysis.all_figures import FIGURES
+from analysis.figures.catalogue import FIGURES
+from analysis.gaps import pair_up
 from analysis.report import main
 from analysis.runs import read_sweep
-from analysis.selection import classify, drop_small_arms, pair_up
+from analysis.selection import classify, drop_small_arms
 
 
 @pytest.fixture(scope='module')

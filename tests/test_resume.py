@@ -16,7 +16,7 @@ import pytest
 
 from mhc_jax.checkpoint import Checkpoints
 from mhc_jax.config_file import parse
-from mhc_jax.run import resolve
+from mhc_jax.plan import resolve
 from mhc_jax.sharding import make_mesh
 from mhc_jax.train_step import programs
 

@@ -9,11 +9,13 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from experiments.abstract_step import device_bytes
-from experiments.hlo_cost import count
-from experiments.hlo_text import parse_module
-from mhc_jax.config import ConfigError, base_config, build_model, build_optimizer
+from experiments.compile.abstract_step import device_bytes
+from experiments.compile.hlo_cost import count
+from experiments.compile.hlo_text import parse_module
+from mhc_jax.config import base_config, build_optimizer
+from mhc_jax.errors import ConfigError
 from mhc_jax.model import Transformer
+from mhc_jax.model_config import build_model
 from mhc_jax.sharding import (
   AXES,
   BATCH,

@@ -17,10 +17,10 @@ from fsspec.registry import _registry
 from experiments import sweep
 from mhc_jax import evaluate, storage, train
 from mhc_jax.checkpoint import Checkpoints
-from mhc_jax.config import BusyError, ConfigError
 from mhc_jax.data import load_corpus
-from mhc_jax.log import read_status
-from mhc_jax.run import check_workdir, claim, resolve
+from mhc_jax.errors import BusyError, ConfigError
+from mhc_jax.plan import resolve
+from mhc_jax.workdir import check_workdir, claim, read_status
 from tests.test_train import TIMES, config, corpus, rows
 
 

@@ -12,8 +12,8 @@ import time
 import pytest
 
 from experiments import sweep, workers
-from mhc_jax.config import ConfigError
 from mhc_jax.config_file import parse
+from mhc_jax.errors import ConfigError
 
 
 @pytest.fixture(scope='module')

@@ -14,10 +14,11 @@ import pytest
 
 from mhc_jax import train
 from mhc_jax.checkpoint import Checkpoints
-from mhc_jax.config import ConfigError, base_config
+from mhc_jax.config import base_config
 from mhc_jax.data import BOS, VOCAB_SIZE, Corpus
 from mhc_jax.divergence import Divergence
-from mhc_jax.run import resolve
+from mhc_jax.errors import ConfigError
+from mhc_jax.plan import resolve
 from mhc_jax.sharding import make_mesh
 from mhc_jax.train_step import init_state, programs, train_step
 

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 import grain
 import numpy as np
 
-from mhc_jax.config import ConfigError
 from mhc_jax.data.windows import Windows, check_enough_tokens
+from mhc_jax.errors import ConfigError
 
 # One thread: windows are cheap to cut, and the order's statistics in grain are not thread-safe.
 _READ_OPTIONS = grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)

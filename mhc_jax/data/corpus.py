@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from mhc_jax.config import ConfigError
-from mhc_jax.data import splits, streams, text_builders, text_files, tfds_text, tokenizer
+from mhc_jax.data import splits, text_builders, text_files, tfds_text, token_files, tokenizer
 from mhc_jax.data.lock import locked
 from mhc_jax.data.remote import local_copy
+from mhc_jax.errors import ConfigError
 from mhc_jax.storage import is_remote
 
 
@@ -67,7 +67,7 @@ def load_files(name: str, files: text_files.TextFiles, root: Path) -> Corpus:
   def build(folder: Path) -> dict[str, int | str]:
     documents = text_builders.prepare(kind, files, folder / 'tfds')
     total = sum(map(len, files.documents.values()))
-    return streams.write(folder, tqdm(documents, f'tokenising {kind}', total, disable=None))
+    return token_files.write(folder, tqdm(documents, f'tokenising {kind}', total, disable=None))
 
   return _load(name, _folder(root, kind, files.digest), build)
 
@@ -79,7 +79,7 @@ def _load_tfds(name: str, root: Path) -> Corpus:
     for tails in (False, True):
       documents = dataset.documents(tails=tails)
       bar = tqdm(documents, f'tokenising {name}', len(dataset), disable=None)
-      facts = streams.write(folder, bar)
+      facts = token_files.write(folder, bar)
       sizes = [facts[split] for split in splits.SPLITS]
       if 'validation' in dataset.sources or splits.enough_documents(sizes[1], sum(sizes)):
         break
@@ -92,19 +92,19 @@ def _load_tfds(name: str, root: Path) -> Corpus:
 
 def _load(name: str, folder: Path, build: Callable[[Path], dict[str, int | str]]) -> Corpus:
   """Reads the streams in folder, after building them under a lock if they are not complete."""
-  found = streams.read(folder)
+  found = token_files.read(folder)
   if found is None:
     with locked(folder.with_name(f'{folder.name}.lock')):
-      found = streams.read(folder)  # another process may have been first
+      found = token_files.read(folder)  # another process may have been first
       if found is None:
         shutil.rmtree(folder, ignore_errors=True)  # what a killed process left
         folder.mkdir()
         try:
-          streams.finish(folder, build(folder))
+          token_files.finish(folder, build(folder))
         except BaseException:
           shutil.rmtree(folder, ignore_errors=True)
           raise
-        found = streams.read(folder)
+        found = token_files.read(folder)
   digest, tokens = found
   return Corpus(
     name=name,

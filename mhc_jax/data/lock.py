@@ -7,7 +7,7 @@ from pathlib import Path
 
 import filelock
 
-from mhc_jax.config import ConfigError
+from mhc_jax.errors import ConfigError
 
 
 @contextlib.contextmanager

@@ -14,8 +14,8 @@ import fsspec
 from tqdm import tqdm
 
 from mhc_jax import storage
-from mhc_jax.config import ConfigError
 from mhc_jax.data.lock import locked
+from mhc_jax.errors import ConfigError
 
 # What tells one version of an object from the next, by the names of all stores; absent ones do not count.
 _VERSION = ('size', 'md5Hash', 'ETag', 'etag', 'generation', 'mtime', 'LastModified', 'updated')

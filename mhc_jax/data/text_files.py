@@ -14,8 +14,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from mhc_jax.config import ConfigError
 from mhc_jax.data import splits
+from mhc_jax.errors import ConfigError
 
 # Longer files become several documents: TFDS holds one in memory, its records end at 2 GiB.
 MAX_DOCUMENT_BYTES = 16 << 20

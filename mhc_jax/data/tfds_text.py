@@ -21,9 +21,9 @@ from pathlib import Path
 import tensorflow_datasets as tfds
 from absl import logging
 
-from mhc_jax.config import ConfigError
 from mhc_jax.data import splits
 from mhc_jax.data.lock import locked
+from mhc_jax.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mhc_jax.config import ConfigError
 from mhc_jax.data import tokenizer
+from mhc_jax.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -1,7 +1,17 @@
 """Causal attention within documents: heads in groups that share keys and values (GQA, arXiv 2305.13245)."""
 
+import functools
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from mhc_jax.layers.linear import Linear, ones
+from mhc_jax.layers.norm import rms_norm
+from mhc_jax.layers.rope import rope
+from mhc_jax.model_config import ModelConfig
+from mhc_jax.sharding import constrain
 
 
 def causal_mask(segments_BT: jax.Array) -> jax.Array:
@@ -26,3 +36,27 @@ def attention(
   logits_BGRTS = jnp.where(mask_BTS[:, None, None], logits_BGRTS * scale, jnp.finfo(wide).min)
   weights_BGRTS = jax.nn.softmax(logits_BGRTS, -1).astype(v_BSGK.dtype)
   return jnp.einsum('bgrts,bsgk->btgrk', weights_BGRTS, v_BSGK).reshape(batch, time, heads, -1)
+
+
+class Attention(nn.Module):
+  """RMSNorm and grouped-query attention: (B, T, D) -> (B, T, D)."""
+
+  config: ModelConfig
+  mesh: Mesh | None = None
+
+  @nn.compact
+  def __call__(self, x_BTD: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+    c = self.config
+    linear = functools.partial(Linear, rank=c.weights_rank, dtype=c.dtype, mesh=self.mesh)
+    x_BTD = rms_norm(x_BTD, self.param('norm', ones, (c.width,)), c.norm_eps)
+    x_BTD = constrain(x_BTD, 'BSD', self.mesh)  # every time step on every device of `tensor`, in one gather
+    q_BTHK = linear((c.width, c.heads, c.head_dim), name='query')(x_BTD)
+    k_BSGK = linear((c.width, c.kv_heads, c.head_dim), name='key')(x_BTD)
+    v_BSGK = linear((c.width, c.kv_heads, c.head_dim), name='value')(x_BTD)
+    q_BTHK = constrain(q_BTHK, 'BTHK', self.mesh)
+    k_BSGK, v_BSGK = constrain(k_BSGK, 'BSGK', self.mesh), constrain(v_BSGK, 'BSGK', self.mesh)
+    q_BTHK, k_BSGK = rope(q_BTHK, c.rope_theta), rope(k_BSGK, c.rope_theta)
+    out_BTHK = attention(q_BTHK, k_BSGK, v_BSGK, mask_BTS, c.attention_scale)
+    out_BTHK = constrain(out_BTHK, 'BTHK', self.mesh)
+    out_BTE = out_BTHK.reshape(*x_BTD.shape[:2], c.heads * c.head_dim)
+    return linear((c.heads * c.head_dim, c.width), gain=c.output_gain, name='output')(out_BTE)

@@ -1,0 +1,63 @@
+"""Absolute gap and relative ratio to the reference (mHC Fig. 6a)."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+
+from ..study import Study
+from .draw import WIDE, Panel, figure, legend, log_axis, looks, save
+
+
+def gap_and_ratio(s: Study, folder: Path) -> Panel | str:
+  """mHC Fig. 6a: absolute gap and relative ratio against FLOPs, side by side."""
+  if s.reference is None:
+    return 'Gap to the reference: no run has finished.'
+  if not s.gaps:
+    return (
+      f'Gap to {s.reference}: no finished run of another arm has a {s.reference} run of the same '
+      'size and seed.'
+    )
+  with figure(WIDE, 2.8, ncols=2) as (fig, axes):
+    for ax, relative in zip(axes, (False, True), strict=True):
+      _draw_gap(ax, s, relative)
+    legend(fig, axes[0])
+  with_interval = any(g.low is not None for g in s.gaps)
+  caption = (
+    f'Absolute loss gap and relative loss ratio to {s.reference} over paired seeds (mHC Fig. 6a); '
+    f'{_cost_words(s)} '
+  )
+  caption += (
+    'Bars: 95 % interval from the spread of paired differences, pooled over arms and sizes.'
+    if with_interval
+    else 'No interval: no size has two seeds.'
+  )
+  return save(fig, folder, 'paper_gap_flops', caption, pd.DataFrame([vars(g) for g in s.gaps]))
+
+
+def _draw_gap(ax: Axes, s: Study, relative: bool) -> None:
+  """Draws the gap (nats) or the loss ratio (%) of every arm with its interval."""
+  style, unit = looks(list(dict.fromkeys(s.table['arm']))), 100.0 if relative else 1.0
+  for arm in dict.fromkeys(g.arm for g in s.gaps):
+    own = [g for g in s.gaps if g.arm == arm]
+    x = np.exp([g.log_flops for g in own])
+    y = unit * np.array([g.ratio if relative else g.difference for g in own])
+    low = [g.ratio_low if relative else g.low for g in own]
+    ax.plot(x, y, **style[arm], label=arm)
+    if low[0] is not None:
+      half = y - unit * np.array(low)
+      ax.errorbar(x, y, yerr=half, fmt='none', color=style[arm]['color'], lw=0.9)
+  ax.axhline(100 if relative else 0, color='#000000', lw=0.8)
+  log_axis(ax, 'training FLOPs')
+  ax.set_ylabel(f'loss as % of {s.reference}' if relative else f'loss minus {s.reference} (nats)')
+
+
+def _cost_words(s: Study) -> str:
+  """What the pairs have in common: tokens, FLOPs, or neither."""
+  tokens = max(abs(np.log(g.tokens_ratio)) for g in s.gaps)
+  flops = [g.flops_ratio for g in s.gaps]
+  if max(abs(np.log(f)) for f in flops) < 0.02:
+    return 'pairs have equal FLOPs.'
+  same = 'equal tokens' if tokens < 0.02 else 'neither equal tokens nor equal FLOPs'
+  return f"pairs have {same} (FLOPs {min(flops):.2f} to {max(flops):.2f} times the reference's)."

@@ -1,0 +1,99 @@
+"""Figures of learning-rate sweeps: loss against rate by size, and what a wrong rate costs (2309.14322).
+
+Where: Study -> here -> all_figures.py.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+
+from ..rates import RateSweep
+from ..selection import PARAMS
+from ..study import Study
+from .draw import DASHES, DIVERGED, Panel, legend, log_axis, looks, panels, save, variant
+
+ABSENT = 'no arm has ended at three rates of one size.'
+
+
+def learning_rates(s: Study, folder: Path) -> Panel | str:
+  """Final loss against learning rate, one panel per size, with each arm's interpolated optimum."""
+  if not s.rates:
+    return f'Loss against learning rate: {ABSENT}'
+  style, rows = looks(list(dict.fromkeys(s.table['arm']))), []
+  sizes = list(dict.fromkeys(r.size for r in s.rates))
+  with panels(len(sizes)) as (fig, axes):
+    for ax, size in zip(axes, sizes, strict=True):
+      arms: list[str] = []
+      for r in (r for r in s.rates if r.size == size):
+        look = variant(style[r.arm], arms.count(r.arm))
+        arms.append(r.arm)
+        label = f'{r.arm}, {r.budget}' if r.budget else r.arm
+        rows += _draw(ax, r, look, label)
+        if r.best is not None:
+          ax.axvline(r.best, color=look['color'], ls=':', lw=0.9)
+          rows.append({'kind': 'optimum', 'arm': r.arm, 'size': size, 'budget': r.budget, 'lr': r.best})
+      ax.set_title(size)
+      log_axis(ax, 'learning rate')
+    axes[0].set_ylabel('validation loss (nats per token)')
+    legend(fig, *axes)
+  caption = (
+    'Final loss against learning rate (of the base size) by width x depth, mean over the seeds that '
+    'finished; dotted: interpolated optimum, x: a run of that rate diverged.'
+  )
+  return save(fig, folder, 'learning_rate', caption, pd.DataFrame(rows))
+
+
+def _draw(ax: Axes, r: RateSweep, look: dict[str, str], label: str | None) -> list[dict]:
+  """A line of mean losses, with crosses below where runs diverged; returns the runs."""
+  mean = r.rows.groupby('lr')['validation_loss'].mean().dropna()
+  ax.plot(mean.index, mean, **look, label=label, ms=3.5)
+  lost = r.rows.loc[r.rows['state'] == 'diverged', 'lr']
+  ax.plot(lost, np.full(len(lost), 0.97), **DIVERGED, transform=ax.get_xaxis_transform())
+  rows = r.rows.reindex(columns=['arm', 'size', 'run_id', 'seed', 'lr', 'state', 'validation_loss'])
+  return rows.assign(kind='run', budget=r.budget).to_dict('records')
+
+
+def rate_sensitivity(s: Study, folder: Path) -> Panel | str:
+  """Per arm a line for each size, and the sensitivity of every arm against N."""
+  if not s.rates:
+    return f'Sensitivity to the learning rate: {ABSENT}'
+  style, rows = looks(list(dict.fromkeys(s.table['arm']))), []
+  arms = list(dict.fromkeys(r.arm for r in s.rates))
+  grids = list(dict.fromkeys((r.size, r.budget) for r in s.rates))
+  cues = {
+    grid: {'marker': 'os^Dv<>p'[k % 8], 'linestyle': DASHES[k % len(DASHES)]} for k, grid in enumerate(grids)
+  }
+  with panels(len(arms) + 1) as (fig, axes):
+    for ax, arm in zip(axes, arms, strict=False):
+      own, colour = [r for r in s.rates if r.arm == arm], style[arm]['color']
+      for r in own:
+        rows += _draw(ax, r, cues[r.size, r.budget] | {'color': colour}, None)
+      ax.set_title(arm, color=colour)
+      log_axis(ax, 'learning rate')
+      known = sorted((r.params, r.sensitivity) for r in own if r.sensitivity is not None)
+      if known:
+        axes[-1].plot(*zip(*known, strict=True), **style[arm], ms=3.5, label=arm)
+      rows += [
+        {'kind': 'sensitivity', 'arm': arm, 'size': r.size, 'budget': r.budget, 'params': r.params}
+        | {
+          'sensitivity': r.sensitivity,
+          'lowest_lr': r.losses.index.min(),
+          'highest_lr': r.losses.index.max(),
+        }
+        for r in own
+      ]
+    for grid, cue in cues.items():  # the sizes look alike in every panel
+      axes[0].plot([], [], **cue, ms=3.5, color='#555555', label=', '.join(filter(None, grid)))
+    log_axis(axes[-1], PARAMS[s.params].split(' (')[0])
+    axes[-1].set_ylabel('sensitivity (nats)')
+    axes[0].set_ylabel('validation loss')
+    legend(fig, axes[0], axes[-1])
+  low, high = min(r.losses.index.min() for r in s.rates), max(r.losses.index.max() for r in s.rates)
+  caption = (
+    'Final loss against learning rate, a line per width x depth, and learning-rate sensitivity: mean of '
+    'min(loss, loss at the start) - best loss over rates drawn log-uniformly from the range of the grid, '
+    f'{low:g} to {high:g} (2309.14322); a diverged run counts as the loss at the start.'
+  )
+  return save(fig, folder, 'learning_rate_sensitivity', caption, pd.DataFrame(rows))

@@ -1,0 +1,102 @@
+"""A fit as plain values: parameters, intervals, verdicts and diagnostics, ready for JSON."""
+
+import math
+
+import numpy as np
+
+from .estimate import Fit
+from .identify import doubts, verdicts
+from .intervals import (
+  LEVEL,
+  bootstrap,
+  clusters,
+  coverage_caveat,
+  delta,
+  derived,
+  noise,
+  percentile,
+  preferred,
+)
+
+
+def json_ready(value: object) -> object:
+  """Plain JSON types: arrays to lists, infinities and NaN to null."""
+  if isinstance(value, dict):
+    return {str(k): json_ready(v) for k, v in value.items()}
+  if isinstance(value, list | tuple | np.ndarray):
+    return [json_ready(v) for v in value]
+  if isinstance(value, np.generic):
+    return json_ready(value.item())
+  if isinstance(value, float) and not math.isfinite(value):
+    return None
+  return value
+
+
+def document(fitted: Fit, resamples: int = 0, progress: bool = False, seed: int = 0) -> dict[str, object]:
+  """Everything about one fit as JSON types: parameters at the top level, then how it was found.
+
+  A parameter that identify.py does not let through is null, with the reason under `verdicts`.
+  """
+  values = fitted.parameters | derived(fitted, fitted.theta_P)
+  by_method, redrawn = {'delta': delta(fitted)}, {}
+  if resamples:
+    kinds = ('case', 'cluster') if clusters(fitted.points) < len(fitted.points) else ('case',)
+    for kind in kinds:
+      sample = bootstrap(fitted, resamples, kind == 'cluster', seed, progress)
+      by_method[f'{kind}_bootstrap'] = percentile(fitted, sample)
+      redrawn[f'{kind}_bootstrap'] = sample.redrawn
+  method = preferred(fitted, tuple(by_method))
+  reasons = verdicts(fitted, by_method[method])
+  show = {name: reasons[name] is None for name in values}
+  shown = {name: {k: v if show[k] else None for k, v in ends.items()} for name, ends in by_method.items()}
+  return json_ready(
+    {name: value if show[name] else None for name, value in values.items()}
+    | {
+      'objective': fitted.objective,
+      'n_points': len(fitted.points),
+      'intervals': shown[method],
+      'flags': list(fitted.flags),
+      'doubts': doubts(fitted),
+      'verdicts': {k: v for k, v in reasons.items() if v is not None},
+      'law': fitted.law.name,
+      'formula': fitted.law.formula,
+      'level': LEVEL,
+      'interval_method': method,
+      'intervals_by_method': shown,
+      'resamples': resamples,
+      'redrawn': redrawn,
+      'caveat': coverage_caveat(fitted),
+    }
+    | diagnostics(fitted)
+  )
+
+
+def diagnostics(fitted: Fit) -> dict[str, object]:
+  """How a fit was made and how far it can be trusted."""
+  rows = zip(fitted.points.run.tolist(), fitted.influence_R, fitted.shift_RP, strict=True)
+  return {
+    'degrees_of_freedom': fitted.degrees_of_freedom,
+    'loss': fitted.problem.kind,
+    'delta': fitted.problem.delta,
+    'reference': fitted.design.arms.reference,
+    'within_cluster_correlation': noise(fitted).correlation,
+    'optimiser': {
+      'converged': fitted.converged,
+      'starts': fitted.starts,
+      'starts_at_optimum': fitted.starts_at_optimum,
+      'moved_from_init': fitted.moved_from_init,
+    },
+    'condition_number': fitted.condition,
+    'correlation': {
+      'parameters': list(fitted.theta_names),
+      'matrix': np.round(fitted.correlation_PP, 4),
+    },
+    'influence': [
+      {
+        'run': run,
+        'cooks_distance': float(f'{cook:.4g}'),
+        'shift_in_standard_errors': dict(zip(fitted.theta_names, shift_P.round(3), strict=True)),
+      }
+      for run, cook, shift_P in rows
+    ],
+  }

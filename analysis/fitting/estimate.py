@@ -1,0 +1,236 @@
+"""Fit one scaling law to runs, and say how far the optimum can be trusted.
+
+Where: metrics of finished runs -> points -> fit -> intervals, comparisons, report. Pure functions;
+the arithmetic is in laws.py (design) and solve.py (optimiser), the command line in fit.py.
+"""
+
+import dataclasses
+import math
+
+import numpy as np
+
+from mhc_jax.errors import ConfigError
+
+from .laws import ArmModel, Design, Law, Points, design, natural
+from .solve import (
+  GRADIENT_TOLERANCE,
+  LOSSES,
+  MAX_EXPONENT,
+  SAME_OPTIMUM,
+  Problem,
+  descend,
+  gradient_norm,
+  residuals,
+  score,
+  starts,
+  variable_projection,
+)
+
+DELTA = 1e-3  # in log loss; the literature's value (Hoffmann et al. 2203.15556)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+  """A fitted law with all that is needed to judge it.
+
+  objective: the summed loss itself (Huber or half squares), not scaled. flags: reasons to doubt
+  the optimum, in words. condition: of J'J in centred log coordinates. correlation: between the
+  parameters `theta_names`. influence_R: Cook's distance of each run; shift_RP: change of each
+  parameter, in standard errors, if that run were left out (one-step approximation).
+  """
+
+  law: Law
+  points: Points
+  problem: Problem
+  theta_P: np.ndarray
+  parameters: dict[str, float]
+  objective: float
+  converged: bool
+  starts: int
+  starts_at_optimum: int
+  moved_from_init: bool
+  flags: tuple[str, ...]
+  condition: float
+  covariance_PP: np.ndarray
+  correlation_PP: np.ndarray
+  influence_R: np.ndarray
+  shift_RP: np.ndarray
+  residual_R: np.ndarray
+
+  @property
+  def design(self) -> Design:
+    return self.problem.design
+
+  @property
+  def theta_names(self) -> tuple[str, ...]:
+    return self.design.names
+
+  @property
+  def degrees_of_freedom(self) -> int:
+    return len(self.points) - len(self.theta_P)
+
+
+def make_problem(
+  law: Law, points: Points, arms: ArmModel, loss: str = 'huber', delta: float | str = DELTA
+) -> Problem:
+  """The numerical problem of a fit; raises ConfigError when no fit can exist.
+
+  delta 'auto' is max(1e-3, 1.345 x robust residual scale of the least-squares start): 95 % of the
+  efficiency of least squares under normal noise, where 1e-3 behaves like L1 (64 %).
+  """
+  if loss not in LOSSES:
+    raise ConfigError(f'unknown loss {loss!r}: choose from {", ".join(LOSSES)}')
+  d = design(law, points, arms)
+  if len(points) < len(d.names):
+    raise ConfigError(f'{len(points)} runs cannot fit the {len(d.names)} parameters of {law.formula}')
+  weight_R = np.ones(len(points))
+  if points.sigma is not None:
+    # Relative noise; 'mse' has residuals in nats. Median 1: delta keeps its meaning for a typical run.
+    spread_R = points.sigma * (points.loss if loss == 'mse' else 1.0)
+    weight_R = np.median(spread_R) / spread_R
+  if delta == 'auto':
+    p = Problem(d, points.loss, weight_R, np.ones(len(points)), 'mse_log', DELTA)
+    theta_P, _ = descend(variable_projection(p), p)
+    delta = max(DELTA, 1.345 * robust_scale(residuals(theta_P, p)[0], len(theta_P)))
+  return Problem(d, points.loss, weight_R, np.ones(len(points)), loss, float(delta))
+
+
+def fit(
+  points: Points,
+  law: Law,
+  arms: ArmModel | None = None,
+  loss: str = 'huber',
+  delta: float | str = DELTA,
+  start_count: int = 27,
+  init: np.ndarray | None = None,
+) -> Fit:
+  """Fits `law` to all runs jointly; the best of the data-driven starts and variable projection.
+
+  loss: 'huber' (of log loss, width delta), 'mse_log', or 'mse' (of the loss itself). `init` (in
+  the design's own parameters) replaces all starts.
+  """
+  p = make_problem(law, points, arms or ArmModel(), loss, delta)
+  laid_out = starts(p, start_count) if init is None else [np.asarray(init, float)]
+  tried = [(start, *descend(start, p)) for start in laid_out]
+  if init is None:
+    start = variable_projection(p)
+    tried.append((start, *descend(start, p)))
+  best_P, best = min(((theta_P, value) for _, theta_P, value in tried), key=lambda t: t[1])
+  best_P, best = descend(best_P, p)  # once more, whitened at the optimum
+  agree = [value <= best + SAME_OPTIMUM * (abs(best) + 10) for *_, value in tried]
+  # Variable projection may start at the optimum itself, so only laid-out starts can be "stuck".
+  moved = not laid_out or any(
+    bool(np.any(np.abs(theta_P - start) > 1e-6)) for start, theta_P, _ in tried[: len(laid_out)]
+  )
+  return _judged(points, p, best_P, best, len(tried), sum(agree), moved)
+
+
+def _judged(
+  points: Points, p: Problem, theta_P: np.ndarray, best: float, count: int, agree: int, moved: bool
+) -> Fit:
+  covariance_PP, inverse_PP = noise_covariance(theta_P, p)
+  residual_R, jac_RP = residuals(theta_P, p)
+  gradient = gradient_norm(theta_P, p)
+  converged = bool(np.isfinite(best)) and gradient < 30 * GRADIENT_TOLERANCE
+  # A constant that ran to zero has no curvature left; the rest is judged given E = 0.
+  alive_P = np.linalg.norm(jac_RP, axis=0) > 1e-6 * np.linalg.norm(jac_RP)
+  condition = float(np.linalg.cond(jac_RP[:, alive_P].T @ jac_RP[:, alive_P]))
+  deviation_P = np.sqrt(np.maximum(np.diag(inverse_PP), 1e-300))
+  shift_RP, influence_R = _influence(residual_R, jac_RP, inverse_PP, covariance_PP, p)
+  return Fit(
+    law=p.design.law,
+    points=points,
+    problem=p,
+    theta_P=theta_P,
+    parameters=natural(theta_P, p.design),
+    objective=best * p.scale,
+    converged=converged,
+    starts=count,
+    starts_at_optimum=agree,
+    moved_from_init=moved,
+    flags=tuple(_flags(theta_P, p, converged, gradient, count, agree, moved)),
+    condition=condition,
+    covariance_PP=covariance_PP,
+    correlation_PP=inverse_PP / np.outer(deviation_P, deviation_P),
+    influence_R=influence_R,
+    shift_RP=shift_RP,
+    residual_R=residual_R,
+  )
+
+
+def _influence(
+  residual_R: np.ndarray,
+  jac_RP: np.ndarray,
+  inverse_PP: np.ndarray,
+  covariance_PP: np.ndarray,
+  p: Problem,
+) -> tuple[np.ndarray, np.ndarray]:
+  """One-step leave-one-out shifts in standard errors (R, P), and Cook's distances (R,)."""
+  k = jac_RP.shape[1]
+  slope = mean_slope(residual_R, k, p)
+  leverage_R = np.einsum('rp,pq,rq->r', jac_RP, inverse_PP, jac_RP)
+  step_R = score(residual_R, p) / slope / np.maximum(1 - leverage_R, 1e-6)
+  shift_RP = (jac_RP * step_R[:, None]) @ inverse_PP
+  precision_PP = np.linalg.pinv(covariance_PP, rcond=1e-13, hermitian=True)
+  influence_R = np.einsum('rp,pq,rq->r', shift_RP, precision_PP, shift_RP) / k
+  error_P = np.sqrt(np.maximum(np.diag(covariance_PP), 1e-300))
+  return shift_RP / error_P, influence_R
+
+
+def _flags(
+  theta_P: np.ndarray,
+  p: Problem,
+  converged: bool,
+  gradient: float,
+  count: int,
+  agree: int,
+  moved: bool,
+) -> list[str]:
+  """Reasons to doubt an optimum, in words; empty for a sound one."""
+  out = []
+  if not converged:
+    out.append(f'not converged: whitened gradient {gradient:.1e}')
+  if not moved:
+    out.append('did not move from its starting point')
+  if count > 1 and agree < max(2, 0.1 * count):
+    out.append(f'only {agree} of {count} starts reached the best objective')
+  for name, value in natural(theta_P, p.design).items():
+    base = name.split('[')[0]
+    if base == 'E' and value < 1e-3 * p.loss_R.min():
+      out.append(f'{name} at its boundary: E -> 0')
+    if base in p.design.law.exponents and value < 0.01:
+      out.append(f'{name} at its boundary: exponent -> 0')
+    if base in p.design.law.exponents and value > MAX_EXPONENT:
+      out.append(f'{name} at its boundary: exponent above {MAX_EXPONENT:g}, a term that only noise has')
+  return out
+
+
+def noise_covariance(theta_P: np.ndarray, p: Problem) -> tuple[np.ndarray, np.ndarray]:
+  """Covariance of theta (P, P) for independent noise, and (J'J)^-1.
+
+  Huber's M-estimator formula  mean(psi^2) / mean(psi')^2 (J'J)^-1 with n - P degrees of freedom.
+  mean(psi') is taken from a normal core of the residuals' robust scale (median absolute residual
+  without the P smallest, which a near-L1 fit forces to zero): counting the few residuals inside
+  delta would be far too noisy at 25 runs.
+  """
+  residual_R, jac_RP = residuals(theta_P, p)
+  n, k = jac_RP.shape
+  inverse_PP = np.linalg.pinv(jac_RP.T @ jac_RP, rcond=1e-13, hermitian=True)
+  psi_R = score(residual_R, p)
+  mean_square = float(psi_R @ psi_R) / max(n - k, 1)
+  slope = mean_slope(residual_R, k, p)
+  return mean_square / slope**2 * inverse_PP, inverse_PP
+
+
+def mean_slope(residual_R: np.ndarray, parameters: int, p: Problem) -> float:
+  """Expected derivative of psi: the part of a normal core of the residuals inside +-delta."""
+  scale = robust_scale(residual_R, parameters)
+  if p.kind != 'huber' or scale == 0:
+    return 1.0
+  return math.erf(p.delta / (math.sqrt(2) * scale))
+
+
+def robust_scale(residual_R: np.ndarray, parameters: int) -> float:
+  """Standard deviation of a normal core: median |r| / 0.6745 without the `parameters` smallest."""
+  largest = np.sort(np.abs(residual_R))[min(parameters, len(residual_R) - 1) :]
+  return float(np.median(largest) / 0.6745)

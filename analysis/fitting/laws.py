@@ -1,0 +1,271 @@
+"""Scaling laws as sums of power terms, and the linear design that one fit needs.
+
+Where: points (points.py) -> Design (here) -> fit (fit.py) -> intervals, comparisons, report.
+
+A law is  L = E + sum_j A_j (X_j m_j)^-alpha_j.  It is fitted as
+  log L = logsumexp(log E, log A_j - alpha_j (log X_j + log m_j))
+(Hoffmann et al. 2203.15556, approach 3; multipliers as in 2602.07712), in covariates centred on
+their mean, which takes the condition number of the problem down by orders of magnitude
+(2603.22339). Every arm shares E, A and the exponents unless an ArmModel frees them.
+
+Array suffixes in analysis/: R runs, J power terms, P parameters, B resamples, G clusters.
+"""
+
+import dataclasses
+from collections.abc import Collection
+
+import numpy as np
+
+from mhc_jax.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Term:
+  """One power term A * (prod_k X_k^c_k)^-alpha; `share` is the part of log m that enters it."""
+
+  coefficient: str
+  exponent: str
+  covariates: tuple[tuple[str, float], ...]
+  share: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Law:
+  """A named sum of power terms above a constant E (nats per token)."""
+
+  name: str
+  formula: str
+  terms: tuple[Term, ...]
+
+  @property
+  def exponents(self) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(t.exponent for t in self.terms))
+
+  @property
+  def covariates(self) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for t in self.terms for name, _ in t.covariates))
+
+  def keep(self, covariates: Collection[str]) -> 'Law':
+    """A law of one covariate to a term, without the terms of other covariates: they are part of E."""
+    kept = tuple(t for t in self.terms if {name for name, _ in t.covariates} <= set(covariates))
+    words = [f'{t.coefficient} {t.covariates[0][0]}^-{t.exponent}' for t in kept]
+    return dataclasses.replace(self, formula=' + '.join(['L = E', *words]), terms=kept)
+
+
+# A multiplier m is a compute multiplier: an arm at its size behaves like the reference arm with m
+# times the compute. `share` splits log m over the factors of compute (N and D: one half each;
+# width^2 x depth x D: one quarter each), so that the product of the factors grows by exactly m.
+LAWS = {
+  law.name: law
+  for law in (
+    Law('compute', 'L = E + A C^-alpha', (Term('A', 'alpha', (('C', 1.0),), 1.0),)),
+    Law(
+      'chinchilla',
+      'L = E + A N^-alpha + B D^-beta',
+      (Term('A', 'alpha', (('N', 1.0),), 0.5), Term('B', 'beta', (('D', 1.0),), 0.5)),
+    ),
+    Law(
+      'width_depth',
+      'L = E + A W^-alpha + B H^-beta + G D^-gamma',
+      (
+        Term('A', 'alpha', (('W', 1.0),), 0.25),
+        Term('B', 'beta', (('H', 1.0),), 0.25),
+        Term('G', 'gamma', (('D', 1.0),), 0.25),
+      ),
+    ),
+    Law(
+      'overtraining',
+      'L = E + (A M^eta + B M^-eta) C^-eta',  # M = tokens per parameter; Gadre et al. 2403.08540
+      (
+        Term('A', 'eta', (('C', 1.0), ('M', -1.0)), 1.0),
+        Term('B', 'eta', (('C', 1.0), ('M', 1.0)), 1.0),
+      ),
+    ),
+  )
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ArmModel:
+  """How arms may differ.
+
+  multiplier: 'none' (all arms equal), 'common' (one compute multiplier m per arm), 'N' or 'D'
+  (rho_N or rho_D alone), 'both' (rho_N and rho_D). axes: names of Points.axes; each adds
+  m = r^phi along that axis. free_e, free_exponents: one value per arm instead of a shared one.
+  """
+
+  multiplier: str = 'common'
+  reference: str | None = None
+  axes: tuple[str, ...] = ()
+  free_e: bool = False
+  free_exponents: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Points:
+  """Measured runs. log_x: log covariates by name (N, D, C, W, H, M); loss in nats per token.
+
+  sigma: noise standard deviation of log loss per run, or None (equal). cluster: runs whose noise
+  is shared (a seed across arms, branches of one trunk). size: model-size group for rollouts.
+  axes: log r along a named axis, 0 where the axis does not apply.
+  """
+
+  log_x: dict[str, np.ndarray]
+  loss: np.ndarray
+  arm: np.ndarray
+  cluster: np.ndarray
+  size: np.ndarray
+  run: np.ndarray
+  sigma: np.ndarray | None = None
+  axes: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+  def __len__(self) -> int:
+    return len(self.loss)
+
+  def take(self, index: np.ndarray) -> 'Points':
+    """The runs picked by an index or mask."""
+    return Points(
+      {k: v[index] for k, v in self.log_x.items()},
+      *(getattr(self, k)[index] for k in ('loss', 'arm', 'cluster', 'size', 'run')),
+      sigma=None if self.sigma is None else self.sigma[index],
+      axes={k: v[index] for k, v in self.axes.items()},
+    )
+
+  @property
+  def arms(self) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(self.arm.tolist()))
+
+
+@dataclasses.dataclass(frozen=True)
+class Design:
+  """The linear maps from the parameter vector to each run's log E, log A_j, alpha_j and log m_j."""
+
+  law: Law
+  arms: ArmModel
+  names: tuple[str, ...]
+  e_RP: np.ndarray
+  a_JRP: np.ndarray
+  x_JRP: np.ndarray
+  m_JRP: np.ndarray
+  cov_JR: np.ndarray
+  centre_J: np.ndarray
+
+  @property
+  def linear(self) -> np.ndarray:
+    """Which parameters the loss is linear in once exponentiated (log E and log A)."""
+    return np.array([name.startswith(('log E', 'log A', 'log B', 'log G')) for name in self.names])
+
+  @property
+  def is_exponent(self) -> np.ndarray:
+    return np.array([name.split('[')[0] in self.law.exponents for name in self.names])
+
+
+def power_covariates(law: Law, points: Points) -> np.ndarray:
+  """log X_j of every term and run, (J, R); raises ConfigError for a covariate that is absent."""
+  missing = [name for name in law.covariates if name not in points.log_x]
+  if missing:
+    raise ConfigError(f'law {law.name} needs column {missing[0]}: give it with --columns')
+  return np.stack([sum(c * points.log_x[name] for name, c in term.covariates) for term in law.terms])
+
+
+def _multiplier_columns(law: Law, points: Points, arms: ArmModel) -> dict[str, np.ndarray]:
+  """Name -> (J, R) weight of that log multiplier in each term."""
+  share_J = np.array([term.share for term in law.terms])
+  columns = {}
+  for arm in points.arms:
+    if arm == arms.reference or arms.multiplier == 'none':
+      continue
+    is_arm_R = (points.arm == arm).astype(float)
+    if arms.multiplier == 'common':
+      columns[f'log m[{arm}]'] = share_J[:, None] * is_arm_R
+      continue
+    for factor in {'both': ('N', 'D')}.get(arms.multiplier, (arms.multiplier,)):
+      in_term_J = np.array([float(term.covariates == ((factor, 1.0),)) for term in law.terms])
+      if not in_term_J.any():
+        raise ConfigError(f'law {law.name} has no {factor} term for a multiplier rho_{factor}')
+      columns[f'log rho_{factor}[{arm}]'] = in_term_J[:, None] * is_arm_R
+  for axis in arms.axes:
+    columns[f'phi[{axis}]'] = share_J[:, None] * points.axes[axis]
+  return columns
+
+
+def design(law: Law, points: Points, arms: ArmModel, centre_J: np.ndarray | None = None) -> Design:
+  """Design of a fit; `centre_J` reuses another design's centring (to predict at new points)."""
+  if arms.reference is None:
+    arms = dataclasses.replace(arms, reference=points.arms[0])
+  cov_JR = power_covariates(law, points)
+  centre_J = cov_JR.mean(1) if centre_J is None else centre_J
+  arm_names = tuple(dict.fromkeys((arms.reference, *points.arms)))
+
+  def versions(name: str, free: bool) -> list[str]:
+    return [f'{name}[{arm}]' for arm in arm_names] if free else [name]
+
+  names = versions('log E', arms.free_e)
+  names += [f'log {term.coefficient}' for term in law.terms]
+  names += [v for exponent in law.exponents for v in versions(exponent, arms.free_exponents)]
+  multipliers = _multiplier_columns(law, points, arms)
+  names += list(multipliers)
+  column = {name: p for p, name in enumerate(names)}
+  shape = (len(law.terms), len(points), len(names))
+  e_RP, (a_JRP, x_JRP, m_JRP) = np.zeros(shape[1:]), np.zeros((3, *shape))
+  for r, arm in enumerate(points.arm):
+    e_RP[r, column[f'log E[{arm}]' if arms.free_e else 'log E']] = 1
+    for j, term in enumerate(law.terms):
+      a_JRP[j, r, column[f'log {term.coefficient}']] = 1
+      exponent = f'{term.exponent}[{arm}]' if arms.free_exponents else term.exponent
+      x_JRP[j, r, column[exponent]] = 1
+  for name, weight_JR in multipliers.items():
+    m_JRP[:, :, column[name]] = weight_JR
+  return Design(law, arms, tuple(names), e_RP, a_JRP, x_JRP, m_JRP, cov_JR - centre_J[:, None], centre_J)
+
+
+def predict(theta_P: np.ndarray, d: Design) -> tuple[np.ndarray, np.ndarray]:
+  """Log loss of every run (R,) and its Jacobian with respect to the parameters (R, P)."""
+  alpha_JR = d.x_JRP @ theta_P
+  z_JR = d.cov_JR + d.m_JRP @ theta_P
+  term_JR = d.a_JRP @ theta_P - alpha_JR * z_JR
+  e_R = d.e_RP @ theta_P
+  top_R = np.maximum(e_R, term_JR.max(0))
+  part_JR = np.exp(term_JR - top_R)
+  part_R = np.exp(e_R - top_R)
+  total_R = part_R + part_JR.sum(0)
+  jac_RP = (part_R / total_R)[:, None] * d.e_RP
+  for j, share_R in enumerate(part_JR / total_R):
+    jac_RP += share_R[:, None] * d.a_JRP[j]
+    jac_RP -= (share_R * z_JR[j])[:, None] * d.x_JRP[j]
+    jac_RP -= (share_R * alpha_JR[j])[:, None] * d.m_JRP[j]
+  return top_R + np.log(total_R), jac_RP
+
+
+def natural_map(d: Design) -> tuple[list[str], np.ndarray]:
+  """Names and matrix T of the uncentred parameters T @ theta: log E, log A, exponents, log m.
+
+  With exponents free per arm the uncentred coefficients differ per arm too: A[arm].
+  """
+  column = {name: p for p, name in enumerate(d.names)}
+  names, rows = [], []
+  for name in d.names:
+    terms = [j for j, t in enumerate(d.law.terms) if f'log {t.coefficient}' == name]
+    if not terms:
+      names.append(name)
+      rows.append(np.eye(len(d.names))[column[name]])
+      continue
+    (j,) = terms
+    exponent = d.law.terms[j].exponent
+    for full in [n for n in d.names if n == exponent or n.startswith(exponent + '[')]:
+      row = np.eye(len(d.names))[column[name]]
+      row[column[full]] = d.centre_J[j]
+      names.append(name + full.removeprefix(exponent))
+      rows.append(row)
+  return names, np.array(rows)
+
+
+def natural(theta_P: np.ndarray, d: Design) -> dict[str, float]:
+  """Parameters as they are published: E, A, alpha, ..., m[arm] (logs exponentiated)."""
+  names, map_ = natural_map(d)
+  values = map_ @ theta_P
+  with np.errstate(over='ignore'):  # log A of a term that ran away: inf is the honest value
+    return {
+      name.removeprefix('log '): float(np.exp(v) if name.startswith('log ') else v)
+      for name, v in zip(names, values, strict=True)
+    }

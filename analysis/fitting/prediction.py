@@ -1,0 +1,67 @@
+"""Loss at a point that was not measured: `python -m analysis.fit ... --predict N=7e10,D=1.4e12`.
+
+Where: after estimate.py; the bands are those of intervals.py, the rules those of identify.py.
+"""
+
+import numpy as np
+
+from mhc_jax.errors import ConfigError
+
+from .estimate import Fit
+from .identify import doubts, verdicts
+from .intervals import band
+from .laws import Points
+from .points import AXIS, COVARIATES, completed
+
+
+def parse_point(text: str) -> dict[str, float | str]:
+  """'N=7e10,D=1.4e12,arm=mhc' -> {'N': 7e10, 'D': 1.4e12, 'arm': 'mhc'}; raises ConfigError."""
+  out: dict[str, float | str] = {}
+  for part in text.split(','):
+    name, _, value = part.partition('=')
+    if name == 'arm':
+      out[name] = value
+      continue
+    if name not in COVARIATES and not name.startswith(AXIS):
+      raise ConfigError(f'--predict: {part!r} is not one of {", ".join(COVARIATES)}, arm, axis:NAME')
+    try:
+      out[name] = float(value)
+    except ValueError:
+      out[name] = -1.0
+    if not 0 < out[name] < np.inf:
+      raise ConfigError(f'--predict: {part!r} must be a positive number')
+  return out
+
+
+def prediction(fit: Fit, at: dict[str, float | str]) -> dict[str, object]:
+  """The loss at a point, the 95 % band of the curve and of a new run; or the problem that forbids them."""
+  arms = fit.design.arms
+  arm = at.get('arm', arms.reference)
+  if arm not in fit.points.arms:
+    raise ConfigError(f'--predict: no arm {arm!r}; the arms are {", ".join(fit.points.arms)}')
+  unknown = {name for name in at if name.startswith(AXIS)} - {f'{AXIS}{axis}' for axis in arms.axes}
+  if unknown:
+    raise ConfigError(f'--predict: {min(unknown)} is not a column of --columns')
+  log_x = completed({name: np.log([v]) for name, v in at.items() if name in COVARIATES})
+  missing = [name for name in fit.law.covariates if name not in log_x]
+  if missing:
+    raise ConfigError(f'--predict: law {fit.law.name} needs {missing[0]}')
+  one = np.zeros(1)
+  axes = {axis: np.log([at.get(f'{AXIS}{axis}', 1.0)]) for axis in arms.axes}
+  b = band(fit, Points(log_x, one, np.array([arm]), one, one, one, axes=axes))
+  names = ('loss', 'low', 'high', 'new_run_low', 'new_run_high')
+  problem = _problem(fit, log_x)
+  values = (b.loss, b.low, b.high, b.new_low, b.new_high)
+  shown = {name: None if problem else float(v[0]) for name, v in zip(names, values, strict=True)}
+  return {'at': at, 'arm': arm} | shown | {'problem': problem}
+
+
+def _problem(fit: Fit, log_x: dict[str, np.ndarray]) -> str | None:
+  """Why the law may not be read at a point: an unsound fit, or an unknown floor beyond the runs."""
+  if doubts(fit):
+    return 'not fitted soundly: ' + '; '.join(doubts(fit))
+  beyond = [name for name in fit.law.covariates if log_x[name][0] > fit.points.log_x[name].max() + 1e-9]
+  floors = [reason for name, reason in verdicts(fit).items() if name.startswith('E') and reason]
+  if beyond and floors:
+    return f'beyond the largest {" and ".join(beyond)} the floor E decides, and it is {floors[0]}'
+  return None

@@ -1,0 +1,108 @@
+"""What the compiler says of a train_step that never runs: communication, memory. Called by experiments.bench.
+
+python -m experiments.bench scaling      # 1, 2, 4 and 8 fake CPU devices along fsdp, and along tensor
+python -m experiments.bench memory       # each recomputation (model.remat), on one device
+"""
+
+import argparse
+import os
+from collections import defaultdict
+
+import jax
+from jax.sharding import Mesh
+from jax.stages import Compiled
+from ml_collections import ConfigDict
+
+from mhc_jax.config import base_config, build_optimizer
+from mhc_jax.data import VOCAB_SIZE
+from mhc_jax.model_config import REMAT, build_model
+from mhc_jax.recompute import block_layers
+from mhc_jax.sharding import check_mesh, make_mesh
+from mhc_jax.train_step import TrainState, programs
+
+from ..compile.abstract_step import abstract_inputs, device_bytes
+from ..compile.hlo_cost import count
+from ..compile.hlo_text import parse_module
+
+DEVICES = (1, 2, 4, 8)
+
+
+def fake_devices(count: int) -> None:
+  """Makes that many CPU devices; must come before the first computation."""
+  flags = os.environ.get('XLA_FLAGS', '')
+  os.environ['XLA_FLAGS'] = f'{flags} --xla_force_host_platform_device_count={count}'.strip()
+  jax.config.update('jax_platforms', 'cpu')
+
+
+def small_config(args: argparse.Namespace, remat: str = 'none') -> ConfigDict:
+  """The model of these benches: 8 heads, so that a tensor axis of 8 divides them; one layer at a time."""
+  c = base_config()
+  c.model.width, c.model.depth, c.model.heads = args.width, args.depth, 8
+  c.model.connection.streams, c.model.dtype = args.streams, args.dtype
+  c.data.batch_size, c.data.seq_len = args.batch, args.seq_len
+  c.model.scan_unroll, c.model.remat = 1, remat
+  c.optimizer.warmup_fraction = 0.05
+  return c
+
+
+def compile_step(c: ConfigDict, mesh: Mesh) -> tuple[Compiled, TrainState]:
+  """(the compiled train_step of a configuration on a mesh, its state's shapes and shardings)."""
+  found = programs(build_model(c, VOCAB_SIZE), build_optimizer(c), mesh)
+  return found.step.lower(found.abstract, *abstract_inputs(c, mesh)).compile(), found.abstract
+
+
+def volume(hlo_text: str) -> dict[str, dict[str, float]]:
+  """Collectives of one step by kind: executions, and bytes that a group gathers, reduces or exchanges."""
+  found: dict[str, dict[str, float]] = defaultdict(lambda: {'count': 0, 'bytes': 0})
+  for operation in count(parse_module(hlo_text)).operations:
+    if operation.collective:
+      found[operation.collective]['count'] += operation.times
+      found[operation.collective]['bytes'] += operation.times * operation.payload
+  return dict(found)
+
+
+def bench_scaling(args: argparse.Namespace) -> dict[str, object]:
+  """One row per mesh: memory per device by kind, and communication by kind of collective.
+
+  state_over_even_share: parameters and optimizer state on one device over 1 / devices of the whole.
+  """
+  rows, whole = [], 0
+  for axis, devices in (('fsdp', 1), *((axis, d) for axis in ('fsdp', 'tensor') for d in DEVICES[1:])):
+    c = small_config(args)
+    c.mesh[axis] = devices
+    check_mesh(c.mesh.to_dict(), build_model(c, VOCAB_SIZE), args.seq_len)
+    mesh = make_mesh(c.mesh.to_dict())
+    compiled, state = compile_step(c, mesh)
+    params, optimizer = device_bytes(state.params), device_bytes(state.opt_state)
+    whole = whole or params + optimizer
+    rows.append(
+      {
+        'axis': axis,
+        'devices': devices,
+        'params_bytes': params,
+        'optimizer_bytes': optimizer,
+        'state_over_even_share': (params + optimizer) * devices / whole,
+        'temporary_bytes': compiled.memory_analysis().temp_size_in_bytes,
+        'collectives': volume(compiled.as_text()),
+      }
+    )
+  return {'settings': settings(args), 'per_device': rows}
+
+
+def bench_memory(args: argparse.Namespace) -> dict[str, object]:
+  """Temporary and argument bytes of the step, as compiled, for each recomputation."""
+  rows = {}
+  for remat in REMAT:
+    compiled, _ = compile_step(small_config(args, remat), make_mesh({}))
+    memory = compiled.memory_analysis()
+    rows[remat] = {
+      'temporary_bytes': memory.temp_size_in_bytes,
+      'argument_bytes': memory.argument_size_in_bytes,
+    }
+  layers = block_layers(args.streams, args.depth)
+  return {'settings': settings(args), 'layers_per_block': layers, 'remat': rows}
+
+
+def settings(args: argparse.Namespace) -> dict[str, object]:
+  """What was compiled."""
+  return {name: getattr(args, name) for name in ('width', 'depth', 'batch', 'seq_len', 'streams', 'dtype')}

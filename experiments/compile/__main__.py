@@ -1,0 +1,56 @@
+"""Compiles the real train_step for TPUs that are not there, and predicts its memory and speed.
+
+  python -m experiments.compile --config configs/laptop.py --topology v5p:2x2x1 --config.mesh.fsdp=4
+  python -m experiments.compile --config configs/paper_27b.py:mhc --json > 27b.json
+  python -m experiments.compile --config configs/paper_27b.py:mhc --gpu H100:512     # lowered, not compiled
+
+config -> model -> train_step -> **compile**. Needs no TPU, no corpus and no arrays: shapes and shardings over
+a described topology go through the TPU's own compiler (libtpu, extra `tpu`); CPU is the running backend.
+Memory is the compiler's; FLOPs, bytes and times are counted in its optimised program (hlo_cost, predict).
+"""
+
+import argparse
+import json
+import sys
+
+import jax
+
+from mhc_jax.config_file import parse
+from mhc_jax.errors import require
+
+from . import gpu as compile_gpu
+from .chips import TPUS
+from .tpu import compile_step, text
+
+
+def main(argv: list[str] | None = None) -> int:
+  """The command line; returns 0 if the step fits, 1 if not."""
+  parser = argparse.ArgumentParser(
+    prog='python -m experiments.compile',
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  parser.add_argument('--config', required=True, help='a file of configs/, with :argument if it takes one')
+  parser.add_argument(
+    '--topology', help=f"chip:sides of a TPU slice, of {', '.join(TPUS)} (default: the config's)"
+  )
+  parser.add_argument('--gpu', help='chip:number of NVIDIA GPUs instead, like H100:64: lowered, not compiled')
+  parser.add_argument('--json', action='store_true', help='print the whole report as JSON')
+  args, overrides = parser.parse_known_args(argv)
+  jax.config.update('jax_platforms', 'cpu')
+  config = parse(args.config, overrides)
+  require(not (args.gpu and args.topology), '--gpu and --topology exclude each other')
+  if args.gpu:
+    report, as_text = compile_gpu.lower_step(config, args.gpu), compile_gpu.text
+  else:
+    topology = args.topology or config.topology
+    require(topology is not None, 'name a slice: --topology v5p:8x8x8, or --gpu H100:64')
+    report, as_text = compile_step(config, topology), text
+  print(json.dumps(report, indent=1) if args.json else as_text(report))
+  return 0 if report['fits'] else 1
+
+
+if __name__ == '__main__':
+  from mhc_jax.command import end_with_message
+
+  sys.exit(end_with_message(main))

@@ -1,0 +1,81 @@
+"""train_step with shapes and shardings in place of arrays, on any mesh: what the compile reports start from.
+
+A mesh of described TPU devices, or one without devices (jax.sharding.AbstractMesh) for lowering alone.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from mhc_jax import cost
+from mhc_jax.config import build_optimizer, check_counts
+from mhc_jax.config_file import check_fields
+from mhc_jax.data import VOCAB_SIZE
+from mhc_jax.errors import require
+from mhc_jax.model_config import ModelConfig, build_model
+from mhc_jax.sharding import BATCH, check_mesh
+from mhc_jax.train_step import TrainState, programs
+
+
+def mesh_axes(config: ConfigDict, devices: int, where: str) -> dict[str, int]:
+  """config.mesh as axis -> size; raises ConfigError unless it has that many devices."""
+  axes = config.mesh.to_dict()
+  needed = int(np.prod(list(axes.values())))
+  require(
+    needed == devices,
+    f'{where} has {devices} devices, but {" * ".join(f"mesh.{axis}" for axis in axes)} = {needed}: '
+    'set --config.mesh.fsdp and the other axes to match',
+  )
+  return axes
+
+
+def abstract_inputs(config: ConfigDict, mesh: Mesh | AbstractMesh) -> tuple[dict[str, Any], dict[str, Any]]:
+  """(batch, hparams) of train_step as shapes with shardings; no corpus is read."""
+  shape = (config.data.batch_size, config.data.seq_len)
+  rows, replicated = NamedSharding(mesh, P(BATCH)), NamedSharding(mesh, P())
+  types = {'inputs': jnp.int32, 'targets': jnp.int32, 'weights': jnp.float32, 'segments': jnp.int32}
+  batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for name, dtype in types.items()}
+  names = ('lr', 'weight_decay', 'num_steps', 'warmup')
+  return batch, {name: jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated) for name in names}
+
+
+def trace_step(
+  config: ConfigDict, mesh: Mesh | AbstractMesh
+) -> tuple[Any, TrainState, dict[str, Any], ModelConfig]:
+  """(traced train_step, abstract state, abstract batch, model) of a checked config on a mesh."""
+  check_fields(config)
+  check_counts(config)
+  model = build_model(config, VOCAB_SIZE)
+  check_mesh(config.mesh.to_dict(), model, config.data.seq_len)
+  found = programs(model, build_optimizer(config), mesh)
+  batch, hparams = abstract_inputs(config, mesh)
+  return found.step.trace(found.abstract, batch, hparams), found.abstract, batch, model
+
+
+def device_bytes(tree: Any) -> int:
+  """Bytes of the shards that one device holds of a tree of shapes with shardings."""
+  sizes = [
+    np.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)
+  ]
+  return int(sum(sizes))
+
+
+def describe(config: ConfigDict, model: ModelConfig, where: str, devices: int) -> dict[str, Any]:
+  """What was compiled or lowered, for the report."""
+  return {
+    'topology': where,
+    'devices': devices,
+    'mesh': config.mesh.to_dict(),
+    'connection': config.model.connection.name,
+    'streams': model.connection.streams,
+    'remat': model.remat,
+    'batch_size': config.data.batch_size,
+    'seq_len': config.data.seq_len,
+    'params': cost.parameters(model),
+    'routed_buffer_over_used': cost.routed_flops_over_ideal(model, config.mesh.expert) if model.moe else None,
+  }

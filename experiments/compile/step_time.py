@@ -1,0 +1,138 @@
+"""From counted operations to a predicted step: times, collectives, memory, and what to change. Pure.
+
+Everything here is a prediction from peak rates: a step takes the sum over its operations of
+max(FLOPs / peak, bytes / bandwidth), collectives by the links' bandwidth, nothing overlapped. The roofline
+beside it, max(all FLOPs / peak, all bytes / bandwidth, all link time), overlaps everything.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from .chips import Chip, compute_seconds, link_seconds
+from .hlo_cost import Count, Operation
+
+GIB = 2**30
+
+# How far an operation's group extends along each axis of the torus, and whether as a ring.
+Sides = Callable[[Operation], Sequence[tuple[int, bool]]]
+
+
+def predict(found: Count, chip: Chip, sides: Sides) -> dict[str, Any]:
+  """Totals of one device, seconds of a step, collectives by kind, parts by source file, costly operations."""
+  rows = [_row(operation, chip, sides(operation)) for operation in found.operations]
+  compute = sum(row['compute_seconds'] for row in rows)
+  links = sum(row['link_seconds'] for row in rows)
+  peak, bandwidth = chip.flops / chip.devices, chip.bandwidth / chip.devices
+  passes = found.total('matmul_passes') + found.total('vector_flops')
+  seconds = sum(row['seconds'] for row in rows)
+  return {
+    'per_device': {
+      'flops': found.flops,
+      'matmul_flops': found.total('matmul_flops'),
+      'vector_flops': found.total('vector_flops'),
+      'hbm_bytes': found.total('bytes'),
+      'compiler_cycles': sum(row.times * (row.cycles or 0) for row in found.operations),
+    },
+    'seconds': {
+      'step': seconds,
+      'without_collectives': compute,
+      'collectives': links,
+      'roofline': max(passes / peak, found.total('bytes') / bandwidth, links),
+      'all_flops': passes / peak,
+      'all_bytes': found.total('bytes') / bandwidth,
+    },
+    'collectives': _collectives(rows),
+    'parts': _parts(rows),
+    'costliest': [
+      {**row, 'share': row['seconds'] / seconds} for row in sorted(rows, key=lambda row: -row['seconds'])[:10]
+    ],
+    'uncounted': {'loops': found.unknown_loops, 'custom_calls': dict(found.custom_calls)},
+  }
+
+
+def _row(operation: Operation, chip: Chip, sides: Sequence[tuple[int, bool]]) -> dict[str, Any]:
+  """One operation over the whole step: all of its executions."""
+  times = operation.times
+  compute, links = compute_seconds(operation, chip), link_seconds(operation, chip, sides)
+  flops = operation.matmul_flops + operation.vector_flops
+  memory = operation.bytes / (chip.bandwidth / chip.devices)
+  limit = 'links' if links > compute else ('memory' if memory >= compute else 'compute')
+  return {
+    'name': operation.name,
+    'opcode': operation.opcode,
+    'source': operation.source,
+    'op_name': operation.op_name,
+    'times': times,
+    'seconds': times * max(compute, links),
+    'compute_seconds': times * compute,
+    'link_seconds': times * links,
+    'limit': limit,
+    'flops': times * flops,
+    'hbm_bytes': times * operation.bytes,
+    'collective': operation.collective,
+    'payload': times * operation.payload,
+    'group': len(operation.group),
+  }
+
+
+def _collectives(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+  """kind -> executions, bytes of the whole arrays, seconds on the links; the largest group."""
+  kinds: dict[str, dict[str, float]] = {}
+  for row in rows:
+    if row['collective']:
+      kind = kinds.setdefault(row['collective'], {'times': 0, 'bytes': 0.0, 'seconds': 0.0, 'group': 0})
+      kind['times'] += row['times']
+      kind['bytes'] += row['payload']
+      kind['seconds'] += row['link_seconds']
+      kind['group'] = max(kind['group'], row['group'])
+  return kinds
+
+
+def _parts(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+  """Source file of an operation's root -> seconds, FLOPs and bytes, the dearest first."""
+  parts: dict[str, dict[str, float]] = {}
+  for row in rows:
+    name = row['source'].partition(':')[0] or 'unnamed'
+    part = parts.setdefault(name, {'seconds': 0.0, 'flops': 0.0, 'hbm_bytes': 0.0})
+    for key in part:
+      part[key] += row[key]
+  return dict(sorted(parts.items(), key=lambda item: -item[1]['seconds']))
+
+
+def speed(seconds: float, tokens: int, flops_per_token: float, chips: int, chip: Chip) -> dict[str, float]:
+  """Tokens per second of all chips and MFU: the model's own FLOPs (cost.py) over what the chips could do."""
+  return {
+    'tokens_per_second': tokens / seconds,
+    'mfu': flops_per_token * tokens / (seconds * chips * chip.flops),
+  }
+
+
+def advice(
+  remat: str, mesh: dict[str, int], rows: int, arguments: dict[str, int], capacity: float
+) -> list[str]:
+  """What to change where a step does not fit, by what takes the memory.
+
+  rows: of the batch, or of a microbatch, on each group of devices that shares them. arguments: bytes of
+  params, optimizer and batch of one device.
+  """
+  lines = []
+  if remat != 'layer':  # blocks keep the products of attention and feed-forward
+    lines.append('recompute activations: --config.model.remat=layer')
+  if arguments['params'] + arguments['optimizer'] > capacity / 4:
+    lines.append(
+      f'parameters and optimizer take {share(arguments, capacity)} of the memory: a larger '
+      f'--config.mesh.fsdp (now {mesh["fsdp"]}) splits them further'
+    )
+  if rows > 1:
+    lines.append(
+      f'{rows} sequences are at a time on each group of devices: accumulate gradients over '
+      '--config.optimizer.microbatches, or split them with a larger mesh.data or mesh.fsdp (more chips)'
+    )
+  else:
+    lines.append(f'split the width of activations: a larger --config.mesh.tensor (now {mesh["tensor"]})')
+  return [*lines, 'or take a larger slice, or chips with more memory']
+
+
+def share(arguments: dict[str, int], capacity: float) -> str:
+  """Percent of the memory that parameters and optimizer take."""
+  return f'{100 * (arguments["params"] + arguments["optimizer"]) / capacity:.0f} %'

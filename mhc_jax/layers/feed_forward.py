@@ -1,0 +1,34 @@
+"""The dense feed-forward sublayer: SwiGLU."""
+
+import functools
+
+import flax.linen as nn
+import jax
+from jax.sharding import Mesh
+
+from mhc_jax.layers.linear import Linear, ones
+from mhc_jax.layers.norm import rms_norm
+from mhc_jax.model_config import ModelConfig
+from mhc_jax.sharding import constrain
+
+
+def swiglu(x_BTD: jax.Array, width: int, c: ModelConfig, mesh: Mesh | None, prefix: str = '') -> jax.Array:
+  """SwiGLU (arXiv 2002.05202) of that width; its maps belong to the calling module."""
+  linear = functools.partial(Linear, rank=c.weights_rank, dtype=c.dtype, mesh=mesh)
+  gate_BTF = linear((c.width, width), name=f'{prefix}gate')(x_BTD)
+  up_BTF = linear((c.width, width), name=f'{prefix}up')(x_BTD)
+  hidden_BTF = constrain(jax.nn.silu(gate_BTF) * up_BTF, 'BTF', mesh)
+  return linear((width, c.width), gain=c.output_gain, name=f'{prefix}down')(hidden_BTF)
+
+
+class FeedForward(nn.Module):
+  """RMSNorm and SwiGLU: (B, T, D) -> (B, T, D)."""
+
+  config: ModelConfig
+  mesh: Mesh | None = None
+
+  @nn.compact
+  def __call__(self, x_BTD: jax.Array) -> jax.Array:
+    c = self.config
+    x_BTD = rms_norm(x_BTD, self.param('norm', ones, (c.width,)), c.norm_eps)
+    return swiglu(constrain(x_BTD, 'BSD', self.mesh), c.ffn_width, c, self.mesh)

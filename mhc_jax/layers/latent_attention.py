@@ -1,0 +1,48 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434)."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from mhc_jax.layers.attention import attention
+from mhc_jax.layers.linear import Linear, ones
+from mhc_jax.layers.norm import rms_norm
+from mhc_jax.layers.rope import rope
+from mhc_jax.model_config import ModelConfig
+from mhc_jax.sharding import constrain
+
+
+class LatentAttention(nn.Module):
+  """RMSNorm and multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): (B, T, D) -> (B, T, D).
+
+  Keys and values of all heads are made from one normalised latent of kv_rank numbers per token. Position is
+  in rope_dim more numbers of every query and key; the key's are the same for all heads.
+  """
+
+  config: ModelConfig
+  mesh: Mesh | None = None
+
+  @nn.compact
+  def __call__(self, x_BTD: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+    c, m = self.config, self.config.mla
+    linear = functools.partial(Linear, rank=c.weights_rank, dtype=c.dtype, mesh=self.mesh)
+    x_BTD = rms_norm(x_BTD, self.param('norm', ones, (c.width,)), c.norm_eps)
+    x_BTD = constrain(x_BTD, 'BSD', self.mesh)
+    latent_norm_R = self.param('latent_norm', ones, (m.kv_rank,))
+    q_BTHK = constrain(linear((c.width, c.heads, c.head_dim), name='query')(x_BTD), 'BTHK', self.mesh)
+    q_BTHK, q_rope_BTHK = jnp.split(q_BTHK, [m.head_dim], -1)
+    latent_BSR = linear((c.width, m.kv_rank + m.rope_dim), name='kv_down')(x_BTD)
+    latent_BSR, k_rope_BSK = jnp.split(latent_BSR, [m.kv_rank], -1)
+    latent_BSR = rms_norm(latent_BSR, latent_norm_R, c.norm_eps)
+    kv_BSHK = linear((m.kv_rank, c.heads, m.head_dim + m.value_dim), name='kv_up')(latent_BSR)
+    k_BSHK, v_BSHK = jnp.split(constrain(kv_BSHK, 'BSHK', self.mesh), [m.head_dim], -1)
+    k_rope_BSHK = jnp.broadcast_to(rope(k_rope_BSK[:, :, None], c.rope_theta), q_rope_BTHK.shape)
+    q_BTHK = jnp.concatenate([q_BTHK, rope(q_rope_BTHK, c.rope_theta)], -1)
+    k_BSHK = jnp.concatenate([k_BSHK, k_rope_BSHK], -1)
+    out_BTHK = attention(q_BTHK, k_BSHK, v_BSHK, mask_BTS, c.attention_scale)
+    out_BTHK = constrain(out_BTHK, 'BTHK', self.mesh)
+    out_BTE = out_BTHK.reshape(*x_BTD.shape[:2], c.heads * m.value_dim)
+    return linear((c.heads * m.value_dim, c.width), gain=c.output_gain, name='output')(out_BTE)

@@ -1,0 +1,50 @@
+"""Linear maps, of full rank or factored, and the start values of parameters."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from mhc_jax.sharding import splits_time
+
+
+def normal(std: float):
+  def init(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    return std * jax.random.normal(key, shape, jnp.result_type(float))
+
+  return init
+
+
+def ones(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  return jnp.ones(shape, jnp.result_type(float))
+
+
+def zeros(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  return jnp.zeros(shape, jnp.result_type(float))
+
+
+class Linear(nn.Module):
+  """x W with W of shape (in, *out), or W = U V of rank `rank` with the same variance 1 / in."""
+
+  shape: tuple[int, ...]
+  rank: int | None
+  dtype: Any
+  gain: float = 1.0  # multiplies the standard deviation at the start
+  mesh: Mesh | None = None
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    inputs, outputs = self.shape[0], self.shape[1:]
+    # Tokens flattened: XLA:CPU then folds the weight gradient's transposes into the product. Where time is
+    # split, it would cost a gather.
+    y = x if splits_time(self.mesh) else x.reshape(-1, inputs)
+    if self.rank is None:
+      w = self.param('w', normal(self.gain * inputs**-0.5), self.shape)
+      y = y @ w.astype(self.dtype).reshape(inputs, -1)
+    else:
+      u = self.param('u', normal(self.gain * inputs**-0.5), (inputs, self.rank))
+      v = self.param('v', normal(self.rank**-0.5), (self.rank, *outputs))
+      y = (y @ u.astype(self.dtype)) @ v.astype(self.dtype).reshape(self.rank, -1)
+    return y.reshape(*x.shape[:-1], *outputs)

@@ -1,0 +1,219 @@
+"""A run: what a configuration resolves to once the corpus is known. Pure apart from reading versions.
+
+config -> **run** -> train. `resolve` fills in derived values, counts parameters and FLOPs, turns the duration
+into a number of updates and names the run by the hash of what determines its numbers.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from mhc_jax import config as config_lib
+from mhc_jax import config_file, cost
+from mhc_jax import optimizer as optim
+from mhc_jax.config import OptimizerConfig
+from mhc_jax.connection import ConnectionSpec, Gate, Init
+from mhc_jax.constraints.base import Constraint
+from mhc_jax.data import VOCAB_SIZE
+from mhc_jax.errors import ConfigError
+from mhc_jax.model_config import DTYPES, MLAConfig, ModelConfig, MoEConfig
+from mhc_jax.presets import PRESETS, connection_spec
+from mhc_jax.sharding import check_mesh
+from mhc_jax.train_step import init_state
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """Everything that train.run needs: the resolved configuration and what follows from it."""
+
+  run_id: str
+  resolved: dict[str, Any]  # plain values, goes into config.json
+  model: ModelConfig
+  optimizer: OptimizerConfig
+  derived: dict[str, Any]  # parameters by group, FLOPs, tokens, num_steps; goes into status.json
+
+  @property
+  def num_steps(self) -> int:
+    """Number of optimizer updates."""
+    return self.derived['num_steps']
+
+
+def resolve(config: ConfigDict, digest: str, constraint: Constraint | None = None) -> Run:
+  """ConfigDict and the corpus's content digest -> Run; raises ConfigError for impossible values.
+
+  constraint: one of the caller's own in place of the named one; its name and params enter the run id.
+  """
+  config_file.check_fields(config)
+  config_lib.check_counts(config)
+  model = config_lib.build_model(config, VOCAB_SIZE, constraint)
+  optimizer = config_lib.build_optimizer(config)
+  _check_manifold(model, optimizer)
+  check_mesh(config.mesh.to_dict(), model, config.data.seq_len)
+  resolved = config.to_dict()
+  resolved['arm'] = config.arm or config.model.connection.name
+  resolved['data']['digest'] = digest
+  resolved['model'] |= {
+    'kv_heads': model.kv_heads,
+    'head_dim': model.head_dim,
+    'ffn_width': model.ffn_width,
+    'vocab_size': model.vocab_size,
+    'mla': dataclasses.asdict(model.mla) if model.mla else resolved['model']['mla'],
+    'moe': dataclasses.asdict(model.moe) if model.moe else resolved['model']['moe'],
+    'dense_layers': model.dense_layers if model.moe else None,
+    'connection': _resolved_connection(resolved['model']['connection'], model),
+  }
+  flops_per_token = cost.train_flops_per_token(model, config.data.seq_len)
+  params = cost.parameters(model)
+  tokens_per_step = config.data.batch_size * config.data.seq_len
+  num_steps = steps_of(config.duration, tokens_per_step, flops_per_token, params['matmul'])
+  derived = {
+    'params': params,
+    'flops_per_token': flops_per_token,
+    'forward_flops_per_token_by_term': cost.forward_flops_per_token(model, config.data.seq_len),
+    'tokens_per_step': tokens_per_step,
+    'num_steps': num_steps,
+    'tokens': num_steps * tokens_per_step,
+    'flops': num_steps * tokens_per_step * flops_per_token,
+    'data_digest': digest,
+  }
+  return Run(run_id(resolved), resolved, model, optimizer, derived)
+
+
+def _check_manifold(model: ModelConfig, optimizer: OptimizerConfig) -> None:
+  """Raises ConfigError where the manifold does not fit the parameters that its pattern matches."""
+  if optimizer.manifold is None:
+    return
+
+  def first_update(key):
+    state = init_state(key, model, optimizer)
+    transform = optim.adamw(optimizer, model, jnp.zeros(()), jnp.zeros(()))
+    return transform.update(state.params, state.opt_state, state.params)
+
+  try:
+    jax.eval_shape(first_update, jax.random.key(0))
+  except re.error as error:
+    pattern = optimizer.manifold_pattern
+    raise ConfigError(
+      f'optimizer.manifold_pattern {pattern!r} is not a regular expression: {error}'
+    ) from None
+  except ValueError as error:
+    raise ConfigError(f'optimizer.manifold={optimizer.manifold}: {error}') from None
+
+
+def _resolved_connection(given: dict[str, Any], model: ModelConfig) -> dict[str, Any]:
+  """The connection with every value that its preset sets written out."""
+  spec = model.connection
+  written = {
+    field.name: getattr(spec, field.name)
+    for field in dataclasses.fields(spec)
+    if field.name not in ('constraint', 'init')
+  }
+  for gate in ('read_gate', 'write_gate'):
+    written[gate] = dataclasses.asdict(written[gate])
+  return {
+    'name': given['name'],
+    'preset': given['preset'] or next(iter(PRESETS[given['name']])),
+    **written,
+    'constraint': spec.constraint.name,
+    'constraint_params': dict(spec.constraint.params),
+    'init': json.loads(json.dumps(dataclasses.asdict(spec.init))),
+    'output_init_scaling': given['output_init_scaling'],
+  }
+
+
+def rebuild_model(resolved: dict[str, Any], constraint: Constraint | None = None) -> ModelConfig:
+  """The ModelConfig of a resolved configuration (config.json).
+
+  constraint: the caller's own, where the run has one. Raises ConfigError for an unknown constraint, or one of
+  another name or parameters than the run's.
+  """
+  m = resolved['model']
+  connection = {key: value for key, value in m['connection'].items() if key != 'output_init_scaling'}
+  init = {key: tuple(v) if isinstance(v, list) else v for key, v in connection.pop('init').items()}
+  for gate in ('read_gate', 'write_gate'):
+    connection[gate] = Gate(**connection[gate])
+  if constraint is not None:
+    trained = connection['constraint'], connection.pop('constraint_params')
+    if (constraint.name, json.loads(json.dumps(constraint.params))) != trained:
+      raise ConfigError(f'the run was trained with the constraint {trained[0]} of {trained[1]}')
+    connection['constraint'] = constraint
+  try:
+    spec = connection_spec(**connection, init=Init(**init))
+  except ValueError as error:
+    raise ConfigError(f'model.connection: {error}') from None
+  same = ('width', 'depth', 'heads', 'kv_heads', 'head_dim', 'ffn_width', 'vocab_size')
+  same += ('remat', 'scan', 'scan_unroll', 'rope_theta', 'norm_eps')
+  scaled = m['connection']['output_init_scaling']
+  return ModelConfig(
+    **{name: m[name] for name in same},
+    connection=spec,
+    output_gain=spec.streams**0.5 if scaled else 1.0,
+    weights_rank=m['weights']['rank'],
+    dtype=DTYPES[m['dtype']],
+    base_width=resolved['transfer']['base_width'],
+    base_depth=resolved['transfer']['base_depth'],
+    mla=_section(MLAConfig, m.get('mla')),
+    moe=_section(MoEConfig, m.get('moe')),
+    dense_layers=m.get('dense_layers') or 0,
+  )
+
+
+def _section(kind: Any, values: dict[str, Any] | None) -> Any:
+  """A section as its dataclass; None where it is off, or not there because the run is older than it."""
+  return None if not values or None in values.values() else kind(**values)
+
+
+def steps_of(duration: ConfigDict, tokens_per_step: int, flops_per_token: float, params: int) -> int:
+  """The number of updates, rounded to the nearest and at least 1, from the one duration that is set.
+
+  tokens_per_param counts matmul parameters with the unembedding (cost.parameters: 'matmul').
+  """
+  if duration.steps is not None:
+    return duration.steps
+  if duration.tokens is not None:
+    tokens = duration.tokens
+  elif duration.flops is not None:
+    tokens = duration.flops / flops_per_token
+  else:
+    tokens = duration.tokens_per_param * params
+  return max(1, round(tokens / tokens_per_step))
+
+
+def run_id(resolved: dict[str, Any]) -> str:
+  """First 12 hex digits of the SHA-256 of what of the resolved configuration decides its numbers."""
+  text = json.dumps(_deciding(resolved), sort_keys=True, separators=(',', ':'))
+  return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _deciding(resolved: dict[str, Any]) -> dict[str, Any]:
+  """The configuration less labels, hardware, paths and fields that are off (None, a connection's default).
+
+  So a new field that is off by default leaves the ids of older runs as they were.
+  """
+
+  def without_none(node: Any) -> Any:
+    if not isinstance(node, dict):
+      return node
+    return {key: without_none(value) for key, value in node.items() if value is not None}
+
+  kept = without_none(json.loads(json.dumps(resolved)))
+  if kept['data']['name'].startswith('text_files:'):
+    kept['data']['name'] = 'text_files'  # the digest says which text; the path may change
+  for path in config_lib.NOT_IN_ID:
+    node = functools.reduce(lambda node, key: node.get(key, {}), path[:-1], kept)
+    node.pop(path[-1], None)
+  for section in ('mla', 'moe'):
+    if not kept['model'].get(section):
+      kept['model'].pop(section, None)
+  connection = kept['model']['connection']
+  for field in dataclasses.fields(ConnectionSpec):
+    if connection.get(field.name, dataclasses.MISSING) == field.default:
+      del connection[field.name]
+  return kept

@@ -1,0 +1,121 @@
+"""A run's folder: whose it is, what it holds, and which code and packages wrote it.
+
+plan -> **workdir** -> train. config.json names the run, status.json says how far it is, a lock keeps a second
+process out.
+"""
+
+import contextlib
+import functools
+import os
+import subprocess
+from collections.abc import Iterator
+from importlib import metadata
+from typing import Any
+
+import filelock
+import jax
+
+from mhc_jax import storage
+from mhc_jax.distributed import any_process
+from mhc_jax.errors import FULL_DISK, BusyError, ConfigError
+from mhc_jax.plan import Run, _deciding, run_id
+from mhc_jax.storage import write_json
+
+PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
+
+
+def read_config(workdir: str) -> dict[str, Any] | None:
+  """The resolved configuration in config.json, None without one; ConfigError where it is not a run's."""
+  path = os.path.join(workdir, 'config.json')
+  try:
+    found = storage.read_json(path)
+    if found is not None:
+      run_id(found)
+  except (AttributeError, KeyError, TypeError, ValueError) as error:
+    if isinstance(error, ConfigError):
+      raise
+    raise ConfigError(f'{path} is not the configuration of a run: {type(error).__name__}: {error}') from None
+  return found
+
+
+@contextlib.contextmanager
+def claim(workdir: str, run: Run) -> Iterator[dict[str, Any]]:
+  """Holds a workdir for a run and yields its status; made, with its config.json, where it is new.
+
+  Process 0 looks, locks and writes for all. The operating system keeps the lock, on a file in the folder or,
+  for a remote workdir, on this machine. Two machines that train into one remote workdir are not kept apart:
+  every file there is whole, but they would overwrite each other's.
+
+  Raises ConfigError, BusyError where another process holds it; OSError on a full disk; in every process.
+  """
+  refusal: Exception | None = None
+  with contextlib.ExitStack() as stack:
+    if jax.process_index() == 0:
+      try:
+        stack.enter_context(_lock(workdir))
+        check_workdir(workdir, run)  # under the lock: another process may have been first
+        if read_status(workdir)['state'] not in ENDED:
+          write_json(os.path.join(workdir, 'config.json'), run.resolved)
+      except (ConfigError, OSError) as error:
+        refusal = error
+    if any_process(refusal is not None):
+      raise refusal or ConfigError('process 0 cannot begin this run: see its message')
+    yield read_status(workdir)
+
+
+def _lock(workdir: str) -> contextlib.AbstractContextManager:
+  folder = storage.scratch(workdir)
+  try:
+    os.makedirs(folder, exist_ok=True)
+    return filelock.FileLock(os.path.join(folder, '.lock'), timeout=0).acquire()
+  except filelock.Timeout:
+    raise BusyError(f'{workdir} is in use by another process') from None
+  except OSError as error:
+    if error.errno in FULL_DISK:
+      raise
+    raise ConfigError(f'--workdir {workdir} cannot be written: {error.strerror}') from None
+
+
+def check_workdir(workdir: str, run: Run) -> None:
+  """Raises ConfigError if workdir holds a run of another configuration, naming the first difference."""
+  found = read_config(workdir)
+  if found is not None and run_id(found) != run.run_id:
+    name, old, new = _first_difference(_deciding(found), _deciding(run.resolved))
+    raise ConfigError(
+      f'{workdir} holds a run with {name}={old!r}, this one has {new!r}: choose another --workdir'
+    )
+
+
+def _first_difference(old: Any, new: Any, name: str = '') -> tuple[str, Any, Any]:
+  if not (isinstance(old, dict) and isinstance(new, dict)):
+    return name, old, new
+  for key in sorted(old.keys() | new.keys()):
+    path = f'{name}.{key}' if name else key
+    if old.get(key) != new.get(key):
+      return _first_difference(old.get(key), new.get(key), path)
+  return name, old, new
+
+
+def versions() -> dict[str, str]:
+  """Versions of the packages that numbers depend on."""
+  return {name: metadata.version(name) for name in PACKAGES}
+
+
+@functools.cache
+def git_revision() -> str | None:
+  """The project's commit, with '-dirty' where files differ from it; None outside a checkout."""
+  here = os.path.dirname(os.path.abspath(__file__))
+  command = ['git', '-C', here, 'describe', '--always', '--dirty', '--abbrev=12', '--exclude=*']
+  try:
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+  except (OSError, subprocess.TimeoutExpired):
+    return None
+  return answer.stdout.strip() or None
+
+
+ENDED = ('finished', 'diverged')
+
+
+def read_status(workdir: str) -> dict[str, Any]:
+  """A run's status.json; {'state': 'missing'} if there is none."""
+  return storage.read_json(os.path.join(workdir, 'status.json')) or {'state': 'missing'}
