@@ -129,9 +129,9 @@ def _flops_per_second(planned: list[Any], folder: str) -> float:
 
 def warn_of_mixtures(planned: list[Any], folder: str) -> None:
   """Says on stderr where ended runs come from other code or versions than this process."""
-  from mhc_jax.workdir import git_revision, versions
+  from mhc_jax.workdir import revision, versions
 
-  now = {'git revision': git_revision(), 'versions': versions()}
+  now = {'git revision': revision(), 'versions': versions()}
   for run in planned:
     status = read_status(os.path.join(folder, run.run_id))
     if status['state'] in ENDED:

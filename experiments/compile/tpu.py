@@ -23,7 +23,7 @@ from mhc_jax import cost
 from mhc_jax.errors import ConfigError, require
 from mhc_jax.model_config import ModelConfig
 from mhc_jax.sharding import BATCH, make_mesh
-from mhc_jax.workdir import git_revision
+from mhc_jax.workdir import revision
 
 from .abstract_step import describe, device_bytes, mesh_axes, trace_step
 from .chips import CHIPS, TPUS, Chip
@@ -75,7 +75,7 @@ def compile_step(config: ConfigDict, topology: str) -> dict[str, Any]:
     'batch': device_bytes(batch),
   }
   report = describe(config, model, topology, len(devices))
-  report |= {'git_revision': git_revision()}
+  report |= {'git_revision': revision()}
   report |= {'versions': {name: metadata.version(name) for name in ('jax', 'jaxlib', 'libtpu')}}
   report |= {'argument_bytes': arguments}
   print(f'compiling for {topology}, some minutes for a large model', file=sys.stderr)
