@@ -62,7 +62,7 @@ def coordinates(arm: str, size: tuple[int, int], base: tuple[int, int], lr: floa
   def update(carry, _):
     params, opt_state = carry
     (_, found), grads = jax.value_and_grad(_loss_and_sizes, has_aux=True)(params, model)
-    transform = optim.adamw(optimizer, model, jnp.float32(lr), jnp.float32(0))
+    transform = optim.transform(optimizer, model, jnp.float32(lr), jnp.float32(0))
     updates, opt_state = transform.update(grads, opt_state, params)
     return (jax.tree.map(jnp.add, params, updates), opt_state), found
 

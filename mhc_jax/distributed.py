@@ -3,7 +3,7 @@
 JAX's own runtime is the only distributed engine: it finds the processes, watches their heartbeats, agrees on
 the step at which a preempted run stops, and moves the data. One process alone starts nothing of this.
 
-  python -m mhc_jax.train ... --coordinator HOST:PORT --processes N --process I   # on each of N hosts
+  mhc train ... --coordinator HOST:PORT --processes N --process I   # on each of N hosts
 """
 
 import argparse

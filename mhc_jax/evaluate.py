@@ -1,7 +1,7 @@
 """Validation loss of a run's last checkpoint and a sample of its text; reads the workdir, writes nothing.
 
-python -m mhc_jax.evaluate runs/laptop
-python -m mhc_jax.evaluate runs/laptop --prompt 'def main' --bytes 400 --temperature 0.7
+mhc evaluate runs/laptop
+mhc evaluate runs/laptop --prompt 'def main' --bytes 400 --temperature 0.7
 """
 
 import argparse
@@ -119,7 +119,7 @@ def sample(
 def main(argv: list[str] | None = None) -> int:
   """The command line; returns the exit code."""
   parser = argparse.ArgumentParser(
-    prog='python -m mhc_jax.evaluate',
+    prog='mhc evaluate',
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )

@@ -95,7 +95,7 @@ def _check_fit(model: ModelConfig, optimizer: OptimizerConfig) -> None:
 
   def first_update(key):
     state = init_state(key, model, optimizer)
-    transform = optim.adamw(optimizer, model, jnp.zeros(()), jnp.zeros(()))
+    transform = optim.transform(optimizer, model, jnp.zeros(()), jnp.zeros(()))
     return transform.update(state.params, state.opt_state, state.params)
 
   try:

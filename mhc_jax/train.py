@@ -2,7 +2,7 @@
 
 config -> data -> model -> train_step -> checkpoint -> metrics.jsonl: the only place that wires the parts.
 
-  python -m mhc_jax.train --config configs/laptop.py --workdir runs/laptop
+  mhc train --config laptop --workdir runs/laptop
 """
 
 import argparse
@@ -196,11 +196,11 @@ def _measure(plan: Run, compiled: Programs, data: Data, at: Position, step: int)
 def main(argv: list[str] | None = None) -> int:
   """The command line; returns the exit code (0 finished or diverged, 130 interrupted)."""
   parser = argparse.ArgumentParser(
-    prog='python -m mhc_jax.train',
+    prog='mhc train',
     description='Train one model; the same command goes on where it stopped.',
     epilog='examples:\n'
-    '  python -m mhc_jax.train --config configs/laptop.py --workdir runs/laptop\n'
-    '  python -m mhc_jax.train --config configs/laptop.py:smoke --workdir runs/smoke \\\n'
+    '  mhc train --config laptop --workdir runs/laptop\n'
+    '  mhc train --config laptop:smoke --workdir runs/smoke \\\n'
     '    --config.model.connection.name=residual --config.optimizer.lr=2e-3\n'
     'any field of the config file can be set by --config.section.field=value',
     formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from mhc_jax.layers.linear import Linear, ones
+from mhc_jax.layers.linear import Linear, Output, ones
 from mhc_jax.layers.norm import rms_norm
 from mhc_jax.layers.rope import rope
 from mhc_jax.model_config import ModelConfig
@@ -43,9 +43,10 @@ class Attention(nn.Module):
 
   config: ModelConfig
   mesh: Mesh | None = None
+  record: bool = False
 
   @nn.compact
-  def __call__(self, x_BTD: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+  def __call__(self, x_BTD: jax.Array, mask_BTS: jax.Array) -> Output:
     c = self.config
     linear = functools.partial(Linear, rank=c.weights_rank, dtype=c.dtype, mesh=self.mesh)
     x_BTD = rms_norm(x_BTD, self.param('norm', ones, (c.width,)), c.norm_eps)
@@ -59,4 +60,4 @@ class Attention(nn.Module):
     out_BTHK = attention(q_BTHK, k_BSGK, v_BSGK, mask_BTS, c.attention_scale)
     out_BTHK = constrain(out_BTHK, 'BTHK', self.mesh)
     out_BTE = out_BTHK.reshape(*x_BTD.shape[:2], c.heads * c.head_dim)
-    return linear((c.heads * c.head_dim, c.width), gain=c.output_gain, name='output')(out_BTE)
+    return linear((c.heads * c.head_dim, c.width), gain=c.output_gain, name='output')(out_BTE), {}

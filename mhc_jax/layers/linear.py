@@ -1,4 +1,7 @@
-"""Linear maps, of full rank or factored, and the start values of parameters."""
+"""What sublayers are made of: linear maps, of full rank or factored, and the start values of parameters.
+
+A sublayer is a module Sublayer(config, mesh, record)(x_BTD, mask_BTS) -> Output, with its own pre-norm.
+"""
 
 from typing import Any
 
@@ -8,6 +11,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from mhc_jax.sharding import splits_time
+
+# A sublayer's result F(x), (B, T, D), and what it records: {}, or by name what all layers of its kind record.
+Output = tuple[jax.Array, dict[str, jax.Array]]
 
 
 def normal(std: float):
