@@ -1,4 +1,4 @@
-"""Counting in HLO text, the arithmetic of predictions, and how experiments.compile ends on mistakes."""
+"""Counting in HLO text, and the arithmetic of predictions."""
 
 import functools
 import itertools
@@ -188,6 +188,29 @@ def test_a_step_is_the_sum_of_what_limits_each_operation():
     'tokens_per_second': 500,
     'mfu': pytest.approx(1e15 / (4 * 459e12)),
   }
+
+
+@pytest.mark.parametrize(
+  'op_name,inside',
+  (
+    ('jit(step)/jvp(Transformer)/layers/attention/attention_scores/btgrk,bsgk->bgrts/dot_general', True),
+    ('jit(step)/transpose(jvp(Transformer))/checkpoint/rematted_computation/attention_scores/dot', True),
+    ('jit(step)/transpose(jvp(attention_scores))/dot_general', True),
+    ('jit(step)/layers/attention/query/dot_general', False),
+    ('jit(step)/no_attention_scores_here/mul', False),
+    ('', False),
+  ),
+)
+def test_a_part_is_what_is_in_its_scope_whatever_jax_made_of_it(op_name, inside):
+  """Forward, transposed and recomputed; the source file does not matter."""
+  found = Count([operation(op_name=op_name, bytes=2765e9, times=2), operation(op_name='other')], [], {})
+  scopes = predict(found, CHIPS['v5p'], lambda _: ())['scopes']
+  wanted = (
+    {'seconds': 2.0, 'flops': 0.0, 'hbm_bytes': 2 * 2765e9}
+    if inside
+    else dict.fromkeys(scopes['routed_experts'], 0)
+  )
+  assert scopes['attention_scores'] == pytest.approx(wanted)
 
 
 def test_half_a_chip_has_half_its_rates():
