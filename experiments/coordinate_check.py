@@ -24,6 +24,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from mhc_jax import optimizer as optim
+from mhc_jax.command import end_with_message
 from mhc_jax.config import base_config, build_optimizer
 from mhc_jax.model import Transformer, loss_sums
 from mhc_jax.model_config import build_model
@@ -114,4 +115,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == '__main__':
-  sys.exit(main())
+  sys.exit(end_with_message(main))

@@ -29,4 +29,4 @@ def runs(arg: str | None = None) -> list[ConfigDict]:
         c.duration.tokens_per_param, c.duration.tokens = None, TOKENS
         c.log.diagnostics_every_steps = None
         planned.append(c)
-  return protocol.locked(planned)
+  return planned

@@ -43,7 +43,7 @@ def scale_of(arg: str | None) -> str:
 def config(
   scale: str, arm: str, connection: dict[str, Any], seed: int, lr: float = LEARNING_RATE
 ) -> ConfigDict:
-  """One unlocked run of `arm`, whose model.connection has these fields."""
+  """One run of `arm`, whose model.connection has these fields."""
   c, sizes = base_config(), SCALES[scale]
   c.arm, c.seed = arm, seed
   for section in ('data', 'model', 'evaluation', 'log', 'checkpoint'):
@@ -53,8 +53,3 @@ def config(
   c.optimizer.lr, c.optimizer.warmup_fraction = lr, 0.05
   c.duration.steps = sizes['steps']
   return c
-
-
-def locked(configs: list[ConfigDict]) -> list[ConfigDict]:
-  """The same configs, ready to be planned."""
-  return [c.lock() for c in configs]

@@ -60,4 +60,4 @@ def runs(arg: str | None = None) -> list[ConfigDict]:
     c.model.weights.rank = rank
     c.duration.tokens_per_param, c.duration.tokens = None, full_rank_tokens()
     planned.append(c)
-  return protocol.locked(planned)
+  return planned

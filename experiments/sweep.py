@@ -51,7 +51,7 @@ def plan(name: str) -> tuple[list[ConfigDict], list[Run]]:
   if name not in EXPERIMENTS:
     raise ConfigError(f'no experiment {name!r}; there are {", ".join(EXPERIMENTS)}')
   try:
-    configs = EXPERIMENTS[name](argument or None)
+    configs = [config.lock() for config in EXPERIMENTS[name](argument or None)]
   except ValueError as error:
     raise ConfigError(f'{name}: {error}') from None
   planned, seen = [], {}

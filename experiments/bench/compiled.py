@@ -9,18 +9,14 @@ import os
 from collections import defaultdict
 
 import jax
-from jax.sharding import Mesh
-from jax.stages import Compiled
 from ml_collections import ConfigDict
 
-from mhc_jax.config import base_config, build_optimizer
-from mhc_jax.data import VOCAB_SIZE
-from mhc_jax.model_config import REMAT, build_model
+from mhc_jax.config import base_config
+from mhc_jax.model_config import REMAT
 from mhc_jax.recompute import block_layers
-from mhc_jax.sharding import check_mesh, make_mesh
-from mhc_jax.train_step import TrainState, programs
+from mhc_jax.sharding import make_mesh
 
-from ..compile.abstract_step import abstract_inputs, device_bytes
+from ..compile.abstract_step import device_bytes, trace_step
 from ..compile.hlo_cost import count
 from ..compile.hlo_text import parse_module
 
@@ -41,14 +37,8 @@ def small_config(args: argparse.Namespace, remat: str = 'none') -> ConfigDict:
   c.model.connection.streams, c.model.dtype = args.streams, args.dtype
   c.data.batch_size, c.data.seq_len = args.batch, args.seq_len
   c.model.scan_unroll, c.model.remat = 1, remat
-  c.optimizer.warmup_fraction = 0.05
+  c.optimizer.warmup_fraction, c.duration.steps = 0.05, 100
   return c
-
-
-def compiled_step(c: ConfigDict, mesh: Mesh) -> tuple[Compiled, TrainState]:
-  """(the compiled train_step of a configuration on a mesh, its state's shapes and shardings)."""
-  of_model = programs(build_model(c, VOCAB_SIZE), build_optimizer(c), mesh)
-  return of_model.step.lower(of_model.abstract, *abstract_inputs(c, mesh)).compile(), of_model.abstract
 
 
 def volume(hlo_text: str) -> dict[str, dict[str, float]]:
@@ -70,9 +60,8 @@ def bench_scaling(args: argparse.Namespace) -> dict[str, object]:
   for axis, devices in (('fsdp', 1), *((axis, d) for axis in ('fsdp', 'tensor') for d in DEVICES[1:])):
     c = small_config(args)
     c.mesh[axis] = devices
-    check_mesh(c.mesh.to_dict(), build_model(c, VOCAB_SIZE), args.seq_len)
-    mesh = make_mesh(c.mesh.to_dict())
-    compiled, state = compiled_step(c, mesh)
+    traced, state, *_ = trace_step(c, make_mesh(c.mesh.to_dict()))
+    compiled = traced.lower().compile()
     params, optimizer = device_bytes(state.params), device_bytes(state.opt_state)
     whole = whole or params + optimizer
     rows.append(
@@ -93,8 +82,8 @@ def bench_memory(args: argparse.Namespace) -> dict[str, object]:
   """Temporary and argument bytes of the step, as compiled, for each recomputation."""
   rows = {}
   for remat in REMAT:
-    compiled, _ = compiled_step(small_config(args, remat), make_mesh({}))
-    memory = compiled.memory_analysis()
+    traced, *_ = trace_step(small_config(args, remat), make_mesh({}))
+    memory = traced.lower().compile().memory_analysis()
     rows[remat] = {
       'temporary_bytes': memory.temp_size_in_bytes,
       'argument_bytes': memory.argument_size_in_bytes,

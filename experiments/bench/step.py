@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from mhc_jax import optimizer as optim
@@ -27,19 +28,13 @@ def arm_functions(arm: str, args: argparse.Namespace) -> dict[str, Callable[[], 
   c.model.dtype, c.optimizer.warmup_fraction = args.dtype, 0.05
   c.transfer.base_width, c.transfer.base_depth = 32, 2
   model, optimizer = build_model(c, VOCAB_SIZE), build_optimizer(c)
-  mesh = make_mesh({})
-  of_arm = programs(model, optimizer, mesh)
+  of_arm = programs(model, optimizer, make_mesh({}))
   tokens = jax.random.randint(jax.random.key(0), (args.batch, args.seq_len), 0, VOCAB_SIZE - 1)
-  batch = {
-    'inputs': tokens,
-    'targets': tokens,
-    'weights': np.ones(tokens.shape, np.float32),
-    'segments': np.zeros(tokens.shape, np.int32),
-  }
-  batch = {name: jax.device_put(value) for name, value in batch.items()}
+  weights, segments = jnp.ones(tokens.shape), jnp.zeros(tokens.shape, jnp.int32)
+  batch = {'inputs': tokens, 'targets': tokens, 'weights': weights, 'segments': segments}
   warmup = optim.warmup_steps(optimizer, 100)
   hparams = {'lr': 1e-3, 'weight_decay': 0.1, 'num_steps': 100, 'warmup': warmup}
-  hparams = {name: jax.device_put(np.asarray(value, np.float32)) for name, value in hparams.items()}
+  hparams = {name: jnp.float32(value) for name, value in hparams.items()}
   state = of_arm.init(jax.random.key(0))
 
   def run() -> object:

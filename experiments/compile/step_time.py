@@ -126,9 +126,10 @@ def advice(
   lines = []
   if remat != 'layer':  # blocks keep the products of attention and feed-forward
     lines.append('recompute activations: --config.model.remat=layer')
-  if arguments['params'] + arguments['optimizer'] > capacity / 4:
+  held = arguments['params'] + arguments['optimizer']
+  if held > capacity / 4:
     lines.append(
-      f'parameters and optimizer take {share(arguments, capacity)} of the memory: a larger '
+      f'parameters and optimizer take {100 * held / capacity:.0f} % of the memory: a larger '
       f'--config.mesh.fsdp (now {mesh["fsdp"]}) splits them further'
     )
   if rows > 1:
@@ -139,8 +140,3 @@ def advice(
   else:
     lines.append(f'split the width of activations: a larger --config.mesh.tensor (now {mesh["tensor"]})')
   return [*lines, 'or take a larger slice, or chips with more memory']
-
-
-def share(arguments: dict[str, int], capacity: float) -> str:
-  """Percent of the memory that parameters and optimizer take."""
-  return f'{100 * (arguments["params"] + arguments["optimizer"]) / capacity:.0f} %'
