@@ -33,4 +33,4 @@ def runs(arg: str | None = None) -> list[ConfigDict]:
           c.duration.steps, c.duration.flops = None, flops
           c.evaluation.every_steps, c.log.diagnostics_every_steps = 1000, None
           planned.append(c)
-  return protocol.locked(planned)
+  return planned

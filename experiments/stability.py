@@ -41,4 +41,4 @@ def runs(arg: str | None = None) -> list[ConfigDict]:
             c.evaluation.update({'every_steps': 80, 'sequences': 128})
             c.log.diagnostics_every_steps = 40
           planned.append(c)
-  return protocol.locked(planned)
+  return planned

@@ -142,14 +142,17 @@ def test_a_worker_that_dies_costs_its_run_alone(experiment, tmp_path, monkeypatc
   victim = tmp_path / 'tiny' / planned[0].run_id
 
   def kill():
+    deadline = time.monotonic() + 120  # a sweep that dies before ends the wait
     while not (victim / 'status.json').exists():
+      if time.monotonic() > deadline:
+        return
       time.sleep(0.01)
     for child in multiprocessing.active_children():
       held = {os.path.realpath(f'/proc/{child.pid}/fd/{fd}') for fd in os.listdir(f'/proc/{child.pid}/fd')}
       if str(victim / 'metrics.jsonl') in held:
         os.kill(child.pid, signal.SIGKILL)
 
-  killer = threading.Thread(target=kill)
+  killer = threading.Thread(target=kill, daemon=True)
   killer.start()
   assert sweep.main([experiment, *out]) == 1
   killer.join()

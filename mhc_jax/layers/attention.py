@@ -14,6 +14,7 @@ from mhc_jax.model_config import ModelConfig
 from mhc_jax.sharding import constrain
 
 
+@jax.named_scope('attention_scores')
 def causal_mask(segments_BT: jax.Array) -> jax.Array:
   """(B, T, T) booleans: query t sees key s <= t of the same document."""
   time_T = jnp.arange(segments_BT.shape[1])
@@ -21,6 +22,7 @@ def causal_mask(segments_BT: jax.Array) -> jax.Array:
   return causal_TT[None] & (segments_BT[:, :, None] == segments_BT[:, None])
 
 
+@jax.named_scope('attention_scores')  # a part whose cost experiments/compile reports
 def attention(
   q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, mask_BTS: jax.Array, scale: float
 ) -> jax.Array:
