@@ -21,12 +21,10 @@ def runs(arg: str | None = None) -> list[ConfigDict]:
   if arg:
     raise ValueError(f'learning_rate takes no argument, got {arg!r}')
   planned = []
-  for width, depth in SIZES:
-    for arm in protocol.LEARNING_RATES:
-      for lr, seed in itertools.product(GRID, SEEDS):
-        c = quick.config(arm, width, depth, seed)
-        c.optimizer.lr = lr
-        c.duration.tokens_per_param, c.duration.tokens = None, TOKENS
-        c.log.diagnostics_every_steps = None
-        planned.append(c)
+  for size, arm, lr, seed in itertools.product(SIZES, protocol.LEARNING_RATES, GRID, SEEDS):
+    c = quick.config(arm, *size, seed)
+    c.optimizer.lr = lr
+    c.duration.tokens_per_param, c.duration.tokens = None, TOKENS
+    c.log.diagnostics_every_steps = None
+    planned.append(c)
   return planned
