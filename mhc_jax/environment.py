@@ -30,7 +30,7 @@ def facts() -> dict[str, str]:
   """Name -> value, in the order of the report; asks for the devices, which starts JAX."""
   memory, data = psutil.virtual_memory(), data_folder(None)
   cores = len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, 'cpu_affinity') else os.cpu_count()
-  packages = [f'{name} {found}' for name in (*PACKAGES, *_PLUGINS) if (found := _version(name))]
+  packages = [f'{name} {version}' for name in (*PACKAGES, *_PLUGINS) if (version := _version(name))]
   flags = [f'{name}={value}' for name, value in sorted(os.environ.items()) if name.startswith(_FLAGS)]
   return {
     'mhc_jax': f'{metadata.version("mhc_jax")}, revision {revision()}',

@@ -73,10 +73,10 @@ def load(workdir: str, constraint: Constraint | None = None) -> tuple[dict[str, 
   tokens = jnp.zeros((1, 2), jnp.int32)
   init = functools.partial(Transformer(model).init, jax.random.key(0), tokens, tokens)
   with Checkpoints(os.path.join(workdir, 'checkpoints')) as checkpoints:
-    found = checkpoints.restore_latest({'params': jax.eval_shape(init)['params']}, only_part=True)
-  if found is None:
+    newest = checkpoints.restore_latest({'params': jax.eval_shape(init)['params']}, only_part=True)
+  if newest is None:
     raise ConfigError(f'{workdir} has no checkpoint yet')
-  return resolved, model, found[0], found[1]['params']
+  return resolved, model, newest[0], newest[1]['params']
 
 
 def validation(resolved: dict[str, Any], model: ModelConfig, params: Any, corpus: Corpus) -> dict[str, float]:

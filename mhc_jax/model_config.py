@@ -226,11 +226,11 @@ def _build_mla(c: ConfigDict) -> MLAConfig | None:
     return None
   head_dim = _given(m.head_dim, c.width // c.heads)
   rope_dim = _given(m.rope_dim, max(2, head_dim // 4 * 2))
-  found = MLAConfig(m.kv_rank, head_dim, rope_dim, _given(m.value_dim, head_dim))
-  for name, value in dataclasses.asdict(found).items():
+  mla = MLAConfig(m.kv_rank, head_dim, rope_dim, _given(m.value_dim, head_dim))
+  for name, value in dataclasses.asdict(mla).items():
     require(value >= 1, f'model.mla.{name} must be at least 1, got {value}')
   require(rope_dim % 2 == 0, f'model.mla.rope_dim must be even, got {rope_dim}')
-  return found
+  return mla
 
 
 def _build_moe(c: ConfigDict) -> MoEConfig | None:
@@ -248,7 +248,7 @@ def _build_moe(c: ConfigDict) -> MoEConfig | None:
     f'model.moe.active must lie between 1 and model.moe.experts={m.experts}, got {active}',
   )
   require(shared >= 0, f'model.moe.shared must not be negative, got {shared}')
-  found = MoEConfig(
+  moe = MoEConfig(
     experts=m.experts,
     active=active,
     shared=shared,
@@ -257,17 +257,15 @@ def _build_moe(c: ConfigDict) -> MoEConfig | None:
     router=_given(m.router, ROUTERS[0]),
     bias_rate=_given(m.bias_rate, 1e-3),
   )
-  require(found.ffn_width >= 1, f'model.moe.ffn_width must be at least 1, got {found.ffn_width}')
-  require(found.scale > 0, f'model.moe.scale must be positive, got {found.scale}')
-  require(found.bias_rate >= 0, f'model.moe.bias_rate must not be negative, got {found.bias_rate}')
+  require(moe.ffn_width >= 1, f'model.moe.ffn_width must be at least 1, got {moe.ffn_width}')
+  require(moe.scale > 0, f'model.moe.scale must be positive, got {moe.scale}')
+  require(moe.bias_rate >= 0, f'model.moe.bias_rate must not be negative, got {moe.bias_rate}')
+  require(moe.router in ROUTERS, f'model.moe.router must be one of {", ".join(ROUTERS)}, got {moe.router!r}')
   require(
-    found.router in ROUTERS, f'model.moe.router must be one of {", ".join(ROUTERS)}, got {found.router!r}'
-  )
-  require(
-    found.router != 'sinkhorn' or active < m.experts,
+    moe.router != 'sinkhorn' or active < m.experts,
     f'model.moe.router=sinkhorn needs model.moe.active={active} below model.moe.experts={m.experts}',
   )
-  return found
+  return moe
 
 
 def _dense_layers(c: ConfigDict, moe: MoEConfig | None) -> int:

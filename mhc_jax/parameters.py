@@ -78,7 +78,7 @@ def matches(pattern: str, params: Any) -> Any:
   def match(path, _):
     return bool(re.fullmatch(pattern, path_name(path)))
 
-  found = jax.tree_util.tree_map_with_path(match, params)
-  if not any(jax.tree.leaves(found)):
+  ours = jax.tree_util.tree_map_with_path(match, params)
+  if not any(jax.tree.leaves(ours)):
     raise ValueError(f'no parameter matches {pattern!r}')
-  return found
+  return ours

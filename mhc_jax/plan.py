@@ -15,10 +15,9 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from mhc_jax import config as config_lib
 from mhc_jax import config_file, cost
 from mhc_jax import optimizer as optim
-from mhc_jax.config import OptimizerConfig
+from mhc_jax.config import NOT_IN_ID, OptimizerConfig, build_optimizer, check_counts
 from mhc_jax.connection import ConnectionSpec, Gate, Init
 from mhc_jax.constraints.base import Constraint
 from mhc_jax.data import VOCAB_SIZE
@@ -59,7 +58,7 @@ def resolve(config: ConfigDict, digest: str, constraint: Constraint | None = Non
   constraint: one of the caller's own in place of the named one; its name and params enter the run id.
   """
   config_file.check_fields(config)
-  config_lib.check_counts(config)
+  check_counts(config)
   resolved = config.to_dict()
   resolved['arm'] = config.arm or config.model.connection.name
   resolved['data']['digest'] = digest
@@ -68,7 +67,7 @@ def resolve(config: ConfigDict, digest: str, constraint: Constraint | None = Non
   check_connection(spec, config.model.width)
   model = model_of(resolved['model'], resolved['transfer'], spec)
   resolved['model']['connection'] = _resolved_connection(resolved['model']['connection'], spec)
-  optimizer = config_lib.build_optimizer(config)
+  optimizer = build_optimizer(config)
   _check_fit(model, optimizer)
   check_mesh(config.mesh.to_dict(), model, config.data.seq_len)
   flops_per_token = cost.train_flops_per_token(model, config.data.seq_len)
@@ -188,7 +187,7 @@ def deciding(resolved: dict[str, Any]) -> dict[str, Any]:
   kept = without_none(json.loads(json.dumps(resolved)))
   if kept['data']['name'].startswith('text_files:'):
     kept['data']['name'] = 'text_files'  # the digest says which text; the path may change
-  for path in config_lib.NOT_IN_ID:
+  for path in NOT_IN_ID:
     node = functools.reduce(lambda node, key: node.get(key, {}), path[:-1], kept)
     node.pop(path[-1], None)
   for section in ('mla', 'moe'):

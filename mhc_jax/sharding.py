@@ -100,13 +100,13 @@ def partition(letters: str, sizes: dict[str, int], mesh: Mesh) -> list[tuple[str
   Training never meets that (check_mesh); initialisation and diagnostics, with a batch of 1, do.
   """
   used: set[str] = set()
-  found: dict[str, tuple[str, ...]] = {}
+  split_by: dict[str, tuple[str, ...]] = {}
   for letter, axes in LAYOUT.items():
     axes = tuple(axis for axis in axes if axis not in used)
     if letter in letters and axes and sizes[letter] % math.prod(mesh.shape[axis] for axis in axes) == 0:
-      found[letter] = axes
+      split_by[letter] = axes
       used |= set(axes)
-  return [found.get(letter, ()) for letter in letters]
+  return [split_by.get(letter, ()) for letter in letters]
 
 
 def constrain(x: jax.Array, letters: str, mesh: Mesh | None) -> jax.Array:

@@ -91,8 +91,8 @@ def gradients(
   hold them.
   """
   if parts is None:
-    found, grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch, model, mesh)
-    return found, constrain_state(grads, mesh)
+    loss_and_load, grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch, model, mesh)
+    return loss_and_load, constrain_state(grads, mesh)
   count = jnp.sum(batch['weights'])
 
   @functools.partial(jax.value_and_grad, has_aux=True)
@@ -102,13 +102,13 @@ def gradients(
 
   def add(sums: Any, part: Batch) -> tuple[Any, None]:
     part = {name: constrain(value, 'BS', mesh) for name, value in part.items()}
-    found, grads = jax.tree.map(jnp.add, sums, share(params, part))
-    return (found, constrain_state(grads, mesh)), None
+    loss_and_load, grads = jax.tree.map(jnp.add, sums, share(params, part))
+    return (loss_and_load, constrain_state(grads, mesh)), None
 
   split = {name: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1) for name, x in batch.items()}
   sums = jax.eval_shape(share, params, {name: x[0] for name, x in split.items()})
-  found, grads = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)
-  return jax.lax.scan(add, (found, constrain_state(grads, mesh)), split)[0]
+  loss_and_load, grads = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)
+  return jax.lax.scan(add, (loss_and_load, constrain_state(grads, mesh)), split)[0]
 
 
 def train_step(

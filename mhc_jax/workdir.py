@@ -29,14 +29,14 @@ def read_config(workdir: str) -> dict[str, Any] | None:
   """The resolved configuration in config.json, None without one; ConfigError where it is not a run's."""
   path = os.path.join(workdir, 'config.json')
   try:
-    found = storage.read_json(path)
-    if found is not None:
-      run_id(found)
+    resolved = storage.read_json(path)
+    if resolved is not None:
+      run_id(resolved)
   except (AttributeError, KeyError, TypeError, ValueError) as error:
     if isinstance(error, ConfigError):
       raise
     raise ConfigError(f'{path} is not the configuration of a run: {type(error).__name__}: {error}') from None
-  return found
+  return resolved
 
 
 def read_status(workdir: str) -> dict[str, Any]:
@@ -84,9 +84,9 @@ def _lock(workdir: str) -> contextlib.AbstractContextManager:
 
 def check_workdir(workdir: str, run: Run) -> None:
   """Raises ConfigError if workdir holds a run of another configuration, naming the first difference."""
-  found = read_config(workdir)
-  if found is not None and run_id(found) != run.run_id:
-    name, old, new = _first_difference(deciding(found), deciding(run.resolved))
+  resolved = read_config(workdir)
+  if resolved is not None and run_id(resolved) != run.run_id:
+    name, old, new = _first_difference(deciding(resolved), deciding(run.resolved))
     raise ConfigError(
       f'{workdir} holds a run with {name}={old!r}, this one has {new!r}: choose another --workdir'
     )

@@ -92,11 +92,11 @@ def _load_tfds(name: str, root: Path) -> Corpus:
 
 def _load(name: str, folder: Path, build: Callable[[Path], dict[str, int | str]]) -> Corpus:
   """Reads the streams in folder, after building them under a lock if they are not complete."""
-  found = token_files.read(folder)
-  if found is None:
+  prepared = token_files.read(folder)
+  if prepared is None:
     with locked(folder.with_name(f'{folder.name}.lock')):
-      found = token_files.read(folder)  # another process may have been first
-      if found is None:
+      prepared = token_files.read(folder)  # another process may have been first
+      if prepared is None:
         shutil.rmtree(folder, ignore_errors=True)  # what a killed process left
         folder.mkdir()
         try:
@@ -104,8 +104,8 @@ def _load(name: str, folder: Path, build: Callable[[Path], dict[str, int | str]]
         except BaseException:
           shutil.rmtree(folder, ignore_errors=True)
           raise
-        found = token_files.read(folder)
-  digest, tokens = found
+        prepared = token_files.read(folder)
+  digest, tokens = prepared
   return Corpus(
     name=name,
     digest=digest,
