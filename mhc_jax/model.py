@@ -19,9 +19,8 @@ from mhc_jax import hyper_connection as hc
 from mhc_jax.layers.attention import Attention, causal_mask
 from mhc_jax.layers.feed_forward import FeedForward
 from mhc_jax.layers.latent_attention import LatentAttention
-from mhc_jax.layers.linear import normal, ones
 from mhc_jax.layers.moe import MixtureOfExperts
-from mhc_jax.layers.norm import rms_norm
+from mhc_jax.layers.parts import normal, ones, rms_norm
 from mhc_jax.model_config import ModelConfig
 from mhc_jax.recompute import block_layers, scan_blocks
 from mhc_jax.sharding import constrain, token_local

@@ -17,7 +17,7 @@ from mhc_jax import hyper_connection as hc
 from mhc_jax.connection import Gate
 from mhc_jax.layers.attention import Attention, causal_mask
 from mhc_jax.layers.feed_forward import FeedForward
-from mhc_jax.layers.norm import rms_norm
+from mhc_jax.layers.parts import rms_norm
 from mhc_jax.model import Transformer
 from mhc_jax.presets import connection_spec
 

@@ -7,9 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from mhc_jax.layers.linear import Linear, Output, ones
-from mhc_jax.layers.norm import rms_norm
-from mhc_jax.layers.rope import rope
+from mhc_jax.layers.parts import Linear, Output, ones, rms_norm
 from mhc_jax.model_config import ModelConfig
 from mhc_jax.sharding import constrain
 
@@ -63,3 +61,15 @@ class Attention(nn.Module):
     out_BTHK = constrain(out_BTHK, 'BTHK', self.mesh)
     out_BTE = out_BTHK.reshape(*x_BTD.shape[:2], c.heads * c.head_dim)
     return linear((c.heads * c.head_dim, c.width), gain=c.output_gain, name='output')(out_BTE), {}
+
+
+def rope(x_BTHK: jax.Array, theta: float) -> jax.Array:
+  """Rotates the pairs (k, k + K/2) of every head by position * theta^(-2k/K); K must be even."""
+  half = x_BTHK.shape[-1] // 2
+  wide = jnp.promote_types(x_BTHK.dtype, jnp.float32)
+  frequency_K = theta ** (-jnp.arange(half, dtype=wide) / half)
+  angle_TK = jnp.arange(x_BTHK.shape[1], dtype=wide)[:, None] * frequency_K[None]
+  cos_1T1K, sin_1T1K = jnp.cos(angle_TK)[None, :, None], jnp.sin(angle_TK)[None, :, None]
+  first, second = jnp.split(x_BTHK.astype(wide), 2, -1)
+  rotated = (first * cos_1T1K - second * sin_1T1K, second * cos_1T1K + first * sin_1T1K)
+  return jnp.concatenate(rotated, -1).astype(x_BTHK.dtype)

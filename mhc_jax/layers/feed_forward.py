@@ -6,8 +6,7 @@ import flax.linen as nn
 import jax
 from jax.sharding import Mesh
 
-from mhc_jax.layers.linear import Linear, Output, ones
-from mhc_jax.layers.norm import rms_norm
+from mhc_jax.layers.parts import Linear, Output, ones, rms_norm
 from mhc_jax.model_config import ModelConfig
 from mhc_jax.sharding import constrain
 

@@ -7,10 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from mhc_jax.layers.attention import attention
-from mhc_jax.layers.linear import Linear, Output, ones
-from mhc_jax.layers.norm import rms_norm
-from mhc_jax.layers.rope import rope
+from mhc_jax.layers.attention import attention, rope
+from mhc_jax.layers.parts import Linear, Output, ones, rms_norm
 from mhc_jax.model_config import ModelConfig
 from mhc_jax.sharding import constrain
 

@@ -18,8 +18,7 @@ from jax.sharding import Mesh
 
 from mhc_jax.layers.feed_forward import swiglu
 from mhc_jax.layers.grouped_experts import Routing, experts
-from mhc_jax.layers.linear import Output, normal, ones, zeros
-from mhc_jax.layers.norm import rms_norm
+from mhc_jax.layers.parts import Output, normal, ones, rms_norm, zeros
 from mhc_jax.model_config import ModelConfig, MoEConfig
 from mhc_jax.sharding import constrain
 
