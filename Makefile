@@ -44,6 +44,7 @@ test: install
 lint: install
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	@$(RUN) .ci/sizes.py
 
 # The pins again from pyproject.toml, unchanged where they still fit; an emptied file gets the newest.
 pins: install

@@ -1,4 +1,4 @@
-"""Says which folder becomes which package: a checkout has four folders, an installed mhc_jax is one package."""
+"""Which folder becomes which package: a checkout has four, an installed mhc_jax is one with all inside."""
 
 from setuptools import find_packages, setup
 
