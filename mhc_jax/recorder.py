@@ -53,7 +53,6 @@ class Recorder:
       self._log = MetricsLog(self._workdir, at.step if resumed else None, c['log']['tensorboard'])
     self._progress = Progress(c['arm'], at.step, self._plan.num_steps, quiet or not self._writes)
     self.start_clock(at.step)
-    self.status(at, 'running')
 
   def close(self) -> None:
     """Closes the files, and leaves the progress line as it stands."""

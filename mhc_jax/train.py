@@ -117,6 +117,7 @@ def _restore_and_train(
       setattr(at, name, value)
     record.open(at, resumed=saved is not None, quiet=quiet)
     stack.callback(record.close)
+    record.status(at, 'running')
     batches = train_batches(
       data.train,
       batch_size=c['data']['batch_size'],
