@@ -2,7 +2,7 @@
 
   python -m experiments.coordinate_check           # a few minutes; runs/coordinate_check/coordinates.csv
   python -m experiments.coordinate_check --arms residual mhc --lr 0.05 --out runs/check
-  python -m analysis.plots coordinates runs/coordinate_check
+  mhc plots coordinates runs/coordinate_check
 
 Every arm makes a few updates at a large learning rate on one batch of random tokens, at four widths and
 four depths, with the rules of CompleteP (arXiv 2505.01618) and without. The coordinates: the mean absolute
