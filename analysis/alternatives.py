@@ -8,7 +8,7 @@ import dataclasses
 from .compare import errors
 from .fitting.estimate import fit
 from .fitting.identify import Choice, choose_law, shape_law, verdicts
-from .fitting.intervals import delta
+from .fitting.intervals import delta_method
 from .fitting.laws import LAWS, ArmModel, Points
 
 
@@ -26,7 +26,7 @@ class Alternative:
   exponents: dict[str, tuple[float, list[float]] | str] = dataclasses.field(default_factory=dict)
 
 
-def alternatives(points: Points, arms: ArmModel, delta_width: float | str) -> list[Alternative]:
+def alternatives(points: Points, arms: ArmModel, width: float | str) -> list[Alternative]:
   """Every law in LAWS on the same runs, or why the grid cannot carry it."""
   chosen, shape = choose_law(points), shape_law(points)
   both = None if chosen.law is LAWS['chinchilla'] else chosen.reason
@@ -42,13 +42,13 @@ def alternatives(points: Points, arms: ArmModel, delta_width: float | str) -> li
       reason = case.reason if law is None else f'{len(points)} runs are too few for its parameters.'
       out.append(Alternative(name, LAWS[name].formula, reason))
       continue
-    fitted = fit(points, law, arms, delta=delta_width)
-    reasons, ends = verdicts(fitted), delta(fitted)
+    fitted = fit(points, law, arms, width=width)
+    reasons, ends = verdicts(fitted), delta_method(fitted)
     exponents = {k: reasons[k] or (fitted.parameters[k], ends[k]) for k in law.exponents}
     note = case.reason if law is shape.law else law.formula
     out.append(
       Alternative(
-        name, note, None, len(fitted.theta_P), *errors(fitted, 'huber', fitted.problem.delta), exponents
+        name, note, None, len(fitted.theta_P), *errors(fitted, 'huber', fitted.problem.width), exponents
       )
     )
   return out

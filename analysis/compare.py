@@ -13,9 +13,9 @@ from scipy import linalg, stats
 
 from mhc_jax.errors import ConfigError
 
-from .fitting.estimate import DELTA, Fit, fit
+from .fitting.estimate import Fit, fit
 from .fitting.intervals import LEVEL, band, sandwich_covariance
-from .fitting.laws import ArmModel, Design, Law, Points, design, predict
+from .fitting.laws import HUBER_WIDTH, ArmModel, Design, Law, Points, design, log_loss
 
 CLUSTERS_PER_RESTRICTION = 4  # of the clustered F test
 
@@ -50,7 +50,7 @@ def rollout(
   law: Law,
   arms: ArmModel | None = None,
   loss: str = 'huber',
-  delta: float | str = DELTA,
+  width: float | str = HUBER_WIDTH,
   level: float = LEVEL,
 ) -> list[RolloutStep]:
   """For every k: fit the k smallest sizes, predict the runs of the larger ones (of arms that were fitted)."""
@@ -61,7 +61,7 @@ def rollout(
     inside_R = np.isin(points.size, order[:k])
     small, rest = points.take(inside_R), points.take(~inside_R)
     rest = rest.take(np.isin(rest.arm, small.arms))
-    fitted = _fit_or_reason(k, small, len(rest), law, arms, loss, delta)
+    fitted = _fit_or_reason(k, small, len(rest), law, arms, loss, width)
     if isinstance(fitted, str):
       out.append(RolloutStep(k, len(small), len(rest), fitted))
       continue
@@ -80,7 +80,7 @@ def rollout(
 
 
 def _fit_or_reason(
-  k: int, small: Points, held_out: int, law: Law, arms: ArmModel | None, loss: str, delta: float | str
+  k: int, small: Points, held_out: int, law: Law, arms: ArmModel | None, loss: str, width: float | str
 ) -> Fit | str:
   """The fit to the k smallest sizes, or why there is none."""
   if k < 3:
@@ -88,7 +88,7 @@ def _fit_or_reason(
   if not held_out:
     return 'no arm has runs on both sides'
   try:
-    fitted = fit(small, law, arms, loss, delta, start_count=9)
+    fitted = fit(small, law, arms, loss, width, start_count=9)
   except ConfigError as error:  # too few runs for the parameters
     return str(error)
   if fitted.degrees_of_freedom < 1:
@@ -136,7 +136,7 @@ def clustered_f(big: Fit, small: Fit) -> tuple[float, tuple[int, int], float] | 
   rows = restriction(big, small)
   covariance_PP = sandwich_covariance(big)
   q = len(rows)
-  jac_RP = predict(big.theta_P, big.design)[1]
+  jac_RP = log_loss(big.theta_P, big.design)[1]
   tested = np.flatnonzero(np.abs(rows).max(0, initial=0) > 1e-9)
   clusters = min((len(set(big.points.cluster[jac_RP[:, p] != 0].tolist())) for p in tested), default=0)
   if q == 0 or clusters < max(CLUSTERS_PER_RESTRICTION * q, q + 2):
@@ -184,27 +184,27 @@ def nested(
   law: Law,
   reference: str,
   loss: str = 'huber',
-  delta: float | str = DELTA,
+  width: float | str = HUBER_WIDTH,
 ) -> list[Candidate]:
   """Fits each arm model; its errors, and the clustered F test against the simpler one."""
   done: dict[str, Candidate] = {}
   for name, runs, arms, against in arm_models(law, points):
     arms = dataclasses.replace(arms, reference=reference)
     try:
-      fitted = fit(runs, law, arms, loss, delta, start_count=9)
+      fitted = fit(runs, law, arms, loss, width, start_count=9)
     except ConfigError:
       continue
     test = clustered_f(fitted, done[against].fit) if against in done else None
-    found = errors(fitted, loss, delta)
+    found = errors(fitted, loss, width)
     done[name] = Candidate(name, len(fitted.theta_P), *found, against, *(test or (None,) * 3), fitted)
   return list(done.values())
 
 
-def errors(fitted: Fit, loss: str, delta: float | str) -> tuple[float, float | None, float | None]:
+def errors(fitted: Fit, loss: str, width: float | str) -> tuple[float, float | None, float | None]:
   """Mean |log error| of a law in sample, on the largest size held out, and on each size held out in turn."""
   points, law, arms = fitted.points, fitted.law, fitted.design.arms
   order = _order(points)
-  left_out = [_held_out(points, law, arms, loss, delta, [size]) for size in order]
+  left_out = [_held_out(points, law, arms, loss, width, [size]) for size in order]
   return (
     _error(fitted, points),
     left_out[-1],
@@ -217,7 +217,7 @@ def _error(fitted: Fit, points: Points) -> float:
 
 
 def _held_out(
-  points: Points, law: Law, arms: ArmModel, loss: str, delta: float | str, sizes: list
+  points: Points, law: Law, arms: ArmModel, loss: str, width: float | str, sizes: list
 ) -> float | None:
   """Mean |log error| on the left-out sizes, or None when the rest cannot carry the fit."""
   out_R = np.isin(points.size, sizes)
@@ -226,4 +226,4 @@ def _held_out(
     return None
   if len(rest) <= len(design(law, rest, arms).names):
     return None
-  return _error(fit(rest, law, arms, loss, delta, start_count=0), held)
+  return _error(fit(rest, law, arms, loss, width, start_count=0), held)

@@ -13,11 +13,10 @@ from mhc_jax.errors import ConfigError
 
 from .compare import nested, rollout
 from .fitting.document import document, json_ready
-from .fitting.estimate import DELTA, fit
-from .fitting.laws import LAWS, ArmModel
+from .fitting.estimate import fit
+from .fitting.laws import HUBER_WIDTH, LAWS, LOSSES, ArmModel
 from .fitting.points import drop_highest, parse_columns, read_points
 from .fitting.prediction import parse_point, prediction
-from .fitting.solve import LOSSES
 
 EXAMPLES = """examples:
   python -m analysis.fit points.csv --law chinchilla --columns N=params,D=tokens,loss=loss
@@ -47,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
   p.add_argument('--out', type=Path, help='JSON file (default: print to standard output)')
   p.add_argument('--loss', default='huber', choices=LOSSES, help='default %(default)s')
   p.add_argument(
-    '--delta', default=str(DELTA), help="Huber width in log loss, or 'auto' (default %(default)s)"
+    '--delta', default=str(HUBER_WIDTH), help="Huber width in log loss, or 'auto' (default %(default)s)"
   )
   p.add_argument(
     '--arms',

@@ -6,7 +6,6 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from . import selection
 from .fitting.intervals import LEVEL
 
 
@@ -88,7 +87,7 @@ def gaps(table: pd.DataFrame, reference: str | None) -> list[Gap]:
   if reference is None:
     return []
   groups = []
-  for arm, pairs in selection.pair_up(table, reference).items():
+  for arm, pairs in pair_up(table, reference).items():
     groups += [(arm, size, rows) for size, rows in pairs.groupby(['size', 'duration'], sort=False)]
   losses = [_both(rows, 'validation_loss') for *_, rows in groups]
   spread = pooled_spread(losses)

@@ -13,7 +13,7 @@ from . import selection
 from .compare import clustered_f, split_levels
 from .fitting.estimate import Fit, fit
 from .fitting.identify import MIN_LEVELS, MIN_SIZES, verdicts
-from .fitting.intervals import delta
+from .fitting.intervals import delta_method
 from .fitting.laws import ArmModel, Law, Points, Term
 
 OWN_LAW = Law('rank', 'L = a + b r^-phi', (Term('A', 'power', (('r', 1.0),), 1.0),))
@@ -90,16 +90,16 @@ def _joint_power(axis: str, rows: pd.DataFrame, fitted: Fit, points: Points, par
     ),
     axes={axis: log_r},
   )
-  reference, width = fitted.design.arms.reference, fitted.problem.delta
+  reference, width = fitted.design.arms.reference, fitted.problem.width
   one, power = ArmModel('common', reference), ArmModel('common', reference, (axis,))
-  joint = fit(merged, fitted.law, power, delta=width, start_count=9)
+  joint = fit(merged, fitted.law, power, width=width, start_count=9)
   name = f'phi[{axis}]'
   reason = verdicts(joint)[name]
   if reason is not None:
     return Exponent(form, None, None, None, reason)
-  free = fit(split_levels(merged, axis), fitted.law, one, delta=width, start_count=9)
+  free = fit(split_levels(merged, axis), fitted.law, one, width=width, start_count=9)
   test = clustered_f(free, joint)
-  return Exponent(form, joint.parameters[name], delta(joint)[name], test and test[2], None)
+  return Exponent(form, joint.parameters[name], delta_method(joint)[name], test and test[2], None)
 
 
 def _own_power(rows: pd.DataFrame) -> Exponent:
@@ -115,11 +115,11 @@ def _own_power(rows: pd.DataFrame) -> Exponent:
     rank.astype(str),
     rows['run_id'].to_numpy(str),
   )
-  own = fit(points, OWN_LAW, ArmModel('none'), delta='auto')
+  own = fit(points, OWN_LAW, ArmModel('none'), width='auto')
   reason = verdicts(own)['power']
   if reason is not None:
     return Exponent(form, None, None, None, reason)
-  return Exponent(form, own.parameters['power'], delta(own)['power'], None, None)
+  return Exponent(form, own.parameters['power'], delta_method(own)['power'], None, None)
 
 
 def exponent_words(found: Exponent) -> str:

@@ -17,9 +17,9 @@ import pandas as pd
 
 from mhc_jax.errors import ConfigError
 
-from .fitting.estimate import DELTA, fit
+from .fitting.estimate import fit
 from .fitting.intervals import bootstrap, derived, percentile
-from .fitting.laws import LAWS, ArmModel
+from .fitting.laws import HUBER_WIDTH, LAWS, ArmModel
 from .fitting.points import drop_highest, parse_columns, read_points, read_table
 from .minima import METHODS, isoflop, power_law
 
@@ -62,7 +62,7 @@ def check_law(path: Path, spec: dict) -> list[Line]:
     raise ConfigError(f'--expect: unknown law {spec["law"]!r}; laws: {", ".join(LAWS)}')
   law = LAWS[spec['law']]
   begin = time.perf_counter()
-  fitted = fit(points, law, ArmModel('none'), spec.get('loss', 'huber'), spec.get('delta', DELTA))
+  fitted = fit(points, law, ArmModel('none'), spec.get('loss', 'huber'), spec.get('delta', HUBER_WIDTH))
   print(
     f'{len(points)} points, {fitted.starts_at_optimum} of {fitted.starts} starts at the optimum, '
     f'{time.perf_counter() - begin:.2f} s'

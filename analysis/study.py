@@ -22,7 +22,7 @@ from .ranks import RankSweep, rank_sweeps
 from .rates import RateSweep, rate_sweeps
 from .runs import Sweep
 
-DELTA = 'auto'  # report: Huber's width follows the noise (estimate.make_problem)
+WIDTH = 'auto'  # report: that of Huber's loss follows the noise (estimate.make_problem)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +84,7 @@ def study(
     if len(points) <= len(points.arms) + 1 + 2 * len(choice.law.terms):
       choice = Choice(None, f'No law is fitted: {len(points)} runs are too few for its parameters.')
     else:
-      fitted = fit(points, choice.law, arms, delta=DELTA)
+      fitted = fit(points, choice.law, arms, width=WIDTH)
       doc = document(fitted, resamples, progress)
   return Study(
     sweep,
@@ -97,11 +97,11 @@ def study(
     doc,
     multipliers(fitted, doc, inside, reference),
     sensitivity(fitted, inside, params),
-    alternatives(points, fitted.design.arms, DELTA) if fitted else [],
-    nested(points, choice.law, reference, delta=fitted.problem.delta)
+    alternatives(points, fitted.design.arms, WIDTH) if fitted else [],
+    nested(points, choice.law, reference, width=fitted.problem.width)
     if fitted and len(points.arms) > 1
     else [],
-    rollout(points, choice.law, fitted.design.arms, delta=DELTA) if fitted else [],
+    rollout(points, choice.law, fitted.design.arms, width=WIDTH) if fitted else [],
     gaps(table, reference),
     rank_sweeps(table, fitted, points, params),
     rate_sweeps(table, params),
@@ -112,7 +112,7 @@ def sensitivity(fitted: Fit | None, inside: pd.DataFrame, params: str) -> list[d
   """The same fit under other losses and, for L(N, D), other counts of N: what the choices decide."""
   if fitted is None:
     return []
-  points, width = fitted.points, fitted.problem.delta
+  points, width = fitted.points, fitted.problem.width
   cases = [
     ('Huber, delta = 0.001', points, 'huber', 1e-3),
     ('Huber, delta = 0.01', points, 'huber', 1e-2),
@@ -126,8 +126,8 @@ def sensitivity(fitted: Fit | None, inside: pd.DataFrame, params: str) -> list[d
       if name != params
     ]
   out = []
-  for label, case_points, loss, delta_width in cases:
-    other = fit(case_points, fitted.law, fitted.design.arms, loss, delta_width, start_count=0)
+  for label, case_points, loss, case_width in cases:
+    other = fit(case_points, fitted.law, fitted.design.arms, loss, case_width, start_count=0)
     allowed = verdicts(other)
     shown = {k: v if allowed[k] is None else None for k, v in other.parameters.items()}
     out.append({'choice': label} | shown)

@@ -11,7 +11,7 @@ from .intervals import (
   bootstrap,
   clusters,
   coverage_caveat,
-  delta,
+  delta_method,
   derived,
   noise,
   percentile,
@@ -38,7 +38,7 @@ def document(fitted: Fit, resamples: int = 0, progress: bool = False, seed: int 
   A parameter that identify.py does not let through is null, with the reason under `verdicts`.
   """
   values = fitted.parameters | derived(fitted, fitted.theta_P)
-  by_method, redrawn = {'delta': delta(fitted)}, {}
+  by_method, redrawn = {'delta': delta_method(fitted)}, {}
   if resamples:
     kinds = ('case', 'cluster') if clusters(fitted.points) < len(fitted.points) else ('case',)
     for kind in kinds:
@@ -77,7 +77,7 @@ def diagnostics(fitted: Fit) -> dict[str, object]:
   return {
     'degrees_of_freedom': fitted.degrees_of_freedom,
     'loss': fitted.problem.kind,
-    'delta': fitted.problem.delta,
+    'delta': fitted.problem.width,
     'reference': fitted.design.arms.reference,
     'within_cluster_correlation': noise(fitted).correlation,
     'optimiser': {
