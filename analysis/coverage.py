@@ -22,6 +22,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from mhc_jax.command import end_with_message
+from mhc_jax.errors import require
+
 from .fitting.estimate import Fit, fit
 from .fitting.intervals import band, bootstrap, delta_method, percentile
 from .fitting.laws import HUBER_WIDTH, LAWS, ArmModel, Points
@@ -142,9 +145,7 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument('--seed', type=int, default=0)
   parser.add_argument('--out', type=Path, help='also write the rows as JSON')
   a = parser.parse_args(argv)
-  if a.simulations < 1:
-    print(f'error: --simulations {a.simulations}: at least 1 is needed', file=sys.stderr)
-    return 2
+  require(a.simulations >= 1, f'--simulations {a.simulations}: at least 1 is needed')
   rows = simulate(a.simulations, a.seed, progress=True)
   for row in rows:
     verdict = {True: 'met', False: 'MISSED', None: ''}[row['met']]
@@ -158,4 +159,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == '__main__':
-  sys.exit(main())
+  sys.exit(end_with_message(main))

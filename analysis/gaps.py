@@ -26,6 +26,11 @@ class Gap:
   flops_ratio: float
   tokens_ratio: float
 
+  @property
+  def flops(self) -> float:
+    """Geometric mean over the pairs."""
+    return float(np.exp(self.log_flops))
+
 
 @dataclasses.dataclass(frozen=True)
 class Spread:
@@ -78,6 +83,15 @@ def paired_gap(
     ends += [ratio - quantile * spread.ratio, ratio + quantile * spread.ratio]
   cost = [float(np.exp(np.log(c).mean())) for c in costs]
   return Gap(arm, size, float(np.log(flops).mean()), len(own), gap, ratio, *ends, *cost)
+
+
+def seed_spread(grid: pd.DataFrame) -> float | None:
+  """Standard deviation of the final loss between seeds (nats), pooled over arms and sizes; or None."""
+  groups = [g for _, g in grid.groupby(['arm', 'size', 'duration', 'lr'])['validation_loss']]
+  freedom = sum(len(g) - 1 for g in groups)
+  if not freedom:
+    return None
+  return float(np.sqrt(sum(((g - g.mean()) ** 2).sum() for g in groups) / freedom))
 
 
 def gaps(table: pd.DataFrame, reference: str | None) -> list[Gap]:

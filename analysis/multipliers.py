@@ -62,12 +62,12 @@ def multipliers(
       if not np.isfinite(cost):
         out.append(Multiplier(arm, f'no size in common with {reference}'))
         continue
-      found = {'flops': (value / cost, ends / cost), 'equal_tokens': (value, ends)}
-      found['seconds'] = (value * speed / cost, ends * speed / cost)
+      by_unit = {'flops': (value / cost, ends / cost), 'equal_tokens': (value, ends)}
+      by_unit['seconds'] = (value * speed / cost, ends * speed / cost)
     else:
-      found = {'flops': (value, ends)} | {unit: others[unit].get(arm, 'no common size') for unit in UNITS}
+      by_unit = {'flops': (value, ends)} | {unit: others[unit].get(arm, 'no common size') for unit in UNITS}
     fields = {}
-    for unit, one in found.items():
+    for unit, one in by_unit.items():
       if isinstance(one, str) or not np.isfinite(one[0]):
         fields[f'{unit}_problem'] = one if isinstance(one, str) else 'no speed was measured'
       else:

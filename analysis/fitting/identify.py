@@ -54,7 +54,7 @@ def _levels(log_value: np.ndarray, tolerance: float = 0.1) -> int:
 def choose_law(points: Points) -> Choice:
   """L(N, D) when the grid separates N from D, else L(C), else none. Reads log_x N, D, C."""
   if not len(points):
-    return Choice(None, 'There is no finished run to fit.')
+    return Choice(None, 'There is no finished run.')
   sizes = len(set(points.size.tolist()))
   span = float(np.exp(np.ptp(points.log_x['C'])))
   if sizes < MIN_SIZES:

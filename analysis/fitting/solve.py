@@ -146,9 +146,9 @@ def variable_projection(p: Problem) -> np.ndarray:
     over_P = free_P - theta_P[free]
     return 1e6 * (value + over_P @ over_P), 1e6 * (gradient_P[free] * (over_P == 0) + 2 * over_P)
 
-  found = minimize(outer, best[free], jac=True, method='BFGS', options={'maxiter': 100})
+  optimum = minimize(outer, best[free], jac=True, method='BFGS', options={'maxiter': 100})
   theta_P = best.copy()
-  theta_P[free] = np.clip(found.x, low, high)
+  theta_P[free] = np.clip(optimum.x, low, high)
   return linear_solve(theta_P, p)[0]
 
 
@@ -185,7 +185,7 @@ def descend(theta_P: np.ndarray, p: Problem) -> tuple[np.ndarray, float]:
     return value, white_PP.T @ gradient_P
 
   with np.errstate(over='ignore', invalid='ignore', divide='ignore'):  # wild line-search steps
-    found = minimize(
+    optimum = minimize(
       whitened,
       np.zeros_like(theta_P),
       jac=True,
@@ -193,9 +193,9 @@ def descend(theta_P: np.ndarray, p: Problem) -> tuple[np.ndarray, float]:
       options={'gtol': GRADIENT_TOLERANCE, 'maxiter': 500},
     )
   value, _ = objective(theta_P, p)
-  if not np.isfinite(found.fun) or found.fun > value:
+  if not np.isfinite(optimum.fun) or optimum.fun > value:
     return theta_P, value
-  return theta_P + white_PP @ found.x, float(found.fun)
+  return theta_P + white_PP @ optimum.x, float(optimum.fun)
 
 
 def gradient_norm(theta_P: np.ndarray, p: Problem) -> float:
