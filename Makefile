@@ -1,17 +1,35 @@
 # make sweep: train the quick sweep and write its report. make test: all tests. Both set everything up.
+# PYTHON=python3.13 works beside the default, in .venv-3.13; where only pyenv has it, pyenv's is taken.
+# EXTRA=cuda13 (cuda12, rocm, tpu, cloud, or several with commas) adds what an accelerator or a store needs.
 PYTHON ?= python3
-RUN := .venv/bin/python
+PYENV := $(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/$(PYTHON:python%=%).*/bin/python)
+FOUND := $(firstword $(foreach python,$(PYTHON) $(PYENV),$(shell $(python) -c 'print("$(python)")' 2>&-)))
+VERSION := $(if $(FOUND),$(shell $(FOUND) -c 'import sys; print("%d.%d" % sys.version_info[:2])'))
+VENV ?= .venv$(if $(filter-out python3,$(PYTHON)),-$(VERSION))
+RUN := $(VENV)/bin/python
+PINS := requirements/$(VERSION).txt
+PINNED := $(patsubst requirements/%.txt,%,$(wildcard requirements/3.*.txt))
+EXTRAS := cuda12 cuda13 rocm tpu cloud dev
+PROJECT := $(if $(EXTRA),-c $(PINS) -e '.[$(EXTRA)]',--no-deps -e .)
 WORKERS ?= 2
 
-.PHONY: install sweep report test lint clean
+# UV= installs by pip. A uv that pip puts into the environment is found there.
+UV ?= uv
+export PATH := $(PATH):$(abspath $(VENV))/bin
+PIP := $(RUN) -m pip --disable-pip-version-check
+COMPILE := $(UV) pip compile --quiet --python-platform x86_64-manylinux_2_31 pyproject.toml
 
-install: .venv/.installed
+.PHONY: install sweep report test lint pins check-pins python clean
 
-.venv/.installed: requirements.txt pyproject.toml
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed, set PYTHON=")'
-	$(PYTHON) -m venv .venv
-	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
-	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps -e .
+install: $(VENV)/.installed$(EXTRA:%=-%)
+
+$(VENV)/.installed$(EXTRA:%=-%): pyproject.toml setup.py $(wildcard $(PINS))
+	@[ -f $(PINS) ] || { echo 'error: $(PYTHON) is $(or $(VERSION),missing), set PYTHON= to one of $(PINNED:%=python%)'; exit 1; }
+	$(FOUND) -m venv $(VENV)
+	{ [ "$(UV)" ] && { $(UV) --version || $(PIP) install --quiet uv; } 2>/dev/null && \
+	  $(UV) pip install --quiet --python $(RUN) -r $(PINS) && \
+	  $(UV) pip install --quiet --python $(RUN) $(PROJECT); } || \
+	{ $(PIP) install --quiet -r $(PINS) && $(PIP) install --quiet $(PROJECT); }
 	touch $@
 
 sweep: install
@@ -28,6 +46,22 @@ test: install
 lint: install
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	@$(RUN) .ci/sizes.py
+
+# The pins again from pyproject.toml, unchanged where they still fit; an emptied file gets the newest.
+pins: install
+	set -e; for version in $(PINNED); do $(COMPILE) --python-version $$version --extra dev \
+	  -c requirements/constraints.txt --no-annotate --custom-compile-command 'make pins' \
+	  -o requirements/$$version.txt > /dev/null; done
+
+# Each extra resolves with the pins of each Python; nothing is installed.
+check-pins: install
+	set -e; for version in $(PINNED); do for extra in $(EXTRAS); do $(COMPILE) --python-version $$version \
+	  --extra $$extra -c requirements/$$version.txt > /dev/null; echo "$$version $$extra"; done; done
+
+# The interpreter that PYTHON= means; nothing where there is none.
+python:
+	@echo $(FOUND)
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv .venv-* build *.egg-info

@@ -1,7 +1,7 @@
 """A small mHC transformer on the Python standard library's source, for a laptop.
 
-  python -m mhc_jax.train --config configs/laptop.py --workdir runs/laptop
-  python -m mhc_jax.train --config configs/laptop.py:smoke --workdir runs/smoke   # seconds
+  mhc train --config laptop --workdir runs/laptop
+  mhc train --config laptop:smoke --workdir runs/smoke   # seconds
 
 Width, depth, connection and everything else change by --config.a.b=v, for example
 --config.model.connection.name=residual.

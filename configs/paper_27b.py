@@ -1,15 +1,14 @@
 """The paper's 27B model (arXiv 2512.24880, Table 5): 262 billion tokens.
 
-  python -m mhc_jax.train --config configs/paper_27b.py --workdir runs/paper_27b
-  python -m mhc_jax.train --config configs/paper_27b.py:residual --workdir runs/paper_27b_residual
+  mhc train --config paper_27b --workdir runs/paper_27b
+  mhc train --config paper_27b:residual --workdir runs/paper_27b_residual
 
 For a TPU v5p slice of 8x8x8 = 512 chips. 1280 sequences are a multiple of 256, not of 512, so pairs of chips
 share five sequences by the tensor axis; parameters and moments are split 512-fold by fsdp and tensor.
 """
 
+from mhc_jax.configs.paper import paper_config
 from ml_collections import ConfigDict
-
-from configs.paper import paper_config
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

@@ -1,14 +1,13 @@
 """The paper's 3B model (arXiv 2512.24880, Table 5): 39.3 billion tokens.
 
-  python -m mhc_jax.train --config configs/paper_3b.py --workdir runs/paper_3b
-  python -m mhc_jax.train --config configs/paper_3b.py:residual --workdir runs/paper_3b_residual
+  mhc train --config paper_3b --workdir runs/paper_3b
+  mhc train --config paper_3b:residual --workdir runs/paper_3b_residual
 
 For a TPU v5p slice of 4x4x4 = 64 chips, five sequences on each; parameters and moments are split 64-fold.
 """
 
+from mhc_jax.configs.paper import paper_config
 from ml_collections import ConfigDict
-
-from configs.paper import paper_config
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

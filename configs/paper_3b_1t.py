@@ -1,15 +1,14 @@
 """The paper's 3B model on a trillion tokens (arXiv 2512.24880, Table 5 and Fig. 6b).
 
-  python -m mhc_jax.train --config configs/paper_3b_1t.py --workdir runs/paper_3b_1t
-  python -m mhc_jax.train --config configs/paper_3b_1t.py:residual --workdir runs/paper_3b_1t_residual
+  mhc train --config paper_3b_1t --workdir runs/paper_3b_1t
+  mhc train --config paper_3b_1t:residual --workdir runs/paper_3b_1t_residual
 
 For a TPU v5p slice of 8x8x8 = 512 chips, five sequences on each; parameters and moments are split 256-fold
 and kept twice, because 512 does not divide the width.
 """
 
+from mhc_jax.configs.paper import paper_config
 from ml_collections import ConfigDict
-
-from configs.paper import paper_config
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

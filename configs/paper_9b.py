@@ -1,14 +1,13 @@
 """The paper's 9B model (arXiv 2512.24880, Table 5): 105 billion tokens.
 
-  python -m mhc_jax.train --config configs/paper_9b.py --workdir runs/paper_9b
-  python -m mhc_jax.train --config configs/paper_9b.py:residual --workdir runs/paper_9b_residual
+  mhc train --config paper_9b --workdir runs/paper_9b
+  mhc train --config paper_9b:residual --workdir runs/paper_9b_residual
 
 For a TPU v5p slice of 4x4x8 = 128 chips, four sequences on each; parameters and moments are split 128-fold.
 """
 
+from mhc_jax.configs.paper import paper_config
 from ml_collections import ConfigDict
-
-from configs.paper import paper_config
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

@@ -35,10 +35,8 @@ def runs(arg: str | None = None) -> list[ConfigDict]:
     for parts in rows:
       off = [fields for part, fields in OFF.items() if part not in parts]
       arms[f'{name} {"+".join(parts)}'] = {'name': name} | {k: v for fields in off for k, v in fields.items()}
-  return protocol.locked(
-    [
-      protocol.config(scale, arm, connection, seed, LEARNING_RATES[connection['name']])
-      for arm, connection in arms.items()
-      for seed in SEEDS
-    ]
-  )
+  return [
+    protocol.config(scale, arm, connection, seed, LEARNING_RATES[connection['name']])
+    for arm, connection in arms.items()
+    for seed in SEEDS
+  ]

@@ -24,6 +24,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from mhc_jax import optimizer as optim
+from mhc_jax.command import end_with_message
 from mhc_jax.config import base_config, build_optimizer
 from mhc_jax.model import Transformer, loss_sums
 from mhc_jax.model_config import build_model
@@ -61,10 +62,10 @@ def coordinates(arm: str, size: tuple[int, int], base: tuple[int, int], lr: floa
 
   def update(carry, _):
     params, opt_state = carry
-    (_, found), grads = jax.value_and_grad(_loss_and_sizes, has_aux=True)(params, model)
-    transform = optim.adamw(optimizer, model, jnp.float32(lr), jnp.float32(0))
+    (_, sizes), grads = jax.value_and_grad(_loss_and_sizes, has_aux=True)(params, model)
+    transform = optim.transform(optimizer, model, jnp.float32(lr), jnp.float32(0))
     updates, opt_state = transform.update(grads, opt_state, params)
-    return (jax.tree.map(jnp.add, params, updates), opt_state), found
+    return (jax.tree.map(jnp.add, params, updates), opt_state), sizes
 
   @jax.jit
   def run(key):
@@ -85,11 +86,11 @@ def table(arms: list[str], lr: float, progress: bool = False) -> pd.DataFrame:
   ]
   rows = []
   for arm, axis, size, transfer in tqdm(cells, desc='coordinate check', disable=not progress):
-    found = coordinates(arm, size, BASE if transfer else size, lr)
+    measured = coordinates(arm, size, BASE if transfer else size, lr)
     where = {'arm': arm, 'axis': axis, 'width': size[0], 'depth': size[1], 'transfer': transfer, 'lr': lr}
     rows += [
       where | {'update': k, 'coordinate': name, 'value': float(value)}
-      for name, values in found.items()
+      for name, values in measured.items()
       for k, value in enumerate(values)
     ]
   return pd.DataFrame(rows)
@@ -106,12 +107,12 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument('--lr', type=float, default=1.6e-2, help='of the base size (default 0.016)')
   parser.add_argument('--out', type=Path, default=Path('runs/coordinate_check'))
   a = parser.parse_args(argv)
-  found = table(list(a.arms), a.lr, progress=True)
+  rows = table(list(a.arms), a.lr, progress=True)
   a.out.mkdir(parents=True, exist_ok=True)
-  found.to_csv(a.out / 'coordinates.csv', index=False)
-  print(f'wrote {a.out / "coordinates.csv"}: {len(found)} rows')
+  rows.to_csv(a.out / 'coordinates.csv', index=False)
+  print(f'wrote {a.out / "coordinates.csv"}: {len(rows)} rows')
   return 0
 
 
 if __name__ == '__main__':
-  sys.exit(main())
+  sys.exit(end_with_message(main))

@@ -32,11 +32,9 @@ def runs(arg: str | None = None) -> list[ConfigDict]:
   for constraint in CONSTRAINTS:
     mixing = None if constraint == 'identity' else MIXING
     arms[constraint] = {'name': 'mhc', 'constraint': constraint, 'mixing': mixing, 'init': 'cyclic_zero_phi'}
-  return protocol.locked(
-    [
-      protocol.config(scale, arm, connection, seed, lr)
-      for arm, connection in arms.items()
-      for lr in RATES
-      for seed in SEEDS
-    ]
-  )
+  return [
+    protocol.config(scale, arm, connection, seed, lr)
+    for arm, connection in arms.items()
+    for lr in RATES
+    for seed in SEEDS
+  ]

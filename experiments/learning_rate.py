@@ -8,10 +8,10 @@ import itertools
 
 from ml_collections import ConfigDict
 
-from . import quick
+from . import protocol, quick
 
 GRID = (8e-3, 1.6e-2, 3.2e-2, 6.4e-2)
-SIZES = (quick.SIZES[0], (64, 4))
+SIZES = (protocol.BASE, (64, 4))
 TOKENS = 200_000.0
 SEEDS = (0, 1)
 
@@ -21,13 +21,10 @@ def runs(arg: str | None = None) -> list[ConfigDict]:
   if arg:
     raise ValueError(f'learning_rate takes no argument, got {arg!r}')
   planned = []
-  for width, depth in SIZES:
-    for arm in quick.LEARNING_RATES:
-      for lr, seed in itertools.product(GRID, SEEDS):
-        c = quick.config(arm, width, depth, seed)
-        c.optimizer.lr = lr
-        c.duration.tokens_per_param, c.duration.tokens = None, TOKENS
-        c.log.diagnostics_every_steps = None
-        c.lock()
-        planned.append(c)
+  for size, arm, lr, seed in itertools.product(SIZES, protocol.LEARNING_RATES, GRID, SEEDS):
+    c = quick.config(arm, *size, seed)
+    c.optimizer.lr = lr
+    c.duration.tokens_per_param, c.duration.tokens = None, TOKENS
+    c.log.diagnostics_every_steps = None
+    planned.append(c)
   return planned

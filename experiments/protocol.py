@@ -27,7 +27,9 @@ SCALES: dict[str, dict[str, Any]] = {
     'steps': 5000,
   },
 }
-LEARNING_RATE = 1.6e-2  # at width 32 and depth 2; hc's is another (quick.LEARNING_RATES)
+BASE = (32, 2)  # width, depth: where learning rates were tuned (learning_rate.py; LOG.md)
+LEARNING_RATE = 1.6e-2
+LEARNING_RATES = {'residual': 1.6e-2, 'hc': 3.2e-2, 'mhc': 1.6e-2, 'identity': 1.6e-2}
 
 
 def scale_of(arg: str | None) -> str:
@@ -41,21 +43,13 @@ def scale_of(arg: str | None) -> str:
 def config(
   scale: str, arm: str, connection: dict[str, Any], seed: int, lr: float = LEARNING_RATE
 ) -> ConfigDict:
-  """One unlocked run of `arm`, whose model.connection has these fields."""
+  """One run of `arm`, whose model.connection has these fields."""
   c, sizes = base_config(), SCALES[scale]
   c.arm, c.seed = arm, seed
   for section in ('data', 'model', 'evaluation', 'log', 'checkpoint'):
     c[section].update(sizes[section])
   c.model.connection.update(connection)
-  c.transfer.base_width, c.transfer.base_depth = 32, 2
+  c.transfer.base_width, c.transfer.base_depth = BASE
   c.optimizer.lr, c.optimizer.warmup_fraction = lr, 0.05
   c.duration.steps = sizes['steps']
   return c
-
-
-def locked(configs: list[ConfigDict]) -> list[ConfigDict]:
-  """The same configs, ready to be planned."""
-  return [c.lock() for c in configs]
-
-
-LEARNING_RATES = {'residual': 1.6e-2, 'hc': 3.2e-2, 'mhc': 1.6e-2, 'identity': 1.6e-2}

@@ -7,16 +7,16 @@ Learning rates come from experiments/learning_rate.py (experiments/LOG.md).
 
 from ml_collections import ConfigDict
 
-from mhc_jax.config import base_config
 from mhc_jax.cost import parameters
 from mhc_jax.data import VOCAB_SIZE
 from mhc_jax.model_config import build_model
 
+from . import protocol
 from .protocol import LEARNING_RATES
 
 # (width, depth): width and depth vary on their own and together.
-SIZES = ((32, 2), (32, 4), (64, 2), (48, 4), (64, 4))
-TOKENS_PER_PARAM = 3
+SIZES = (protocol.BASE, (32, 4), (64, 2), (48, 4), (64, 4))
+TOKENS_PER_PARAM = 3.0
 RANK_SIZE = (32, 2)
 GENERATOR_RANKS = (1, 2, 4)
 STREAMS = (1, 2, 8)  # besides 4
@@ -25,25 +25,17 @@ WEIGHT_RANKS = (2, 4, 8)
 
 def config(arm: str, width: int, depth: int, seed: int) -> ConfigDict:
   """One run; heads of 16, so that width scales by heads."""
-  c = base_config()
-  c.arm, c.seed = arm, seed
-  c.model.connection.name = arm
-  c.data.batch_size = 8
-  c.model.width, c.model.depth, c.model.heads = width, depth, width // 16
-  c.transfer.base_width, c.transfer.base_depth = SIZES[0]
-  c.optimizer.lr = LEARNING_RATES[arm]
-  c.optimizer.warmup_fraction = 0.05
-  c.duration.tokens_per_param = float(TOKENS_PER_PARAM)
-  c.evaluation.every_steps, c.evaluation.sequences = 200, 512
-  c.log.every_steps, c.log.diagnostics_every_steps = 10, 200
-  c.checkpoint.every_steps, c.checkpoint.keep = 200, 2
+  c = protocol.config('small', arm, {'name': arm}, seed, LEARNING_RATES[arm])
+  c.model.update({'width': width, 'depth': depth, 'heads': width // 16})
+  c.duration.steps, c.duration.tokens_per_param = None, TOKENS_PER_PARAM
+  c.evaluation.every_steps = c.log.diagnostics_every_steps = 200
   return c
 
 
 def full_rank_tokens() -> float:
   """Tokens of the full-rank run at RANK_SIZE."""
   model = build_model(config('mhc', *RANK_SIZE, seed=0), VOCAB_SIZE)
-  return float(TOKENS_PER_PARAM * parameters(model)['matmul'])
+  return TOKENS_PER_PARAM * parameters(model)['matmul']
 
 
 def runs(arg: str | None = None) -> list[ConfigDict]:
@@ -68,6 +60,4 @@ def runs(arg: str | None = None) -> list[ConfigDict]:
     c.model.weights.rank = rank
     c.duration.tokens_per_param, c.duration.tokens = None, full_rank_tokens()
     planned.append(c)
-  for c in planned:
-    c.lock()
   return planned

@@ -39,4 +39,4 @@ def runs(arg: str | None = None) -> list[ConfigDict]:
         {'manifold': 'fixed_rank', 'manifold_pattern': MAPS, 'manifold_value': float(rank)}
       )
       planned.append(held)
-  return protocol.locked(planned)
+  return planned

@@ -9,6 +9,8 @@ what is asked. Losses and gradient norms of every update (spikes are short) and 
 metrics; a diverged run ends as such and stays in the results.
 """
 
+import itertools
+
 from ml_collections import ConfigDict
 
 from . import protocol
@@ -30,15 +32,12 @@ def runs(arg: str | None = None) -> list[ConfigDict]:
   """Every arm at every depth, learning rate and seed. Argument: 'small' or 'large'."""
   scale = protocol.scale_of(arg)
   planned = []
-  for depth in DEPTHS[scale]:
-    for arm, connection in ARMS.items():
-      for lr in RATES:
-        for seed in SEEDS:
-          c = protocol.config(scale, arm, connection, seed, lr)
-          c.model.depth, c.transfer.base_depth, c.log.every_steps = depth, None, 1
-          if scale == 'small':  # shorter than the other experiments: there are many
-            c.data.seq_len, c.duration.steps = 64, 80
-            c.evaluation.update({'every_steps': 80, 'sequences': 128})
-            c.log.diagnostics_every_steps = 40
-          planned.append(c)
-  return protocol.locked(planned)
+  for depth, (arm, connection), lr, seed in itertools.product(DEPTHS[scale], ARMS.items(), RATES, SEEDS):
+    c = protocol.config(scale, arm, connection, seed, lr)
+    c.model.depth, c.transfer.base_depth, c.log.every_steps = depth, None, 1
+    if scale == 'small':  # shorter than the other experiments: there are many
+      c.data.seq_len, c.duration.steps = 64, 80
+      c.evaluation.update({'every_steps': 80, 'sequences': 128})
+      c.log.diagnostics_every_steps = 40
+    planned.append(c)
+  return planned

@@ -1,11 +1,11 @@
 """Runs an experiment: many runs, resumable, on one machine or many.
 
-  python -m experiments.sweep quick              # all of it; finished runs are skipped
-  python -m experiments.sweep quick --dry-run    # what it would do
-  python -m experiments.sweep quick --only mhc --retry-failed
-  python -m experiments.sweep quick --shard 0/8  # every 8th run: one per GPU, or a SLURM array
+  mhc sweep quick              # all of it; finished runs are skipped
+  mhc sweep quick --dry-run    # what it would do
+  mhc sweep quick --only mhc --retry-failed
+  mhc sweep quick --shard 0/8  # every 8th run: one per GPU, or a SLURM array
 
-An experiment is a file of this folder with runs(arg) -> list of configs, named in EXPERIMENTS.
+An experiment is a file of experiments/ with runs(arg) -> list of configs, named in sweep.py.
 Results: runs/NAME/plan.json and runs/NAME/RUN_ID/{config.json, metrics.jsonl, status.json, checkpoints/}.
 """
 
@@ -13,13 +13,17 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
-from typing import Any
 
+import pandas as pd
 from ml_collections import ConfigDict
 
+from mhc_jax.command import end_with_message
 from mhc_jax.errors import ConfigError
+from mhc_jax.plan import Run, resolve
+from mhc_jax.sharding import make_mesh
 from mhc_jax.storage import write_json
-from mhc_jax.workdir import ENDED, read_status
+from mhc_jax.train import load_data
+from mhc_jax.workdir import ENDED, read_status, revision, versions
 
 from . import ablation, identity_or_mixing, isoflop, learning_rate, quick, rank, router, stability
 from .workers import corpus_of, execute
@@ -38,20 +42,16 @@ EXPERIMENTS: dict[str, Callable[[str | None], list[ConfigDict]]] = {
 ASSUMED_FLOPS_PER_SECOND = 10e9  # of one worker, until a finished run of the sweep says better
 
 
-def plan(name: str) -> tuple[list[ConfigDict], list[Any]]:
+def plan(name: str) -> tuple[list[ConfigDict], list[Run]]:
   """The experiment's configs and what they resolve to, in order; `name` may be NAME:argument.
 
   Raises ConfigError for an unknown experiment, an invalid config, or two equal runs.
   """
-  from mhc_jax.plan import resolve
-  from mhc_jax.sharding import make_mesh
-  from mhc_jax.train import load_data
-
   name, _, argument = name.partition(':')
   if name not in EXPERIMENTS:
     raise ConfigError(f'no experiment {name!r}; there are {", ".join(EXPERIMENTS)}')
   try:
-    configs = EXPERIMENTS[name](argument or None)
+    configs = [config.lock() for config in EXPERIMENTS[name](argument or None)]
   except ValueError as error:
     raise ConfigError(f'{name}: {error}') from None
   planned, seen = [], {}
@@ -67,58 +67,40 @@ def plan(name: str) -> tuple[list[ConfigDict], list[Any]]:
   return configs, planned
 
 
-def table(planned: list[Any], folder: str) -> str:
+def table(planned: list[Run], folder: str) -> str:
   """The plan as text: run, arm, parameters by group, tokens, FLOPs, estimated seconds, state."""
   sums = ('total', 'active', 'matmul', 'non_embedding')
   groups = dict.fromkeys(name for run in planned for name in run.derived['params'] if name not in sums)
-  head = (
-    'run',
-    'arm',
-    'seed',
-    'width',
-    'depth',
-    'n',
-    'rank',
-    'W rank',
-    *groups,
-    'tokens',
-    'FLOPs',
-    'seconds',
-    'state',
-  )
-  rows, total, rate = [head], 0.0, _flops_per_second(planned, folder)
+  rows, rate = [], _flops_per_second(planned, folder)
   for run in planned:
-    c, params = run.resolved, run.derived['params']
-    seconds = run.derived['flops'] / rate
-    total += seconds
+    c, model, params = run.resolved, run.resolved['model'], run.derived['params']
     rows.append(
-      (
-        run.run_id,
-        c['arm'],
-        c['seed'],
-        c['model']['width'],
-        c['model']['depth'],
-        c['model']['connection']['streams'],
-        c['model']['connection']['rank'] or '-',
-        c['model']['weights']['rank'] or '-',
-        *(f'{params.get(group, 0):,}' for group in groups),
-        f'{run.derived["tokens"]:,}',
-        f'{run.derived["flops"]:.2e}',
-        f'{seconds:.0f}',
-        read_status(os.path.join(folder, run.run_id))['state'],
-      )
+      {
+        'run': run.run_id,
+        'arm': c['arm'],
+        'seed': c['seed'],
+        'width': model['width'],
+        'depth': model['depth'],
+        'n': model['connection']['streams'],
+        'rank': model['connection']['rank'] or '-',
+        'W rank': model['weights']['rank'] or '-',
+        **{group: f'{params.get(group, 0):,}' for group in groups},
+        'tokens': f'{run.derived["tokens"]:,}',
+        'FLOPs': f'{run.derived["flops"]:.2e}',
+        'seconds': f'{run.derived["flops"] / rate:.0f}',
+        'state': read_status(os.path.join(folder, run.run_id))['state'],
+      }
     )
-  widths = [max(len(str(row[i])) for row in rows) for i in range(len(head))]
-  lines = ['  '.join(str(cell).rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+  minutes = sum(run.derived['flops'] for run in planned) / rate / 60
   known = 'measured on finished runs' if rate != ASSUMED_FLOPS_PER_SECOND else 'assumed'
-  lines.append(
-    f'{len(planned)} runs, about {total / 60:.0f} minutes for one worker without compilation, '
+  return (
+    f'{pd.DataFrame(rows).to_string(index=False)}\n'
+    f'{len(planned)} runs, about {minutes:.0f} minutes for one worker without compilation, '
     f'at {rate / 1e9:.1f} GFLOP/s ({known})'
   )
-  return '\n'.join(lines)
 
 
-def _flops_per_second(planned: list[Any], folder: str) -> float:
+def _flops_per_second(planned: list[Run], folder: str) -> float:
   flops = seconds = 0.0
   for run in planned:
     status = read_status(os.path.join(folder, run.run_id))
@@ -127,11 +109,9 @@ def _flops_per_second(planned: list[Any], folder: str) -> float:
   return flops / seconds if seconds else ASSUMED_FLOPS_PER_SECOND
 
 
-def warn_of_mixtures(planned: list[Any], folder: str) -> None:
+def warn_of_mixtures(planned: list[Run], folder: str) -> None:
   """Says on stderr where ended runs come from other code or versions than this process."""
-  from mhc_jax.workdir import git_revision, versions
-
-  now = {'git revision': git_revision(), 'versions': versions()}
+  now = {'git revision': revision(), 'versions': versions()}
   for run in planned:
     status = read_status(os.path.join(folder, run.run_id))
     if status['state'] in ENDED:
@@ -147,7 +127,7 @@ def warn_of_mixtures(planned: list[Any], folder: str) -> None:
 
 
 def select(
-  planned: list[Any], folder: str, only: str | None, shard: str | None, retry: bool
+  planned: list[Run], folder: str, only: str | None, shard: str | None, retry: bool
 ) -> tuple[list[int], list[int]]:
   """Indices of the runs asked for, and of those to do now; ConfigError for an unknown arm or shard."""
   arms = {run.resolved['arm'] for run in planned}
@@ -177,9 +157,7 @@ def _parse_shard(shard: str | None) -> tuple[int, int]:
 def main(argv: list[str] | None = None) -> int:
   """The command line; returns 0 if every selected run ended, 1 if some failed, 130 if interrupted."""
   parser = argparse.ArgumentParser(
-    prog='python -m experiments.sweep',
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
+    prog='mhc sweep', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument('name', help=f'{", ".join(EXPERIMENTS)}, with :argument if it takes one')
   parser.add_argument('--dry-run', action='store_true', help='print the plan and stop')
@@ -220,6 +198,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == '__main__':
-  from mhc_jax.command import end_with_message
-
   sys.exit(end_with_message(main))

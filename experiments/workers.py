@@ -21,34 +21,31 @@ import filelock
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from mhc_jax.errors import BusyError
+from mhc_jax import train
+from mhc_jax.data import Corpus, load_corpus
+from mhc_jax.errors import FULL_DISK, BusyError
+from mhc_jax.plan import Run, resolve
 from mhc_jax.storage import write_json
+from mhc_jax.train_step import without_traced
 from mhc_jax.workdir import ENDED, read_status
 
 ONE_THREAD = '--xla_cpu_multi_thread_eigen=false'
 
 
 @functools.cache
-def corpus_of(name: str, data_dir: str | None):
-  from mhc_jax.data import load_corpus
-
+def corpus_of(name: str, data_dir: str | None) -> Corpus:
+  """The corpus, loaded once per process."""
   return load_corpus(name, data_dir)
 
 
-def shapes(run: Any) -> tuple[Any, ...]:
+def shapes(run: Run) -> tuple[Any, ...]:
   """What must be equal for two runs to share a compilation."""
-  from mhc_jax.train_step import without_traced
-
   data = run.resolved['data']
   return run.model, without_traced(run.optimizer), data['batch_size'], data['seq_len']
 
 
 def run_group(configs: list[ConfigDict], folder: str, quiet: bool) -> list[tuple[str, str]]:
   """Trains runs of equal shapes one after another; returns (run_id, state) of each."""
-  from mhc_jax import train
-  from mhc_jax.errors import FULL_DISK
-  from mhc_jax.plan import resolve
-
   ended = []
   for config in configs:
     corpus = corpus_of(config.data.name, config.data.dir)
@@ -80,7 +77,7 @@ def _stop_with_parent() -> None:
 
 
 def execute(
-  configs: list[ConfigDict], planned: list[Any], folder: str, workers: int
+  configs: list[ConfigDict], planned: list[Run], folder: str, workers: int
 ) -> list[tuple[str, str]]:
   """Trains all runs in `workers` processes, groups of equal shapes together and the longest first."""
   groups: dict[tuple[Any, ...], list[int]] = {}
@@ -132,7 +129,7 @@ def _record_death(workdir: str) -> None:
 
 
 def _in_workers(
-  jobs: list[list[ConfigDict]], planned: list[Any], folder: str, workers: int
+  jobs: list[list[ConfigDict]], planned: list[Run], folder: str, workers: int
 ) -> tuple[list[tuple[str, str]], bool]:
   """Runs the jobs in a pool of processes; (what ended, whether a worker's death broke the pool).
 
@@ -167,7 +164,7 @@ def _sigterm_stops() -> Iterator[None]:
     signal.signal(signal.SIGTERM, before)
 
 
-def _watch(futures: list[concurrent.futures.Future], planned: list[Any], folder: str) -> None:
+def _watch(futures: list[concurrent.futures.Future], planned: list[Run], folder: str) -> None:
   """One bar over all runs, in FLOPs done, read from their metrics; after Ctrl-C no new group starts."""
   total = sum(run.derived['flops'] for run in planned)
   plain, printed = not sys.stderr.isatty(), 0.0
@@ -202,7 +199,7 @@ def _interrupted(ended: list[tuple[str, str]]) -> bool:
   return any(state == 'interrupted' for _, state in ended)
 
 
-def _flops_done(run: Any, folder: str) -> float:
+def _flops_done(run: Run, folder: str) -> float:
   """FLOPs of a run so far, from the last line of its metrics."""
   status = read_status(os.path.join(folder, run.run_id))
   if status['state'] in (*ENDED, 'failed'):

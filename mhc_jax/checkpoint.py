@@ -34,7 +34,7 @@ from mhc_jax import storage
 from mhc_jax.checksum import leaf_checksums
 from mhc_jax.distributed import any_process, require_same
 from mhc_jax.errors import CheckpointError, ConfigError
-from mhc_jax.orbax_patches import quieten_orbax
+from mhc_jax.orbax_patches import quieten_orbax, teach_orbax_s3
 
 PyTree = Any
 
@@ -228,7 +228,7 @@ class Checkpoints:
   def _prepare_orbax(self) -> None:
     quieten_orbax()
     if self._remote:
-      storage.teach_orbax_s3()
+      teach_orbax_s3()
 
   def _writer(self):
     """The orbax manager, opened on first use; clears what killed or damaged saves left behind."""

@@ -1,8 +1,8 @@
 """The configuration: every field with its default, and the frozen dataclasses that the core sees.
 
 A config file (configs/*.py) returns base_config() with changes; config_file.parse applies `--config.a.b=v`;
-the `build_*` functions check the values and build the dataclasses once (the model's are in model_config.py,
-and to be had from here). None means off or derived.
+the `build_*` functions check the values and build the dataclasses once; the model's are in model_config.py.
+None means off or derived.
 """
 
 import dataclasses
@@ -10,34 +10,8 @@ import dataclasses
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder as optional
 
-from mhc_jax.errors import BusyError, ConfigError, require
+from mhc_jax.errors import require
 from mhc_jax.manifold_updates import MANIFOLDS
-from mhc_jax.model_config import (
-  DTYPES,
-  REMAT,
-  MLAConfig,
-  ModelConfig,
-  MoEConfig,
-  build_connection,
-  build_model,
-)
-
-__all__ = [
-  'DTYPES',
-  'REMAT',
-  'BusyError',
-  'ConfigError',
-  'MLAConfig',
-  'MoEConfig',
-  'ModelConfig',
-  'OptimizerConfig',
-  'base_config',
-  'build_connection',
-  'build_model',
-  'build_optimizer',
-  'check_counts',
-  'require',
-]
 
 SCHEDULES = ('wsd', 'cosine', 'step', 'constant')
 DURATIONS = ('steps', 'tokens', 'flops', 'tokens_per_param')

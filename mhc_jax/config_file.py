@@ -5,6 +5,7 @@ import difflib
 import importlib.util
 import math
 import os
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -14,14 +15,19 @@ from mhc_jax.errors import ConfigError, require
 
 
 def parse(path: str, overrides: list[str]) -> ConfigDict:
-  """Loads a config file (`file.py` or `file.py:argument`) and applies `--config.a.b=v` overrides.
+  """Loads a config file and applies `--config.a.b=v` overrides.
 
+  path: a file, or the name of one in configs/ (`laptop`), with `:argument` where it takes one.
   Raises ConfigError for an unknown field (naming the nearest), a value of the wrong type, or a bad file.
   """
-  filename, _, argument = path.partition(':')
+  name, _, argument = path.partition(':')
+  filename = name if os.path.isfile(name) else os.path.join(_configs(), f'{name}.py')
+  if not os.path.isfile(filename):
+    files = sorted(Path(_configs()).glob('*.py'))
+    named = [file.stem for file in files if 'def get_config(' in file.read_text(encoding='utf-8')]
+    raise ConfigError(f'no config file {name!r}; by name there are {", ".join(named)}')
   spec = importlib.util.spec_from_file_location('config_file', filename)
-  if spec is None or not os.path.isfile(filename):
-    raise ConfigError(f'no config file {filename!r}; look in configs/')
+  require(spec is not None, f'{filename}: a config file ends in .py')
   module = importlib.util.module_from_spec(spec)
   try:
     spec.loader.exec_module(module)
@@ -40,6 +46,13 @@ def parse(path: str, overrides: list[str]) -> ConfigDict:
       raise ConfigError(f'cannot read {override!r}: write --config.section.field=value')
     _set(config, name.removeprefix('--config.').split('.'), text)
   return config
+
+
+def _configs() -> str:
+  """The folder of the project's config files: in the package where it is installed, else beside it."""
+  package = os.path.dirname(os.path.abspath(__file__))
+  inside = os.path.join(package, 'configs')
+  return inside if os.path.isdir(inside) else os.path.join(os.path.dirname(package), 'configs')
 
 
 def _set(config: ConfigDict, keys: list[str], text: str) -> None:

@@ -178,17 +178,17 @@ def _mean_depth_matrix(
   return depth_matrix(pre_SNBT, post_SNBT, res_SNMBT).mean((2, 3))
 
 
-def with_spectra(found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def with_spectra(measures: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
   """Adds lambda_2, the second largest modulus of eigenvalues of token-mean matrices (0 for one stream).
 
   And depth_rank, the effective rank of the token-mean depth matrix, in that matrix's place.
   """
-  out = dict(found)
+  out = dict(measures)
   mean_SS = out.pop('depth_mean', None)
   if mean_SS is not None and np.isfinite(mean_SS).all():
     out['depth_rank'] = effective_rank(np.linalg.svd(mean_SS, compute_uv=False))
   for name in ('', 'composite_'):
-    matrices = found[f'{name}res_mean']
+    matrices = measures[f'{name}res_mean']
     if not np.isfinite(matrices).all():
       continue
     modulus = np.sort(np.abs(np.linalg.eigvals(matrices)), -1)

@@ -3,7 +3,7 @@
 JAX's own runtime is the only distributed engine: it finds the processes, watches their heartbeats, agrees on
 the step at which a preempted run stops, and moves the data. One process alone starts nothing of this.
 
-  python -m mhc_jax.train ... --coordinator HOST:PORT --processes N --process I   # on each of N hosts
+  mhc train ... --coordinator HOST:PORT --processes N --process I   # on each of N hosts
 """
 
 import argparse
@@ -99,12 +99,12 @@ def _detect() -> Cluster | None:
   try:
     with warnings.catch_warnings():
       warnings.simplefilter('ignore')  # in any pod: that the package kubernetes is not installed
-      found = ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, _START_SECONDS)
+      cluster = ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, _START_SECONDS)
   except RuntimeError as error:
     if 'JOB_COMPLETION_INDEX' not in os.environ:
       return None  # a pod by itself, no indexed job
     raise ConfigError(f'cannot find the other processes: {" ".join(str(error).split())}') from None
-  coordinator, processes, process, local_device_ids = found
+  coordinator, processes, process, local_device_ids = cluster
   if None in (coordinator, processes, process) or processes == 1:
     return None
   return Cluster(coordinator, processes, process, local_device_ids and tuple(local_device_ids))
@@ -226,8 +226,8 @@ def require_same(what: str, value: str) -> None:
   if jax.process_count() == 1:
     return
   digest = np.frombuffer(hashlib.sha256(value.encode()).digest(), np.uint32)
-  found = multihost_utils.process_allgather(digest)
-  different = [i for i, other in enumerate(found) if (other != found[0]).any()]
+  digests = multihost_utils.process_allgather(digest)
+  different = [i for i, other in enumerate(digests) if (other != digests[0]).any()]
   if different:
     raise ConfigError(f'process {different[0]} has another {what} than process 0')
 

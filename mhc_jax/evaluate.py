@@ -1,7 +1,7 @@
 """Validation loss of a run's last checkpoint and a sample of its text; reads the workdir, writes nothing.
 
-python -m mhc_jax.evaluate runs/laptop
-python -m mhc_jax.evaluate runs/laptop --prompt 'def main' --bytes 400 --temperature 0.7
+mhc evaluate runs/laptop
+mhc evaluate runs/laptop --prompt 'def main' --bytes 400 --temperature 0.7
 """
 
 import argparse
@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from mhc_jax import distributed
 from mhc_jax.checkpoint import Checkpoints
 from mhc_jax.command import end_with_message
 from mhc_jax.constraints.base import Constraint
@@ -34,10 +33,31 @@ from mhc_jax.data import (
 from mhc_jax.errors import ConfigError
 from mhc_jax.model import Transformer
 from mhc_jax.model_config import ModelConfig
-from mhc_jax.plan import Run, rebuild_model
-from mhc_jax.sharding import make_mesh, put_batch
+from mhc_jax.plan import rebuild_model
+from mhc_jax.sharding import local_rows, make_mesh, put_batch
 from mhc_jax.train_step import Batch, evaluate_sums
 from mhc_jax.workdir import read_config
+
+
+def validation_loss(
+  evaluate: Callable, params: Any, batches: list[Batch], bytes_per_token: float
+) -> dict[str, float]:
+  """Nats per predicted token and bits per byte over the batches, each token weighing the same."""
+  sums = jax.device_get([evaluate(params, batch) for batch in batches])
+  total, count = (math.fsum(float(pair[i]) for pair in sums) for i in (0, 1))
+  return {
+    'validation/loss': total / count,
+    'validation/bits_per_byte': total / count / math.log(2) / bytes_per_token,
+  }
+
+
+def validation_arrays(resolved: dict[str, Any], validation: Windows, mesh: Mesh) -> list[Batch]:
+  """The validation batches of a resolved configuration, on the devices: the same for every run."""
+  c = resolved['evaluation']
+  count = c['sequences'] // c['batch_size']
+  rows = local_rows(c['batch_size'], mesh)
+  batches = validation_batches(validation, c['batch_size'], count, rows)
+  return [put_batch(batch, mesh) for batch in batches]
 
 
 def load(workdir: str, constraint: Constraint | None = None) -> tuple[dict[str, Any], ModelConfig, int, Any]:
@@ -53,21 +73,17 @@ def load(workdir: str, constraint: Constraint | None = None) -> tuple[dict[str, 
   tokens = jnp.zeros((1, 2), jnp.int32)
   init = functools.partial(Transformer(model).init, jax.random.key(0), tokens, tokens)
   with Checkpoints(os.path.join(workdir, 'checkpoints')) as checkpoints:
-    found = checkpoints.restore_latest({'params': jax.eval_shape(init)['params']}, only_part=True)
-  if found is None:
+    newest = checkpoints.restore_latest({'params': jax.eval_shape(init)['params']}, only_part=True)
+  if newest is None:
     raise ConfigError(f'{workdir} has no checkpoint yet')
-  return resolved, model, found[0], found[1]['params']
+  return resolved, model, newest[0], newest[1]['params']
 
 
 def validation(resolved: dict[str, Any], model: ModelConfig, params: Any, corpus: Corpus) -> dict[str, float]:
   """The loss over the validation batches that training used, in nats per token and bits per byte."""
-  c, data = resolved['evaluation'], resolved['data']
+  data = resolved['data']
   split = windows(corpus.validation, data['seq_len'], data['cross_documents'])
-  mesh = make_mesh({})
-  batches = [
-    put_batch(batch, mesh)
-    for batch in validation_batches(split, c['batch_size'], c['sequences'] // c['batch_size'])
-  ]
+  batches = validation_arrays(resolved, split, make_mesh({}))
   evaluate = jax.jit(functools.partial(evaluate_sums, model=model))
   return validation_loss(evaluate, params, batches, corpus.bytes_per_token)
 
@@ -103,7 +119,7 @@ def sample(
 def main(argv: list[str] | None = None) -> int:
   """The command line; returns the exit code."""
   parser = argparse.ArgumentParser(
-    prog='python -m mhc_jax.evaluate',
+    prog='mhc evaluate',
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
@@ -126,24 +142,3 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == '__main__':
   sys.exit(end_with_message(main))
-
-
-def validation_loss(
-  evaluate: Callable, params: Any, batches: list[Batch], bytes_per_token: float
-) -> dict[str, float]:
-  """Nats per predicted token and bits per byte over the batches, each token weighing the same."""
-  sums = jax.device_get([evaluate(params, batch) for batch in batches])
-  total, count = (math.fsum(float(pair[i]) for pair in sums) for i in (0, 1))
-  return {
-    'validation/loss': total / count,
-    'validation/bits_per_byte': total / count / math.log(2) / bytes_per_token,
-  }
-
-
-def validation_arrays(run: Run, validation: Windows, mesh: Mesh) -> list[Batch]:
-  """The validation batches, on the devices: the same for every run."""
-  c = run.resolved['evaluation']
-  count = c['sequences'] // c['batch_size']
-  rows = distributed.local_rows(c['batch_size'], mesh)
-  batches = validation_batches(validation, c['batch_size'], count, rows)
-  return [put_batch(batch, mesh) for batch in batches]

@@ -19,9 +19,8 @@ from mhc_jax import hyper_connection as hc
 from mhc_jax.layers.attention import Attention, causal_mask
 from mhc_jax.layers.feed_forward import FeedForward
 from mhc_jax.layers.latent_attention import LatentAttention
-from mhc_jax.layers.linear import normal, ones
 from mhc_jax.layers.moe import MixtureOfExperts
-from mhc_jax.layers.norm import rms_norm
+from mhc_jax.layers.parts import normal, ones, rms_norm
 from mhc_jax.model_config import ModelConfig
 from mhc_jax.recompute import block_layers, scan_blocks
 from mhc_jax.sharding import constrain, token_local
@@ -39,16 +38,9 @@ class Block(nn.Module):
   def __call__(self, carry, layer: jax.Array, mask_BTS: jax.Array):
     """carry: the streams, and in single-pass order the read map of the sublayer before, else None."""
     (x_NBTD, earlier_NBT), c, records, mesh = carry, self.config, [], self.mesh
-    attend = (Attention if c.mla is None else LatentAttention)(c, mesh, name='attention')
-    has_experts = c.moe is not None and not self.dense
-    feed_forward = (
-      MixtureOfExperts(c, mesh, self.record, name='feed_forward')
-      if has_experts
-      else FeedForward(c, mesh, name='feed_forward')
-    )
     sublayers = {
-      'attention': functools.partial(attend, mask_BTS=mask_BTS),
-      'feed_forward': feed_forward,
+      'attention': Attention if c.mla is None else LatentAttention,
+      'feed_forward': FeedForward if c.moe is None or self.dense else MixtureOfExperts,
     }
     generate = token_local(
       lambda params, x_NBTD, sublayer: hc.generate(params, x_NBTD, c.connection, sublayer),
@@ -66,10 +58,9 @@ class Block(nn.Module):
       records.append({})
       if self.record:
         records[-1] |= {**own._asdict(), 'pre_NBT': pre_NBT, 'coords': coordinates(params, x_NBTD)}
-      y_BTD = sublayer(constrain(hc.read(pre_NBT, x_NBTD), 'BTD', mesh))
-      if sublayer is feed_forward and has_experts:
-        y_BTD, found = y_BTD
-        records[-1] |= found
+      x_BTD = constrain(hc.read(pre_NBT, x_NBTD), 'BTD', mesh)
+      y_BTD, sublayer_records = sublayer(c, mesh, self.record, name=name)(x_BTD, mask_BTS)
+      records[-1] |= sublayer_records
       y_BTD = constrain(y_BTD, 'BTD', mesh) / c.depth_ratio
       x_NBTD = constrain(hc.write(own.res_NMBT, own.post_NBT, x_NBTD, y_BTD), 'NBTD', mesh)
       earlier_NBT = own.pre_NBT if c.connection.single_pass else None

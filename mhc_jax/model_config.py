@@ -109,6 +109,14 @@ def build_model(config: ConfigDict, vocab_size: int, constraint: Constraint | No
 
   vocab_size: the tokenizer's; model.vocab_size may ask for more.
   """
+  derived = derive_sizes(config, vocab_size)
+  spec = build_connection(config.model.connection, config.model.depth, constraint)
+  check_connection(spec, config.model.width)
+  return model_of(config.model.to_dict() | derived, config.transfer.to_dict(), spec)
+
+
+def derive_sizes(config: ConfigDict, vocab_size: int) -> dict[str, Any]:
+  """What model's fields mean where they are None, as plain values; raises ConfigError for impossible ones."""
   c = config.model
   _check_values(config)
   mla, moe = _build_mla(c), _build_moe(c)
@@ -132,25 +140,43 @@ def build_model(config: ConfigDict, vocab_size: int, constraint: Constraint | No
     f'model.weights.rank must lie between 1 and {largest}, the smallest side of a weight, got {rank}',
   )
   require(rank is None or moe is None, 'model.weights.rank does not go with model.moe.experts')
-  connection = build_connection(c.connection, c.depth, constraint)
-  _check_connection(connection, c.width)
+  dense = _dense_layers(c, moe)
+  return {
+    'kv_heads': kv_heads,
+    'head_dim': head_dim,
+    'ffn_width': ffn_width,
+    'vocab_size': vocabulary,
+    'mla': dataclasses.asdict(mla) if mla else c.mla.to_dict(),
+    'moe': dataclasses.asdict(moe) if moe else c.moe.to_dict(),
+    'dense_layers': dense if moe else None,
+  }
+
+
+def model_of(m: dict[str, Any], transfer: dict[str, Any], connection: ConnectionSpec) -> ModelConfig:
+  """The ModelConfig of a resolved configuration's section `model`: fresh from derive_sizes or of config.json.
+
+  The one place where the two meet: fields of equal name are taken as they are.
+  """
+  same = {field.name: m[field.name] for field in dataclasses.fields(ModelConfig) if field.name in m}
   return ModelConfig(
-    **{name: c[name] for name in ('width', 'depth', 'heads', 'remat', 'scan', 'scan_unroll')},
-    **{name: c[name] for name in ('rope_theta', 'norm_eps')},
-    kv_heads=kv_heads,
-    head_dim=head_dim,
-    ffn_width=ffn_width,
-    vocab_size=vocabulary,
-    connection=connection,
-    output_gain=connection.streams**0.5 if c.connection.output_init_scaling else 1.0,
-    weights_rank=rank,
-    dtype=DTYPES[c.dtype],
-    base_width=config.transfer.base_width,
-    base_depth=config.transfer.base_depth,
-    mla=mla,
-    moe=moe,
-    dense_layers=_dense_layers(c, moe),
+    **same
+    | {
+      'connection': connection,
+      'output_gain': connection.streams**0.5 if m['connection']['output_init_scaling'] else 1.0,
+      'weights_rank': m['weights']['rank'],
+      'dtype': DTYPES[m['dtype']],
+      'base_width': transfer['base_width'],
+      'base_depth': transfer['base_depth'],
+      'mla': _section(MLAConfig, m.get('mla')),
+      'moe': _section(MoEConfig, m.get('moe')),
+      'dense_layers': m.get('dense_layers') or 0,
+    }
   )
+
+
+def _section(kind: Any, values: dict[str, Any] | None) -> Any:
+  """A section as its dataclass; None where it is off, or not there because the run is older than it."""
+  return None if not values or None in values.values() else kind(**values)
 
 
 def _given(value: Any, default: Any) -> Any:
@@ -200,11 +226,11 @@ def _build_mla(c: ConfigDict) -> MLAConfig | None:
     return None
   head_dim = _given(m.head_dim, c.width // c.heads)
   rope_dim = _given(m.rope_dim, max(2, head_dim // 4 * 2))
-  found = MLAConfig(m.kv_rank, head_dim, rope_dim, _given(m.value_dim, head_dim))
-  for name, value in dataclasses.asdict(found).items():
+  mla = MLAConfig(m.kv_rank, head_dim, rope_dim, _given(m.value_dim, head_dim))
+  for name, value in dataclasses.asdict(mla).items():
     require(value >= 1, f'model.mla.{name} must be at least 1, got {value}')
   require(rope_dim % 2 == 0, f'model.mla.rope_dim must be even, got {rope_dim}')
-  return found
+  return mla
 
 
 def _build_moe(c: ConfigDict) -> MoEConfig | None:
@@ -222,7 +248,7 @@ def _build_moe(c: ConfigDict) -> MoEConfig | None:
     f'model.moe.active must lie between 1 and model.moe.experts={m.experts}, got {active}',
   )
   require(shared >= 0, f'model.moe.shared must not be negative, got {shared}')
-  found = MoEConfig(
+  moe = MoEConfig(
     experts=m.experts,
     active=active,
     shared=shared,
@@ -231,17 +257,15 @@ def _build_moe(c: ConfigDict) -> MoEConfig | None:
     router=_given(m.router, ROUTERS[0]),
     bias_rate=_given(m.bias_rate, 1e-3),
   )
-  require(found.ffn_width >= 1, f'model.moe.ffn_width must be at least 1, got {found.ffn_width}')
-  require(found.scale > 0, f'model.moe.scale must be positive, got {found.scale}')
-  require(found.bias_rate >= 0, f'model.moe.bias_rate must not be negative, got {found.bias_rate}')
+  require(moe.ffn_width >= 1, f'model.moe.ffn_width must be at least 1, got {moe.ffn_width}')
+  require(moe.scale > 0, f'model.moe.scale must be positive, got {moe.scale}')
+  require(moe.bias_rate >= 0, f'model.moe.bias_rate must not be negative, got {moe.bias_rate}')
+  require(moe.router in ROUTERS, f'model.moe.router must be one of {", ".join(ROUTERS)}, got {moe.router!r}')
   require(
-    found.router in ROUTERS, f'model.moe.router must be one of {", ".join(ROUTERS)}, got {found.router!r}'
-  )
-  require(
-    found.router != 'sinkhorn' or active < m.experts,
+    moe.router != 'sinkhorn' or active < m.experts,
     f'model.moe.router=sinkhorn needs model.moe.active={active} below model.moe.experts={m.experts}',
   )
-  return found
+  return moe
 
 
 def _dense_layers(c: ConfigDict, moe: MoEConfig | None) -> int:
@@ -254,7 +278,8 @@ def _dense_layers(c: ConfigDict, moe: MoEConfig | None) -> int:
   return dense
 
 
-def _check_connection(spec: ConnectionSpec, width: int) -> None:
+def check_connection(spec: ConnectionSpec, width: int) -> None:
+  """Raises ConfigError for a rank above the inputs of phi, and a constraint that cannot make its matrices."""
   inputs = spec.generator_shape[0] * width
   require(
     spec.rank is None or spec.rank <= inputs,

@@ -19,7 +19,7 @@ import optax
 from mhc_jax import manifold_updates
 from mhc_jax.config import OptimizerConfig
 from mhc_jax.model_config import ModelConfig
-from mhc_jax.parameters import groups, matches
+from mhc_jax.parameters import kinds, matches
 
 
 def schedule(step: jax.Array, num_steps: jax.Array, warmup: jax.Array, c: OptimizerConfig) -> jax.Array:
@@ -48,7 +48,7 @@ def warmup_steps(c: OptimizerConfig, num_steps: int) -> int:
   return c.warmup_steps if c.warmup_fraction is None else round(c.warmup_fraction * num_steps)
 
 
-def adamw(
+def transform(
   c: OptimizerConfig, model: ModelConfig, lr: jax.Array, weight_decay: jax.Array
 ) -> optax.GradientTransformation:
   """AdamW (arXiv 1711.05101) with decoupled decay, and the manifold that c names; lr may be traced.
@@ -57,7 +57,7 @@ def adamw(
   after AdamW's update, or 'loro' or 'manifold_muon' in its place, for the parameters of c.manifold_pattern.
   """
   clip = optax.identity() if c.clip_norm is None else optax.clip_by_global_norm(c.clip_norm)
-  plain = _adamw_unclipped(c, model, lr, weight_decay)
+  plain = _adamw(c, model, lr, weight_decay)
   if c.manifold is None:
     return optax.chain(clip, plain)
   if c.manifold in manifold_updates.PROJECTIONS:
@@ -90,7 +90,7 @@ def start(c: OptimizerConfig, params: Any) -> Any:
   return manifold_updates.project_params(projection(c), c.manifold_pattern, params)
 
 
-def _adamw_unclipped(
+def _adamw(
   c: OptimizerConfig, model: ModelConfig, lr: jax.Array, weight_decay: jax.Array
 ) -> optax.GradientTransformation:
   m_n, m_l = model.width_ratio, model.depth_ratio
@@ -99,11 +99,11 @@ def _adamw_unclipped(
 
   def decay(updates: Any, params: Any) -> Any:
     return jax.tree.map(
-      lambda u, p, kind: u + weight_decay * decay_of[kind] * p, updates, params, groups(params)
+      lambda u, p, kind: u + weight_decay * decay_of[kind] * p, updates, params, kinds(params)
     )
 
   def descend(updates: Any, params: Any) -> Any:
-    return jax.tree.map(lambda u, kind: -lr * lr_of[kind] * u, updates, groups(params))
+    return jax.tree.map(lambda u, kind: -lr * lr_of[kind] * u, updates, kinds(params))
 
   return optax.chain(
     optax.scale_by_adam(c.beta1, c.beta2, c.eps / (m_n * m_l)),

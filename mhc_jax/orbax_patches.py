@@ -9,6 +9,7 @@ import os
 import re
 import sys
 import traceback
+import warnings
 from typing import Any
 
 _ORBAX = re.compile('orbax|tensorstore|OCDBT')  # in the log lines and module paths of orbax alone
@@ -18,12 +19,14 @@ def quieten_orbax() -> None:
   """Keeps orbax's own words off stderr, once per process; its errors reach the caller as raised.
 
   Sources: absl's log (a full traceback for every failed write); and, after the first of several
-  failed transfers, the others, which report to asyncio, or to an event loop already closed.
+  failed transfers, the others, which report to asyncio, or to an event loop already closed, or are never
+  begun and warn of it.
   """
   if _not_from_orbax in logging.getLogger('absl').filters:
     return
   for name in ('absl', 'asyncio'):
     logging.getLogger(name).addFilter(_not_from_orbax)
+  warnings.filterwarnings('ignore', r"coroutine '.*write_fragment' was never awaited", RuntimeWarning)
   earlier_hook = sys.unraisablehook
 
   def hook(unraisable) -> None:

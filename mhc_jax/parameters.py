@@ -1,9 +1,70 @@
-"""Every parameter once: its path, the letters of its dimensions, and how it learns."""
+"""Every parameter once: its path, the letters of its dimensions, and how it learns.
 
+sharding.py lays a parameter and its moments out by the letters, optimizer.py gives it its share of the rate
+and the decay by its kind. A new parameter is a line here; one that no line matches is an error.
+"""
+
+import functools
 import re
 from typing import Any
 
 import jax
+
+# (regular expression on the end of the path, letters of the last dimensions, kind); the first match counts.
+# Letters: see model.py; '' where fsdp alone splits it. Moments have the paths of their parameters.
+# Kinds: hidden learns with lr / m_N and decays with decay * m_N; plain with lr and decay; scalar with lr and
+# without decay; mixing with lr / m_L, without decay; frozen not at all (train_step moves a router's bias).
+PARAMETERS: tuple[tuple[str, str, str], ...] = (
+  (r'embedding', 'VD', 'plain'),
+  (r'unembedding', 'DV', 'plain'),
+  (r'(final_|latent_)?norm', '', 'scalar'),
+  (r'attention/query/w', 'DHK', 'hidden'),
+  (r'attention/(key|value)/w', 'DGK', 'hidden'),
+  (r'attention/output/w', 'HD', 'hidden'),
+  (r'attention/kv_up/w', 'RHK', 'plain'),  # its fan-in is the latent's rank, whatever the width
+  (r'attention/kv_up/[uv]', '', 'plain'),
+  (r'feed_forward/(shared_)?(gate|up)/w', 'DF', 'hidden'),
+  (r'feed_forward/(shared_)?down/w', 'FD', 'hidden'),
+  (r'feed_forward/router', '', 'plain'),  # output-like: see layers/moe.py
+  (r'feed_forward/router_bias', '', 'frozen'),
+  (r'feed_forward/expert_(gate|up)', 'EDF', 'hidden'),  # fan-in of one expert
+  (r'feed_forward/expert_down', 'EFD', 'hidden'),
+  # Factors U V of maps with a rank.
+  (r'attention/query/v', 'RHK', 'plain'),
+  (r'attention/(key|value)/v', 'RGK', 'plain'),
+  (r'attention/output/u', 'HR', 'hidden'),
+  (r'feed_forward/(gate|up)/v', 'RF', 'plain'),
+  (r'feed_forward/down/u', 'FR', 'hidden'),
+  (r'(attention|feed_forward)/\w+/[wu]', '', 'hidden'),
+  (r'(attention|feed_forward)/\w+/v', '', 'plain'),
+  # Connections, and the two ends of the streams.
+  (r'\w+_connection/(b|alpha)_res', '', 'mixing'),
+  (r'\w+_connection/((b|alpha)_\w+|norm_weight)', '', 'scalar'),
+  (r'\w+_connection/(phi(_in|_\w+_width)?|read_down)', '', 'hidden'),
+  (r'\w+_connection/(phi_(out|\w+_(stream|out|row|column))|read_up)', '', 'plain'),
+  (r'expansion/scale', '', 'scalar'),
+  (r'collapse/phi', '', 'hidden'),
+  (r'collapse/(alpha|b)', '', 'scalar'),
+)
+
+
+@functools.cache
+def line_of(name: str) -> tuple[str, str] | None:
+  """(letters, kind) of the parameter, or of the moment, with that path; None where no line matches."""
+  matching = (line for line in PARAMETERS if re.fullmatch(rf'(.*/)?{line[0]}', name))
+  return next((line[1:] for line in matching), None)
+
+
+def kinds(params: Any) -> Any:
+  """How every parameter learns, as a tree; raises ValueError for one that no line matches."""
+
+  def kind(path: tuple[Any, ...], _: Any) -> str:
+    line = line_of(path_name(path))
+    if line is None:
+      raise ValueError(f'parameters.PARAMETERS has no line for parameter {path_name(path)!r}')
+    return line[1]
+
+  return jax.tree_util.tree_map_with_path(kind, params)
 
 
 def path_name(path: tuple[Any, ...]) -> str:
@@ -17,64 +78,7 @@ def matches(pattern: str, params: Any) -> Any:
   def match(path, _):
     return bool(re.fullmatch(pattern, path_name(path)))
 
-  found = jax.tree_util.tree_map_with_path(match, params)
-  if not any(jax.tree.leaves(found)):
+  ours = jax.tree_util.tree_map_with_path(match, params)
+  if not any(jax.tree.leaves(ours)):
     raise ValueError(f'no parameter matches {pattern!r}')
-  return found
-
-
-# (regular expression on the parameter's path, kind); the first match counts and every parameter must match.
-# hidden: lr / m_N, decay * m_N. plain: lr, decay. scalar: lr, no decay. mixing: lr / m_L, no decay.
-# frozen: no update at all; train_step moves a router's bias by the loads.
-GROUPS: tuple[tuple[str, str], ...] = (
-  (r'embedding', 'plain'),
-  (r'unembedding', 'plain'),
-  (r'(.*/)?(final_|latent_)?norm', 'scalar'),
-  (r'.*_connection/(b|alpha)_res', 'mixing'),
-  (r'.*_connection/((b|alpha)_\w+|norm_weight)', 'scalar'),
-  (r'.*_connection/(phi(_in|_\w+_width)?|read_down)', 'hidden'),
-  (r'.*_connection/(phi_(out|\w+_(stream|out|row|column))|read_up)', 'plain'),
-  (r'expansion/scale', 'scalar'),
-  (r'collapse/phi', 'hidden'),
-  (r'collapse/(alpha|b)', 'scalar'),
-  (r'.*/attention/kv_up/[wuv]', 'plain'),  # its fan-in is the latent's rank, whatever the width
-  (r'.*/feed_forward/router', 'plain'),  # output-like: see the module in sublayers.py
-  (r'.*/feed_forward/router_bias', 'frozen'),
-  (r'.*/feed_forward/expert_(gate|up|down)', 'hidden'),  # fan-in of one expert
-  (r'.*/(attention|feed_forward)/\w+/[wu]', 'hidden'),
-  (r'.*/(attention|feed_forward)/\w+/v', 'plain'),
-)
-
-
-def groups(params: Any) -> Any:
-  """The kind of every parameter, as a tree; raises ValueError for one that no expression matches."""
-
-  def kind(path: tuple[Any, ...], _: Any) -> str:
-    for pattern, name in GROUPS:
-      if re.fullmatch(pattern, path_name(path)):
-        return name
-    raise ValueError(f'optimizer.GROUPS has no line for parameter {path_name(path)!r}')
-
-  return jax.tree_util.tree_map_with_path(kind, params)
-
-
-# (regular expression on the end of a parameter's path, its last dimensions' letters); moments have the same
-# paths. The dimensions of a parameter that is not listed are split by fsdp alone.
-PARAMETERS: tuple[tuple[str, str], ...] = (
-  (r'embedding', 'VD'),
-  (r'unembedding', 'DV'),
-  (r'attention/query/w', 'DHK'),
-  (r'attention/(key|value)/w', 'DGK'),
-  (r'attention/output/w', 'HD'),
-  (r'attention/kv_up/w', 'RHK'),
-  (r'feed_forward/(shared_)?(gate|up)/w', 'DF'),
-  (r'feed_forward/(shared_)?down/w', 'FD'),
-  (r'feed_forward/expert_(gate|up)', 'EDF'),
-  (r'feed_forward/expert_down', 'EFD'),
-  # Factors U V of maps with a rank.
-  (r'attention/query/v', 'RHK'),
-  (r'attention/(key|value)/v', 'RGK'),
-  (r'attention/output/u', 'HR'),
-  (r'feed_forward/(gate|up)/v', 'RF'),
-  (r'feed_forward/down/u', 'FR'),
-)
+  return ours

@@ -1,7 +1,7 @@
-"""A run: what a configuration resolves to once the corpus is known. Pure apart from reading versions.
+"""A run: what a configuration resolves to once the corpus is known. Pure: nothing is read or written.
 
-config -> **run** -> train. `resolve` fills in derived values, counts parameters and FLOPs, turns the duration
-into a number of updates and names the run by the hash of what determines its numbers.
+config -> **plan** -> train. `resolve` fills in derived values, counts parameters and FLOPs, turns the
+duration into a number of updates and names the run by the hash of what determines its numbers.
 """
 
 import dataclasses
@@ -15,15 +15,14 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from mhc_jax import config as config_lib
 from mhc_jax import config_file, cost
 from mhc_jax import optimizer as optim
-from mhc_jax.config import OptimizerConfig
+from mhc_jax.config import NOT_IN_ID, OptimizerConfig, build_optimizer, check_counts
 from mhc_jax.connection import ConnectionSpec, Gate, Init
 from mhc_jax.constraints.base import Constraint
 from mhc_jax.data import VOCAB_SIZE
 from mhc_jax.errors import ConfigError
-from mhc_jax.model_config import DTYPES, MLAConfig, ModelConfig, MoEConfig
+from mhc_jax.model_config import ModelConfig, build_connection, check_connection, derive_sizes, model_of
 from mhc_jax.presets import PRESETS, connection_spec
 from mhc_jax.sharding import check_mesh
 from mhc_jax.train_step import init_state
@@ -44,6 +43,14 @@ class Run:
     """Number of optimizer updates."""
     return self.derived['num_steps']
 
+  def due(self, step: int) -> set[str]:
+    """What comes after update `step`, the last one included: log, evaluation, diagnostics, checkpoint."""
+    every = {name: self.resolved[name]['every_steps'] for name in ('log', 'evaluation', 'checkpoint')}
+    every['diagnostics'] = self.resolved['log']['diagnostics_every_steps']  # None is off
+    always = {'log', 'evaluation', 'checkpoint'} | {name for name, steps in every.items() if steps}
+    periodic = {name for name, steps in every.items() if steps and step % steps == 0}
+    return always if step == self.num_steps else periodic
+
 
 def resolve(config: ConfigDict, digest: str, constraint: Constraint | None = None) -> Run:
   """ConfigDict and the corpus's content digest -> Run; raises ConfigError for impossible values.
@@ -51,24 +58,18 @@ def resolve(config: ConfigDict, digest: str, constraint: Constraint | None = Non
   constraint: one of the caller's own in place of the named one; its name and params enter the run id.
   """
   config_file.check_fields(config)
-  config_lib.check_counts(config)
-  model = config_lib.build_model(config, VOCAB_SIZE, constraint)
-  optimizer = config_lib.build_optimizer(config)
-  _check_manifold(model, optimizer)
-  check_mesh(config.mesh.to_dict(), model, config.data.seq_len)
+  check_counts(config)
   resolved = config.to_dict()
   resolved['arm'] = config.arm or config.model.connection.name
   resolved['data']['digest'] = digest
-  resolved['model'] |= {
-    'kv_heads': model.kv_heads,
-    'head_dim': model.head_dim,
-    'ffn_width': model.ffn_width,
-    'vocab_size': model.vocab_size,
-    'mla': dataclasses.asdict(model.mla) if model.mla else resolved['model']['mla'],
-    'moe': dataclasses.asdict(model.moe) if model.moe else resolved['model']['moe'],
-    'dense_layers': model.dense_layers if model.moe else None,
-    'connection': _resolved_connection(resolved['model']['connection'], model),
-  }
+  resolved['model'] |= derive_sizes(config, VOCAB_SIZE)
+  spec = build_connection(config.model.connection, config.model.depth, constraint)
+  check_connection(spec, config.model.width)
+  model = model_of(resolved['model'], resolved['transfer'], spec)
+  resolved['model']['connection'] = _resolved_connection(resolved['model']['connection'], spec)
+  optimizer = build_optimizer(config)
+  _check_fit(model, optimizer)
+  check_mesh(config.mesh.to_dict(), model, config.data.seq_len)
   flops_per_token = cost.train_flops_per_token(model, config.data.seq_len)
   params = cost.parameters(model)
   tokens_per_step = config.data.batch_size * config.data.seq_len
@@ -86,14 +87,14 @@ def resolve(config: ConfigDict, digest: str, constraint: Constraint | None = Non
   return Run(run_id(resolved), resolved, model, optimizer, derived)
 
 
-def _check_manifold(model: ModelConfig, optimizer: OptimizerConfig) -> None:
+def _check_fit(model: ModelConfig, optimizer: OptimizerConfig) -> None:
   """Raises ConfigError where the manifold does not fit the parameters that its pattern matches."""
   if optimizer.manifold is None:
     return
 
   def first_update(key):
     state = init_state(key, model, optimizer)
-    transform = optim.adamw(optimizer, model, jnp.zeros(()), jnp.zeros(()))
+    transform = optim.transform(optimizer, model, jnp.zeros(()), jnp.zeros(()))
     return transform.update(state.params, state.opt_state, state.params)
 
   try:
@@ -107,9 +108,8 @@ def _check_manifold(model: ModelConfig, optimizer: OptimizerConfig) -> None:
     raise ConfigError(f'optimizer.manifold={optimizer.manifold}: {error}') from None
 
 
-def _resolved_connection(given: dict[str, Any], model: ModelConfig) -> dict[str, Any]:
+def _resolved_connection(given: dict[str, Any], spec: ConnectionSpec) -> dict[str, Any]:
   """The connection with every value that its preset sets written out."""
-  spec = model.connection
   written = {
     field.name: getattr(spec, field.name)
     for field in dataclasses.fields(spec)
@@ -148,26 +148,7 @@ def rebuild_model(resolved: dict[str, Any], constraint: Constraint | None = None
     spec = connection_spec(**connection, init=Init(**init))
   except ValueError as error:
     raise ConfigError(f'model.connection: {error}') from None
-  same = ('width', 'depth', 'heads', 'kv_heads', 'head_dim', 'ffn_width', 'vocab_size')
-  same += ('remat', 'scan', 'scan_unroll', 'rope_theta', 'norm_eps')
-  scaled = m['connection']['output_init_scaling']
-  return ModelConfig(
-    **{name: m[name] for name in same},
-    connection=spec,
-    output_gain=spec.streams**0.5 if scaled else 1.0,
-    weights_rank=m['weights']['rank'],
-    dtype=DTYPES[m['dtype']],
-    base_width=resolved['transfer']['base_width'],
-    base_depth=resolved['transfer']['base_depth'],
-    mla=_section(MLAConfig, m.get('mla')),
-    moe=_section(MoEConfig, m.get('moe')),
-    dense_layers=m.get('dense_layers') or 0,
-  )
-
-
-def _section(kind: Any, values: dict[str, Any] | None) -> Any:
-  """A section as its dataclass; None where it is off, or not there because the run is older than it."""
-  return None if not values or None in values.values() else kind(**values)
+  return model_of(m, resolved['transfer'], spec)
 
 
 def steps_of(duration: ConfigDict, tokens_per_step: int, flops_per_token: float, params: int) -> int:
@@ -188,11 +169,11 @@ def steps_of(duration: ConfigDict, tokens_per_step: int, flops_per_token: float,
 
 def run_id(resolved: dict[str, Any]) -> str:
   """First 12 hex digits of the SHA-256 of what of the resolved configuration decides its numbers."""
-  text = json.dumps(_deciding(resolved), sort_keys=True, separators=(',', ':'))
+  text = json.dumps(deciding(resolved), sort_keys=True, separators=(',', ':'))
   return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _deciding(resolved: dict[str, Any]) -> dict[str, Any]:
+def deciding(resolved: dict[str, Any]) -> dict[str, Any]:
   """The configuration less labels, hardware, paths and fields that are off (None, a connection's default).
 
   So a new field that is off by default leaves the ids of older runs as they were.
@@ -206,7 +187,7 @@ def _deciding(resolved: dict[str, Any]) -> dict[str, Any]:
   kept = without_none(json.loads(json.dumps(resolved)))
   if kept['data']['name'].startswith('text_files:'):
     kept['data']['name'] = 'text_files'  # the digest says which text; the path may change
-  for path in config_lib.NOT_IN_ID:
+  for path in NOT_IN_ID:
     node = functools.reduce(lambda node, key: node.get(key, {}), path[:-1], kept)
     node.pop(path[-1], None)
   for section in ('mla', 'moe'):

@@ -1,6 +1,6 @@
 """The connections by name, as data: what each published variant sets in ConnectionSpec.
 
-config.py resolves `connection.name`, `connection.preset` and the overrides through `connection_spec`.
+model_config.py resolves `connection.name`, `connection.preset` and the overrides through `connection_spec`.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from mhc_jax.connection import READ_GATES, WRITE_GATES, ConnectionSpec, Gate, In
 from mhc_jax.constraints import CONSTRAINTS
 from mhc_jax.constraints.base import Constraint
 
-# Start values by name, given n. Biases are coordinates, before the gate (hyper_connection.Init).
+# Start values by name, given n. Biases are coordinates, before the gate (connection.Init).
 INITS: dict[str, Callable[[int], Init]] = {
   # Reads and writes lean to the home stream (mhc-lite's +-1), so H_res has a gradient from step 0 on.
   'cyclic': lambda n: Init(read=(-1, 1), write=(-1, 1), mixing=0.01, phi=1.0, alpha=0.01),

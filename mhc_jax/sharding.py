@@ -7,7 +7,6 @@ wherever tokens do not see each other, the streams included (Megatron with seque
 """
 
 import math
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from mhc_jax.errors import ConfigError
 from mhc_jax.model_config import ModelConfig
-from mhc_jax.parameters import PARAMETERS
+from mhc_jax.parameters import line_of
 
 AXES = ('data', 'fsdp', 'tensor', 'expert')
 BATCH = ('data', 'fsdp', 'expert')
@@ -101,13 +100,13 @@ def partition(letters: str, sizes: dict[str, int], mesh: Mesh) -> list[tuple[str
   Training never meets that (check_mesh); initialisation and diagnostics, with a batch of 1, do.
   """
   used: set[str] = set()
-  found: dict[str, tuple[str, ...]] = {}
+  split_by: dict[str, tuple[str, ...]] = {}
   for letter, axes in LAYOUT.items():
     axes = tuple(axis for axis in axes if axis not in used)
     if letter in letters and axes and sizes[letter] % math.prod(mesh.shape[axis] for axis in axes) == 0:
-      found[letter] = axes
+      split_by[letter] = axes
       used |= set(axes)
-  return [found.get(letter, ()) for letter in letters]
+  return [split_by.get(letter, ()) for letter in letters]
 
 
 def constrain(x: jax.Array, letters: str, mesh: Mesh | None) -> jax.Array:
@@ -149,7 +148,7 @@ def token_local(
 def state_sharding(abstract: Any, mesh: Mesh) -> Any:
   """A NamedSharding for every leaf of a state or of parameters, by its path.
 
-  Dimensions that PARAMETERS names by LAYOUT; then fsdp splits D, or else the largest dimension that it
+  Dimensions that parameters.py names by LAYOUT; then fsdp splits D, or else the largest dimension that it
   divides. The stack of scanned layers is split only where nothing else divides: each layer would be gathered
   from one device.
   """
@@ -164,8 +163,7 @@ def state_sharding(abstract: Any, mesh: Mesh) -> Any:
 def _parameter_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
   if math.prod(shape) < WHOLE_BELOW:
     return P(*[None] * len(shape))
-  known = (letters for pattern, letters in PARAMETERS if re.fullmatch(rf'(.*/)?{pattern}', name))
-  letters = next(known, '').rjust(len(shape), '.')[-len(shape) :]
+  letters = (line_of(name) or ('', ''))[0].rjust(len(shape), '.')[-len(shape) :]
   axes = partition(letters, dict(zip(letters, shape, strict=True)), mesh)
   left = [
     size // math.prod(mesh.shape[axis] for axis in used) for size, used in zip(shape, axes, strict=True)

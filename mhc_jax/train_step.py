@@ -19,7 +19,6 @@ from jax.sharding import PartitionSpec as P
 from mhc_jax import optimizer as optim
 from mhc_jax.config import OptimizerConfig
 from mhc_jax.diagnostics import diagnose
-from mhc_jax.layers.moe import balance
 from mhc_jax.model import Transformer, loss_sums
 from mhc_jax.model_config import ModelConfig
 from mhc_jax.sharding import constrain, constrain_state, state_sharding
@@ -56,7 +55,7 @@ def init_state(key: jax.Array, model: ModelConfig, optimizer: OptimizerConfig) -
   """Initial state. A parameter's value depends on key and its own path alone, not on the connection."""
   tokens = jnp.zeros((1, 2), jnp.int32)
   params = optim.start(optimizer, Transformer(model).init(key, tokens, tokens)['params'])
-  opt_state = optim.adamw(optimizer, model, jnp.zeros(()), jnp.zeros(())).init(params)
+  opt_state = optim.transform(optimizer, model, jnp.zeros(()), jnp.zeros(())).init(params)
   return TrainState(jnp.zeros((), jnp.int32), params, opt_state)
 
 
@@ -92,8 +91,8 @@ def gradients(
   hold them.
   """
   if parts is None:
-    found, grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch, model, mesh)
-    return found, constrain_state(grads, mesh)
+    loss_and_load, grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch, model, mesh)
+    return loss_and_load, constrain_state(grads, mesh)
   count = jnp.sum(batch['weights'])
 
   @functools.partial(jax.value_and_grad, has_aux=True)
@@ -103,13 +102,13 @@ def gradients(
 
   def add(sums: Any, part: Batch) -> tuple[Any, None]:
     part = {name: constrain(value, 'BS', mesh) for name, value in part.items()}
-    found, grads = jax.tree.map(jnp.add, sums, share(params, part))
-    return (found, constrain_state(grads, mesh)), None
+    loss_and_load, grads = jax.tree.map(jnp.add, sums, share(params, part))
+    return (loss_and_load, constrain_state(grads, mesh)), None
 
   split = {name: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1) for name, x in batch.items()}
   sums = jax.eval_shape(share, params, {name: x[0] for name, x in split.items()})
-  found, grads = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)
-  return jax.lax.scan(add, (found, constrain_state(grads, mesh)), split)[0]
+  loss_and_load, grads = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)
+  return jax.lax.scan(add, (loss_and_load, constrain_state(grads, mesh)), split)[0]
 
 
 def train_step(
@@ -127,7 +126,7 @@ def train_step(
   """
   (loss, load_LE), grads = gradients(state.params, batch, model, optimizer.microbatches, mesh)
   lr = hparams['lr'] * optim.schedule(state.step, hparams['num_steps'], hparams['warmup'], optimizer)
-  transform = optim.adamw(optimizer, model, lr, hparams['weight_decay'])
+  transform = optim.transform(optimizer, model, lr, hparams['weight_decay'])
   updates, opt_state = transform.update(grads, state.opt_state, state.params)
   metrics = {
     'loss': loss,
@@ -140,6 +139,25 @@ def train_step(
     metrics['load_max_over_mean'] = load_LE.max(-1) / load_LE.mean(-1)
     params = balance(params, load_LE, model)
   return TrainState(state.step + 1, params, opt_state), metrics
+
+
+def balance(params: Any, load_LE: jax.Array, c: ModelConfig) -> Any:
+  """params with the routers' biases moved by bias_rate * sign(mean load - load), (2408.15664, algorithm 1).
+
+  load_LE: tokens per expert of the whole batch, for every layer with experts.
+  """
+  load_LE = load_LE.astype(jnp.float32)
+  move_LE = c.moe.bias_rate * jnp.sign(load_LE.mean(-1, keepdims=True) - load_LE)
+
+  def moved(layer, move):
+    ffn = layer['feed_forward']
+    bias = ffn['router_bias'] + move.astype(ffn['router_bias'].dtype)
+    return {**layer, 'feed_forward': {**ffn, 'router_bias': bias}}
+
+  if c.scan:
+    return {**params, 'layers': moved(params['layers'], move_LE)}
+  names = [f'layer_{layer}' for layer in range(c.dense_layers, c.depth)]
+  return params | {name: moved(params[name], move_E) for name, move_E in zip(names, move_LE, strict=True)}
 
 
 def programs(model: ModelConfig, optimizer: OptimizerConfig, mesh: Mesh) -> Programs:

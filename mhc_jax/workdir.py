@@ -18,9 +18,10 @@ import jax
 from mhc_jax import storage
 from mhc_jax.distributed import any_process
 from mhc_jax.errors import FULL_DISK, BusyError, ConfigError
-from mhc_jax.plan import Run, _deciding, run_id
+from mhc_jax.plan import Run, deciding, run_id
 from mhc_jax.storage import write_json
 
+ENDED = ('finished', 'diverged')
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
 
 
@@ -28,14 +29,19 @@ def read_config(workdir: str) -> dict[str, Any] | None:
   """The resolved configuration in config.json, None without one; ConfigError where it is not a run's."""
   path = os.path.join(workdir, 'config.json')
   try:
-    found = storage.read_json(path)
-    if found is not None:
-      run_id(found)
+    resolved = storage.read_json(path)
+    if resolved is not None:
+      run_id(resolved)
   except (AttributeError, KeyError, TypeError, ValueError) as error:
     if isinstance(error, ConfigError):
       raise
     raise ConfigError(f'{path} is not the configuration of a run: {type(error).__name__}: {error}') from None
-  return found
+  return resolved
+
+
+def read_status(workdir: str) -> dict[str, Any]:
+  """A run's status.json; {'state': 'missing'} if there is none."""
+  return storage.read_json(os.path.join(workdir, 'status.json')) or {'state': 'missing'}
 
 
 @contextlib.contextmanager
@@ -78,9 +84,9 @@ def _lock(workdir: str) -> contextlib.AbstractContextManager:
 
 def check_workdir(workdir: str, run: Run) -> None:
   """Raises ConfigError if workdir holds a run of another configuration, naming the first difference."""
-  found = read_config(workdir)
-  if found is not None and run_id(found) != run.run_id:
-    name, old, new = _first_difference(_deciding(found), _deciding(run.resolved))
+  resolved = read_config(workdir)
+  if resolved is not None and run_id(resolved) != run.run_id:
+    name, old, new = _first_difference(deciding(resolved), deciding(run.resolved))
     raise ConfigError(
       f'{workdir} holds a run with {name}={old!r}, this one has {new!r}: choose another --workdir'
     )
@@ -102,20 +108,19 @@ def versions() -> dict[str, str]:
 
 
 @functools.cache
-def git_revision() -> str | None:
-  """The project's commit, with '-dirty' where files differ from it; None outside a checkout."""
-  here = os.path.dirname(os.path.abspath(__file__))
-  command = ['git', '-C', here, 'describe', '--always', '--dirty', '--abbrev=12', '--exclude=*']
+def revision() -> str:
+  """The project's commit, '-dirty' where files differ from it; outside a checkout the package's version."""
+  checkout = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+  top = _git('-C', checkout, 'rev-parse', '--show-toplevel')
+  commit = _git('-C', checkout, 'describe', '--always', '--dirty', '--abbrev=12', '--exclude=*')
+  # An environment may lie inside somebody else's checkout.
+  ours = top is not None and os.path.realpath(top) == os.path.realpath(checkout)
+  return commit if ours and commit else metadata.version('mhc_jax')
+
+
+def _git(*arguments: str) -> str | None:
   try:
-    answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    answer = subprocess.run(['git', *arguments], capture_output=True, text=True, timeout=10, check=False)
   except (OSError, subprocess.TimeoutExpired):
     return None
   return answer.stdout.strip() or None
-
-
-ENDED = ('finished', 'diverged')
-
-
-def read_status(workdir: str) -> dict[str, Any]:
-  """A run's status.json; {'state': 'missing'} if there is none."""
-  return storage.read_json(os.path.join(workdir, 'status.json')) or {'state': 'missing'}

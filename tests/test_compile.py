@@ -1,4 +1,4 @@
-"""Counting in HLO text, the arithmetic of predictions, and how experiments.compile ends on mistakes."""
+"""Counting in HLO text, and the arithmetic of predictions."""
 
 import functools
 import itertools
@@ -13,7 +13,7 @@ import pytest
 from experiments.bench.compiled import volume
 from experiments.compile.chips import CHIPS, link_seconds
 from experiments.compile.hlo_cost import Count, Operation, count
-from experiments.compile.hlo_text import Shape, parse_module, replica_group
+from experiments.compile.hlo_text import Shape, parse_module, replica_group, trip_count
 from experiments.compile.step_time import advice, predict, speed
 from experiments.compile.tpu import group_sides
 from mhc_jax.config import base_config
@@ -190,6 +190,29 @@ def test_a_step_is_the_sum_of_what_limits_each_operation():
   }
 
 
+@pytest.mark.parametrize(
+  'op_name,inside',
+  (
+    ('jit(step)/jvp(Transformer)/layers/attention/attention_scores/btgrk,bsgk->bgrts/dot_general', True),
+    ('jit(step)/transpose(jvp(Transformer))/checkpoint/rematted_computation/attention_scores/dot', True),
+    ('jit(step)/transpose(jvp(attention_scores))/dot_general', True),
+    ('jit(step)/layers/attention/query/dot_general', False),
+    ('jit(step)/no_attention_scores_here/mul', False),
+    ('', False),
+  ),
+)
+def test_a_part_is_what_is_in_its_scope_whatever_jax_made_of_it(op_name, inside):
+  """Forward, transposed and recomputed; the source file does not matter."""
+  found = Count([operation(op_name=op_name, bytes=2765e9, times=2), operation(op_name='other')], [], {})
+  scopes = predict(found, CHIPS['v5p'], lambda _: ())['scopes']
+  wanted = (
+    {'seconds': 2.0, 'flops': 0.0, 'hbm_bytes': 2 * 2765e9}
+    if inside
+    else dict.fromkeys(scopes['routed_experts'], 0)
+  )
+  assert scopes['attention_scores'] == pytest.approx(wanted)
+
+
 def test_half_a_chip_has_half_its_rates():
   found = Count([operation(bytes=7380e9)], [], {})
   assert predict(found, CHIPS['7x'], lambda _: ())['seconds']['step'] == pytest.approx(2)
@@ -264,6 +287,88 @@ def test_collectives_are_counted_with_their_loops():
     ('reduce-scatter', 2, (64,), 4096): 8,  # with the padding of its tile
   }
   assert volume(COLLECTIVES)['all-gather'] == {'count': 10, 'bytes': 64 + 8 * 256 + 512}
+
+
+ENDS = {  # the condition of a loop, and the computation that it may have in a fusion -> trips
+  'a constant beside the fusion': ('fusion(%i, %limit)', 's32[] parameter(1)', 'LT', 9),
+  'a constant inside': ('fusion(%i)', 's32[] constant(7)', 'LT', 7),
+  'no constant': ('fusion(%i, %i)', 's32[] parameter(1)', 'LT', None),
+  'counted down': ('fusion(%i)', 's32[] constant(7)', 'GT', None),
+}
+
+
+@pytest.mark.parametrize('name', ENDS)
+def test_a_loop_whose_comparison_is_in_a_fusion_ends_at_its_constant(name):
+  """As XLA:CPU writes conditions."""
+  root, other, direction, trips = ENDS[name]
+  module = parse_module(f"""\
+%compared (a: s32[], b: s32[]) -> pred[] {{
+  %a = s32[] parameter(0)
+  %b = {other}
+  ROOT %less = pred[] compare(%a, %b), direction={direction}
+}}
+
+%until (p: (s32[])) -> pred[] {{
+  %p = (s32[]) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %limit = s32[] constant(9)
+  ROOT %wrapped = pred[] {root}, kind=kLoop, calls=%compared
+}}
+
+%body (q: (s32[])) -> (s32[]) {{
+  %q = (s32[]) parameter(0)
+  %j = s32[] get-tuple-element(%q), index=0
+  %next = s32[] add(%j, %j)
+  ROOT %r = (s32[]) tuple(%next)
+}}
+
+ENTRY %main (x: (s32[])) -> (s32[]) {{
+  %x = (s32[]) parameter(0)
+  ROOT %loop = (s32[]) while(%x), condition=%until, body=%body
+}}
+""")
+  assert trip_count(module, module.computations['main'].root) == trips
+  counted = count(module)
+  assert [row.times for row in counted.operations] == [trips or 1]
+  assert counted.unknown_loops == ([] if trips else ['loop'])
+
+
+def test_what_is_updated_in_place_counts_its_update():
+  """A scatter reads and writes the rows that it adds to; so does a part of a fusion with several results."""
+  module = parse_module("""\
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%two (whole: f32[64,8], row: f32[1,8], at: s32[], other: f32[8]) -> (f32[512], f32[8]) {
+  %whole = f32[64,8]{1,0} parameter(0)
+  %row = f32[1,8]{1,0} parameter(1)
+  %at = s32[] parameter(2)
+  %other = f32[8]{0} parameter(3)
+  %updated = f32[64,8]{1,0} dynamic-update-slice(%whole, %row, %at, %at)
+  %flat = f32[512]{0} bitcast(%updated)
+  %negative = f32[8]{0} negate(%other)
+  ROOT %both = (f32[512]{0}, f32[8]{0}) tuple(%flat, %negative)
+}
+
+ENTRY %main (w: f32[64,8], i: s32[4,1], u: f32[4,8], r: f32[1,8], k: s32[], o: f32[8]) -> f32[64,8] {
+  %w = f32[64,8]{1,0} parameter(0)
+  %i = s32[4,1]{1,0} parameter(1)
+  %u = f32[4,8]{1,0} parameter(2)
+  %r = f32[1,8]{1,0} parameter(3)
+  %k = s32[] parameter(4)
+  %o = f32[8]{0} parameter(5)
+  %fused = (f32[512]{0}, f32[8]{0}) fusion(%w, %r, %k, %o), kind=kLoop, calls=%two
+  ROOT %scattered = f32[64,8]{1,0} scatter(%w, %i, %u), to_apply=%add
+}
+""")
+  row = 8 * 4  # bytes
+  assert {operation.name: operation.bytes for operation in count(module).operations} == {
+    'fused': (row + 4 + row) + (row + row),  # row, index and the other in; the row and the other out
+    'scattered': 3 * 4 * row + 4 * 4,  # four rows read, added to and written, and four indices
+  }
 
 
 LINKS = {  # kind, chips along each axis of v5p (100 GB/s per link and direction) -> seconds for 800 GB

@@ -17,7 +17,7 @@ from mhc_jax import hyper_connection as hc
 from mhc_jax.connection import Gate
 from mhc_jax.layers.attention import Attention, causal_mask
 from mhc_jax.layers.feed_forward import FeedForward
-from mhc_jax.layers.norm import rms_norm
+from mhc_jax.layers.parts import rms_norm
 from mhc_jax.model import Transformer
 from mhc_jax.presets import connection_spec
 
@@ -153,13 +153,8 @@ def sublayers(config, params):
   mask = causal_mask(SEGMENTS)
   for layer in range(config.depth):
     tree = jax.tree.map(lambda leaf, layer=layer: leaf[layer], params['layers'])
-    for name, module, inputs in (
-      ('attention', Attention(config), (mask,)),
-      ('feed_forward', FeedForward(config), ()),
-    ):
-      apply = jax.jit(
-        lambda h, module=module, p=tree[name], inputs=inputs: module.apply({'params': p}, h, *inputs)
-      )
+    for name, module in (('attention', Attention(config)), ('feed_forward', FeedForward(config))):
+      apply = jax.jit(lambda h, module=module, p=tree[name]: module.apply({'params': p}, h, mask)[0])
       yield tree[f'{name}_connection'], apply
 
 

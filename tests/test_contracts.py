@@ -1,6 +1,5 @@
-"""Contracts discovered from folders: every config builds, every experiment is valid, files stay small."""
+"""Contracts discovered from folders: every config builds, every experiment is valid."""
 
-import ast
 import dataclasses
 import pathlib
 import re
@@ -22,9 +21,6 @@ from mhc_jax.train_step import init_state
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIGS = sorted(p for p in (ROOT / 'configs').glob('*.py') if 'def get_config(' in p.read_text())
-SOURCES = sorted(
-  path for name in ('mhc_jax', 'experiments', 'analysis') for path in (ROOT / name).rglob('*.py')
-)
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
@@ -81,21 +77,6 @@ def test_no_defaults_hidden_in_the_core():
   pattern = re.compile(r'\b(config|c|cfg)(\.\w+)*\.get\([^)]*,')
   for path in (ROOT / 'mhc_jax').rglob('*.py'):
     assert not pattern.search(path.read_text()), path
-
-
-@pytest.mark.parametrize('path', SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_files_and_functions_stay_small(path):
-  """Fewer than 400 lines a file; at most 60 a function without the functions inside it.
-
-  base_config is a table of fields.
-  """
-  text = path.read_text()
-  assert len(text.splitlines()) < 400
-  for node in ast.walk(ast.parse(text)):
-    if isinstance(node, ast.FunctionDef) and node.name != 'base_config':
-      inner = [child for child in node.body if isinstance(child, ast.FunctionDef)]
-      lines = node.end_lineno - node.lineno - sum(child.end_lineno - child.lineno for child in inner)
-      assert lines <= 60, node.name
 
 
 def test_custom_constraint_needs_no_change_of_the_package():

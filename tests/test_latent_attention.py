@@ -66,7 +66,7 @@ def textbook(params, x_BTD, scale):
 def test_it_is_the_textbook(layer):
   """Float64 rounding of some hundred additions; with transfer the scale is 1 / (K + P)."""
   for base_width, scale in ((None, (K + P) ** -0.5), (D, 1 / (K + P))):
-    found = LatentAttention(model(base_width)).apply({'params': layer[0]}, layer[1], MASK)
+    found = LatentAttention(model(base_width)).apply({'params': layer[0]}, layer[1], MASK)[0]
     np.testing.assert_allclose(found, textbook(*layer, scale), rtol=1e-10, atol=1e-13)
 
 
@@ -89,7 +89,7 @@ def test_values_and_gradients_are_those_of_the_absorbed_form(layer, rng):
   weight_BTD = rng.normal(size=(B, T, D))
 
   def ours(params, x_BTD):
-    return jnp.sum(weight_BTD * LatentAttention(model()).apply({'params': params}, x_BTD, MASK))
+    return jnp.sum(weight_BTD * LatentAttention(model()).apply({'params': params}, x_BTD, MASK)[0])
 
   def reference(params, x_BTD):
     return jnp.sum(weight_BTD * absorbed(params, x_BTD))

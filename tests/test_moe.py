@@ -14,10 +14,10 @@ from jax.sharding import AxisType
 from mhc_jax import manifold_updates
 from mhc_jax.config import base_config, build_optimizer
 from mhc_jax.errors import ConfigError
-from mhc_jax.layers import moe
+from mhc_jax.layers import grouped_experts, moe
 from mhc_jax.model import Transformer, loss_sums
 from mhc_jax.model_config import build_model
-from mhc_jax.train_step import init_state, train_step
+from mhc_jax.train_step import balance, init_state, train_step
 
 VOCAB, B, T, D, E, A, F = 11, 4, 6, 8, 4, 2, 6
 TOKENS = np.random.default_rng(1).integers(0, VOCAB, (B, T)).astype(np.int32)
@@ -98,7 +98,7 @@ def test_the_tpu_kernel_makes_the_weight_gradient(rng, sizes):
   unused = jnp.arange(64)[:, None] >= sum(sizes)
   arguments = jnp.where(unused, jnp.nan, x), jnp.where(unused, jnp.nan, g), jnp.asarray(sizes)
   with pltpu.force_tpu_interpret_mode():
-    found = moe._weight_gradient_on_tpu(*arguments)
+    found = grouped_experts._weight_gradient_on_tpu(*arguments)
   ends = np.cumsum(sizes)
   wanted = [x[end - size : end].T @ g[end - size : end] for end, size in zip(ends, sizes, strict=True)]
   np.testing.assert_allclose(found, np.stack(wanted), atol=1e-4)
@@ -165,7 +165,7 @@ def test_a_loop_over_layers_is_the_scan(x64):
   ]
   jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-13), *outputs)
   loads = jnp.asarray([[0, 5, 2, 5], [3, 3, 3, 3]])
-  moved, unstacked_moved = (moe.balance(p, loads, c) for p, c in ((params, scan), (unstacked, loop)))
+  moved, unstacked_moved = (balance(p, loads, c) for p, c in ((params, scan), (unstacked, loop)))
   for i in (1, 2):
     jax.tree.map(
       np.testing.assert_array_equal,

@@ -9,6 +9,7 @@ from mhc_jax import optimizer as optim
 from mhc_jax.config import OptimizerConfig, base_config
 from mhc_jax.model import Transformer
 from mhc_jax.model_config import build_model
+from mhc_jax.parameters import kinds
 from mhc_jax.presets import PRESETS
 
 ARMS = [
@@ -48,14 +49,14 @@ def by_path(tree):
 
 @pytest.mark.parametrize('arm', ARMS, ids=lambda arm: ' '.join(map(str, arm.values())))
 def test_every_parameter_has_a_group(arm):
-  kinds = by_path(optim.groups(parameters(model(**arm))))
-  assert set(kinds.values()) <= {'hidden', 'plain', 'scalar', 'mixing'}
-  assert kinds.keys() >= {'embedding', 'unembedding', 'final_norm'}
+  kind_of = by_path(kinds(parameters(model(**arm))))
+  assert set(kind_of.values()) <= {'hidden', 'plain', 'scalar', 'mixing'}
+  assert kind_of.keys() >= {'embedding', 'unembedding', 'final_norm'}
 
 
 def test_a_parameter_without_a_group_is_refused():
   with pytest.raises(ValueError, match="no line for parameter 'layers/attention/sink'"):
-    optim.groups({'layers': {'attention': {'sink': np.zeros(2)}}})
+    kinds({'layers': {'attention': {'sink': np.zeros(2)}}})
 
 
 # Written out by hand; a block's name stands for both sublayers.
@@ -86,15 +87,15 @@ KINDS = {
 
 
 def test_the_groups_are_these():
-  assert by_path(optim.groups(parameters(model(**ARMS[-1])))) == KINDS
-  full = by_path(optim.groups(parameters(model(name='mhc'))))
+  assert by_path(kinds(parameters(model(**ARMS[-1])))) == KINDS
+  full = by_path(kinds(parameters(model(name='mhc'))))
   assert full['layers/attention_connection/phi'] == full['layers/attention/query/w'] == 'hidden'
-  loop = by_path(optim.groups(parameters(model(name='residual', scan=False))))
+  loop = by_path(kinds(parameters(model(name='residual', scan=False))))
   assert loop['layer_3/feed_forward/down/w'] == 'hidden'
 
 
 def test_the_groups_of_experts_and_latent_attention_are_these():
-  kinds = by_path(optim.groups(parameters(model(name='residual', experts=3))))
+  kind_of = by_path(kinds(parameters(model(name='residual', experts=3))))
   ffn = {
     'norm': 'scalar',
     'router': 'plain',
@@ -107,8 +108,8 @@ def test_the_groups_of_experts_and_latent_attention_are_these():
   dense = {'norm': 'scalar', **{f'{name}/w': 'hidden' for name in ('gate', 'up', 'down')}}
   layers = {('layers', 'feed_forward'): ffn, ('layer_0', 'feed_forward'): dense}
   layers |= {(name, 'attention'): attention for name in ('layers', 'layer_0')}
-  wanted = {f'{a}/{b}/{name}': kind for (a, b), kinds in layers.items() for name, kind in kinds.items()}
-  assert kinds == wanted | {'embedding': 'plain', 'unembedding': 'plain', 'final_norm': 'scalar'}
+  wanted = {f'{a}/{b}/{name}': kind for (a, b), own in layers.items() for name, kind in own.items()}
+  assert kind_of == wanted | {'embedding': 'plain', 'unembedding': 'plain', 'final_norm': 'scalar'}
 
 
 def adamw_by_hand(params, gradients, rates, c, weight_decay):
@@ -145,9 +146,9 @@ def test_three_updates_are_adamw_by_hand(rng):
 
   @jax.jit
   def run(params, gradients):
-    state = optim.adamw(c, config, jnp.zeros(()), jnp.zeros(())).init(params)
+    state = optim.transform(c, config, jnp.zeros(()), jnp.zeros(())).init(params)
     for gradient, lr in zip(gradients, rates, strict=True):
-      transform = optim.adamw(c, config, jnp.float32(lr), jnp.float32(weight_decay))
+      transform = optim.transform(c, config, jnp.float32(lr), jnp.float32(weight_decay))
       updates, state = transform.update(gradient, state, params)
       params = jax.tree.map(jnp.add, params, updates)
     return params

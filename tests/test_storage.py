@@ -15,10 +15,10 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.registry import _registry
 
 from experiments import sweep
-from mhc_jax import evaluate, storage, train
+from mhc_jax import evaluate, orbax_patches, storage, train
 from mhc_jax.checkpoint import Checkpoints
 from mhc_jax.data import load_corpus
-from mhc_jax.errors import BusyError, ConfigError
+from mhc_jax.errors import BusyError, ConfigError, StorageError
 from mhc_jax.plan import resolve
 from mhc_jax.workdir import check_workdir, claim, read_status
 from tests.test_train import TIMES, config, corpus, rows
@@ -61,7 +61,7 @@ def store(tmp_path, monkeypatch):
   monkeypatch.setattr('tempfile.tempdir', str(tmp_path))
   for protocol in Store.protocol:
     monkeypatch.setitem(_registry, protocol, Store)
-  storage.teach_orbax_s3()
+  orbax_patches.teach_orbax_s3()
   monkeypatch.setattr(gcs_utils, 'is_hierarchical_namespace_enabled', lambda path: False)
   monkeypatch.setattr(tensorstore_utils, '_use_gcs_driver', lambda path: False)
   monkeypatch.setattr(tensorstore_utils, '_normalize_path', Store._strip_protocol)
@@ -130,7 +130,7 @@ def test_a_store_out_of_reach_is_no_damage(store, monkeypatch, capsys, trouble):
   monkeypatch.setattr(Checkpoints, '_read', fail)
   target = {'w': jnp.ones(3)}
   if trouble.startswith('UNAVAILABLE'):
-    with pytest.raises(storage.StorageError, match='gs://bucket/c: ValueError: UNAVAILABLE'):
+    with pytest.raises(StorageError, match='gs://bucket/c: ValueError: UNAVAILABLE'):
       Checkpoints('gs://bucket/c').restore_latest(target)
   else:
     assert Checkpoints('gs://bucket/c').restore_latest(target)[0] == 1
@@ -181,7 +181,7 @@ def test_mistakes_are_one_line(monkeypatch):
 def test_orbax_writes_s3_by_tensorstore(monkeypatch):
   from orbax.checkpoint._src.serialization import tensorstore_utils
 
-  storage.teach_orbax_s3()
+  orbax_patches.teach_orbax_s3()
   for name in ('AWS_REGION', 'AWS_DEFAULT_REGION', 'AWS_ENDPOINT_URL', 'AWS_ACCESS_KEY_ID'):
     monkeypatch.delenv(name, raising=False)
   spec = tensorstore_utils.build_kvstore_tspec('s3://bucket/run/checkpoints/4/state', 'w', use_ocdbt=True)

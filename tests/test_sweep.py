@@ -59,21 +59,21 @@ def test_runs_records_failures_skips_finished_and_retries(experiment, tmp_path, 
 
   from mhc_jax import train
 
-  real = train.Loop._train
+  real = train.loop
 
-  def broken(self, received):
-    if self.c['seed'] == 0:
+  def broken(plan, *rest):
+    if plan.resolved['seed'] == 0:
       raise RuntimeError('broken on purpose')
-    return real(self, received)
+    return real(plan, *rest)
 
-  monkeypatch.setattr(train.Loop, '_train', broken)
+  monkeypatch.setattr(train, 'loop', broken)
   assert sweep.main([experiment, *out]) == 1
   assert states(tmp_path / 'tiny') == ['failed', 'finished', 'finished']
   failed = json.loads((tmp_path / 'tiny' / 'plan.json').read_text())['runs'][0]['run_id']
   assert 'broken on purpose' in sweep.read_status(str(tmp_path / 'tiny' / failed))['error']
   assert 'broken on purpose' in capsys.readouterr().err
 
-  monkeypatch.setattr(train.Loop, '_train', real)
+  monkeypatch.setattr(train, 'loop', real)
   assert sweep.main([experiment, *out]) == 1, 'a failed run keeps the sweep from success'
   assert states(tmp_path / 'tiny')[0] == 'failed', 'failed runs stay until they are asked for'
   assert sweep.main([experiment, '--retry-failed', *out]) == 0
@@ -142,14 +142,17 @@ def test_a_worker_that_dies_costs_its_run_alone(experiment, tmp_path, monkeypatc
   victim = tmp_path / 'tiny' / planned[0].run_id
 
   def kill():
+    deadline = time.monotonic() + 120  # a sweep that dies before ends the wait
     while not (victim / 'status.json').exists():
+      if time.monotonic() > deadline:
+        return
       time.sleep(0.01)
     for child in multiprocessing.active_children():
       held = {os.path.realpath(f'/proc/{child.pid}/fd/{fd}') for fd in os.listdir(f'/proc/{child.pid}/fd')}
       if str(victim / 'metrics.jsonl') in held:
         os.kill(child.pid, signal.SIGKILL)
 
-  killer = threading.Thread(target=kill)
+  killer = threading.Thread(target=kill, daemon=True)
   killer.start()
   assert sweep.main([experiment, *out]) == 1
   killer.join()
@@ -185,18 +188,18 @@ def test_a_full_disk_ends_the_sweep_and_the_same_command_goes_on(experiment, tmp
   from mhc_jax import train
   from mhc_jax.command import end_with_message
 
-  real = train.Loop._train
+  real = train.loop
 
-  def full(self, received):
+  def full(*_):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-  monkeypatch.setattr(train.Loop, '_train', full)
+  monkeypatch.setattr(train, 'loop', full)
   command = [experiment, '--out', str(tmp_path)]
   assert end_with_message(lambda: sweep.main(command)) == 1
   assert states(tmp_path / 'tiny') == ['interrupted', 'missing', 'missing']
   error = capsys.readouterr().err.splitlines()[-1]
   assert error.startswith('error: No space left') and 'the same command again' in error
-  monkeypatch.setattr(train.Loop, '_train', real)
+  monkeypatch.setattr(train, 'loop', real)
   assert sweep.main(command) == 0
   assert states(tmp_path / 'tiny') == ['finished'] * 3
 

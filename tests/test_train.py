@@ -19,6 +19,7 @@ from mhc_jax.data import BOS, VOCAB_SIZE, Corpus
 from mhc_jax.divergence import Divergence
 from mhc_jax.errors import ConfigError
 from mhc_jax.plan import resolve
+from mhc_jax.recorder import join_revisions
 from mhc_jax.sharding import make_mesh
 from mhc_jax.train_step import init_state, programs, train_step
 
@@ -109,7 +110,7 @@ def test_the_same_command_after_the_end_changes_nothing(tmp_path):
 
 
 def test_metrics_of_an_update_are_fetched_after_the_next_is_dispatched(tmp_path, monkeypatch):
-  calls, real, log = [], train.programs, train.Loop._log
+  calls, real, log = [], train.programs, train.Recorder.update
 
   def recorded(*args):
     found = real(*args)
@@ -120,12 +121,12 @@ def test_metrics_of_an_update_are_fetched_after_the_next_is_dispatched(tmp_path,
 
     return dataclasses.replace(found, step=step)
 
-  def recorded_log(self, step, metrics):
+  def recorded_log(self, at, step, metrics, measure=None):
     calls.append(step)
-    return log(self, step, metrics)
+    return log(self, at, step, metrics, measure)
 
   monkeypatch.setattr(train, 'programs', recorded)
-  monkeypatch.setattr(train.Loop, '_log', recorded_log)
+  monkeypatch.setattr(train.Recorder, 'update', recorded_log)
   run(tmp_path, duration__steps=5, evaluation__every_steps=5, checkpoint__every_steps=5)
   assert calls == [0, 'update', 'update', 1, 'update', 2, 'update', 3, 'update', 4, 5]
 
@@ -201,14 +202,14 @@ def test_divergence_counts_losses_in_a_row_after_warmup():
 
 
 def test_an_error_is_recorded_as_failed_and_raised(tmp_path, monkeypatch):
-  real, died_at = train.Loop._save, 8
+  real, died_at = train.Recorder.save, 8
 
-  def broken(self, step):
-    if step == died_at:
+  def broken(self, at, checkpoints):
+    if at.step == died_at:
       raise RuntimeError('no luck')
-    real(self, step)
+    real(self, at, checkpoints)
 
-  monkeypatch.setattr(train.Loop, '_save', broken)
+  monkeypatch.setattr(train.Recorder, 'save', broken)
   with pytest.raises(RuntimeError, match='no luck'):
     run(tmp_path)
   status = json.loads((tmp_path / 'status.json').read_text())
@@ -335,3 +336,24 @@ def test_body_weights_are_bit_equal_across_arms(arm):
   assert all('connection' in name or name.startswith('collapse/') for name in other.keys() - plain.keys())
   for name, leaf in plain.items():
     assert leaf.tobytes() == other[name].tobytes(), name
+
+
+def test_revisions_that_worked_on_a_run_are_named_in_order():
+  assert join_revisions(None, 'a') == join_revisions('a', 'a') == join_revisions('a', None) == 'a'
+  assert join_revisions('a', 'b') == 'a then b' == join_revisions('a then b', 'b')
+  assert join_revisions('a then b', 'a') == 'a then b then a'
+
+
+def test_a_run_that_other_code_goes_on_with_says_so(tmp_path, monkeypatch):
+  monkeypatch.setattr('mhc_jax.recorder.revision', lambda: 'older')
+
+  def pressed(*_, **__):
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    patch.setattr(train, 'loop', pressed)
+    run(tmp_path)
+  monkeypatch.setattr('mhc_jax.recorder.revision', lambda: 'newer')
+  status, _ = run(tmp_path)
+  assert status['git_revision'] == 'older then newer' and status['state'] == 'finished'
+  assert status['versions']['jax'] == jax.__version__

@@ -1,7 +1,7 @@
-"""What the compiler says of a train_step that never runs: communication, memory. Called by experiments.bench.
+"""What the compiler says of a train_step that never runs: communication and memory.
 
-python -m experiments.bench scaling      # 1, 2, 4 and 8 fake CPU devices along fsdp, and along tensor
-python -m experiments.bench memory       # each recomputation (model.remat), on one device
+mhc bench scaling      # 1, 2, 4 and 8 fake CPU devices along fsdp, and along tensor
+mhc bench memory       # each recomputation (model.remat), on one device
 """
 
 import argparse
@@ -9,28 +9,24 @@ import os
 from collections import defaultdict
 
 import jax
-from jax.sharding import Mesh
-from jax.stages import Compiled
 from ml_collections import ConfigDict
 
-from mhc_jax.config import base_config, build_optimizer
-from mhc_jax.data import VOCAB_SIZE
-from mhc_jax.model_config import REMAT, build_model
+from mhc_jax.config import base_config
+from mhc_jax.model_config import REMAT
 from mhc_jax.recompute import block_layers
-from mhc_jax.sharding import check_mesh, make_mesh
-from mhc_jax.train_step import TrainState, programs
+from mhc_jax.sharding import make_mesh
 
-from ..compile.abstract_step import abstract_inputs, device_bytes
+from ..compile.abstract_step import device_bytes, trace_step
 from ..compile.hlo_cost import count
 from ..compile.hlo_text import parse_module
 
 DEVICES = (1, 2, 4, 8)
 
 
-def fake_devices(count: int) -> None:
+def fake_devices(number: int) -> None:
   """Makes that many CPU devices; must come before the first computation."""
   flags = os.environ.get('XLA_FLAGS', '')
-  os.environ['XLA_FLAGS'] = f'{flags} --xla_force_host_platform_device_count={count}'.strip()
+  os.environ['XLA_FLAGS'] = f'{flags} --xla_force_host_platform_device_count={number}'.strip()
   jax.config.update('jax_platforms', 'cpu')
 
 
@@ -41,24 +37,18 @@ def small_config(args: argparse.Namespace, remat: str = 'none') -> ConfigDict:
   c.model.connection.streams, c.model.dtype = args.streams, args.dtype
   c.data.batch_size, c.data.seq_len = args.batch, args.seq_len
   c.model.scan_unroll, c.model.remat = 1, remat
-  c.optimizer.warmup_fraction = 0.05
+  c.optimizer.warmup_fraction, c.duration.steps = 0.05, 100
   return c
-
-
-def compile_step(c: ConfigDict, mesh: Mesh) -> tuple[Compiled, TrainState]:
-  """(the compiled train_step of a configuration on a mesh, its state's shapes and shardings)."""
-  found = programs(build_model(c, VOCAB_SIZE), build_optimizer(c), mesh)
-  return found.step.lower(found.abstract, *abstract_inputs(c, mesh)).compile(), found.abstract
 
 
 def volume(hlo_text: str) -> dict[str, dict[str, float]]:
   """Collectives of one step by kind: executions, and bytes that a group gathers, reduces or exchanges."""
-  found: dict[str, dict[str, float]] = defaultdict(lambda: {'count': 0, 'bytes': 0})
+  kinds: dict[str, dict[str, float]] = defaultdict(lambda: {'count': 0, 'bytes': 0})
   for operation in count(parse_module(hlo_text)).operations:
     if operation.collective:
-      found[operation.collective]['count'] += operation.times
-      found[operation.collective]['bytes'] += operation.times * operation.payload
-  return dict(found)
+      kinds[operation.collective]['count'] += operation.times
+      kinds[operation.collective]['bytes'] += operation.times * operation.payload
+  return dict(kinds)
 
 
 def bench_scaling(args: argparse.Namespace) -> dict[str, object]:
@@ -70,9 +60,8 @@ def bench_scaling(args: argparse.Namespace) -> dict[str, object]:
   for axis, devices in (('fsdp', 1), *((axis, d) for axis in ('fsdp', 'tensor') for d in DEVICES[1:])):
     c = small_config(args)
     c.mesh[axis] = devices
-    check_mesh(c.mesh.to_dict(), build_model(c, VOCAB_SIZE), args.seq_len)
-    mesh = make_mesh(c.mesh.to_dict())
-    compiled, state = compile_step(c, mesh)
+    traced, state, *_ = trace_step(c, make_mesh(c.mesh.to_dict()))
+    compiled = traced.lower().compile()
     params, optimizer = device_bytes(state.params), device_bytes(state.opt_state)
     whole = whole or params + optimizer
     rows.append(
@@ -93,8 +82,8 @@ def bench_memory(args: argparse.Namespace) -> dict[str, object]:
   """Temporary and argument bytes of the step, as compiled, for each recomputation."""
   rows = {}
   for remat in REMAT:
-    compiled, _ = compile_step(small_config(args, remat), make_mesh({}))
-    memory = compiled.memory_analysis()
+    traced, *_ = trace_step(small_config(args, remat), make_mesh({}))
+    memory = traced.lower().compile().memory_analysis()
     rows[remat] = {
       'temporary_bytes': memory.temp_size_in_bytes,
       'argument_bytes': memory.argument_size_in_bytes,

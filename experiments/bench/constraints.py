@@ -1,4 +1,4 @@
-"""Every constraint beside 20 Sinkhorn iterations: time, defect, size. Called by experiments.bench.
+"""`mhc bench constraints`: every constraint beside 20 Sinkhorn iterations; time, defect, size.
 
 Times are of jitted matrix() alone and of matrix() with its gradient, at logits of standard deviation 3; the
 ratios are taken within a round, so that a machine whose speed drifts does not favour a constraint.
@@ -51,7 +51,7 @@ def defects(constraint: Constraint, n: int, tokens: int) -> dict[str, float]:
 
 
 def bench_constraints(args: argparse.Namespace) -> dict[str, object]:
-  """What `python -m experiments.bench constraints` prints; reads args.streams, tokens, repeats, calls.
+  """Times, defects and sizes of every constraint; reads args.streams, tokens, repeats, calls.
 
   Constraints that are not defined for that number of streams are listed with the reason.
   """

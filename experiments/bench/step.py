@@ -1,16 +1,17 @@
-"""Seconds of the train_step of every arm over residual's, and the share of diagnostics."""
+"""`mhc bench step`: seconds of the train_step of every arm over residual's, and the share of diagnostics."""
 
 import argparse
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from mhc_jax import config as config_lib
 from mhc_jax import optimizer as optim
-from mhc_jax.config import base_config
+from mhc_jax.config import base_config, build_optimizer
 from mhc_jax.data import VOCAB_SIZE
 from mhc_jax.diagnostics import with_spectra
+from mhc_jax.model_config import build_model
 from mhc_jax.sharding import make_mesh
 from mhc_jax.train_step import programs
 
@@ -26,31 +27,25 @@ def arm_functions(arm: str, args: argparse.Namespace) -> dict[str, Callable[[], 
   c.model.width, c.model.depth, c.model.heads = args.width, args.depth, max(1, args.width // 16)
   c.model.dtype, c.optimizer.warmup_fraction = args.dtype, 0.05
   c.transfer.base_width, c.transfer.base_depth = 32, 2
-  model, optimizer = config_lib.build_model(c, VOCAB_SIZE), config_lib.build_optimizer(c)
-  mesh = make_mesh({})
-  found = programs(model, optimizer, mesh)
+  model, optimizer = build_model(c, VOCAB_SIZE), build_optimizer(c)
+  of_arm = programs(model, optimizer, make_mesh({}))
   tokens = jax.random.randint(jax.random.key(0), (args.batch, args.seq_len), 0, VOCAB_SIZE - 1)
-  batch = {
-    'inputs': tokens,
-    'targets': tokens,
-    'weights': np.ones(tokens.shape, np.float32),
-    'segments': np.zeros(tokens.shape, np.int32),
-  }
-  batch = {name: jax.device_put(value) for name, value in batch.items()}
+  weights, segments = jnp.ones(tokens.shape), jnp.zeros(tokens.shape, jnp.int32)
+  batch = {'inputs': tokens, 'targets': tokens, 'weights': weights, 'segments': segments}
   warmup = optim.warmup_steps(optimizer, 100)
   hparams = {'lr': 1e-3, 'weight_decay': 0.1, 'num_steps': 100, 'warmup': warmup}
-  hparams = {name: jax.device_put(np.asarray(value, np.float32)) for name, value in hparams.items()}
-  state = found.init(jax.random.key(0))
+  hparams = {name: jnp.float32(value) for name, value in hparams.items()}
+  state = of_arm.init(jax.random.key(0))
 
   def run() -> object:
     nonlocal state
-    state, metrics = found.step(state, batch, hparams)
+    state, metrics = of_arm.step(state, batch, hparams)
     return metrics
 
   sequence = {name: value[:1] for name, value in batch.items()}
 
   def diagnostics() -> object:
-    return with_spectra(jax.device_get(found.diagnose(state.params, sequence)))  # as the training loop does
+    return with_spectra(jax.device_get(of_arm.diagnose(state.params, sequence)))  # as the training loop does
 
   return {'step': run, 'diagnostics': diagnostics}
 

@@ -1,12 +1,13 @@
 """Compiles the real train_step for TPUs that are not there, and predicts its memory and speed.
 
-  python -m experiments.compile --config configs/laptop.py --topology v5p:2x2x1 --config.mesh.fsdp=4
-  python -m experiments.compile --config configs/paper_27b.py:mhc --json > 27b.json
-  python -m experiments.compile --config configs/paper_27b.py:mhc --gpu H100:512     # lowered, not compiled
+  mhc compile --config laptop --topology v5p:2x2x1 --config.mesh.fsdp=4
+  mhc compile --config paper_27b:mhc --json > 27b.json
+  mhc compile --config paper_27b:mhc --gpu H100:512     # lowered, not compiled
 
 config -> model -> train_step -> **compile**. Needs no TPU, no corpus and no arrays: shapes and shardings over
 a described topology go through the TPU's own compiler (libtpu, extra `tpu`); CPU is the running backend.
-Memory is the compiler's; FLOPs, bytes and times are counted in its optimised program (hlo_cost, predict).
+Memory is the compiler's; FLOPs, bytes and times are counted in its optimised program (hlo_cost.py,
+step_time.py).
 """
 
 import argparse
@@ -15,22 +16,22 @@ import sys
 
 import jax
 
+from mhc_jax.command import end_with_message
 from mhc_jax.config_file import parse
 from mhc_jax.errors import require
 
-from . import gpu as compile_gpu
+from . import gpu, tpu
 from .chips import TPUS
-from .tpu import compile_step, text
 
 
 def main(argv: list[str] | None = None) -> int:
   """The command line; returns 0 if the step fits, 1 if not."""
   parser = argparse.ArgumentParser(
-    prog='python -m experiments.compile',
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
+    prog='mhc compile', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument('--config', required=True, help='a file of configs/, with :argument if it takes one')
+  parser.add_argument(
+    '--config', required=True, help='a config by name or file, with :argument if it takes one'
+  )
   parser.add_argument(
     '--topology', help=f"chip:sides of a TPU slice, of {', '.join(TPUS)} (default: the config's)"
   )
@@ -41,16 +42,14 @@ def main(argv: list[str] | None = None) -> int:
   config = parse(args.config, overrides)
   require(not (args.gpu and args.topology), '--gpu and --topology exclude each other')
   if args.gpu:
-    report, as_text = compile_gpu.lower_step(config, args.gpu), compile_gpu.text
+    report, as_text = gpu.lower_step(config, args.gpu), gpu.text
   else:
     topology = args.topology or config.topology
     require(topology is not None, 'name a slice: --topology v5p:8x8x8, or --gpu H100:64')
-    report, as_text = compile_step(config, topology), text
+    report, as_text = tpu.compile_step(config, topology), tpu.text
   print(json.dumps(report, indent=1) if args.json else as_text(report))
   return 0 if report['fits'] else 1
 
 
 if __name__ == '__main__':
-  from mhc_jax.command import end_with_message
-
   sys.exit(end_with_message(main))

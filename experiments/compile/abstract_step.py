@@ -52,9 +52,9 @@ def trace_step(
   check_counts(config)
   model = build_model(config, VOCAB_SIZE)
   check_mesh(config.mesh.to_dict(), model, config.data.seq_len)
-  found = programs(model, build_optimizer(config), mesh)
+  of_model = programs(model, build_optimizer(config), mesh)
   batch, hparams = abstract_inputs(config, mesh)
-  return found.step.trace(found.abstract, batch, hparams), found.abstract, batch, model
+  return of_model.step.trace(of_model.abstract, batch, hparams), of_model.abstract, batch, model
 
 
 def device_bytes(tree: Any) -> int:

@@ -1,6 +1,6 @@
 """train_step for NVIDIA GPUs that are not there: lowered for CUDA, with sizes and bounds by arithmetic.
 
-`python -m experiments.compile --config ... --gpu H100:64`. XLA's GPU compiler needs a GPU, so nothing comes
+`mhc compile --config ... --gpu H100:64`. XLA's GPU compiler needs a GPU, so nothing comes
 from it: lowering shows that every operation exists for CUDA and that no kernel of CPUs or TPUs is
 called; memory is that of the shards, and times are lower bounds.
 """
@@ -100,27 +100,21 @@ def bounds(chip: Chip, fsdp: int, held: dict[str, int], gathered: int, flops: fl
 def text(report: dict[str, Any]) -> str:
   """The report for people."""
   gib = {name: f'{size / 2**30:.2f} GiB' for name, size in report['memory_bytes'].items()}
-  seconds = report['bounds']['seconds']
-  foreign = report['not_for_cuda']
   kinds = ', '.join(f'{name} {size}' for name, size in gib.items() if name not in ('total', 'capacity'))
-  calls = ', '.join(report['custom_calls']) or 'none'
-  speed_of = report['bounds']
-  lines = []
-  if report['routed_buffer_over_used'] is not None:
+  foreign, calls = (', '.join(report[name]) for name in ('not_for_cuda', 'custom_calls'))
+  bounds_of, buffers = report['bounds'], report['routed_buffer_over_used']
+  least = (f'{value:.4g} s for its {name.replace("_", " ")}' for name, value in bounds_of['seconds'].items())
+  lines = [
+    f'{report["connection"]} (n = {report["streams"]}), {report["params"]["total"] / 1e9:.3g} B parameters '
+    f'on {report["topology"]}, mesh {report["mesh"]}',
+    'lowered for CUDA; ' + (f'NOT FOR CUDA: {foreign}' if foreign else f'custom calls: {calls or "none"}'),
+    f'at least {gib["total"]} of {gib["capacity"]} a GPU: {kinds}' + ' - DOES NOT FIT' * (not report['fits']),
+    f'Predictions, not measurements: a step takes at least {", ".join(least)}',
+    f'at most {bounds_of["tokens_per_second"]:.4g} tokens/s, MFU {100 * bounds_of["mfu"]:.1f} %',
+  ]
+  if buffers is not None:
     lines.append(
       "the experts' products are ragged_dot: where XLA has no kernel for it, every expert meets every row; "
-      f'rows of their buffers over those in use: {report["routed_buffer_over_used"]:.3g}'
+      f'rows of their buffers over those in use: {buffers:.3g}'
     )
-  return '\n'.join(
-    [
-      f'{report["connection"]} (n = {report["streams"]}), {report["params"]["total"] / 1e9:.3g} B parameters '
-      f'on {report["topology"]}, mesh {report["mesh"]}',
-      'lowered for CUDA; ' + (f'NOT FOR CUDA: {", ".join(foreign)}' if foreign else f'custom calls: {calls}'),
-      f'at least {gib["total"]} of {gib["capacity"]} a GPU: {kinds}'
-      + ('' if report['fits'] else ' - DOES NOT FIT'),
-      'Predictions, not measurements: a step takes at least '
-      + ', '.join(f'{value:.4g} s for its {name.replace("_", " ")}' for name, value in seconds.items()),
-      f'at most {speed_of["tokens_per_second"]:.4g} tokens/s, MFU {100 * speed_of["mfu"]:.1f} %',
-      *lines,
-    ]
-  )
+  return '\n'.join(lines)

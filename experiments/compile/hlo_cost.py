@@ -79,6 +79,11 @@ class Count:
     return self.total('matmul_flops') + self.total('vector_flops')
 
 
+def in_scope(op_name: str, scope: str) -> bool:
+  """Whether JAX's name of an operation has this jax.named_scope, alone or inside jvp() or transpose()."""
+  return re.search(rf'\b{scope}\b', op_name) is not None
+
+
 def count(module: Module) -> Count:
   """Walks the module from its entry."""
   result = Count([], [], collections.Counter())
@@ -160,9 +165,9 @@ def _collective(
   if instruction.opcode == 'fusion':
     inner = module.computations[instruction.called[0]]
     for inside in inner.instructions.values():
-      holder, found = _collective(module, inner, inside)
-      if found is not None:
-        return holder, found
+      holder, collective = _collective(module, inner, inside)
+      if collective is not None:
+        return holder, collective
   return computation, None
 
 

@@ -65,18 +65,18 @@ class Instruction:
 
   def find(self, pattern: str) -> str | None:
     """The first group of a pattern in the attributes."""
-    found = re.search(pattern, self.attributes)
-    return None if found is None else found[1]
+    match = re.search(pattern, self.attributes)
+    return None if match is None else match[1]
 
   @property
   def called(self) -> tuple[str, ...]:
     """Names of the computations that it runs: a fusion's, a call's, a loop's body, all of a conditional's."""
     lists = re.findall(r'\b(?:calls|branch_computations|called_computations)=\{?([^}=]*)', self.attributes)
-    found = [name for text in lists for name in _NAMES.findall(f'{text},')]
+    names = [name for text in lists for name in _NAMES.findall(f'{text},')]
     if self.opcode == 'call':
-      found += re.findall(r'\bto_apply=%([^\s,]+)', self.attributes)
-    found += re.findall(r'\b(?:body|true_computation|false_computation)=%([^\s,]+)', self.attributes)
-    return tuple(dict.fromkeys(found))
+      names += re.findall(r'\bto_apply=%([^\s,]+)', self.attributes)
+    names += re.findall(r'\b(?:body|true_computation|false_computation)=%([^\s,]+)', self.attributes)
+    return tuple(dict.fromkeys(names))
 
   @property
   def op_name(self) -> str:
@@ -104,11 +104,11 @@ class Computation:
   @functools.cached_property
   def users(self) -> dict[str, list[Instruction]]:
     """Instructions by the name of what they read."""
-    found: dict[str, list[Instruction]] = {}
+    users: dict[str, list[Instruction]] = {}
     for instruction in self.instructions.values():
       for operand in dict.fromkeys(instruction.operands):
-        found.setdefault(operand, []).append(instruction)
-    return found
+        users.setdefault(operand, []).append(instruction)
+    return users
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,8 +202,8 @@ def _frames(lines: list[str]) -> dict[int, tuple[str, int]]:
 
 
 def _number(name: str, text: str) -> int:
-  found = re.search(rf'\b{name}=(\d+)', text)
-  return int(found[1]) if found else 0
+  match = re.search(rf'\b{name}=(\d+)', text)
+  return int(match[1]) if match else 0
 
 
 def trip_count(module: Module, loop: Instruction) -> int | None:
@@ -228,10 +228,10 @@ def trip_count(module: Module, loop: Instruction) -> int | None:
     names, direction = root.operands, root.find(r'direction=(\w+)')
   else:
     return None
-  found = [values[name].inside for name in names if values[name].opcode == 'constant']
-  if direction != 'LT' or len(found) != 1 or not found[0].isdigit():
+  limits = [values[name].inside for name in names if values[name].opcode == 'constant']
+  if direction != 'LT' or len(limits) != 1 or not limits[0].isdigit():
     return None
-  return int(found[0])
+  return int(limits[0])
 
 
 def replica_group(instruction: Instruction) -> np.ndarray:

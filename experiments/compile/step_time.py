@@ -9,44 +9,50 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from .chips import Chip, compute_seconds, link_seconds
-from .hlo_cost import Count, Operation
+from .hlo_cost import Count, Operation, in_scope
 
 GIB = 2**30
+
+# Parts of a step with a cost of their own: scopes that mhc_jax.layers name (jax.named_scope).
+SCOPES = ('attention_scores', 'routed_experts')
 
 # How far an operation's group extends along each axis of the torus, and whether as a ring.
 Sides = Callable[[Operation], Sequence[tuple[int, bool]]]
 
 
-def predict(found: Count, chip: Chip, sides: Sides) -> dict[str, Any]:
-  """Totals of one device, seconds of a step, collectives by kind, parts by source file, costly operations."""
-  rows = [_row(operation, chip, sides(operation)) for operation in found.operations]
+def predict(counted: Count, chip: Chip, sides: Sides) -> dict[str, Any]:
+  """Totals of one device, seconds of a step, collectives by kind, parts by source file and by scope, and the
+  ten costliest operations.
+  """
+  rows = [_row(operation, chip, sides(operation)) for operation in counted.operations]
   compute = sum(row['compute_seconds'] for row in rows)
   links = sum(row['link_seconds'] for row in rows)
   peak, bandwidth = chip.flops / chip.devices, chip.bandwidth / chip.devices
-  passes = found.total('matmul_passes') + found.total('vector_flops')
+  passes = counted.total('matmul_passes') + counted.total('vector_flops')
   seconds = sum(row['seconds'] for row in rows)
   return {
     'per_device': {
-      'flops': found.flops,
-      'matmul_flops': found.total('matmul_flops'),
-      'vector_flops': found.total('vector_flops'),
-      'hbm_bytes': found.total('bytes'),
-      'compiler_cycles': sum(row.times * (row.cycles or 0) for row in found.operations),
+      'flops': counted.flops,
+      'matmul_flops': counted.total('matmul_flops'),
+      'vector_flops': counted.total('vector_flops'),
+      'hbm_bytes': counted.total('bytes'),
+      'compiler_cycles': sum(row.times * (row.cycles or 0) for row in counted.operations),
     },
     'seconds': {
       'step': seconds,
       'without_collectives': compute,
       'collectives': links,
-      'roofline': max(passes / peak, found.total('bytes') / bandwidth, links),
+      'roofline': max(passes / peak, counted.total('bytes') / bandwidth, links),
       'all_flops': passes / peak,
-      'all_bytes': found.total('bytes') / bandwidth,
+      'all_bytes': counted.total('bytes') / bandwidth,
     },
     'collectives': _collectives(rows),
     'parts': _parts(rows),
+    'scopes': {scope: _sums([row for row in rows if in_scope(row['op_name'], scope)]) for scope in SCOPES},
     'costliest': [
       {**row, 'share': row['seconds'] / seconds} for row in sorted(rows, key=lambda row: -row['seconds'])[:10]
     ],
-    'uncounted': {'loops': found.unknown_loops, 'custom_calls': dict(found.custom_calls)},
+    'uncounted': {'loops': counted.unknown_loops, 'custom_calls': dict(counted.custom_calls)},
   }
 
 
@@ -90,13 +96,15 @@ def _collectives(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 def _parts(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
   """Source file of an operation's root -> seconds, FLOPs and bytes, the dearest first."""
-  parts: dict[str, dict[str, float]] = {}
+  files: dict[str, list[dict[str, Any]]] = {}
   for row in rows:
-    name = row['source'].partition(':')[0] or 'unnamed'
-    part = parts.setdefault(name, {'seconds': 0.0, 'flops': 0.0, 'hbm_bytes': 0.0})
-    for key in part:
-      part[key] += row[key]
+    files.setdefault(row['source'].partition(':')[0] or 'unnamed', []).append(row)
+  parts = {name: _sums(of_file) for name, of_file in files.items()}
   return dict(sorted(parts.items(), key=lambda item: -item[1]['seconds']))
+
+
+def _sums(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+  return {key: sum((row[key] for row in rows), 0.0) for key in ('seconds', 'flops', 'hbm_bytes')}
 
 
 def speed(seconds: float, tokens: int, flops_per_token: float, chips: int, chip: Chip) -> dict[str, float]:
@@ -118,9 +126,10 @@ def advice(
   lines = []
   if remat != 'layer':  # blocks keep the products of attention and feed-forward
     lines.append('recompute activations: --config.model.remat=layer')
-  if arguments['params'] + arguments['optimizer'] > capacity / 4:
+  held = arguments['params'] + arguments['optimizer']
+  if held > capacity / 4:
     lines.append(
-      f'parameters and optimizer take {share(arguments, capacity)} of the memory: a larger '
+      f'parameters and optimizer take {100 * held / capacity:.0f} % of the memory: a larger '
       f'--config.mesh.fsdp (now {mesh["fsdp"]}) splits them further'
     )
   if rows > 1:
@@ -131,8 +140,3 @@ def advice(
   else:
     lines.append(f'split the width of activations: a larger --config.mesh.tensor (now {mesh["tensor"]})')
   return [*lines, 'or take a larger slice, or chips with more memory']
-
-
-def share(arguments: dict[str, int], capacity: float) -> str:
-  """Percent of the memory that parameters and optimizer take."""
-  return f'{100 * (arguments["params"] + arguments["optimizer"]) / capacity:.0f} %'

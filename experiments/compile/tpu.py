@@ -23,11 +23,11 @@ from mhc_jax import cost
 from mhc_jax.errors import ConfigError, require
 from mhc_jax.model_config import ModelConfig
 from mhc_jax.sharding import BATCH, make_mesh
-from mhc_jax.workdir import git_revision
+from mhc_jax.workdir import revision
 
 from .abstract_step import describe, device_bytes, mesh_axes, trace_step
 from .chips import CHIPS, TPUS, Chip
-from .hlo_cost import Count, Operation, count
+from .hlo_cost import Count, Operation, count, in_scope
 from .hlo_text import parse_module
 from .step_time import GIB, advice, predict, speed
 
@@ -75,7 +75,7 @@ def compile_step(config: ConfigDict, topology: str) -> dict[str, Any]:
     'batch': device_bytes(batch),
   }
   report = describe(config, model, topology, len(devices))
-  report |= {'git_revision': git_revision()}
+  report |= {'git_revision': revision()}
   report |= {'versions': {name: metadata.version(name) for name in ('jax', 'jaxlib', 'libtpu')}}
   report |= {'argument_bytes': arguments}
   print(f'compiling for {topology}, some minutes for a large model', file=sys.stderr)
@@ -102,7 +102,7 @@ def compile_step(config: ConfigDict, topology: str) -> dict[str, Any]:
 
 
 def routed_experts(
-  found: Count, config: ConfigDict, model: ModelConfig, devices: int
+  counted: Count, config: ConfigDict, model: ModelConfig, devices: int
 ) -> dict[str, float] | None:
   """FLOPs of the routed experts' products on a device, all rows of their buffers, and over the ideal's.
 
@@ -110,8 +110,7 @@ def routed_experts(
   """
   if model.moe is None:
     return None
-  # The TPU's kernels of grouped products have no source.
-  ours = [row for row in found.operations if row.source.startswith('moe.py') or 'ragged-dot' in row.name]
+  ours = [row for row in counted.operations if in_scope(row.op_name, 'routed_experts')]
   flops = sum(row.times * row.matmul_flops for row in ours)
   tokens = config.data.batch_size * config.data.seq_len
   per_token = cost.forward_flops_per_token(model, config.data.seq_len)['routed_experts']
@@ -121,28 +120,28 @@ def routed_experts(
 def memory(compiled: Any, chip: Chip) -> dict[str, float]:
   """Bytes of one device by kind, from the compiler, their total, and what a device has."""
   stats = compiled.memory_analysis()
-  found = {
+  kinds = {
     'arguments': stats.argument_size_in_bytes,
     'outputs': stats.output_size_in_bytes,
     'aliased': stats.alias_size_in_bytes,
     'temporaries': stats.temp_size_in_bytes,
     'generated_code': stats.generated_code_size_in_bytes,
   }
-  total = sum(found.values()) - 2 * found['aliased']
-  return {**found, 'total': total, 'capacity': chip.memory / chip.devices}
+  total = sum(kinds.values()) - 2 * kinds['aliased']
+  return {**kinds, 'total': total, 'capacity': chip.memory / chip.devices}
 
 
 def too_large(error: str, config: ConfigDict, arguments: dict[str, int], capacity: float) -> dict[str, Any]:
   """The part of the report that says by how much a step misses the memory, and what to change."""
   used = re.search(r'[Uu]sed ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?)\w* hbm', error)
   scale = {'': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
-  found: dict[str, Any] = {'capacity': capacity}
+  size: dict[str, Any] = {'capacity': capacity}
   if used:
-    found = {'total': float(used[1]) * scale[used[2]], 'capacity': float(used[3]) * scale[used[4]]}
+    size = {'total': float(used[1]) * scale[used[2]], 'capacity': float(used[3]) * scale[used[4]]}
   mesh, parts = config.mesh.to_dict(), config.optimizer.microbatches or 1
   rows = config.data.batch_size // (parts * math.prod(mesh[axis] for axis in BATCH))
   lines = advice(config.model.remat, mesh, rows, arguments, capacity)
-  return {'fits': False, 'memory_bytes': found, 'change': lines}
+  return {'fits': False, 'memory_bytes': size, 'change': lines}
 
 
 def group_sides(mesh: Mesh, chip: Chip) -> Any:
@@ -152,8 +151,8 @@ def group_sides(mesh: Mesh, chip: Chip) -> Any:
 
   def sides(operation: Operation) -> list[tuple[int, bool]]:
     group = [coords[member] for member in operation.group]
-    found = [len(set(axis)) for axis in zip(*group, strict=True)] or [1] * len(slice_sides)
-    return [(side, side == whole >= chip.wraps_at) for side, whole in zip(found, slice_sides, strict=True)]
+    extent = [len(set(axis)) for axis in zip(*group, strict=True)] or [1] * len(slice_sides)
+    return [(side, side == whole >= chip.wraps_at) for side, whole in zip(extent, slice_sides, strict=True)]
 
   return sides
 
@@ -162,8 +161,8 @@ def text(report: dict[str, Any]) -> str:
   """The report for people."""
   chips = report['devices'] // CHIPS[report['topology'].partition(':')[0]].devices
   mesh = ', '.join(f'{axis} {size}' for axis, size in report['mesh'].items())
-  found, held = report['memory_bytes'], report['argument_bytes']
-  gib = {name: f'{size / GIB:.2f} GiB' for name, size in {**found, **held}.items()}
+  held = report['argument_bytes']
+  gib = {name: f'{size / GIB:.2f} GiB' for name, size in {**report['memory_bytes'], **held}.items()}
   fits = 'fits' if report['fits'] else 'DOES NOT FIT'
   lines = [
     f'{report["connection"]} (n = {report["streams"]}), {report["params"]["total"] / 1e9:.3g} B parameters, '
@@ -186,6 +185,11 @@ def predicted_lines(predicted: dict[str, Any], compile_seconds: float) -> list[s
     f'Predictions, not measurements (compiled in {compile_seconds:.0f} s):',
     f"  a device and step: {device['flops']:.3g} FLOPs (matrix products {ratio:.2f} x the model's own "
     f'{predicted["model_flops"]:.3g}), {device["hbm_bytes"]:.3g} bytes of memory traffic',
+  ]
+  if predicted['routed_experts']:
+    flops, over = predicted['routed_experts'].values()
+    lines.append(f'  of these the routed experts {flops:.3g}, {over:.2f} x what they need without recompute')
+  lines += [
     f'  step {seconds["step"]:.4g} s: operations {seconds["without_collectives"]:.4g} s and collectives '
     f'{seconds["collectives"]:.3g} s, less what one fusion does at once',
     f'  all FLOPs at their peak {seconds["all_flops"]:.4g} s, all bytes {seconds["all_bytes"]:.4g} s',
@@ -195,14 +199,10 @@ def predicted_lines(predicted: dict[str, Any], compile_seconds: float) -> list[s
     '',
     f'{"collective":20} {"times":>7} {"group":>6} {"GiB":>9} {"seconds":>9}',
   ]
-  for kind, row in predicted['collectives'].items():
-    size = row['bytes'] / GIB
-    lines.append(f'{kind:20} {row["times"]:7} {row["group"]:6} {size:9.3f} {row["seconds"]:9.4f}')
-  if predicted['routed_experts']:
-    flops, over = predicted['routed_experts'].values()
-    lines.insert(
-      2, f'  of these the routed experts {flops:.3g}, {over:.2f} x what they need without recompute'
-    )
+  lines += [
+    f'{kind:20} {row["times"]:7} {row["group"]:6} {row["bytes"] / GIB:9.3f} {row["seconds"]:9.4f}'
+    for kind, row in predicted['collectives'].items()
+  ]
   lines += ['', f'{"seconds":>8} {"share":>6} {"limit":8} {"times":>6} {"FLOPs":>9} {"bytes":>9}  operation']
   for row in predicted['costliest']:
     scope = '/'.join(row['op_name'].split('/')[-2:])

@@ -23,12 +23,11 @@ case "${1:-}" in
   setup)
     archive=$(mktemp)
     trap 'rm -f "$archive"' EXIT
-    tar -C "$here" --exclude=.venv --exclude=runs -czf "$archive" .
+    tar -C "$here" --exclude='.venv*' --exclude=runs -czf "$archive" .
     gcloud compute tpus tpu-vm scp "$archive" "$TPU:mhc_jax.tgz" --zone "$ZONE" --worker=all
     on_every_host 'mkdir -p mhc_jax && tar -C mhc_jax -xzf mhc_jax.tgz && cd mhc_jax && python3 -m pip install -q uv &&
       python3 -m uv venv -q --allow-existing --python 3.11 && # the hosts own Python may be older
-      python3 -m uv pip install -q -r requirements.txt && # first: the extras may move a pin
-      python3 -m uv pip install -q -e ".[tpu,cloud]"'
+      python3 -m uv pip install -q -r requirements/3.11.txt -e ".[tpu,cloud]"'
     ;;
   stop)
     on_every_host 'pkill -TERM -f "mhc_jax[.]train"'

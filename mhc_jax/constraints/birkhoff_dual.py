@@ -22,8 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mhc_jax.constraints.base import Constraint, materialise, promote, stochastic_defect
-from mhc_jax.constraints.elementary import log_near_identity
+from mhc_jax.constraints.base import Constraint, log_near_identity, materialise, promote, stochastic_defect
 
 WARM_UP = 6  # Sinkhorn iterations before Newton's; each costs a fifth of one of those
 HOT = 30.0  # range of the logits from which on the temperature starts above 1, ...

@@ -13,7 +13,7 @@ from mhc_jax.constraints.birkhoff_permutations import (
   LARGEST,
   LEAST,
   birkhoff_permutations,
-  near_identity,
+  logits_near_identity,
   permutation_matrices,
 )
 
@@ -77,7 +77,7 @@ def birkhoff_kronecker(factors: tuple[int, ...] | None = None) -> Constraint:
   def start(size: int, share: float, least: float) -> np.ndarray:
     if size > LARGEST:
       return _factor(size).identity(size, share)
-    return near_identity(permutation_matrices(size), share, least)
+    return logits_near_identity(permutation_matrices(size), share, least)
 
   def defect(h_NMX: jax.Array) -> jax.Array:
     parts = [_marginal(h_NMX, sizes(len(h_NMX)), k) for k in range(len(sizes(len(h_NMX))))]

@@ -54,7 +54,7 @@ def cycle_types(p_KNM: np.ndarray) -> np.ndarray:
   return np.unique(np.array(fixed_SK), axis=1, return_inverse=True)[1]
 
 
-def near_identity(p_KNM: np.ndarray, mixing: float, least: float) -> np.ndarray:
+def logits_near_identity(p_KNM: np.ndarray, mixing: float, least: float) -> np.ndarray:
   """Logits with equal weights on all but the identity; rows' mean off-diagonal mass `mixing`.
 
   Permutations of one cycle type, which are equivalent coordinates, have together a mass of at least `least`:
@@ -95,7 +95,9 @@ def birkhoff_permutations(count: int | None = None) -> Constraint:
     params={'count': count},
     num_coordinates=lambda n: len(permutation_matrices(n, count)),
     matrix=lambda coords_KX, n: _mixture(coords_KX, permutation_matrices(n, count)),
-    identity=lambda n, mixing=0.01: near_identity(permutation_matrices(n, count), mixing, LEAST * mixing),
+    identity=lambda n, mixing=0.01: logits_near_identity(
+      permutation_matrices(n, count), mixing, LEAST * mixing
+    ),
     dimension=dimension,
     defect=stochastic_defect,
     properties=frozenset(properties | ({'closed_under_product'} if full else set())),

@@ -18,8 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mhc_jax.constraints.base import Constraint, materialise, promote, stochastic_defect
-from mhc_jax.constraints.elementary import log_near_identity
+from mhc_jax.constraints.base import Constraint, log_near_identity, materialise, promote, stochastic_defect
 
 # order: 'columns' first (rows last) or 'rows' first. eps_mode 'add': x / (sum + eps), 'clamp':
 # x / max(sum, eps). softmax_eps is added to every entry after the first normalisation.

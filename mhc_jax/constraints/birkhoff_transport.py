@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from mhc_jax.constraints.base import Constraint, promote, stochastic_defect
-from mhc_jax.constraints.elementary import near_identity
+from mhc_jax.constraints.base import Constraint, near_identity, promote, stochastic_defect
 
 
 def _bounds(row_left, columns_left, j: int):

@@ -4,14 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mhc_jax.constraints.base import Constraint, promote
-
-
-def near_identity(n: int, mixing: float) -> np.ndarray:
-  """(n, n): 1 - mixing on the diagonal, mixing / (n - 1) elsewhere; [[1]] for n = 1."""
-  if n == 1:
-    return np.ones((1, 1))
-  return np.eye(n) * (1 - mixing * n / (n - 1)) + mixing / (n - 1)
+from mhc_jax.constraints.base import Constraint, log_near_identity, near_identity, promote
 
 
 def unconstrained() -> Constraint:
@@ -62,15 +55,6 @@ def identity() -> Constraint:
     ),
     flops=lambda n: 0,
   )
-
-
-def log_near_identity(n: int, mixing: float = 0.01) -> np.ndarray:
-  """Row-major logits (n * n) of near_identity, 0 on the diagonal.
-
-  mixing is raised to 1e-6: finite logits do not reach the identity, and gradients vanish beside it.
-  """
-  h_NM = near_identity(n, max(mixing, 1e-6))
-  return np.log(h_NM / h_NM[0, 0]).reshape(-1)
 
 
 def row_stochastic() -> Constraint:

@@ -48,7 +48,7 @@ def load_corpus(name: str, data_dir: str | None = None) -> Corpus:
   ConfigError if the corpus is unknown, missing, empty or cannot be prepared, or data_dir cannot be
   written.
   """
-  root = _data_dir(data_dir)
+  root = data_folder(data_dir)
   kind, separator, pattern = name.partition(':')
   if name == 'python_stdlib':
     stdlib = Path(sysconfig.get_path('stdlib'))
@@ -92,11 +92,11 @@ def _load_tfds(name: str, root: Path) -> Corpus:
 
 def _load(name: str, folder: Path, build: Callable[[Path], dict[str, int | str]]) -> Corpus:
   """Reads the streams in folder, after building them under a lock if they are not complete."""
-  found = token_files.read(folder)
-  if found is None:
+  prepared = token_files.read(folder)
+  if prepared is None:
     with locked(folder.with_name(f'{folder.name}.lock')):
-      found = token_files.read(folder)  # another process may have been first
-      if found is None:
+      prepared = token_files.read(folder)  # another process may have been first
+      if prepared is None:
         shutil.rmtree(folder, ignore_errors=True)  # what a killed process left
         folder.mkdir()
         try:
@@ -104,8 +104,8 @@ def _load(name: str, folder: Path, build: Callable[[Path], dict[str, int | str]]
         except BaseException:
           shutil.rmtree(folder, ignore_errors=True)
           raise
-        found = token_files.read(folder)
-  digest, tokens = found
+        prepared = token_files.read(folder)
+  digest, tokens = prepared
   return Corpus(
     name=name,
     digest=digest,
@@ -116,8 +116,8 @@ def _load(name: str, folder: Path, build: Callable[[Path], dict[str, int | str]]
   )
 
 
-def _data_dir(data_dir: str | None) -> Path:
-  # Read at the call, not when TFDS is imported.
+def data_folder(data_dir: str | None) -> Path:
+  """Where corpora are kept: data_dir, or TFDS's default, read at the call and not when TFDS is imported."""
   chosen = data_dir or os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets'
   if is_remote(chosen):
     raise ConfigError(

@@ -40,15 +40,15 @@ def local_copy(url: str, cache: Path) -> str:
       listed = files.find(root, detail=True)
       if list(listed) == [root]:  # one object
         root, _, pattern = root.rpartition('/')
-  found = {name: facts for name, facts in sorted(listed.items()) if facts['type'] == 'file'}
-  if not found:
+  objects = {name: facts for name, facts in sorted(listed.items()) if facts['type'] == 'file'}
+  if not objects:
     raise ConfigError(f'{url}: no such object or folder, and no object matches')
-  versions = [(name, [str(facts.get(field)) for field in _VERSION]) for name, facts in found.items()]
+  versions = [(name, [str(facts.get(field)) for field in _VERSION]) for name, facts in objects.items()]
   key = hashlib.sha256(json.dumps([url, versions]).encode()).hexdigest()
   folder = cache / key[:16]
   with locked(folder.with_name(f'{folder.name}.lock')):
     if not folder.is_dir():
-      _copy(files, root, list(found), folder, url)
+      _copy(files, root, list(objects), folder, url)
   return os.path.join(folder, pattern)
 
 

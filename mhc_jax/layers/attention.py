@@ -7,13 +7,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from mhc_jax.layers.linear import Linear, ones
-from mhc_jax.layers.norm import rms_norm
-from mhc_jax.layers.rope import rope
+from mhc_jax.layers.parts import Linear, Output, ones, rms_norm
 from mhc_jax.model_config import ModelConfig
 from mhc_jax.sharding import constrain
 
 
+@jax.named_scope('attention_scores')
 def causal_mask(segments_BT: jax.Array) -> jax.Array:
   """(B, T, T) booleans: query t sees key s <= t of the same document."""
   time_T = jnp.arange(segments_BT.shape[1])
@@ -21,6 +20,7 @@ def causal_mask(segments_BT: jax.Array) -> jax.Array:
   return causal_TT[None] & (segments_BT[:, :, None] == segments_BT[:, None])
 
 
+@jax.named_scope('attention_scores')  # a part whose cost experiments/compile reports
 def attention(
   q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, mask_BTS: jax.Array, scale: float
 ) -> jax.Array:
@@ -43,9 +43,10 @@ class Attention(nn.Module):
 
   config: ModelConfig
   mesh: Mesh | None = None
+  record: bool = False
 
   @nn.compact
-  def __call__(self, x_BTD: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+  def __call__(self, x_BTD: jax.Array, mask_BTS: jax.Array) -> Output:
     c = self.config
     linear = functools.partial(Linear, rank=c.weights_rank, dtype=c.dtype, mesh=self.mesh)
     x_BTD = rms_norm(x_BTD, self.param('norm', ones, (c.width,)), c.norm_eps)
@@ -59,4 +60,16 @@ class Attention(nn.Module):
     out_BTHK = attention(q_BTHK, k_BSGK, v_BSGK, mask_BTS, c.attention_scale)
     out_BTHK = constrain(out_BTHK, 'BTHK', self.mesh)
     out_BTE = out_BTHK.reshape(*x_BTD.shape[:2], c.heads * c.head_dim)
-    return linear((c.heads * c.head_dim, c.width), gain=c.output_gain, name='output')(out_BTE)
+    return linear((c.heads * c.head_dim, c.width), gain=c.output_gain, name='output')(out_BTE), {}
+
+
+def rope(x_BTHK: jax.Array, theta: float) -> jax.Array:
+  """Rotates the pairs (k, k + K/2) of every head by position * theta^(-2k/K); K must be even."""
+  half = x_BTHK.shape[-1] // 2
+  wide = jnp.promote_types(x_BTHK.dtype, jnp.float32)
+  frequency_K = theta ** (-jnp.arange(half, dtype=wide) / half)
+  angle_TK = jnp.arange(x_BTHK.shape[1], dtype=wide)[:, None] * frequency_K[None]
+  cos_1T1K, sin_1T1K = jnp.cos(angle_TK)[None, :, None], jnp.sin(angle_TK)[None, :, None]
+  first, second = jnp.split(x_BTHK.astype(wide), 2, -1)
+  rotated = (first * cos_1T1K - second * sin_1T1K, second * cos_1T1K + first * sin_1T1K)
+  return jnp.concatenate(rotated, -1).astype(x_BTHK.dtype)

@@ -6,8 +6,7 @@ import flax.linen as nn
 import jax
 from jax.sharding import Mesh
 
-from mhc_jax.layers.linear import Linear, ones
-from mhc_jax.layers.norm import rms_norm
+from mhc_jax.layers.parts import Linear, Output, ones, rms_norm
 from mhc_jax.model_config import ModelConfig
 from mhc_jax.sharding import constrain
 
@@ -26,9 +25,10 @@ class FeedForward(nn.Module):
 
   config: ModelConfig
   mesh: Mesh | None = None
+  record: bool = False
 
   @nn.compact
-  def __call__(self, x_BTD: jax.Array) -> jax.Array:
+  def __call__(self, x_BTD: jax.Array, mask_BTS: jax.Array) -> Output:
     c = self.config
     x_BTD = rms_norm(x_BTD, self.param('norm', ones, (c.width,)), c.norm_eps)
-    return swiglu(constrain(x_BTD, 'BSD', self.mesh), c.ffn_width, c, self.mesh)
+    return swiglu(constrain(x_BTD, 'BSD', self.mesh), c.ffn_width, c, self.mesh), {}

@@ -173,6 +173,7 @@ def _experts_here(
   return _collect(y_RD, weight_BTA.reshape(-1, active), rows).reshape(x_BTD.shape)
 
 
+@jax.named_scope('routed_experts')  # a part whose cost experiments/compile reports
 def experts(
   x_BTD: jax.Array,
   routing: Routing,

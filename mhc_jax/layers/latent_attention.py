@@ -7,10 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from mhc_jax.layers.attention import attention
-from mhc_jax.layers.linear import Linear, ones
-from mhc_jax.layers.norm import rms_norm
-from mhc_jax.layers.rope import rope
+from mhc_jax.layers.attention import attention, rope
+from mhc_jax.layers.parts import Linear, Output, ones, rms_norm
 from mhc_jax.model_config import ModelConfig
 from mhc_jax.sharding import constrain
 
@@ -24,9 +22,10 @@ class LatentAttention(nn.Module):
 
   config: ModelConfig
   mesh: Mesh | None = None
+  record: bool = False
 
   @nn.compact
-  def __call__(self, x_BTD: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+  def __call__(self, x_BTD: jax.Array, mask_BTS: jax.Array) -> Output:
     c, m = self.config, self.config.mla
     linear = functools.partial(Linear, rank=c.weights_rank, dtype=c.dtype, mesh=self.mesh)
     x_BTD = rms_norm(x_BTD, self.param('norm', ones, (c.width,)), c.norm_eps)
@@ -45,4 +44,4 @@ class LatentAttention(nn.Module):
     out_BTHK = attention(q_BTHK, k_BSHK, v_BSHK, mask_BTS, c.attention_scale)
     out_BTHK = constrain(out_BTHK, 'BTHK', self.mesh)
     out_BTE = out_BTHK.reshape(*x_BTD.shape[:2], c.heads * m.value_dim)
-    return linear((c.heads * m.value_dim, c.width), gain=c.output_gain, name='output')(out_BTE)
+    return linear((c.heads * m.value_dim, c.width), gain=c.output_gain, name='output')(out_BTE), {}

@@ -9,7 +9,6 @@ F width of an expert.
 
 import functools
 import math
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -19,8 +18,7 @@ from jax.sharding import Mesh
 
 from mhc_jax.layers.feed_forward import swiglu
 from mhc_jax.layers.grouped_experts import Routing, experts
-from mhc_jax.layers.linear import normal, ones, zeros
-from mhc_jax.layers.norm import rms_norm
+from mhc_jax.layers.parts import Output, normal, ones, rms_norm, zeros
 from mhc_jax.model_config import ModelConfig, MoEConfig
 from mhc_jax.sharding import constrain
 
@@ -84,25 +82,6 @@ def margin(logits_BTE: jax.Array, bias_E: jax.Array, moe: MoEConfig) -> jax.Arra
   return best_BTA[..., moe.active - 1] - best_BTA[..., -1]
 
 
-def balance(params: Any, load_LE: jax.Array, c: ModelConfig) -> Any:
-  """params with the routers' biases moved by bias_rate * sign(mean load - load), (2408.15664, algorithm 1).
-
-  load_LE: tokens per expert of the whole batch, for every layer with experts.
-  """
-  load_LE = load_LE.astype(jnp.float32)
-  move_LE = c.moe.bias_rate * jnp.sign(load_LE.mean(-1, keepdims=True) - load_LE)
-
-  def moved(layer, move):
-    ffn = layer['feed_forward']
-    bias = ffn['router_bias'] + move.astype(ffn['router_bias'].dtype)
-    return {**layer, 'feed_forward': {**ffn, 'router_bias': bias}}
-
-  if c.scan:
-    return {**params, 'layers': moved(params['layers'], move_LE)}
-  names = [f'layer_{layer}' for layer in range(c.dense_layers, c.depth)]
-  return params | {name: moved(params[name], move_E) for name, move_E in zip(names, move_LE, strict=True)}
-
-
 # Each is the other's transpose. Written out because the transpose of a gather is a scatter that adds, which
 # accelerators do row by row.
 
@@ -111,11 +90,11 @@ class MixtureOfExperts(nn.Module):
   """RMSNorm and experts (layers/moe.py): (B, T, D) -> (B, T, D), and what the routing did."""
 
   config: ModelConfig
-  mesh: Mesh | None
-  record: bool
+  mesh: Mesh | None = None
+  record: bool = False
 
   @nn.compact
-  def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+  def __call__(self, x_BTD: jax.Array, mask_BTS: jax.Array) -> Output:
     """load_E: tokens per routed expert; with `record` also margin_BT (moe.margin)."""
     c, m = self.config, self.config.moe
     x_BTD = rms_norm(x_BTD, self.param('norm', ones, (c.width,)), c.norm_eps)
@@ -136,7 +115,7 @@ class MixtureOfExperts(nn.Module):
     if m.shared:
       x_BSD = constrain(x_BTD, 'BSD', self.mesh)
       y_BTD += swiglu(x_BSD, m.shared * m.ffn_width, c, self.mesh, 'shared_')
-    found = {'load_E': expert_load(routing.index_BTA, m.experts)}
+    records = {'load_E': expert_load(routing.index_BTA, m.experts)}
     if self.record:
-      found['margin_BT'] = margin(logits_BTE, bias_E, m)
-    return y_BTD, found
+      records['margin_BT'] = margin(logits_BTE, bias_E, m)
+    return y_BTD, records

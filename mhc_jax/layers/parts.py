@@ -1,13 +1,20 @@
-"""Linear maps, of full rank or factored, and the start values of parameters."""
+"""What sublayers are made of: the norm before them, linear maps of full rank or factored, start values.
+
+A sublayer is a module Sublayer(config, mesh, record)(x_BTD, mask_BTS) -> Output, with its own pre-norm.
+"""
 
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.sharding import Mesh
 
 from mhc_jax.sharding import splits_time
+
+# A sublayer's result F(x), (B, T, D), and what it records: {}, or by name what all layers of its kind record.
+Output = tuple[jax.Array, dict[str, jax.Array]]
 
 
 def normal(std: float):
@@ -48,3 +55,10 @@ class Linear(nn.Module):
       v = self.param('v', normal(self.rank**-0.5), (self.rank, *outputs))
       y = (y @ u.astype(self.dtype)) @ v.astype(self.dtype).reshape(self.rank, -1)
     return y.reshape(*x.shape[:-1], *outputs)
+
+
+def rms_norm(x_BTD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
+  """x / sqrt(mean(x^2) + eps) * scale over the last axis, returned in x's dtype."""
+  wide_BTD = x_BTD.astype(jnp.promote_types(x_BTD.dtype, jnp.float32))
+  mean_square_BT1 = jnp.mean(jnp.square(wide_BTD), -1, keepdims=True)
+  return (wide_BTD * lax.rsqrt(mean_square_BT1 + eps) * scale_D[None, None]).astype(x_BTD.dtype)

@@ -1,0 +1,147 @@
+"""Where a run is, and what it writes about itself: rows, status.json, its progress line.
+
+train -> **recorder** -> metrics.jsonl, status.json. A checkpoint carries the Position; the Recorder judges,
+times and writes what the loop has computed, and computes nothing itself.
+"""
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from mhc_jax import optimizer as optim
+from mhc_jax.checkpoint import Checkpoints
+from mhc_jax.divergence import Divergence
+from mhc_jax.log import MetricsLog, Progress
+from mhc_jax.plan import Run
+from mhc_jax.storage import write_json
+from mhc_jax.train_step import TrainState
+from mhc_jax.workdir import revision, versions
+
+
+@dataclasses.dataclass
+class Position:
+  """How far a run has come: all that a checkpoint carries."""
+
+  state: TrainState | None = None  # None until it is initialised or restored
+  step: int = 0  # the last update whose metrics have been looked at
+  seconds: float = 0.0  # of training, over all restarts
+  final: dict[str, float] = dataclasses.field(default_factory=dict)  # the newest losses
+  divergence: dict[str, Any] = dataclasses.field(default_factory=dict)  # what divergence.py counts
+
+
+class Recorder:
+  """Writes one run's rows and status, on process 0, and says after each update whether it diverged."""
+
+  def __init__(self, plan: Run, workdir: str, mesh: Mesh, earlier_revision: str | None):
+    self._plan, self._workdir, self._mesh = plan, workdir, mesh
+    self._writes = jax.process_index() == 0  # all but checkpoints, of which every process writes its part
+    self._revision = join_revisions(earlier_revision, revision())
+
+  def open(self, at: Position, resumed: bool, quiet: bool) -> None:
+    """Opens the files for a run that stands at `at`; rows of later steps are dropped."""
+    c = self._plan.resolved
+    warmup = optim.warmup_steps(self._plan.optimizer, self._plan.num_steps)
+    self._divergence = Divergence(c['divergence']['patience'], warmup, at.divergence)
+    at.divergence = self._divergence.saved
+    if self._writes:
+      self._log = MetricsLog(self._workdir, at.step if resumed else None, c['log']['tensorboard'])
+    self._progress = Progress(c['arm'], at.step, self._plan.num_steps, quiet or not self._writes)
+    self.start_clock(at.step)
+
+  def close(self) -> None:
+    """Closes the files, and leaves the progress line as it stands."""
+    self._progress.close()
+    if self._writes:
+      self._log.close()
+
+  def start_clock(self, step: int | None = None) -> None:
+    """Training time goes on from here; speed is that of the updates after `step`, where it is given."""
+    self._clock = time.monotonic()
+    self._timed_step = self._timed_step if step is None else step
+
+  def update(
+    self,
+    at: Position,
+    step: int,
+    metrics: dict[str, jax.Array] | None,
+    measure: Callable[[int], dict[str, Any]] | None = None,
+  ) -> bool:
+    """Moves `at` to `step` and writes its row where one is due; True if the run has diverged.
+
+    metrics: of the update, None at step 0. measure: evaluation and diagnostics by the state after `step`,
+    called where the update itself is sound; a validation loss that is not finite is divergence too.
+    """
+    per_step = self._plan.derived['tokens_per_step']
+    row: dict[str, Any] = {'step': step, 'tokens': step * per_step}
+    row['flops'] = step * per_step * self._plan.derived['flops_per_token']
+    at.step, diverged, measured = step, False, {}
+    if metrics is not None:
+      values = {name: np.asarray(value).tolist() for name, value in jax.device_get(metrics).items()}
+      diverged = self._divergence.diverged(step, values)
+      at.final['train/loss'] = values['loss']
+      row |= {f'train/{name}': value for name, value in values.items()} | self._timing(at)
+      self._progress.update(step, values['loss'], row.get('time/tokens_per_second'))
+    if measure is not None and not diverged:
+      measured = measure(step)
+      losses = {name: value for name, value in measured.items() if name.startswith('validation/')}
+      at.final |= losses
+      diverged = not np.isfinite(list(losses.values())).all()
+    if self._writes and (measured or diverged or 'log' in self._plan.due(step)):
+      self._log.write(row | measured)
+    return diverged
+
+  def _timing(self, at: Position) -> dict[str, float]:
+    """Seconds spent on updates so far, over all restarts, and tokens per second since the last look.
+
+    Left out: compilation (the first update after each start, which has no speed), evaluation and checkpoints.
+    """
+    now = time.monotonic()
+    passed, self._clock = now - self._clock, now
+    at.seconds += passed
+    tokens = (at.step - self._timed_step) * self._plan.derived['tokens_per_step']
+    self._timed_step = at.step
+    speed = {'time/tokens_per_second': tokens / max(passed, 1e-9)} if tokens else {}
+    return {'time/seconds': at.seconds} | speed
+
+  def save(self, at: Position, checkpoints: Checkpoints) -> None:
+    """Rows first, then the state: a checkpoint never knows more than the metrics on disk."""
+    if self._writes:
+      self._log.sync()
+    checkpoints.save(
+      at.step, at.state, {'seconds': at.seconds, 'divergence': at.divergence, 'final': at.final}
+    )
+    self.status(at, 'running')
+
+  def status(self, at: Position, state: str, error: str | None = None) -> dict[str, Any]:
+    """Writes status.json and returns what it says."""
+    devices = self._mesh.devices
+    status = {
+      'state': state,
+      'step': at.step,
+      'num_steps': self._plan.num_steps,
+      'error': error,
+      'diverged_at': at.step if state == 'diverged' else None,
+      'git_revision': self._revision,
+      'versions': versions(),
+      'device_kind': devices.flat[0].device_kind,
+      'device_count': devices.size,
+      'seconds': at.seconds,
+      'derived': self._plan.derived,
+      'final': at.final if state == 'finished' else None,
+    }
+    if self._writes:
+      write_json(os.path.join(self._workdir, 'status.json'), status)
+    return status
+
+
+def join_revisions(before: str | None, now: str | None) -> str | None:
+  """'a then b': the revisions that worked on a run, in order. A mixture differs from each of them."""
+  if before is None or now is None:
+    return before or now
+  return before if before.split(' then ')[-1] == now else f'{before} then {now}'

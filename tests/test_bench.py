@@ -1,0 +1,89 @@
+"""mhc bench as a command, at tiny sizes: what is timed, what is read from the compiler, what is printed."""
+
+import itertools
+import json
+import os
+
+import pytest
+
+from experiments.bench import __main__ as bench
+from experiments.bench import compiled, step, timing
+from mhc_jax.errors import ConfigError
+
+SMALL = ['--width', '64', '--batch', '2', '--seq-len', '64', '--streams', '2']
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+  """Runs the command and returns what it prints; XLA has read its flags long before."""
+  monkeypatch.setenv('XLA_FLAGS', os.environ['XLA_FLAGS'])
+
+  def run(*arguments):
+    assert bench.main([*arguments, *SMALL]) == 0
+    return json.loads(capsys.readouterr().out)
+
+  return run
+
+
+def test_repeats_are_interleaved_and_the_first_round_is_not_measured(monkeypatch):
+  """a takes 1 s a call at first and 0.5 s more every call; b takes 3 s."""
+  now, calls = 0.0, []
+
+  def function(name, seconds):
+    def call():
+      nonlocal now
+      calls.append(name)
+      now += next(seconds)
+
+    return call
+
+  monkeypatch.setattr(timing.time, 'perf_counter', lambda: now)
+  functions = {'a': function('a', itertools.count(1, 0.5)), 'b': function('b', itertools.repeat(3))}
+  assert timing.interleaved(functions, repeats=2, calls=2) == {'a': [2.25, 3.25], 'b': [3, 3]}
+  assert ''.join(calls) == 'aabb' * 3
+  assert timing.summary([3.0, 1.0, 2.5]) == {'median': 2.5, 'min': 1, 'max': 3}
+
+
+def test_step_compares_arms_within_a_round(run, monkeypatch):
+  """Ratios by hand from given seconds; both arms train and diagnose for real."""
+
+  def timed(functions, repeats, calls):
+    assert (repeats, calls) == (3, 1)
+    metrics = [functions[arm, 'step']() for arm in ('residual', 'identity') for _ in range(2)]
+    losses = [float(update['loss']) for update in metrics]
+    assert losses[0] > losses[1] and losses[2] > losses[3], 'the state is carried on'
+    assert functions['identity', 'diagnostics']()
+    seconds = {'residual': [1.0, 2.0, 4.0], 'identity': [3.0, 3.0, 6.0]}
+    return {key: seconds[key[0]] if key[1] == 'step' else [0.3, 0.3, 0.6] for key in functions}
+
+  monkeypatch.setattr(step, 'ARMS', ('residual', 'identity'))
+  monkeypatch.setattr(step, 'interleaved', timed)
+  report = run('step', '--depth', '1', '--repeats', '3', '--calls', '1', '--diagnostics-every', '10')
+  identity = report['arms']['identity']
+  assert identity['ratio_to_residual'] == {'median': 1.5, 'min': 1.5, 'max': 3}
+  assert identity['diagnostics_percent'] == pytest.approx({'median': 1, 'min': 1, 'max': 1})
+  assert report['settings']['width'] == 64 and report['settings']['depth'] == 1
+
+
+def test_memory_falls_with_recomputation(run, monkeypatch):
+  monkeypatch.setattr(compiled, 'REMAT', ('none', 'layer'))
+  report = run('memory', '--depth', '8')
+  none, layer = report['remat']['none'], report['remat']['layer']
+  assert 3 * layer['temporary_bytes'] < none['temporary_bytes']
+  assert layer['argument_bytes'] == none['argument_bytes']
+
+
+def test_scaling_splits_the_state_and_counts_what_that_costs(run, monkeypatch):
+  """Two devices: fsdp halves the state and gathers it for use; tensor splits the sublayers' weights alone."""
+  monkeypatch.setattr(compiled, 'DEVICES', (1, 2))
+  one, fsdp, tensor = run('scaling', '--depth', '4')['per_device']
+  assert one['collectives'] == {} and one['state_over_even_share'] == 1
+  assert 1 <= fsdp['state_over_even_share'] < 1.01
+  assert fsdp['state_over_even_share'] < tensor['state_over_even_share'] < 2
+  assert fsdp['collectives']['all-gather']['bytes'] > fsdp['params_bytes']
+  assert (tensor['axis'], tensor['devices']) == ('tensor', 2) and tensor['collectives']['all-gather']['count']
+
+
+def test_mistakes_are_refused(run):
+  with pytest.raises(ConfigError, match='at least 1'):
+    run('step', '--repeats', '0')
