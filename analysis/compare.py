@@ -1,6 +1,6 @@
-"""Compare laws and arms: rollout to held-out sizes, nested models, paired gaps.
+"""Does the law hold: rollout to held-out sizes, nested models of the arms, residuals, lack of fit.
 
-Where: after estimate.py and intervals.py, before the report. Held-out error decides first; the
+Where: a fit -> here -> study.py; each is empty where there is no fit. Held-out error decides first; the
 clustered F test says whether the difference could be noise. Separate fits per arm are
 ill-conditioned (Volkova 2602.07712), so every arm model here shares E and the coefficients, and
 frees the exponents only to test them.
@@ -9,13 +9,14 @@ frees the exponents only to test them.
 import dataclasses
 
 import numpy as np
+import pandas as pd
 from scipy import linalg, stats
 
 from mhc_jax.errors import ConfigError
 
-from .fitting.estimate import DELTA, Fit, fit
-from .fitting.intervals import LEVEL, band, sandwich_covariance
-from .fitting.laws import ArmModel, Design, Law, Points, design, predict
+from .fitting.estimate import Fit, fit
+from .fitting.intervals import band, residual_variance, sandwich_covariance
+from .fitting.laws import HUBER_WIDTH, ArmModel, Design, Law, Points, design, log_loss
 
 CLUSTERS_PER_RESTRICTION = 4  # of the clustered F test
 
@@ -45,15 +46,11 @@ def _order(points: Points) -> list:
   return sorted(groups, key=lambda g: float(key[points.size == g].mean()))
 
 
-def rollout(
-  points: Points,
-  law: Law,
-  arms: ArmModel | None = None,
-  loss: str = 'huber',
-  delta: float | str = DELTA,
-  level: float = LEVEL,
-) -> list[RolloutStep]:
+def rollout(whole: Fit | None, width: float | str = HUBER_WIDTH) -> list[RolloutStep]:
   """For every k: fit the k smallest sizes, predict the runs of the larger ones (of arms that were fitted)."""
+  if whole is None:
+    return []
+  points, law = whole.points, whole.law
   order = _order(points)
   name = 'C' if 'C' in points.log_x else law.covariates[0]
   out = []
@@ -61,11 +58,11 @@ def rollout(
     inside_R = np.isin(points.size, order[:k])
     small, rest = points.take(inside_R), points.take(~inside_R)
     rest = rest.take(np.isin(rest.arm, small.arms))
-    fitted = _fit_or_reason(k, small, len(rest), law, arms, loss, delta)
+    fitted = _fit_or_reason(k, small, len(rest), whole, width)
     if isinstance(fitted, str):
       out.append(RolloutStep(k, len(small), len(rest), fitted))
       continue
-    predicted = band(fitted, rest, level)
+    predicted = band(fitted, rest)
     error_R = np.log(predicted.loss) - np.log(rest.loss)
     covered_R = (predicted.new_low <= rest.loss) & (rest.loss <= predicted.new_high)
     errors = {
@@ -79,16 +76,14 @@ def rollout(
   return out
 
 
-def _fit_or_reason(
-  k: int, small: Points, held_out: int, law: Law, arms: ArmModel | None, loss: str, delta: float | str
-) -> Fit | str:
+def _fit_or_reason(k: int, small: Points, held_out: int, whole: Fit, width: float | str) -> Fit | str:
   """The fit to the k smallest sizes, or why there is none."""
   if k < 3:
     return f'{k} size{"s" * (k > 1)} for a constant and a power: 3 are needed'
   if not held_out:
     return 'no arm has runs on both sides'
   try:
-    fitted = fit(small, law, arms, loss, delta, start_count=9)
+    fitted = fit(small, whole.law, whole.design.arms, whole.problem.kind, width, start_count=9)
   except ConfigError as error:  # too few runs for the parameters
     return str(error)
   if fitted.degrees_of_freedom < 1:
@@ -136,7 +131,7 @@ def clustered_f(big: Fit, small: Fit) -> tuple[float, tuple[int, int], float] | 
   rows = restriction(big, small)
   covariance_PP = sandwich_covariance(big)
   q = len(rows)
-  jac_RP = predict(big.theta_P, big.design)[1]
+  jac_RP = log_loss(big.theta_P, big.design)[1]
   tested = np.flatnonzero(np.abs(rows).max(0, initial=0) > 1e-9)
   clusters = min((len(set(big.points.cluster[jac_RP[:, p] != 0].tolist())) for p in tested), default=0)
   if q == 0 or clusters < max(CLUSTERS_PER_RESTRICTION * q, q + 2):
@@ -179,34 +174,32 @@ def arm_models(law: Law, points: Points) -> list[tuple[str, Points, ArmModel, st
   return out
 
 
-def nested(
-  points: Points,
-  law: Law,
-  reference: str,
-  loss: str = 'huber',
-  delta: float | str = DELTA,
-) -> list[Candidate]:
-  """Fits each arm model; its errors, and the clustered F test against the simpler one."""
+def nested(whole: Fit | None, width: float | str | None = None) -> list[Candidate]:
+  """Fits each arm model to a fit's runs; its errors, and the clustered F test against the simpler one.
+
+  Empty for one arm without an axis, too. width: of Huber's loss, None that of the fit.
+  """
+  if whole is None or (len(whole.points.arms) < 2 and not whole.points.axes):
+    return []
+  width = whole.problem.width if width is None else width
   done: dict[str, Candidate] = {}
-  for name, runs, arms, against in arm_models(law, points):
-    arms = dataclasses.replace(arms, reference=reference)
+  for name, runs, arms, against in arm_models(whole.law, whole.points):
+    arms = dataclasses.replace(arms, reference=whole.design.arms.reference)
     try:
-      fitted = fit(runs, law, arms, loss, delta, start_count=9)
+      fitted = fit(runs, whole.law, arms, whole.problem.kind, width, start_count=9)
     except ConfigError:
       continue
     test = clustered_f(fitted, done[against].fit) if against in done else None
-    found = errors(fitted, loss, delta)
-    done[name] = Candidate(name, len(fitted.theta_P), *found, against, *(test or (None,) * 3), fitted)
+    missed = errors(fitted, width)
+    done[name] = Candidate(name, len(fitted.theta_P), *missed, against, *(test or (None,) * 3), fitted)
   return list(done.values())
 
 
-def errors(fitted: Fit, loss: str, delta: float | str) -> tuple[float, float | None, float | None]:
+def errors(fitted: Fit, width: float | str) -> tuple[float, float | None, float | None]:
   """Mean |log error| of a law in sample, on the largest size held out, and on each size held out in turn."""
-  points, law, arms = fitted.points, fitted.law, fitted.design.arms
-  order = _order(points)
-  left_out = [_held_out(points, law, arms, loss, delta, [size]) for size in order]
+  left_out = [_held_out(fitted, width, size) for size in _order(fitted.points)]
   return (
-    _error(fitted, points),
+    _error(fitted, fitted.points),
     left_out[-1],
     None if None in left_out else float(np.mean(left_out)),
   )
@@ -216,14 +209,45 @@ def _error(fitted: Fit, points: Points) -> float:
   return float(np.mean(np.abs(np.log(band(fitted, points).loss) - np.log(points.loss))))
 
 
-def _held_out(
-  points: Points, law: Law, arms: ArmModel, loss: str, delta: float | str, sizes: list
-) -> float | None:
-  """Mean |log error| on the left-out sizes, or None when the rest cannot carry the fit."""
-  out_R = np.isin(points.size, sizes)
-  rest, held = points.take(~out_R), points.take(out_R)
+def _held_out(whole: Fit, width: float | str, size: object) -> float | None:
+  """Mean |log error| on the size left out, or None when the rest cannot carry the fit."""
+  out_R = whole.points.size == size
+  rest, held = whole.points.take(~out_R), whole.points.take(out_R)
   if not len(rest) or set(held.arms) - set(rest.arms):
     return None
+  law, arms = whole.law, whole.design.arms
   if len(rest) <= len(design(law, rest, arms).names):
     return None
-  return _error(fit(rest, law, arms, loss, delta, start_count=0), held)
+  return _error(fit(rest, law, arms, whole.problem.kind, width, start_count=0), held)
+
+
+def residuals(fitted: Fit | None) -> pd.DataFrame:
+  """Measured minus fitted in percent, influence and covariates of every run of the law; empty without one."""
+  if fitted is None:
+    return pd.DataFrame()
+  points = fitted.points
+  percent = -100 * fitted.residual_R / fitted.problem.weight_R
+  columns = {'arm': points.arm, 'run_id': points.run, 'residual_percent': percent, 'loss': points.loss}
+  columns['cooks_distance'] = fitted.influence_R
+  return pd.DataFrame(columns | {name: np.exp(points.log_x[name]) for name in 'NDC'})
+
+
+@dataclasses.dataclass(frozen=True)
+class LackOfFit:
+  """How far runs are from the law, and seeds from each other (None for one seed), over the loss."""
+
+  scatter: float
+  seeds: float | None
+
+  @property
+  def beyond_seeds(self) -> bool:
+    """Whether the law misses by more than seeds explain."""
+    return self.seeds is not None and self.scatter > 1.5 * self.seeds
+
+
+def lack_of_fit(fitted: Fit | None, seed_spread: float | None) -> LackOfFit | None:
+  """seed_spread: in nats."""
+  if fitted is None:
+    return None
+  seeds = None if seed_spread is None else seed_spread / float(fitted.points.loss.mean())
+  return LackOfFit(float(np.sqrt(residual_variance(fitted))), seeds)

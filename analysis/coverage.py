@@ -22,9 +22,12 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from .fitting.estimate import DELTA, Fit, fit
-from .fitting.intervals import band, bootstrap, delta, percentile
-from .fitting.laws import LAWS, ArmModel, Points
+from mhc_jax.command import end_with_message
+from mhc_jax.errors import require
+
+from .fitting.estimate import Fit, fit
+from .fitting.intervals import band, bootstrap, delta_method, percentile
+from .fitting.laws import HUBER_WIDTH, LAWS, ArmModel, Points
 
 EXAMPLES = """examples:
   python -m analysis.coverage --simulations 1000 --seed 0
@@ -52,7 +55,7 @@ def _fit_25(rng: np.random.Generator, noise: float, width: float | str) -> Fit:
   n, ratio = (v.ravel() for v in np.meshgrid(np.geomspace(5e7, 5e9, 5), [5, 10, 20, 40, 80]))
   d = n * ratio
   loss = chinchilla_loss(n, d) * np.exp(noise * rng.standard_normal(len(n)))
-  return fit(_points_nd(n, d, loss), LAWS['chinchilla'], delta=width, start_count=0)
+  return fit(_points_nd(n, d, loss), LAWS['chinchilla'], width=width, start_count=0)
 
 
 def _covers(ends: dict[str, list[float]]) -> dict[str, bool]:
@@ -68,7 +71,7 @@ def resampled(rng: np.random.Generator, noise: float, width: float | str) -> dic
 def single(rng: np.random.Generator, noise: float, width: float | str) -> dict[str, bool]:
   """One simulation: whether each interval covers."""
   fitted = _fit_25(rng, noise, width)
-  out = _covers(delta(fitted))
+  out = _covers(delta_method(fitted))
   # Ten times the largest run's compute, split evenly over N and D.
   far_n, far_d = (np.array([v * 10**0.5]) for v in (5e9, 5e9 * 80))
   far = _points_nd(far_n, far_d, chinchilla_loss(far_n, far_d))
@@ -85,7 +88,7 @@ def paired(rng: np.random.Generator, rho: float, width: float | str) -> dict[str
   noise = 0.003 * (np.sqrt(rho) * shared + np.sqrt(1 - rho) * rng.standard_normal(len(c)))
   loss = (1.5 + 1.2 * (m * c) ** -0.25) * np.exp(noise)
   points = Points({'C': np.log(c)}, loss, arm, size, size, np.arange(len(c)))
-  ends = delta(fit(points, LAWS['compute'], ArmModel('common', 'a'), delta=width, start_count=0))
+  ends = delta_method(fit(points, LAWS['compute'], ArmModel('common', 'a'), width=width, start_count=0))
   truth = {'E': 1.5, 'alpha': 0.25} | {f'm[{name}]': m for name, m in ARMS.items() if name != 'a'}
   return {name: ends[name][0] < value < ends[name][1] for name, value in truth.items()}
 
@@ -96,14 +99,14 @@ def power(rng: np.random.Generator, width: float | str) -> float:
   m, rows = np.repeat([1.0, 1.2], 5), np.arange(10)
   loss = 1.9 + 2 * (m * c) ** -0.18 + 0.01 * rng.standard_normal(10)
   points = Points({'C': np.log(c)}, loss, np.repeat(['a', 'b'], 5), rows, rows % 5, rows)
-  fitted = fit(points, LAWS['compute'], ArmModel('common', 'a'), delta=width, start_count=0)
+  fitted = fit(points, LAWS['compute'], ArmModel('common', 'a'), width=width, start_count=0)
   return float(fitted.theta_P[fitted.theta_names.index('log m[b]')])
 
 
 def simulate(simulations: int, seed: int, progress: bool) -> list[dict[str, object]]:
   """All designs for the CLI's default delta and the report's ('auto'); one row per number."""
   out = []
-  for width in (DELTA, 'auto'):
+  for width in (HUBER_WIDTH, 'auto'):
     cases = [('single', f'noise {noise:g}', single, noise) for noise in (0.002, 0.008)]
     cases += [('resampled', f'noise {noise:g}', resampled, noise) for noise in (0.002, 0.008)]
     cases += [('paired', f'shared {rho:.0%}', paired, rho) for rho in (0.0, 0.7)]
@@ -142,9 +145,7 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument('--seed', type=int, default=0)
   parser.add_argument('--out', type=Path, help='also write the rows as JSON')
   a = parser.parse_args(argv)
-  if a.simulations < 1:
-    print(f'error: --simulations {a.simulations}: at least 1 is needed', file=sys.stderr)
-    return 2
+  require(a.simulations >= 1, f'--simulations {a.simulations}: at least 1 is needed')
   rows = simulate(a.simulations, a.seed, progress=True)
   for row in rows:
     verdict = {True: 'met', False: 'MISSED', None: ''}[row['met']]
@@ -158,4 +159,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == '__main__':
-  sys.exit(main())
+  sys.exit(end_with_message(main))

@@ -1,6 +1,6 @@
 """`python -m analysis.fit POINTS.csv`: one law fitted to a CSV, every number as JSON.
 
-Where: the command line of estimate.py and intervals.py; `document` is also what the report stores.
+Where: the command line of fitting/; `document` is also what the report stores.
 """
 
 import argparse
@@ -8,16 +8,10 @@ import json
 import sys
 from pathlib import Path
 
-from mhc_jax.command import check_folder
+from mhc_jax.command import check_folder, end_with_message
 from mhc_jax.errors import ConfigError
 
-from .compare import nested, rollout
-from .fitting.document import document, json_ready
-from .fitting.estimate import DELTA, fit
-from .fitting.laws import LAWS, ArmModel
-from .fitting.points import drop_highest, parse_columns, read_points
-from .fitting.prediction import parse_point, prediction
-from .fitting.solve import LOSSES
+from .fitting.laws import HUBER_WIDTH, LAWS, LOSSES, ArmModel
 
 EXAMPLES = """examples:
   python -m analysis.fit points.csv --law chinchilla --columns N=params,D=tokens,loss=loss
@@ -47,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
   p.add_argument('--out', type=Path, help='JSON file (default: print to standard output)')
   p.add_argument('--loss', default='huber', choices=LOSSES, help='default %(default)s')
   p.add_argument(
-    '--delta', default=str(DELTA), help="Huber width in log loss, or 'auto' (default %(default)s)"
+    '--delta', default=str(HUBER_WIDTH), help="Huber width in log loss, or 'auto' (default %(default)s)"
   )
   p.add_argument(
     '--arms',
@@ -97,6 +91,15 @@ def parse_free(text: str) -> dict[str, bool]:
 
 def run(a: argparse.Namespace) -> dict[str, object]:
   """The JSON document for parsed arguments; raises ConfigError."""
+  # scipy and pandas take longer to import than --help may take.
+  from mhc_jax.storage import finite
+
+  from .compare import nested, rollout
+  from .fitting.document import document
+  from .fitting.estimate import fit
+  from .fitting.points import drop_highest, parse_columns, read_points
+  from .fitting.prediction import parse_point, prediction
+
   points = read_points(a.points, parse_columns(a.columns))
   if not 0 <= a.drop_highest < len(points):
     raise ConfigError(f'--drop-highest {a.drop_highest}: the file has {len(points)} rows')
@@ -110,30 +113,22 @@ def run(a: argparse.Namespace) -> dict[str, object]:
   asked = [parse_point(text) for text in a.predict]
   fitted = fit(points, law, arms, a.loss, width)
   out = document(fitted, a.resamples, progress=True, seed=a.seed)
-  out['optimum'] = json_ready(fitted.parameters)  # also where `verdicts` forbids quoting it
+  out['optimum'] = finite(fitted.parameters)  # also where `verdicts` forbids quoting it
   out['excluded'] = excluded
-  out['rollout'] = json_ready([vars(step) for step in rollout(points, law, arms, a.loss, width)])
-  out['predictions'] = json_ready([prediction(fitted, at) for at in asked])
-  if len(points.arms) > 1 or points.axes:
-    out['nested'] = json_ready(
-      [
-        {k: v for k, v in vars(c).items() if k != 'fit'}
-        for c in nested(points, law, arms.reference, a.loss, width)
-      ]
-    )
+  out['rollout'] = finite(rollout(fitted, width))
+  out['predictions'] = finite([prediction(fitted, at) for at in asked])
+  candidates = nested(fitted, width)
+  if candidates:
+    out['nested'] = finite([{k: v for k, v in vars(c).items() if k != 'fit'} for c in candidates])
   return out
 
 
 def main(argv: list[str] | None = None) -> int:
-  """Command line; returns the exit code (2 and one line for bad input, nothing written)."""
+  """Command line; returns the exit code. Raises ConfigError for bad input; nothing is written then."""
   a = _parser().parse_args(argv)
-  try:
-    if a.out is not None:  # before the work, whose result would be lost
-      check_folder(a.out.parent, '--out')
-    text = json.dumps(run(a), indent=1)
-  except ConfigError as e:
-    print(f'error: {e}', file=sys.stderr)
-    return 2
+  if a.out is not None:  # before the work, whose result would be lost
+    check_folder(a.out.parent, '--out')
+  text = json.dumps(run(a), indent=1)
   if a.out is None:
     print(text)
   else:
@@ -144,4 +139,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == '__main__':
-  sys.exit(main())
+  sys.exit(end_with_message(main))

@@ -6,7 +6,6 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from . import selection
 from .fitting.intervals import LEVEL
 
 
@@ -26,6 +25,11 @@ class Gap:
   ratio_high: float | None
   flops_ratio: float
   tokens_ratio: float
+
+  @property
+  def flops(self) -> float:
+    """Geometric mean over the pairs."""
+    return float(np.exp(self.log_flops))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +85,15 @@ def paired_gap(
   return Gap(arm, size, float(np.log(flops).mean()), len(own), gap, ratio, *ends, *cost)
 
 
+def seed_spread(grid: pd.DataFrame) -> float | None:
+  """Standard deviation of the final loss between seeds (nats), pooled over arms and sizes; or None."""
+  groups = [g for _, g in grid.groupby(['arm', 'size', 'duration', 'lr'])['validation_loss']]
+  freedom = sum(len(g) - 1 for g in groups)
+  if not freedom:
+    return None
+  return float(np.sqrt(sum(((g - g.mean()) ** 2).sum() for g in groups) / freedom))
+
+
 def gaps(table: pd.DataFrame, reference: str | None) -> list[Gap]:
   """Paired gaps to the reference of every arm, smallest size first; the spread of the paired
   differences is pooled over all arms and sizes, since one arm has too few seeds for its own.
@@ -88,7 +101,7 @@ def gaps(table: pd.DataFrame, reference: str | None) -> list[Gap]:
   if reference is None:
     return []
   groups = []
-  for arm, pairs in selection.pair_up(table, reference).items():
+  for arm, pairs in pair_up(table, reference).items():
     groups += [(arm, size, rows) for size, rows in pairs.groupby(['size', 'duration'], sort=False)]
   losses = [_both(rows, 'validation_loss') for *_, rows in groups]
   spread = pooled_spread(losses)

@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from mhc_jax.errors import ConfigError
+from mhc_jax.command import end_with_message
+from mhc_jax.errors import require
 
 from .rates import RateSweep, rate_sweeps
 from .runs import read_sweep
@@ -62,7 +63,7 @@ def picks(sweeps: list[RateSweep]) -> dict[str, float | None]:
 
 
 def main(argv: list[str] | None = None) -> int:
-  """The command line; returns the exit code (2 and one line for a folder without a grid)."""
+  """The command line; returns the exit code. Raises ConfigError for a folder without a grid."""
   parser = argparse.ArgumentParser(
     prog='python -m analysis.learning_rate',
     description=__doc__,
@@ -70,13 +71,8 @@ def main(argv: list[str] | None = None) -> int:
   )
   parser.add_argument('runs', type=Path, help='folder of a sweep over learning rates')
   folder = parser.parse_args(argv).runs
-  try:
-    sweeps = rate_sweeps(classify(read_sweep(folder).table))
-    if not sweeps:
-      raise ConfigError(f'{folder}: no arm has ended at three learning rates of one size')
-  except ConfigError as e:
-    print(f'error: {e}', file=sys.stderr)
-    return 2
+  sweeps = rate_sweeps(classify(read_sweep(folder).table))
+  require(bool(sweeps), f'{folder}: no arm has ended at three learning rates of one size')
   table = summary(sweeps)
   table.to_csv(folder / 'learning_rates.csv', index=False)
   print(table.to_string(index=False, na_rep='-', float_format='%.4g'))
@@ -90,4 +86,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == '__main__':
-  sys.exit(main())
+  sys.exit(end_with_message(main))

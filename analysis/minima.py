@@ -92,7 +92,7 @@ def power_law(log_c: np.ndarray, log_optimum: np.ndarray, level: float = 0.95) -
   return PowerLaw(float(line.slope), float(line.intercept), low, high, len(log_c))
 
 
-def isoflop(
+def minima_by_budget(
   log_c: np.ndarray, log_n: np.ndarray, loss: np.ndarray, method: str = 'parabola'
 ) -> list[tuple[float, Minimum]]:
   """(log budget, minimum over log N) of every budget; budgets are equal within 5 %."""

@@ -10,7 +10,7 @@ import pandas as pd
 
 from .fitting.estimate import Fit, fit
 from .fitting.identify import verdicts
-from .fitting.intervals import delta
+from .fitting.intervals import delta_method
 from .fitting.laws import ArmModel
 
 UNITS = ('equal_tokens', 'seconds')
@@ -62,12 +62,12 @@ def multipliers(
       if not np.isfinite(cost):
         out.append(Multiplier(arm, f'no size in common with {reference}'))
         continue
-      found = {'flops': (value / cost, ends / cost), 'equal_tokens': (value, ends)}
-      found['seconds'] = (value * speed / cost, ends * speed / cost)
+      by_unit = {'flops': (value / cost, ends / cost), 'equal_tokens': (value, ends)}
+      by_unit['seconds'] = (value * speed / cost, ends * speed / cost)
     else:
-      found = {'flops': (value, ends)} | {unit: others[unit].get(arm, 'no common size') for unit in UNITS}
+      by_unit = {'flops': (value, ends)} | {unit: others[unit].get(arm, 'no common size') for unit in UNITS}
     fields = {}
-    for unit, one in found.items():
+    for unit, one in by_unit.items():
       if isinstance(one, str) or not np.isfinite(one[0]):
         fields[f'{unit}_problem'] = one if isinstance(one, str) else 'no speed was measured'
       else:
@@ -96,8 +96,8 @@ def _in_currency(
   left = points.arms
   if reference not in left or len(left) < 2 or len(points) <= len(left) + 1 + 2 * len(fitted.law.terms):
     return dict.fromkeys(fitted.points.arms, 'too few runs have a cost in this unit')
-  again = fit(points, fitted.law, ArmModel('common', reference), delta='auto')
-  ends = delta(again)
+  again = fit(points, fitted.law, ArmModel('common', reference), width='auto')
+  ends = delta_method(again)
   reasons = verdicts(again, ends)
   names = {arm: f'm[{arm}]' for arm in left if arm != reference}
   return {arm: reasons[name] or (again.parameters[name], ends[name]) for arm, name in names.items()}

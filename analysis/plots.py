@@ -8,17 +8,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from mhc_jax.command import check_folder
+from mhc_jax.command import check_folder, end_with_message
 from mhc_jax.errors import ConfigError
 
-from .figures import coordinates as coordinate_figure
-from .figures import router as router_figure
-from .figures.catalogue import draw_all
-from .figures.draw import Panel
-from .runs import Sweep, read_sweep
-from .selection import PARAMS
-from .study import study
-from .tables import ablation, final_losses
+from .conventions import PARAMS
 
 EXAMPLES = """examples:
   python -m analysis.plots paper runs/quick
@@ -45,30 +38,39 @@ def main(argv: list[str] | None = None) -> int:
   )
   parser.add_argument('--reference', help='arm that the others are compared with (default: residual)')
   a = parser.parse_args(argv)
-  try:
-    if a.out is not None:
-      check_folder(a.out, '--out')
-    out = a.out or a.runs / ('paper' if a.what == 'paper' else 'figures')
-    if a.what == 'paper':
-      _paper(read_sweep(a.runs), out, a.params, a.reference)
-    elif a.what == 'router':
-      _say(out, [router_figure.load_figure(read_sweep(a.runs), out)])
-    else:
-      _say(out, [coordinate_figure.coordinates(coordinate_figure.read(a.runs), out)])
-  except ConfigError as e:
-    print(f'error: {e}', file=sys.stderr)
-    return 2
+  if a.out is not None:
+    check_folder(a.out, '--out')
+  out = a.out or a.runs / ('paper' if a.what == 'paper' else 'figures')
+  if a.what == 'coordinates':
+    _coordinates(a.runs, out)
+  else:
+    _sweep(a.what, a.runs, out, a.params, a.reference)
   return 0
 
 
-def _paper(sweep: Sweep, out: Path, params: str, reference: str | None) -> None:
-  s = study(sweep, resamples=0, params=params, reference=reference)
+# The parts import scipy, pandas and matplotlib, which take longer than --help may take.
+
+
+def _sweep(what: str, runs: Path, out: Path, params: str, reference: str | None) -> None:
+  from .figures.catalogue import draw_all
+  from .figures.draw import save
+  from .figures.router import expert_loads
+  from .runs import read_sweep
+  from .study import study
+
+  s = study(read_sweep(runs), resamples=0, params=params, reference=reference)
+  if what == 'router':
+    drawn = expert_loads(s)
+    if isinstance(drawn, str):
+      raise ConfigError(f'{runs}: {drawn} experiments/router.py has runs that do')
+    _say(out, [save(drawn, out, 'router_loads')])
+    return
   panels, absent = draw_all(s, out)
-  _say(out, panels)
+  _say(out, [panel for drawn in panels.values() for panel in drawn])
   for sentence in absent:
     print(f'absent: {sentence}')
   out.mkdir(parents=True, exist_ok=True)
-  for name, table in (('final_losses', final_losses(s)), ('ablation', ablation(s))):
+  for name, table in (('final_losses', s.final_losses), ('ablation', s.ablation)):
     path = out / f'{name}.csv'
     path.unlink(missing_ok=True)
     if len(table):
@@ -76,12 +78,17 @@ def _paper(sweep: Sweep, out: Path, params: str, reference: str | None) -> None:
       print(f'{path}: {len(table)} rows')
 
 
-def _say(out: Path, panels: list[Panel]) -> None:
+def _coordinates(folder: Path, out: Path) -> None:
+  from .figures.coordinates import coordinates, read
+  from .figures.draw import save
+
+  _say(out, [save(coordinates(read(folder)), out, 'coordinates')])
+
+
+def _say(out: Path, panels: list) -> None:
   for panel in panels:
     print(f'{out / panel.name}.png: {panel.caption}')
 
 
 if __name__ == '__main__':
-  from mhc_jax.command import end_with_message
-
   sys.exit(end_with_message(main))

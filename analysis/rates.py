@@ -38,11 +38,11 @@ def rate_sweeps(table: pd.DataFrame, params: str = 'matmul') -> list[RateSweep]:
     losses = rate_losses(rows)
     if len(losses) < 3:
       continue
-    found = best_learning_rate(losses.index.to_numpy(float), losses.to_numpy(float))
-    best = None if found.log_x is None else float(np.exp(found.log_x))
+    lowest = best_learning_rate(losses.index.to_numpy(float), losses.to_numpy(float))
+    best = None if lowest.log_x is None else float(np.exp(lowest.log_x))
     budget = f'{rows["flops"].median():.2g} FLOPs' if budgets[size] > 1 else ''
     count = float(rows[f'params_{params}'].iloc[0])
-    out.append(RateSweep(arm, size, budget, count, rows, losses, best, found.problem, _sensitivity(rows)))
+    out.append(RateSweep(arm, size, budget, count, rows, losses, best, lowest.problem, _sensitivity(rows)))
   return out
 
 

@@ -4,17 +4,13 @@ Where: the end of the main path. RUNS/results.csv has every planned run; RUNS/re
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
-from mhc_jax.errors import ConfigError
+from mhc_jax.command import end_with_message
+from mhc_jax.errors import require
 
-from .figures.catalogue import draw_all
-from .page.write import headline_text, write_page
-from .runs import read_sweep
-from .selection import PARAMS
-from .study import fits_json, study
+from .conventions import PARAMS
 
 EXAMPLES = """examples:
   python -m analysis.report runs/quick
@@ -23,7 +19,7 @@ EXAMPLES = """examples:
 
 
 def main(argv: list[str] | None = None) -> int:
-  """Command line; returns the exit code (2 and one line for a folder without a plan)."""
+  """Command line; returns the exit code. Raises ConfigError for a folder without a plan."""
   parser = argparse.ArgumentParser(
     'python -m analysis.report',
     description='Fit, plot and report a sweep from its run folders (complete or not).',
@@ -37,37 +33,25 @@ def main(argv: list[str] | None = None) -> int:
   )
   parser.add_argument('--reference', help='arm that the others are compared with (default: residual)')
   a = parser.parse_args(argv)
-  try:
-    if a.resamples < 2:
-      raise ConfigError(f'--resamples {a.resamples}: at least 2 are needed')
-    sweep = read_sweep(a.runs)
-    s = study(sweep, a.resamples, progress=True, params=a.params, reference=a.reference)
-  except ConfigError as e:
-    print(f'error: {e}', file=sys.stderr)
-    return 2
-  folder = a.runs / 'report'
-  folder.mkdir(exist_ok=True)
-  # Nothing of an earlier report may outlive the runs that it shows.
-  for old in folder.iterdir():
-    if old.suffix in ('.png', '.svg', '.csv', '.json', '.html'):
-      old.unlink()
-  s.table.drop(columns=['cluster', 'paired', 'best_rate', 'on_grid', 'variant']).to_csv(
-    a.runs / 'results.csv', index=False
-  )
-  (folder / 'fits.json').write_text(json.dumps(fits_json(s), indent=1) + '\n')
-  panels, absent = draw_all(s, folder)
-  command = f'python -m experiments.sweep {sweep.name}\npython -m analysis.report {a.runs}'
+  require(a.resamples >= 2, f'--resamples {a.resamples}: at least 2 are needed')
+  # scipy, pandas and matplotlib take longer to import than --help may take.
+  from .page.words import headlines
+  from .page.write import write_report
+  from .runs import read_sweep
+  from .study import study
+
+  s = study(read_sweep(a.runs), a.resamples, progress=True, params=a.params, reference=a.reference)
+  command = f'python -m experiments.sweep {s.sweep.name}\npython -m analysis.report {a.runs}'
   for name in ('resamples', 'params', 'reference'):
     if getattr(a, name) != parser.get_default(name):
       command += f' --{name} {getattr(a, name)}'
-  page = write_page(s, panels, absent, folder, command)
-  for line in (*headline_text(s), *(f'warning: {w}' for w in sweep.warnings), *absent):
+  folder = a.runs / 'report'
+  drawn, absent = write_report(s, folder, command)
+  for line in (*headlines(s), *(f'warning: {w}' for w in s.sweep.warnings), *absent):
     print(line)
-  print(f'wrote {a.runs / "results.csv"}, {folder / "fits.json"}, {len(panels)} figures, {page}')
+  print(f'wrote {a.runs / "results.csv"}, {folder / "fits.json"}, {drawn} figures, {folder / "index.html"}')
   return 0
 
 
 if __name__ == '__main__':
-  from mhc_jax.command import end_with_message
-
   sys.exit(end_with_message(main))

@@ -15,13 +15,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from mhc_jax.command import end_with_message
 from mhc_jax.errors import ConfigError
 
-from .fitting.estimate import DELTA, fit
+from .fitting.estimate import fit
 from .fitting.intervals import bootstrap, derived, percentile
-from .fitting.laws import LAWS, ArmModel
+from .fitting.laws import HUBER_WIDTH, LAWS, ArmModel
 from .fitting.points import drop_highest, parse_columns, read_points, read_table
-from .minima import METHODS, isoflop, power_law
+from .minima import METHODS, minima_by_budget, power_law
 
 EXAMPLES = """examples:
   python -m analysis.reproduce chinchilla_besiroglu.csv \\
@@ -43,13 +44,13 @@ FILE for IsoFLOP optima (N* = k C^exponent per group of rows):
 Line = tuple[str, str, str, bool]  # quantity, expected in words, found, met
 
 
-def check_value(name: str, found: float, want: dict[str, float]) -> Line:
+def check_value(name: str, value: float, want: dict[str, float]) -> Line:
   """One number against {'value', 'within'} or {'at_most'}."""
   if 'at_most' in want:
-    met = found <= want['at_most']
-    return (name, f'<= {want["at_most"]:.10g}', f'{found:.12g}', met)
-  met = abs(found - want['value']) <= want['within']
-  return (name, f'{want["value"]:g} +- {want["within"]:g}', f'{found:.6g}', met)
+    met = value <= want['at_most']
+    return (name, f'<= {want["at_most"]:.10g}', f'{value:.12g}', met)
+  met = abs(value - want['value']) <= want['within']
+  return (name, f'{want["value"]:g} +- {want["within"]:g}', f'{value:.6g}', met)
 
 
 def check_law(path: Path, spec: dict) -> list[Line]:
@@ -62,13 +63,13 @@ def check_law(path: Path, spec: dict) -> list[Line]:
     raise ConfigError(f'--expect: unknown law {spec["law"]!r}; laws: {", ".join(LAWS)}')
   law = LAWS[spec['law']]
   begin = time.perf_counter()
-  fitted = fit(points, law, ArmModel('none'), spec.get('loss', 'huber'), spec.get('delta', DELTA))
+  fitted = fit(points, law, ArmModel('none'), spec.get('loss', 'huber'), spec.get('delta', HUBER_WIDTH))
   print(
     f'{len(points)} points, {fitted.starts_at_optimum} of {fitted.starts} starts at the optimum, '
     f'{time.perf_counter() - begin:.2f} s'
   )
-  found = fitted.parameters | derived(fitted, fitted.theta_P) | {'objective': fitted.objective}
-  lines = [_checked(name, found, want) for name, want in spec.get('expect', {}).items()]
+  numbers = fitted.parameters | derived(fitted, fitted.theta_P) | {'objective': fitted.objective}
+  lines = [_checked(name, numbers, want) for name, want in spec.get('expect', {}).items()]
   if spec.get('intervals'):
     begin = time.perf_counter()
     sample = bootstrap(fitted, spec.get('resamples', 2000), progress=True)
@@ -81,10 +82,10 @@ def check_law(path: Path, spec: dict) -> list[Line]:
   return lines
 
 
-def _checked(name: str, found: dict[str, float], want: dict) -> Line:
-  if name not in found:
-    raise ConfigError(f'--expect: the fit has no {name!r}; it has {", ".join(found)}')
-  return check_value(name, found[name], want)
+def _checked(name: str, numbers: dict[str, float], want: dict) -> Line:
+  if name not in numbers:
+    raise ConfigError(f'--expect: the fit has no {name!r}; it has {", ".join(numbers)}')
+  return check_value(name, numbers[name], want)
 
 
 def check_isoflop(path: Path, spec: dict) -> list[Line]:
@@ -102,7 +103,9 @@ def check_isoflop(path: Path, spec: dict) -> list[Line]:
     if not picked.any():
       raise ConfigError(f'{path}: no rows for {label}')
     points = read_points(path, columns, table[picked].reset_index(drop=True))
-    budgets = isoflop(points.log_x['C'], points.log_x['N'], points.loss, spec.get('interpolation', 'akima'))
+    budgets = minima_by_budget(
+      points.log_x['C'], points.log_x['N'], points.loss, spec.get('interpolation', 'akima')
+    )
     inside = [(c, m.log_x) for c, m in budgets if m.problem is None]
     line = power_law(*np.array(inside).T) if len(inside) > 1 else None
     if line is None:
@@ -157,7 +160,7 @@ def _numbers(want: object, *keys: object) -> bool:
 
 
 def main(argv: list[str] | None = None) -> int:
-  """Command line; prints one line per number and returns the exit code."""
+  """Command line; prints one line per number and returns the exit code. Raises ConfigError for bad input."""
   parser = argparse.ArgumentParser(
     'python -m analysis.reproduce',
     description='Check a published scaling-law answer on its own data.',
@@ -167,12 +170,8 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument('points', type=Path, help='CSV with one row per run')
   parser.add_argument('--expect', type=Path, required=True, metavar='FILE')
   a = parser.parse_args(argv)
-  try:
-    spec = read_expectation(a.expect)
-    lines = (check_law if spec['method'] == 'law' else check_isoflop)(a.points, spec)
-  except ConfigError as e:
-    print(f'error: {e}', file=sys.stderr)
-    return 2
+  spec = read_expectation(a.expect)
+  lines = (check_law if spec['method'] == 'law' else check_isoflop)(a.points, spec)
   table = pd.DataFrame(lines, columns=['quantity', 'expected', 'found', 'met'])
   table['met'] = table['met'].map({True: 'met', False: 'MISSED'})
   print(table.to_string(index=False))
@@ -182,4 +181,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == '__main__':
-  sys.exit(main())
+  sys.exit(end_with_message(main))

@@ -7,13 +7,21 @@ nothing is inferred from names. A run that is missing or broken is a row, never 
 import dataclasses
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
 
 from mhc_jax.errors import ConfigError
 
-LOSS = 'validation/loss'
+# Columns of results.csv: a field of config.json or status.json each.
+MODEL = {name: f'model.{name}' for name in ('width', 'depth', 'heads', 'kv_heads', 'ffn_width', 'dtype')}
+CONNECTION = {f'connection_{name}': f'model.connection.{name}' for name in ('name', 'preset', 'constraint')}
+CONNECTION |= {f'connection_{name}': f'model.connection.{name}' for name in ('streams', 'rank')}
+CONNECTION |= {f'connection_{gate}': f'model.connection.{gate}.kind' for gate in ('read_gate', 'write_gate')}
+TRAINING = {'seed': 'seed', 'lr': 'optimizer.lr', 'schedule': 'optimizer.schedule'}
+TRAINING |= {'batch_size': 'data.batch_size', 'seq_len': 'data.seq_len', 'data': 'data.name'}
+DEVICE = {name: name for name in ('device_kind', 'device_count', 'git_revision')}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,12 +39,16 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-  """All runs of a plan, the table of results (one row per planned run), and warnings."""
+  """All runs of a plan, the table of results (one row per planned run), and warnings.
+
+  facts: code, corpus, hardware and packages -> how many of the runs that started have which.
+  """
 
   name: str
   folder: Path
   runs: dict[str, Run]
   table: pd.DataFrame
+  facts: dict[str, dict[str, int]]
   warnings: list[str]
 
 
@@ -96,25 +108,30 @@ def read_sweep(folder: Path) -> Sweep:
     raise ConfigError(f'{folder}: plan.json lists no runs')
   runs = {run_id: read_run(folder, run_id, arm) for run_id, arm in planned.items()}
   table = pd.DataFrame([row_of(run) for run in runs.values()])
-  warnings = mixtures(runs)
+  facts = _facts(runs.values())
+  warnings = [
+    f'mixed {fact}: ' + '; '.join(f'{value} ({count} runs)' for value, count in counts.items())
+    for fact, counts in facts.items()
+    if len(counts) > 1
+  ]
   warnings += [f'run {r.run_id} ({r.arm}): {r.trouble}' for r in runs.values() if r.trouble]
   extra = sorted(p.parent.name for p in folder.glob('*/config.json') if p.parent.name not in planned)
   if extra:
     warnings.append(f'{len(extra)} run folders are not in plan.json and are left out: {_few(extra)}')
-  return Sweep(plan.get('sweep') or folder.name, folder, runs, table, warnings)
+  return Sweep(plan.get('sweep') or folder.name, folder, runs, table, facts, warnings)
 
 
 def _few(names: list[str], most: int = 6) -> str:
   return ', '.join(names[:most]) + (f' and {len(names) - most} more' if len(names) > most else '')
 
 
-def _at(tree: dict | None, *path: str) -> object:
-  """A nested value, or None where the tree ends early (files of an unfinished run may)."""
-  for key in path:
-    if not isinstance(tree, dict):
-      return None
-    tree = tree.get(key)
-  return tree
+def flat(tree: dict | None, prefix: str = '') -> dict[str, object]:
+  """The leaves of nested fields by their dotted path; an empty one is a leaf."""
+  out: dict[str, object] = {}
+  for key, value in (tree or {}).items():
+    inside = isinstance(value, dict) and value
+    out |= flat(value, f'{prefix}{key}.') if inside else {prefix + key: value}
+  return out
 
 
 def _finite(value: object) -> float:
@@ -123,85 +140,73 @@ def _finite(value: object) -> float:
 
 def row_of(run: Run) -> dict[str, object]:
   """One line of results.csv: identity, sizes, costs, losses, outcome."""
-  model, derived = _at(run.config, 'model'), _at(run.status, 'derived')
-  row: dict[str, object] = {'run_id': run.run_id, 'arm': run.arm, 'state': run.state}
-  for name in ('width', 'depth', 'heads', 'kv_heads', 'ffn_width', 'dtype'):
-    row[name] = _at(model, name)
-  row |= _connection(_at(model, 'connection'))
-  fixed_rank = _at(run.config, 'optimizer', 'manifold') == 'fixed_rank'
+  config, status = flat(run.config), flat(run.status)
+
+  def picked(fields: dict[str, str], tree: dict[str, object]) -> dict[str, object]:
+    return {column: tree.get(path) for column, path in fields.items()}
+
+  def number(path: str) -> float:
+    return _finite(status.get(path))
+
+  speeds = pd.Series([_finite(row.get('time/tokens_per_second')) for row in run.rows], dtype=float)
+  fixed_rank = config.get('optimizer.manifold') == 'fixed_rank'
+  row = {'run_id': run.run_id, 'arm': run.arm, 'state': run.state}
+  row |= picked(MODEL | CONNECTION, config) | {'variant': _variant(run.config)}
   row |= {
-    'weights_rank': _at(model, 'weights', 'rank'),
-    'projected_rank': _at(run.config, 'optimizer', 'manifold_value') if fixed_rank else None,
-    'seed': _at(run.config, 'seed'),
-    'lr': _at(run.config, 'optimizer', 'lr'),
-    'schedule': _at(run.config, 'optimizer', 'schedule'),
-    'batch_size': _at(run.config, 'data', 'batch_size'),
-    'seq_len': _at(run.config, 'data', 'seq_len'),
-    'data': _at(run.config, 'data', 'name'),
-    'data_digest': _at(derived, 'data_digest') or _at(run.config, 'data', 'digest'),
-    'duration': json.dumps(_at(run.config, 'duration'), sort_keys=True),
-    'tokens': _finite(_at(derived, 'tokens')),
-    'flops': _finite(_at(derived, 'flops')),
-    'flops_per_token': _finite(_at(derived, 'flops_per_token')),
-    'steps_done': _at(run.status, 'step'),
-    'num_steps': _at(run.status, 'num_steps'),
-    'validation_loss': _finite(_at(run.status, 'final', 'validation/loss')),
-    'validation_bits_per_byte': _finite(_at(run.status, 'final', 'validation/bits_per_byte')),
-    'train_loss': _finite(_at(run.status, 'final', 'train/loss')),
-    'initial_loss': next((_finite(r.get(LOSS)) for r in run.rows if r.get('step') == 0), math.nan),
-    'diverged_at': _at(run.status, 'diverged_at'),
-    'error': _at(run.status, 'error') or run.trouble,
-    'seconds': _finite(_at(run.status, 'seconds')),
-    'tokens_per_second': median([row.get('time/tokens_per_second') for row in run.rows]),
-    'device_kind': _at(run.status, 'device_kind'),
-    'device_count': _at(run.status, 'device_count'),
-    'git_revision': _at(run.status, 'git_revision'),
+    'weights_rank': config.get('model.weights.rank'),
+    'projected_rank': config.get('optimizer.manifold_value') if fixed_rank else None,
+    **picked(TRAINING, config),
+    'data_digest': status.get('derived.data_digest') or config.get('data.digest'),
+    'duration': json.dumps((run.config or {}).get('duration'), sort_keys=True),
+    **{name: number(f'derived.{name}') for name in ('tokens', 'flops', 'flops_per_token')},
+    'steps_done': status.get('step'),
+    'num_steps': status.get('num_steps'),
+    'validation_loss': number('final.validation/loss'),
+    'validation_bits_per_byte': number('final.validation/bits_per_byte'),
+    'train_loss': number('final.train/loss'),
+    'initial_loss': next(
+      (_finite(r.get('validation/loss')) for r in run.rows if r.get('step') == 0), math.nan
+    ),
+    'diverged_at': status.get('diverged_at'),
+    'error': status.get('error') or run.trouble,
+    'seconds': number('seconds'),
+    'tokens_per_second': float(speeds.median()),
+    **picked(DEVICE, status),
   }
-  params = _at(derived, 'params') or {}
-  row |= {f'params_{name}': count for name, count in params.items()}
-  for name in ('total', 'matmul', 'non_embedding'):
-    row.setdefault(f'params_{name}', math.nan)
-  return row
+  counts = 'derived.params.'
+  row |= {f'params_{k.removeprefix(counts)}': v for k, v in status.items() if k.startswith(counts)}
+  return row | {
+    name: row.get(name, math.nan) for name in ('params_total', 'params_matmul', 'params_non_embedding')
+  }
 
 
-def _connection(given: object) -> dict[str, object]:
-  """What names a connection, and `variant`: all of it that a sweep over streams or ranks leaves alone."""
-  row = {f'connection_{k}': _at(given, k) for k in ('name', 'preset', 'constraint', 'streams', 'rank')}
-  row |= {f'connection_{k}': _at(given, k, 'kind') for k in ('read_gate', 'write_gate')}
-  same = {k: v for k, v in row.items() if k not in ('connection_streams', 'connection_rank')}
-  same |= {k: _at(given, k) for k in ('constraint_params', 'dynamic', 'activation', 'generator', 'scope')}
-  return row | {'variant': json.dumps(same, sort_keys=True)}
+def _variant(config: dict | None) -> str:
+  """All of a connection that a sweep over streams or ranks leaves alone."""
+  leaves = flat(config)
+  same = {
+    k: leaves.get(v) for k, v in CONNECTION.items() if k not in ('connection_streams', 'connection_rank')
+  }
+  connection = ((config or {}).get('model') or {}).get('connection') or {}
+  same |= {k: connection.get(k) for k in ('constraint_params', 'dynamic', 'activation', 'generator', 'scope')}
+  return json.dumps(same, sort_keys=True)
 
 
-def median(values: list) -> float:
-  """Median of the finite numbers among values, NaN without any."""
-  kept = sorted(v for v in map(_finite, values) if not math.isnan(v))
-  if not kept:
-    return math.nan
-  return 0.5 * (kept[(len(kept) - 1) // 2] + kept[len(kept) // 2])
-
-
-def mixtures(runs: dict[str, Run]) -> list[str]:
-  """Warnings where runs that started differ in code, package versions, corpus or hardware."""
-  seen: dict[str, dict[str, list[str]]] = {}
-  for run in runs.values():
-    if run.config is None:
-      continue
-    facts = {
-      'git revision': _at(run.status, 'git_revision'),
-      'data digest': _at(run.status, 'derived', 'data_digest') or _at(run.config, 'data', 'digest'),
-      'device': _at(run.status, 'device_kind'),
+def _facts(runs: Iterable[Run]) -> dict[str, dict[str, int]]:
+  """What runs that started may differ in -> value -> number of runs."""
+  facts: dict[str, dict[str, int]] = {}
+  for run in runs:
+    status, versions = flat(run.status), 'versions.'
+    known = {'git revision': status.get('git_revision')}
+    known['data digest'] = status.get('derived.data_digest') or flat(run.config).get('data.digest')
+    known['device'] = status.get('device_kind')
+    known |= {
+      f'version of {k.removeprefix(versions)}': v for k, v in status.items() if k.startswith(versions)
     }
-    versions = _at(run.status, 'versions') or {}
-    facts |= {f'version of {package}': version for package, version in versions.items()}
-    for fact, value in facts.items():
+    for fact, value in known.items():
       if value is not None:
-        seen.setdefault(fact, {}).setdefault(str(value), []).append(run.run_id)
-  return [
-    f'mixed {fact}: ' + '; '.join(f'{value} ({len(ids)} runs)' for value, ids in values.items())
-    for fact, values in seen.items()
-    if len(values) > 1
-  ]
+        counts = facts.setdefault(fact, {})
+        counts[str(value)] = counts.get(str(value), 0) + 1
+  return facts
 
 
 def curve(run: Run, name: str, against: str = 'tokens') -> tuple[list[float], list[float]]:

@@ -9,62 +9,54 @@ import pandas as pd
 
 from mhc_jax.errors import ConfigError
 
+from .conventions import AXIS_FIELD, RANKS
 from .fitting.laws import Points
 from .fitting.points import completed
 
-AXIS_FIELD = {
-  'connection_rank': 'connection.rank',
-  'weights_rank': 'weights.rank',
-  'projected_rank': 'optimizer.manifold_value',
-  'connection_streams': 'connection.streams',
-}
-AXIS_LABEL = {
-  'connection_rank': 'rank of the generator (connection.rank)',
-  'weights_rank': 'rank of the weights W = U V (weights.rank)',
-  'projected_rank': 'rank of the projected weights (manifold fixed_rank)',
-  'connection_streams': 'streams n (connection.streams)',
-}
-RANKS = ('connection_rank', 'weights_rank', 'projected_rank')  # None: full
-PARAMS = {
-  'matmul': 'parameters (matmul, with the unembedding)',
-  'total': 'parameters (all)',
-  'non_embedding': 'parameters (without embeddings)',
-}
 MIN_ARM_SIZES = 2  # of an arm in the joint law: one multiplier from one size has no check at all
 
 
 def classify(table: pd.DataFrame) -> pd.DataFrame:
-  """Adds columns size, cluster, axis (rank sweep or None), excluded (reason or None), best_rate and on_grid.
+  """The table with what each run is for.
 
-  best_rate: runs at the learning rate that stays for their arm, size, rank and budget. on_grid: those of the
-  grid of sizes, however they ended. Runs at a rank take the arm of the grid runs that have their connection.
+  arm: runs at a rank take that of the grid runs that have their connection. size; cluster: size and seed.
+  axis: the rank sweep that a run belongs to, or None. excluded: why it is not in the law, or None. best_rate:
+  runs at the learning rate that stays for their arm, size, rank and budget. on_grid: runs of the grid of
+  sizes, however they ended. paired: those that may enter paired gaps, which need no fit.
   """
-  t = table.copy()
-  known = t['width'].notna() & t['depth'].notna()
-  t['size'] = [
-    f'{w:.0f}x{d:.0f}' if ok else None for w, d, ok in zip(t['width'], t['depth'], known, strict=True)
-  ]
+  known = table['width'].notna() & table['depth'].notna()
+  shapes = zip(table['width'], table['depth'], known, strict=True)
+  t = table.assign(size=[f'{w:.0f}x{d:.0f}' if ok else None for w, d, ok in shapes])
   # Equal size and seed: the same start and, up to the shorter of the two, the same data in the same order.
-  t['cluster'] = [f'{size}|{seed}' for size, seed in zip(t['size'], t['seed'], strict=True)]
-  t['axis'] = [next((k for k in RANKS if pd.notna(row[k])), None) for _, row in t.iterrows()]
-  _join_arms(t)
+  t = t.assign(cluster=[f'{size}|{seed}' for size, seed in zip(t['size'], t['seed'], strict=True)])
+  t = t.assign(axis=[next((k for k in RANKS if pd.notna(row[k])), None) for _, row in t.iterrows()])
+  t = t.assign(arm=_arms(t))
   home = home_streams(t)
-  other = [_streams_axis(row, home) for _, row in t.iterrows()]
-  t['axis'] = [a if pd.notna(a) else b for a, b in zip(t['axis'], other, strict=True)]
-  t['excluded'] = [_reason(row, home) for _, row in t.iterrows()]
-  same_corpus = _exclude_other_corpora(t)
-  t['best_rate'] = _exclude_other_rates(t)
-  t['on_grid'] = t['axis'].isna() & t['flops'].notna() & same_corpus & t['best_rate']
-  return t
+  streams = [_streams_axis(row, home) for _, row in t.iterrows()]
+  t = t.assign(axis=[a if pd.notna(a) else b for a, b in zip(t['axis'], streams, strict=True)])
+  excluded = pd.Series([_reason(row, home) for _, row in t.iterrows()], t.index, object)
+  other_corpus = _other_corpora(t, excluded)
+  excluded = excluded.mask(other_corpus.notna(), other_corpus)
+  best_rate, other_rate = _best_rates(t, excluded)
+  excluded = excluded.mask(other_rate.notna(), other_rate)
+  paired = excluded.isna()
+  small = _small_arms(t[paired])
+  return t.assign(
+    excluded=excluded.mask(paired, t['arm'].map(small)),
+    best_rate=best_rate,
+    on_grid=t['axis'].isna() & t['flops'].notna() & other_corpus.isna() & best_rate,
+    paired=paired,
+  )
 
 
-def _join_arms(t: pd.DataFrame) -> None:
+def _arms(t: pd.DataFrame) -> list[str]:
   """A run at a rank belongs to the arm of full rank with its connection, if there is exactly one."""
-  arms = t[t['axis'].isna()].groupby('variant')['arm'].unique()
-  for index, row in t[t['axis'].notna()].iterrows():
-    found = arms.get(row['variant'], ())
-    if len(found) == 1:
-      t.loc[index, 'arm'] = found[0]
+  homes = t[t['axis'].isna()].groupby('variant')['arm'].unique()
+  alike = [homes.get(variant, ()) for variant in t['variant']]
+  return [
+    own[0] if pd.notna(axis) and len(own) == 1 else arm
+    for arm, axis, own in zip(t['arm'], t['axis'], alike, strict=True)
+  ]
 
 
 def home_streams(t: pd.DataFrame) -> dict[str, float]:
@@ -111,30 +103,34 @@ def _reason(row: pd.Series, home: dict[str, float]) -> str | None:
   return None
 
 
-def _exclude_other_corpora(t: pd.DataFrame) -> pd.Series:
-  """Losses on different data cannot share a law: the most common data digest stays. True where it is."""
-  inside = t['excluded'].isna() & t['data_digest'].notna()
+def _other_corpora(t: pd.DataFrame, excluded: pd.Series) -> pd.Series:
+  """Losses on different data cannot share a law: the most common data digest stays. Why others do not."""
+  inside = excluded.isna() & t['data_digest'].notna()
   digests = t.loc[inside, 'data_digest'].value_counts()
-  other = inside & (t['data_digest'] != digests.index[0]) if len(digests) > 1 else inside & False
-  t.loc[other, 'excluded'] = f'other data digest than the {digests.max()} runs kept'
-  return ~other
+  reasons = pd.Series(None, t.index, object)
+  if len(digests) > 1:
+    other = inside & (t['data_digest'] != digests.index[0])
+    reasons[other] = f'other data digest than the {digests.max()} runs kept'
+  return reasons
 
 
-def _exclude_other_rates(t: pd.DataFrame) -> pd.Series:
-  """Of several learning rates for one arm, size, rank and budget that of lowest mean loss stays: True there.
+def _best_rates(t: pd.DataFrame, excluded: pd.Series) -> tuple[pd.Series, pd.Series]:
+  """Of several learning rates for one arm, size, rank and budget that of lowest mean loss stays.
 
-  A diverged run counts as infinitely bad, so that no rate wins by the seeds that survived it.
+  True where it does, and the reason for finished runs where it does not. A diverged run counts as infinitely
+  bad, so that no rate wins by the seeds that survived it.
   """
-  stays = pd.Series(True, t.index)
-  finished = t['excluded'].isna() | (t['axis'].notna() & (t['state'] == 'finished'))
+  stays, reasons = pd.Series(True, t.index), pd.Series(None, t.index, object)
+  finished = excluded.isna() | (t['axis'].notna() & (t['state'] == 'finished'))
   for _, rows in t.groupby(['arm', 'size', 'duration', *AXIS_FIELD], dropna=False):
     losses = rate_losses(rows[finished[rows.index] | (rows['state'] == 'diverged')])
     if len(losses) > 1:
       worse = rows.index[rows['lr'] != losses.idxmin()]
       stays[worse] = False
-      reason = f'learning-rate sweep: lr = {losses.idxmin():g} is better at this size'
-      t.loc[worse[finished[worse]], 'excluded'] = reason
-  return stays
+      reasons[worse[finished[worse]]] = (
+        f'learning-rate sweep: lr = {losses.idxmin():g} is better at this size'
+      )
+  return stays, reasons
 
 
 def rate_losses(rows: pd.DataFrame) -> pd.Series:
@@ -143,19 +139,15 @@ def rate_losses(rows: pd.DataFrame) -> pd.Series:
   return finite.groupby(rows['lr']).mean()
 
 
-def drop_small_arms(t: pd.DataFrame) -> pd.DataFrame:
-  """Marks the runs of arms with too few sizes for a multiplier (changes and returns the table).
-
-  Column `paired`: runs that may enter paired gaps, which need no fit. Where every arm is small there is no
-  law that a run could be left out of.
-  """
-  t['paired'] = t['excluded'].isna()
-  sizes = t[t['paired']].groupby('arm')['size'].nunique()
-  if (sizes >= MIN_ARM_SIZES).any():
-    for arm in sizes.index[sizes < MIN_ARM_SIZES]:
-      rows = t['excluded'].isna() & (t['arm'] == arm)
-      t.loc[rows, 'excluded'] = f'arm {arm} finished at one size only: no multiplier can be checked there'
-  return t
+def _small_arms(paired: pd.DataFrame) -> dict[str, str]:
+  """Arm with too few sizes for a multiplier -> why it is not in the law; none where every arm is small."""
+  sizes = paired.groupby('arm')['size'].nunique()
+  if not (sizes >= MIN_ARM_SIZES).any():
+    return {}
+  return {
+    arm: f'arm {arm} finished at one size only: no multiplier can be checked there'
+    for arm in sizes.index[sizes < MIN_ARM_SIZES]
+  }
 
 
 def to_points(t: pd.DataFrame, convention: str = 'matmul') -> Points:

@@ -1,7 +1,8 @@
-"""All numbers of a report: law, intervals, comparisons, gaps, rank sweeps. No plotting, no files.
+"""All numbers of a report, computed once: law, intervals, comparisons, tables, curves. No plotting, no files.
 
-Where: Sweep (runs.py) -> Study -> figures.py and page.py. Everything printed later is computed
-here once, so that figures, tables and fits.json cannot disagree.
+Where: Sweep (runs.py) -> Study -> figures/ and page/, which only lay out, so that figures, tables and
+fits.json cannot disagree. fits.json has every number but the points of curves and of their means over seeds,
+which are in the CSV beside each figure.
 """
 
 import dataclasses
@@ -9,56 +10,81 @@ import dataclasses
 import numpy as np
 import pandas as pd
 
-from . import selection
-from .alternatives import Alternative, alternatives
-from .compare import Candidate, RolloutStep, nested, rollout
-from .fitting.document import document, json_ready
+from mhc_jax.storage import finite
+
+from . import layers, training
+from .alternatives import Alternative, alternatives, other_choices
+from .compare import Candidate, LackOfFit, RolloutStep, lack_of_fit, nested, residuals, rollout
+from .fitting.document import document
 from .fitting.estimate import Fit, fit
-from .fitting.identify import RULES, Choice, choose_law, verdicts
+from .fitting.identify import RULES, Choice, choose_law
 from .fitting.laws import ArmModel, Points
-from .gaps import Gap, gaps
+from .gaps import Gap, gaps, seed_spread
+from .law_curves import LawCurve, arrows, at_equal_flops, law_curves
 from .multipliers import Multiplier, multipliers
+from .optima import Optimum, as_json, optima
 from .ranks import RankSweep, rank_sweeps
 from .rates import RateSweep, rate_sweeps
+from .router import Loads, loads
 from .runs import Sweep
+from .selection import classify, largest, reference_arm, to_points
+from .stability import Stability, stability
+from .tables import ablation, final_losses, summary
 
-DELTA = 'auto'  # report: Huber's width follows the noise (estimate.make_problem)
+WIDTH = 'auto'  # report: that of Huber's loss follows the noise (estimate.make_problem)
 
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-  """Everything that the report prints or draws; params: the convention of N, a key of selection.PARAMS."""
+  """Everything that the report prints or draws; each part may be empty.
+
+  params: the convention of N, a key of conventions.PARAMS. table: runs with what selection.classify says of
+  them; largest: those at the size and budget at which the arms are shown side by side.
+  """
 
   sweep: Sweep
   table: pd.DataFrame
+  largest: pd.DataFrame
   params: str
   reference: str | None
   choice: Choice
-  points: Points | None
   fit: Fit | None
   document: dict | None
   multipliers: list[Multiplier]
-  sensitivity: list[dict]
+  lack_of_fit: LackOfFit | None
+  other_choices: list[dict]
   alternatives: list[Alternative]
   nested: list[Candidate]
   rollout: list[RolloutStep]
+  residuals: pd.DataFrame
+  curves: dict[str, LawCurve]
+  at_equal_flops: pd.DataFrame
+  arrows: list[dict]
+  seed_spread: float | None
   gaps: list[Gap]
+  summary: pd.DataFrame
+  final_losses: pd.DataFrame
+  ablation: pd.DataFrame
+  optima: list[Optimum]
   ranks: list[RankSweep]
   rates: list[RateSweep]
+  stability: Stability
+  loads: Loads
+  training_losses: pd.DataFrame
+  gaps_over_updates: pd.DataFrame
+  gaps_over_tokens: pd.DataFrame
+  gains: pd.DataFrame
+  matrices: list[tuple[str, str, dict[str, np.ndarray]]]
+
+  @property
+  def arms(self) -> list[str]:
+    """In the order of the plan."""
+    return list(dict.fromkeys(self.table['arm']))
 
   @property
   def grid(self) -> pd.DataFrame:
     """Finished runs of the size grid: those of the law, and those of arms too small for it."""
     return self.table[self.table['paired']]
-
-  @property
-  def seed_spread(self) -> float | None:
-    """Standard deviation of the final loss between seeds (nats), pooled over arms and sizes."""
-    groups = [g for _, g in self.grid.groupby(['arm', 'size', 'duration', 'lr'])['validation_loss']]
-    freedom = sum(len(g) - 1 for g in groups)
-    if not freedom:
-      return None
-    return float(np.sqrt(sum(((g - g.mean()) ** 2).sum() for g in groups) / freedom))
 
 
 def study(
@@ -73,70 +99,67 @@ def study(
   reference: the arm that gaps and multipliers are against; None is residual where it has runs. Raises
   ConfigError for an arm without finished runs.
   """
-  table = selection.drop_small_arms(selection.classify(sweep.table))
-  inside = table[table['excluded'].isna()]
-  reference = selection.reference_arm(table, reference)
-  points = selection.to_points(inside, params) if len(inside) else None
-  choice = choose_law(points) if points is not None else Choice(None, 'There is no finished run.')
-  fitted = doc = None
-  if choice.law is not None:
-    arms = ArmModel('common' if len(points.arms) > 1 else 'none', reference)
-    if len(points) <= len(points.arms) + 1 + 2 * len(choice.law.terms):
-      choice = Choice(None, f'No law is fitted: {len(points)} runs are too few for its parameters.')
-    else:
-      fitted = fit(points, choice.law, arms, delta=DELTA)
-      doc = document(fitted, resamples, progress)
+  table = classify(sweep.table)
+  inside, grid = table[table['excluded'].isna()], table[table['paired']]
+  reference = reference_arm(table, reference)
+  choice, fitted = fit_law(to_points(inside, params), reference)
+  doc = None if fitted is None else document(fitted, resamples, progress)
+  spread, paired = seed_spread(grid), gaps(table, reference)
+  own = multipliers(fitted, doc, inside, reference)
+  curves = law_curves(fitted, doc, inside, params)
+  losses, shown = final_losses(table, paired), largest(table, reference)
   return Study(
-    sweep,
-    table,
-    params,
-    reference,
-    choice,
-    points,
-    fitted,
-    doc,
-    multipliers(fitted, doc, inside, reference),
-    sensitivity(fitted, inside, params),
-    alternatives(points, fitted.design.arms, DELTA) if fitted else [],
-    nested(points, choice.law, reference, delta=fitted.problem.delta)
-    if fitted and len(points.arms) > 1
-    else [],
-    rollout(points, choice.law, fitted.design.arms, delta=DELTA) if fitted else [],
-    gaps(table, reference),
-    rank_sweeps(table, fitted, points, params),
-    rate_sweeps(table, params),
+    sweep=sweep,
+    table=table,
+    largest=shown,
+    params=params,
+    reference=reference,
+    choice=choice,
+    fit=fitted,
+    document=doc,
+    multipliers=own,
+    lack_of_fit=lack_of_fit(fitted, spread),
+    other_choices=other_choices(fitted, inside, params),
+    alternatives=alternatives(fitted, WIDTH),
+    nested=nested(fitted),
+    rollout=rollout(fitted, WIDTH),
+    residuals=residuals(fitted),
+    curves=curves,
+    at_equal_flops=at_equal_flops(curves, grid, reference),
+    arrows=arrows(curves, own, grid),
+    seed_spread=spread,
+    gaps=paired,
+    summary=summary(table),
+    final_losses=losses,
+    ablation=ablation(shown, losses),
+    optima=optima(grid, params),
+    ranks=rank_sweeps(table, fitted, params, reference, spread),
+    rates=rate_sweeps(table, params),
+    stability=stability(table, sweep.runs),
+    loads=loads(sweep.runs),
+    training_losses=training.losses(shown, sweep.runs),
+    gaps_over_updates=training.gaps_over_updates(shown, sweep.runs, reference),
+    gaps_over_tokens=training.gaps_over_tokens(shown, sweep.runs, reference),
+    gains=layers.gains(shown, sweep.runs),
+    matrices=layers.matrices(shown, sweep.runs),
   )
 
 
-def sensitivity(fitted: Fit | None, inside: pd.DataFrame, params: str) -> list[dict]:
-  """The same fit under other losses and, for L(N, D), other counts of N: what the choices decide."""
-  if fitted is None:
-    return []
-  points, width = fitted.points, fitted.problem.delta
-  cases = [
-    ('Huber, delta = 0.001', points, 'huber', 1e-3),
-    ('Huber, delta = 0.01', points, 'huber', 1e-2),
-    ('squares of log loss', points, 'mse_log', 1e-3),
-    ('squares of loss', points, 'mse', 1e-3),
-  ]
-  if 'N' in fitted.law.covariates:
-    cases += [
-      (f'N = {words}', selection.to_points(inside, name), 'huber', width)
-      for name, words in selection.PARAMS.items()
-      if name != params
-    ]
-  out = []
-  for label, case_points, loss, delta_width in cases:
-    other = fit(case_points, fitted.law, fitted.design.arms, loss, delta_width, start_count=0)
-    allowed = verdicts(other)
-    shown = {k: v if allowed[k] is None else None for k, v in other.parameters.items()}
-    out.append({'choice': label} | shown)
-  return out
+def fit_law(points: Points, reference: str | None) -> tuple[Choice, Fit | None]:
+  """The law that the runs identify with its joint fit of all arms, or why there is none."""
+  choice = choose_law(points)
+  if choice.law is None:
+    return choice, None
+  if len(points) <= len(points.arms) + 1 + 2 * len(choice.law.terms):
+    return Choice(None, f'No law is fitted: {len(points)} runs are too few for its parameters.'), None
+  arms = ArmModel('common' if len(points.arms) > 1 else 'none', reference)
+  return choice, fit(points, choice.law, arms, width=WIDTH)
 
 
 def fits_json(s: Study) -> dict[str, object]:
-  """fits.json: the choice of law, the fit, every comparison, and the rules that were applied."""
-  return json_ready(
+  """fits.json: the choice of law, the fit, every comparison and table, and the rules that were applied."""
+  left_out = s.table[s.table['excluded'].notna()].rename(columns={'excluded': 'reason'})
+  return finite(
     {
       'sweep': s.sweep.name,
       'law': None if s.choice.law is None else s.choice.law.name,
@@ -144,30 +167,40 @@ def fits_json(s: Study) -> dict[str, object]:
       'rules': RULES,
       'reference': s.reference,
       'fit': s.document,
-      'multipliers': [vars(m) for m in s.multipliers],
+      'multipliers': s.multipliers,
       'params': s.params,
-      'other_choices': s.sensitivity,
-      'other_laws': [vars(a) for a in s.alternatives],
+      'lack_of_fit': s.lack_of_fit,
+      'other_choices': s.other_choices,
+      'other_laws': s.alternatives,
       'nested': [{k: v for k, v in vars(c).items() if k != 'fit'} for c in s.nested],
-      'rollout': [vars(step) for step in s.rollout],
+      'rollout': s.rollout,
       'seed_standard_deviation': s.seed_spread,
-      'gaps': [vars(g) for g in s.gaps],
-      'rank_sweeps': [
-        {k: getattr(r, k) for k in ('axis', 'arm', 'size')}
-        | {'form': r.exponent.form, 'phi': r.exponent.phi, 'phi_interval': r.exponent.interval}
-        | {'p_value': r.exponent.p_value, 'problem': r.exponent.problem}
-        | {'runs': r.rows['run_id'].tolist(), 'full_rank_runs': r.full['run_id'].tolist()}
-        for r in s.ranks
-      ],
+      'gaps': s.gaps,
+      'summary': s.summary.to_dict('records'),
+      'final_losses': s.final_losses.to_dict('records'),
+      'ablation': s.ablation.to_dict('records'),
+      'isoflop': [as_json(o) for o in s.optima],
+      'rank_sweeps': [_rank_json(r) for r in s.ranks],
       'learning_rates': [
         {k: getattr(r, k) for k in ('arm', 'size', 'budget', 'best', 'problem', 'sensitivity')}
         | {'lr_range': [r.losses.index.min(), r.losses.index.max()], 'runs': r.rows['run_id'].tolist()}
         for r in s.rates
       ],
-      'excluded': [
-        {'run_id': row['run_id'], 'arm': row['arm'], 'reason': row['excluded']}
-        for _, row in s.table[s.table['excluded'].notna()].iterrows()
-      ],
+      'stability': s.stability.means.to_dict('records'),
+      'router_loads': s.loads.last.to_dict('records'),
+      'excluded': left_out[['run_id', 'arm', 'reason']].to_dict('records'),
       'warnings': s.sweep.warnings,
     }
+  )
+
+
+def _rank_json(r: RankSweep) -> dict[str, object]:
+  levels = {'full_rank_loss': r.full, 'reference_loss': r.reference}
+  return (
+    {k: getattr(r, k) for k in ('axis', 'arm', 'size')}
+    | {'form': r.exponent.form, 'phi': r.exponent.phi, 'phi_interval': r.exponent.interval}
+    | {'p_value': r.exponent.p_value, 'problem': r.exponent.problem}
+    | {'runs': r.rows['run_id'].tolist(), 'full_rank_runs': r.full['run_id'].tolist()}
+    | {'means': r.means.to_dict('records')}
+    | {name: rows['validation_loss'].mean() if len(rows) else None for name, rows in levels.items()}
   )

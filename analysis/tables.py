@@ -1,23 +1,38 @@
-"""The two tables of results: final losses by arm and size, and mHC's Table 1 (what each map is worth).
+"""Tables of results: a line per arm, final losses by arm and size, mHC's Table 1 (what each map is worth).
 
-Where: Study -> here -> page.py and `python -m analysis.plots paper`.
+Where: classified table and gaps -> here -> study.py.
 """
 
 import numpy as np
 import pandas as pd
 
-from .selection import largest
-from .study import Study
+from .gaps import Gap
 
 
-def final_losses(s: Study) -> pd.DataFrame:
+def summary(table: pd.DataFrame) -> pd.DataFrame:
+  """One row per arm: what it reached at its largest compute (mean over seeds), and how its runs ended."""
+  rows = []
+  for arm, own in table.groupby('arm', sort=False):
+    row = {'arm': arm, 'loss': None, 'flops': None, 'size': None, 'seeds': 0}
+    grid = own[own['paired']]
+    if len(grid):
+      top = grid[grid['size'] == grid.loc[grid['flops'].idxmax(), 'size']]
+      top = top[top['flops'] > 0.9 * top['flops'].max()]
+      row |= {'loss': top['validation_loss'].mean(), 'flops': top['flops'].mean()}
+      row |= {'size': top['size'].iloc[0], 'seeds': top['seed'].nunique()}
+    states = {state: int((own['state'] == state).sum()) for state in ('finished', 'diverged')}
+    rows.append(row | {'planned': len(own)} | states)
+  return pd.DataFrame(rows)
+
+
+def final_losses(table: pd.DataFrame, gaps: list[Gap]) -> pd.DataFrame:
   """Final loss and bits per byte by arm, size and budget, with the gap to the reference.
 
   Diverged runs are counted, and have a row also where no run finished.
   """
-  gap = {(g.arm, g.size, round(g.log_flops, 2)): g for g in s.gaps}
+  gap = {(g.arm, g.size, round(g.log_flops, 2)): g for g in gaps}
   rows = []
-  ended = s.table[s.table['paired'] | (s.table['on_grid'] & (s.table['state'] == 'diverged'))]
+  ended = table[table['paired'] | (table['on_grid'] & (table['state'] == 'diverged'))]
   for (arm, size, _), own in ended.groupby(['arm', 'size', 'duration'], sort=False):
     done = own[own['paired']]
     g = gap.get((arm, size, round(float(np.log(done['flops']).mean()), 2))) if len(done) else None
@@ -42,9 +57,11 @@ def maps(row: pd.Series) -> dict[str, str]:
   return {'H_res': res, 'H_pre': row['connection_read_gate'], 'H_post': row['connection_write_gate']}
 
 
-def ablation(s: Study) -> pd.DataFrame:
-  """Table 1 style: arms with their maps at the largest common size; empty where all maps are the same."""
-  shown, losses = largest(s.table, s.reference), final_losses(s)
+def ablation(shown: pd.DataFrame, losses: pd.DataFrame) -> pd.DataFrame:
+  """Table 1 style: arms with their maps at the largest common size; empty where all maps are the same.
+
+  shown: the runs there (selection.largest); losses: final_losses.
+  """
   parts = {arm: maps(own.iloc[0]) for arm, own in shown.groupby('arm', sort=False)}
   if not len(losses) or len({tuple(part.values()) for part in parts.values()}) < 2:
     return pd.DataFrame()

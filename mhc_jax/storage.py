@@ -5,6 +5,7 @@ workdir is remote keeps its metrics and its lock in a local scratch folder, and 
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import math
@@ -125,9 +126,13 @@ def write_json(path: str, value: Any) -> None:
 
 
 def finite(value: Any) -> Any:
-  """The value with non-finite floats as None, so that it is valid JSON."""
+  """The value as JSON types: arrays as lists, dataclasses as objects, floats that are not finite as None."""
+  if dataclasses.is_dataclass(value):
+    value = vars(value)
   if isinstance(value, dict):
     return {key: finite(item) for key, item in value.items()}
   if isinstance(value, list | tuple):
     return [finite(item) for item in value]
+  if hasattr(value, 'tolist'):  # arrays and scalars of numpy and JAX
+    return finite(value.tolist())
   return None if isinstance(value, float) and not math.isfinite(value) else value

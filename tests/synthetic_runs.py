@@ -1,6 +1,7 @@
 """Synthetic run folders for tests of the report: files as the trainer writes them, losses of a known law."""
 
 import hashlib
+import html
 import json
 import re
 
@@ -8,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.report import main
+from mhc_jax.command import end_with_message
 
 VERSIONS = {'jax': '0.10.2', 'flax': '0.12.8'}
 MULTIPLIER = {'residual': 1.0, 'hc': 1.08, 'mhc': 1.2, 'identity': 1.15}
@@ -88,6 +90,11 @@ def metrics_of(config, derived, final, rng, upto=1.0):
       row[f'diagnostics/composite_{name}'] = (gain**sublayers).tolist()
     rows.append(row)
   return rows
+
+
+def command(main, *arguments):
+  """Runs a command as its entry does; returns the exit code."""
+  return end_with_message(lambda: main([str(a) for a in arguments]))
 
 
 def blank(monkeypatch):
@@ -172,4 +179,4 @@ def report(folder, resamples=4):
 def words(page):
   """The page's text without tags, scripts, styles and images."""
   page = re.sub(r'<(script|style)\b.*?</\1>', ' ', page, flags=re.S)
-  return re.sub(r'\s+', ' ', re.sub(r'<[^>]*>', ' ', page)).replace('&#x27;', "'")
+  return html.unescape(re.sub(r'\s+', ' ', re.sub(r'<[^>]*>', ' ', page)))

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+from synthetic_runs import command
 
 from analysis import fit, reproduce
 from analysis.fitting.points import parse_columns, read_points, read_table
@@ -34,8 +35,8 @@ COLUMNS = 'N=params,D=tokens,loss=loss'
 
 def test_fit_writes_the_documented_json(tmp_path):
   points, out = write_points(tmp_path / 'points.csv'), tmp_path / 'new' / 'fits.json'
-  command = [str(points), '--law', 'chinchilla', '--columns', COLUMNS, '--out', str(out)]
-  assert fit.main([*command, '--resamples', '30']) == 0
+  argv = [str(points), '--law', 'chinchilla', '--columns', COLUMNS, '--out', str(out)]
+  assert fit.main([*argv, '--resamples', '30']) == 0
   found = json.loads(out.read_text())
   for name, value in TRUE.items():
     low, high = found['intervals'][name]
@@ -90,8 +91,8 @@ def test_predictions_have_bands_or_a_reason(tmp_path, capsys):
 
 def test_what_arms_share_can_be_freed(tmp_path, capsys):
   points = write_points(tmp_path / 'p.csv', (('base', 1.0), ('new', 1.2)))
-  command = [str(points), '--columns', f'{COLUMNS},arm=model', '--resamples', '0']
-  assert fit.main([*command, '--free', 'E,exponents']) == 0
+  argv = [str(points), '--columns', f'{COLUMNS},arm=model', '--resamples', '0']
+  assert fit.main([*argv, '--free', 'E,exponents']) == 0
   found = json.loads(capsys.readouterr().out)
   names = set(found['optimum'])
   assert {'E[base]', 'E[new]', 'alpha[base]', 'alpha[new]', 'beta[new]', 'm[new]'} <= names
@@ -124,8 +125,8 @@ def test_missing_columns_are_derived(tmp_path):
 
 def test_highest_losses_are_dropped_with_a_sentence(tmp_path, capsys):
   points = write_points(tmp_path / 'p.csv')
-  command = [str(points), '--columns', COLUMNS, '--resamples', '0', '--drop-highest', '2']
-  assert fit.main(command) == 0
+  argv = [str(points), '--columns', COLUMNS, '--resamples', '0', '--drop-highest', '2']
+  assert fit.main(argv) == 0
   found = json.loads(capsys.readouterr().out)
   assert found['n_points'] == 28 and len(found['excluded']) == 2
   assert 'line 2: loss' in ''.join(found['excluded'])
@@ -165,7 +166,7 @@ def test_bad_input_ends_in_one_line(tmp_path, capsys, change, options, words):
     table.loc[: len(values) - 1, column] = values
   table.to_csv(path, index=False)
   defaults = [] if '--columns' in options else ['--columns', COLUMNS]
-  assert fit.main([str(path), *defaults, *options, '--out', str(tmp_path / 'o' / 'x.json')]) == 2
+  assert command(fit.main, str(path), *defaults, *options, '--out', str(tmp_path / 'o' / 'x.json')) == 2
   error = capsys.readouterr().err
   assert error.startswith('error: ') and error.count('\n') == 1 and words in error
   assert not (tmp_path / 'o').exists()
@@ -174,14 +175,14 @@ def test_bad_input_ends_in_one_line(tmp_path, capsys, change, options, words):
 def test_bad_files(tmp_path, capsys):
   for name, content in (('empty.csv', ''), ('head.csv', 'params,tokens,loss\n')):
     (tmp_path / name).write_text(content)
-    assert fit.main([str(tmp_path / name), '--columns', COLUMNS]) == 2
-  assert fit.main([str(tmp_path / 'absent.csv')]) == 2
+    assert command(fit.main, str(tmp_path / name), '--columns', COLUMNS) == 2
+  assert command(fit.main, str(tmp_path / 'absent.csv')) == 2
   (tmp_path / 'comma.csv').write_text('params,tokens,loss\n1e8,1e9,3.0,\n2e8,1e9,2.9,\n')
   assert read_table(tmp_path / 'comma.csv')['params'].tolist() == [1e8, 2e8], 'not one column to the left'
   (tmp_path / 'long.csv').write_text('params,tokens,loss\n1e8,1e9,3.0,7\n2e8,1e9,2.9,7\n')
-  assert fit.main([str(tmp_path / 'long.csv'), '--columns', COLUMNS]) == 2
+  assert command(fit.main, str(tmp_path / 'long.csv'), '--columns', COLUMNS) == 2
   good = str(write_points(tmp_path / 'good.csv'))
-  assert fit.main([good, '--columns', COLUMNS, '--out', str(tmp_path / 'good.csv' / 'x.json')]) == 2
+  assert command(fit.main, good, '--columns', COLUMNS, '--out', str(tmp_path / 'good.csv' / 'x.json')) == 2
   errors = capsys.readouterr().err.splitlines()
   assert len(errors) == 5 and 'no such file' in errors[2] and 'not a CSV table' in errors[3]
   assert 'not a folder' in errors[4]
@@ -234,8 +235,8 @@ def test_reproduce_refuses_bad_expectations(tmp_path, capsys):
   points, file = str(write_points(tmp_path / 'p.csv')), tmp_path / 'e.json'
   for text in ('{', '[]', '{"method": "magic"}', '{"method": "law", "law": "chinchilla"}'):
     file.write_text(text)
-    assert reproduce.main([points, '--expect', str(file)]) == 2
-  assert reproduce.main([points, '--expect', str(tmp_path / 'absent.json')]) == 2
+    assert command(reproduce.main, points, '--expect', str(file)) == 2
+  assert command(reproduce.main, points, '--expect', str(tmp_path / 'absent.json')) == 2
   isoflop = {'method': 'isoflop', 'group_by': ['set'], 'expect': [{'group': [], 'n_exponent': 0.5}]}
   for change in (
     {'law': 'magic'},
@@ -248,6 +249,6 @@ def test_reproduce_refuses_bad_expectations(tmp_path, capsys):
     {'expect': {'E': 1.8}},
     isoflop,
   ):
-    assert reproduce.main([points, '--expect', expectation(file, **change)]) == 2
+    assert command(reproduce.main, points, '--expect', expectation(file, **change)) == 2
   errors = capsys.readouterr().err.splitlines()
   assert len(errors) == 14 and all(line.startswith('error: ') for line in errors)

@@ -12,31 +12,35 @@ from analysis.fitting.laws import ArmModel
 from analysis.gaps import paired_gap, pooled_spread
 
 
+def joint(points):
+  return fit(points, COMPUTE, ArmModel('common', 'a'), width='auto')
+
+
 def test_joint_fit_resolves_a_compute_multiplier():
   """The issue's target: sd(log m) <= 0.03 at one seed and noise 0.01 nats."""
   found = []
   for seed in range(60):
     points = arm_points(0.0, {'a': 1.0, 'b': 1.2})
     noise = 0.01 * np.random.default_rng(seed).standard_normal(len(points))
-    joint = fit(dataclasses.replace(points, loss=points.loss + noise), COMPUTE, delta='auto', start_count=0)
-    found.append(joint.theta_P[joint.theta_names.index('log m[b]')])
+    both = fit(dataclasses.replace(points, loss=points.loss + noise), COMPUTE, width='auto', start_count=0)
+    found.append(both.theta_P[both.theta_names.index('log m[b]')])
   assert np.std(found) <= 0.03 and np.mean(found) == pytest.approx(np.log(1.2), abs=0.01)
 
 
 def test_nested_models_and_clustered_f():
   different = arm_points(0.003, {'a': 1.0, 'b': 1.3}, seeds=2, rho=0.5)
-  table = {c.name: c for c in nested(different, COMPUTE, 'a', delta='auto')}
+  table = {c.name: c for c in nested(joint(different), 'auto')}
   one = table['one multiplier m per arm']
   assert one.p_value < 1e-3 and one.left_out_error < table['no effect'].left_out_error
   assert table['m and own exponents per arm'].p_value > 0.01
   few = different.take(np.isin(different.cluster, np.unique(different.cluster)[:3]))
-  with_few = {c.name: c for c in nested(few, COMPUTE, 'a', delta='auto')}
+  with_few = {c.name: c for c in nested(joint(few), 'auto')}
   assert with_few['one multiplier m per arm'].p_value is None, 'three clusters are too few for an F test'
   rejected = []
   for seed in range(25):
     same = arm_points(0.003, {'a': 1.0, 'b': 1.0}, seeds=2, rho=0.5, seed=seed)
     models = [ArmModel('common', 'a'), ArmModel('none', 'a')]
-    big, small = (fit(same, COMPUTE, m, delta=0.004, start_count=0) for m in models)
+    big, small = (fit(same, COMPUTE, m, width=0.004, start_count=0) for m in models)
     rejected.append(clustered_f(big, small)[2] < 0.05)
   # Measured size of this test at 5 %: 3 % (400 seeds); it errs on the careful side with 10 clusters.
   assert sum(rejected) <= 2
@@ -51,7 +55,7 @@ def test_a_power_of_the_rank_is_tested_against_free_multipliers():
     log_r = {'a': 0.0} | dict(zip(('r1', 'r2', 'r4', 'r8'), np.log(rank), strict=True))
     axes = {'rank': np.array([log_r[arm] for arm in points.arm.tolist()])}
     swept = dataclasses.replace(points, arm=np.where(points.arm == 'a', 'a', 'b'), axes=axes)
-    table = {c.name: c for c in nested(swept, COMPUTE, 'a', delta='auto')}
+    table = {c.name: c for c in nested(joint(swept), 'auto')}
     free = table['m free at every rank']
     assert free.against == 'm = r^phi along rank' and free.degrees[0] == 2
     p_value[name] = free.p_value
@@ -71,14 +75,14 @@ def test_restrictions_are_those_of_the_smaller_model():
 
 
 def test_rollout_sees_a_wrong_law():
-  right = rollout(noisy_points(0.002, sizes=7), CHINCHILLA)
+  right = rollout(fit(noisy_points(0.002, sizes=7), CHINCHILLA))
   assert [s.sizes_fitted for s in right] == [1, 2, 3, 4, 5, 6]
   assert [s.problem is None for s in right] == [False, False, True, True, True, True]
   assert '3 are needed' in right[0].problem and right[0].held_out_error is None
   assert right[-1].held_out_error < 0.006 and right[-1].coverage >= 0.6
   n, d = grid(7)
   kinked = points_nd(n, d, chinchilla_loss(n, d) + np.where(n > 1.2e9, 0.2, 0.0))
-  wrong = rollout(kinked, CHINCHILLA)
+  wrong = rollout(fit(kinked, CHINCHILLA))
   assert wrong[-2].held_out_error > 0.03 and wrong[-2].bias < -0.03
 
 

@@ -17,17 +17,15 @@ from synthetic_runs import (
 )
 
 from analysis import plots
-from analysis.figures.catalogue import FIGURES
+from analysis.figures.catalogue import SECTIONS
 from analysis.figures.draw import LOOKS, looks
 from analysis.figures.isoflop import isoflop_panels
 from analysis.figures.shape import loss_vs_depth, loss_vs_width
 from analysis.fitting.identify import shape_law
-from analysis.page.results import result_tables
-from analysis.page.write import currencies
+from analysis.page.write import page
 from analysis.runs import read_sweep
 from analysis.selection import classify, largest, to_points
 from analysis.study import study
-from analysis.tables import ablation
 
 
 @pytest.fixture(autouse=True)
@@ -79,7 +77,7 @@ def test_every_arm_has_a_look_of_its_own():
     assert len({tuple(look[cue] for cue in cues) for look in found}) == len(names), cues
 
 
-def test_panels_show_a_budget_in_one_colour_whatever_the_arm(tmp_path, monkeypatch):
+def test_panels_show_a_budget_in_one_colour_whatever_the_arm(tmp_path):
   """The second arm has the two larger of three budgets, at 3 % more FLOPs."""
   planned = []
   for arm, budgets in (('residual', (1e11, 4e11, 1.6e12)), ('mhc', (4.1e11, 1.65e12))):
@@ -88,10 +86,8 @@ def test_panels_show_a_budget_in_one_colour_whatever_the_arm(tmp_path, monkeypat
       wanted = 2 + 0.05 * np.log(n / 0.02 / flops**0.5) ** 2 + 0.1 * np.log(1e13 / flops)
       planned.append(write_run(tmp_path, config_of(arm, width, 2, 0, flops=flops), noise=0.0, wanted=wanted))
   write_plan(tmp_path, planned)
-  figures = []
-  monkeypatch.setattr('analysis.figures.isoflop.save', lambda fig, *rest: figures.append(fig) or rest[-1])
-  isoflop_panels(study(read_sweep(tmp_path), resamples=0), tmp_path / 'out')
-  first, second = figures[0].axes
+  fig = isoflop_panels(study(read_sweep(tmp_path), resamples=0)).fig
+  first, second = fig.axes
   looked = [
     {
       line.get_label(): (tuple(line.get_color()), line.get_marker())
@@ -102,7 +98,7 @@ def test_panels_show_a_budget_in_one_colour_whatever_the_arm(tmp_path, monkeypat
   ]
   assert [len(one) for one in looked] == [3, 2] and set(looked[1]) < set(looked[0])
   assert all(looked[0][label] == look for label, look in looked[1].items())
-  assert len(figures[0].legends[0].get_texts()) == 3
+  assert len(fig.legends[0].get_texts()) == 3
 
 
 def test_figures_are_called_by_their_names_and_leave_none_behind(tmp_path):
@@ -112,7 +108,8 @@ def test_figures_are_called_by_their_names_and_leave_none_behind(tmp_path):
   for name in ('paper_isoflop.png', 'paper_isoflop.csv', 'ablation.csv', 'mine.png'):
     (out / name).write_text('old')
   paper(tmp_path, out)
-  assert {path.stem for path in out.glob('*.png')} <= {*FIGURES, 'mine'}
+  names = {name for section in SECTIONS for name in section.figures}
+  assert {path.stem for path in out.glob('*.png')} <= {*names, 'mine'}
   assert (out / 'mine.png').exists() and not list(out.glob('paper_isoflop*'))
 
 
@@ -127,8 +124,9 @@ def test_every_map_has_a_row_in_the_ablation(tmp_path):
       planned.append(write_run(tmp_path, config))
   write_plan(tmp_path, planned)
   s = study(read_sweep(tmp_path), resamples=0)
-  assert 'What each map is worth, at 32x4' in result_tables(s) and 'bits per byte' in result_tables(s)
-  table = ablation(s).set_index('arm')
+  said = page(s, {}, [], tmp_path, '')
+  assert 'What each map is worth, at 32x4' in said and 'bits per byte' in said
+  table = s.ablation.set_index('arm')
   assert table.loc['residual', ['H_res', 'H_pre', 'H_post']].tolist() == ['I', 'fixed', 'fixed']
   assert table.loc['mhc pre', ['H_res', 'H_pre', 'H_post']].tolist() == [
     'birkhoff_sinkhorn',
@@ -153,7 +151,7 @@ def test_width_and_depth_have_exponents(tmp_path):
   shapes(tmp_path, (2, 4, 8, 16), lambda n: (1e6, 1e7, 1e8))
   s = study(read_sweep(tmp_path), resamples=0)
   for draw, value in ((loss_vs_width, 0.6), (loss_vs_depth, 0.8)):
-    panel = draw(s, tmp_path)
+    panel = draw(s)
     row = panel.table.set_index('kind').loc['exponent']
     assert row['low'] < value < row['high'] < row['low'] + 0.3
     assert 'L = E + A W^-alpha + B H^-beta + G D^-gamma.' in panel.caption
@@ -197,4 +195,4 @@ def test_a_currency_without_a_sound_fit_has_a_reason(tmp_path):
   s = study(read_sweep(tmp_path), resamples=0)
   (m,) = s.multipliers
   assert m.flops is not None and m.equal_tokens is not None
-  assert m.seconds is None and m.seconds_problem in currencies(s)
+  assert m.seconds is None and m.seconds_problem in page(s, {}, [], tmp_path, '')

@@ -5,10 +5,11 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
-from synthetic_runs import blank, config_of, derived_of, write_plan, write_run, write_sweep
+from synthetic_runs import blank, command, config_of, derived_of, write_plan, write_run, write_sweep
 
 from analysis import coverage, plots
-from analysis.figures import router as router_figure
+from analysis.router import METRIC, loads
+from analysis.runs import read_sweep
 
 
 @pytest.fixture
@@ -115,8 +116,8 @@ def test_router_loads(tmp_path, blank_images, capsys):
     config = config_of('sigmoid', 32, 4, seed)
     config['model']['dense_layers'] = 1
     planned.append(write_run(tmp_path, config))
-    loads = [[level, 1.0, 1.1 if step > 20 else 3.0] for step in range(1, 41)]
-    rows = [{'step': 0}] + [{'step': k, router_figure.METRIC: row} for k, row in enumerate(loads, 1)]
+    levels = [[level, 1.0, 1.1 if step > 20 else 3.0] for step in range(1, 41)]
+    rows = [{'step': 0}] + [{'step': k, METRIC: row} for k, row in enumerate(levels, 1)]
     path = tmp_path / planned[-1]['run_id'] / 'metrics.jsonl'
     path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
   (tmp_path / 'plan.json').write_text(json.dumps({'sweep': 'router', 'runs': planned}))
@@ -124,18 +125,19 @@ def test_router_loads(tmp_path, blank_images, capsys):
   assert 'sigmoid 1.40' in capsys.readouterr().out
   table = pd.read_csv(tmp_path / 'figures' / 'router_loads.csv')
   assert len(table) == 80 and set(table['run_id']) == {item['run_id'] for item in planned}
-  means = router_figure.last_means(table)
-  assert means['sigmoid', 0].to_dict() == pytest.approx({'layer_2': 1.2, 'layer_3': 1.0, 'layer_4': 1.1})
+  last = loads(read_sweep(tmp_path).runs).last
+  first = last[last['seed'] == 0].set_index('layer')['load']
+  assert first.to_dict() == pytest.approx({'layer_2': 1.2, 'layer_3': 1.0, 'layer_4': 1.1})
 
 
 def test_plots_on_nothing(tmp_path, capsys):
-  assert plots.main(['paper', str(tmp_path / 'absent')]) == 2
+  assert command(plots.main, 'paper', tmp_path / 'absent') == 2
   assert capsys.readouterr().err.startswith('error: ')
   (tmp_path / 'plan.json').write_text(json.dumps({'sweep': 'x', 'runs': [{'run_id': 'a', 'arm': 'mhc'}]}))
   assert plots.main(['paper', str(tmp_path)]) == 0
   said = capsys.readouterr().out
   assert 'absent: Loss against compute: no run has finished.' in said and '.png' not in said
-  assert plots.main(['router', str(tmp_path)]) == 2 and 'no run has logged' in capsys.readouterr().err
+  assert command(plots.main, 'router', tmp_path) == 2 and 'no run has logged' in capsys.readouterr().err
 
 
 def test_coverage_script(tmp_path, capsys, monkeypatch):
@@ -151,7 +153,7 @@ def test_coverage_script(tmp_path, capsys, monkeypatch):
   assert all(row['met'] is None for row in rows if row['design'] == 'resampled')
   spread = [row for row in rows if row['quantity'] == 'sd(log m)']
   assert [row['delta'] for row in spread] == [0.001, 'auto'] and all(0 < r['value'] < 0.1 for r in spread)
-  assert coverage.main(['--simulations', '0']) == 2
+  assert command(coverage.main, '--simulations', 0) == 2
 
 
 def test_one_simulation_of_each_design():

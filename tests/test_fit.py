@@ -13,12 +13,12 @@ from analysis.fitting.intervals import (
   bootstrap,
   contrast_variance,
   coverage_caveat,
-  delta,
+  delta_method,
   noise,
   percentile,
   preferred,
 )
-from analysis.fitting.laws import LAWS, ArmModel, Points, design, natural, power_covariates, predict
+from analysis.fitting.laws import LAWS, ArmModel, Points, design, log_loss, natural, power_covariates
 from analysis.fitting.solve import Problem, linear_solve, objective, starts, variable_projection
 from mhc_jax.errors import ConfigError
 
@@ -161,6 +161,24 @@ def test_other_laws():
     fit(points, COMPUTE)
 
 
+def test_the_names_of_a_law_mean_nothing():
+  """The same fit whatever coefficients and exponents are called; their kinds are in the design."""
+  points, renamed = noisy_points(0.004), {'A': 'K', 'B': 'log J', 'alpha': 'm', 'beta': 'phi'}
+  terms = [
+    dataclasses.replace(t, coefficient=renamed[t.coefficient], exponent=renamed[t.exponent])
+    for t in CHINCHILLA.terms
+  ]
+  other = dataclasses.replace(CHINCHILLA, terms=tuple(terms))
+  one, two = (fit(points, law, width='auto') for law in (CHINCHILLA, other))
+  np.testing.assert_array_equal(one.theta_P, two.theta_P)
+  assert two.design.linear.tolist() == [True, True, True, False, False] == one.design.linear.tolist()
+  assert [p.kind for p in two.design.parameters][3:] == ['exponent', 'exponent']
+  n, d = grid()
+  pure = points_nd(n, d, 400 * n**-0.3 + 400 * d**-0.3)
+  edges = [fit(pure, law).boundaries for law in (CHINCHILLA, other)]
+  assert edges[0] == edges[1] == {'E': 'E -> 0'}
+
+
 def test_arm_multipliers_in_every_form():
   n, d = grid()
   n, d = np.tile(n, 2), np.tile(d, 2)
@@ -231,10 +249,10 @@ def test_a_term_without_effect_is_flagged_and_not_the_starts():
 
 def test_few_groups_keep_the_caveat():
   points = arm_points(0.004, {'a': 1.0, 'b': 1.2, 'c': 1.1, 'd': 1.3, 'e': 1.0}, seeds=2)
-  found = fit(points, COMPUTE, delta='auto')
+  found = fit(points, COMPUTE, width='auto')
   assert len(points) == 50 and 'fewer than 40 runs or groups' in coverage_caveat(found)
   assert preferred(found, ('delta', 'cluster_bootstrap')) == 'delta'
-  alone = fit(dataclasses.replace(points, cluster=np.arange(50)), COMPUTE, delta='auto')
+  alone = fit(dataclasses.replace(points, cluster=np.arange(50)), COMPUTE, width='auto')
   assert coverage_caveat(alone) is None
   assert preferred(alone, ('delta', 'case_bootstrap')) == 'case_bootstrap'
 
@@ -274,7 +292,7 @@ def test_delta_intervals_cover_and_bands_widen():
   far = points_nd(np.array([1.6e10]), np.array([3.2e11]), np.array([chinchilla_loss(1.6e10, 3.2e11)]))
   for seed in range(50):
     found = fit(noisy_points(0.004, seed), CHINCHILLA, start_count=0)
-    ends = delta(found)
+    ends = delta_method(found)
     for name in ('E', 'alpha', 'beta'):
       hits[name].append(ends[name][0] < TRUE[name] < ends[name][1])
     b = band(found, far)
@@ -287,16 +305,16 @@ def test_delta_intervals_cover_and_bands_widen():
 
 
 def test_bootstraps_agree_with_the_delta_method():
-  found = fit(noisy_points(0.004), CHINCHILLA, delta='auto')
+  found = fit(noisy_points(0.004), CHINCHILLA, width='auto')
   ends = percentile(found, bootstrap(found, 200))
   for name in ('E', 'alpha', 'beta', 'a'):
-    widths = [e[1] - e[0] for e in (ends[name], delta(found)[name])]
+    widths = [e[1] - e[0] for e in (ends[name], delta_method(found)[name])]
     assert 0.4 < widths[0] / widths[1] < 2.0, name
 
 
 def test_clustered_bootstrap_resamples_whole_clusters():
   points = arm_points(0.004, {'a': 1.0, 'b': 1.2}, seeds=2, rho=0.9, seed=2)
-  found = fit(points, COMPUTE, delta='auto')
+  found = fit(points, COMPUTE, width='auto')
   name, width = 'm[b]', {}
   for clustered in (False, True):
     low, high = percentile(found, bootstrap(found, 120, clustered))[name]
@@ -312,7 +330,7 @@ def test_shared_noise_is_found():
     rhos = []
     for seed in range(12):
       points = arm_points(0.004, {'a': 1, 'b': 1.2, 'c': 1.1}, seeds=3, rho=rho, seed=seed)
-      rhos.append(noise(fit(points, COMPUTE, delta='auto', start_count=0)).correlation)
+      rhos.append(noise(fit(points, COMPUTE, width='auto', start_count=0)).correlation)
     wide.append(np.mean(rhos))
   assert wide[0] < 0.2 and 0.65 < wide[1] < 0.9
 
@@ -330,7 +348,7 @@ def test_delta_intervals_cover_when_arms_share_noise():
   for seed in range(60):
     arms = {'a': 1.0, 'b': 1.2, 'c': 1.1, 'd': 1.15}
     points = arm_points(0.003, arms, (1.5, 1.2, 0.25), seed, rho=0.7, budgets=6, decades=2)
-    ends = delta(fit(points, COMPUTE, delta=0.004, start_count=0))
+    ends = delta_method(fit(points, COMPUTE, width=0.004, start_count=0))
     for name, value in truth.items():
       hits[name].append(ends[name][0] < value < ends[name][1])
   # 60 draws of a 95 % interval: below 87 % has probability 0.2 %. Treating the 24 runs as
@@ -346,4 +364,4 @@ def test_prediction_agrees_with_the_formula():
   theta = starts(p)[0]
   v = natural(theta, built)
   by_hand = v['E'] + v['A'] * n ** -v['alpha'] + v['B'] * d ** -v['beta']
-  np.testing.assert_allclose(np.exp(predict(theta, built)[0]), by_hand, rtol=1e-12)
+  np.testing.assert_allclose(np.exp(log_loss(theta, built)[0]), by_hand, rtol=1e-12)

@@ -5,7 +5,7 @@ import pytest
 from test_fit import CHINCHILLA, COMPUTE, TRUE, chinchilla_loss, noisy_points, points_nd
 
 from analysis.fitting.identify import choose_law
-from analysis.minima import best_learning_rate, isoflop, minimum, power_law
+from analysis.minima import best_learning_rate, minima_by_budget, minimum, power_law
 
 
 def test_choice_of_law():
@@ -27,7 +27,7 @@ def test_isoflop_minima_and_their_guards():
   loss = chinchilla_loss(n, c / (6 * n))
   a = TRUE['beta'] / (TRUE['alpha'] + TRUE['beta'])
   for method in ('parabola', 'akima'):
-    found = [(b, m.log_x) for b, m in isoflop(np.log(c), np.log(n), loss, method) if not m.problem]
+    found = [(b, m.log_x) for b, m in minima_by_budget(np.log(c), np.log(n), loss, method) if not m.problem]
     line = power_law(*np.array(found).T)
     # alpha != beta biases both slightly (2603.22339).
     assert len(found) == 4 and line.exponent == pytest.approx(a, abs=0.02)

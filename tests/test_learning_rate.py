@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
-from synthetic_runs import config_of, write_plan, write_run
+from synthetic_runs import command, config_of, write_plan, write_run
 
 from analysis import learning_rate
 from analysis.learning_rate import picks, shifts, summary
@@ -76,6 +76,6 @@ def test_grids_without_a_common_rate(tmp_path, capsys):
 def test_no_grid_ends_in_one_line(tmp_path, capsys):
   write_plan(tmp_path, [write_run(tmp_path, config_of('mhc', 32, 2, 0))])
   for folder in (tmp_path, tmp_path / 'absent'):
-    assert learning_rate.main([str(folder)]) == 2
+    assert command(learning_rate.main, folder) == 2
     error = capsys.readouterr().err
     assert error.startswith('error: ') and error.count('\n') == 1

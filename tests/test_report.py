@@ -5,13 +5,13 @@ import re
 
 import pandas as pd
 import pytest
-from synthetic_runs import MULTIPLIER, report, words, write_sweep
+from synthetic_runs import MULTIPLIER, command, report, words, write_sweep
 
-from analysis.figures.catalogue import FIGURES
+from analysis.figures.catalogue import SECTIONS
 from analysis.gaps import pair_up
 from analysis.report import main
 from analysis.runs import read_sweep
-from analysis.selection import classify, drop_small_arms
+from analysis.selection import classify
 
 
 @pytest.fixture(scope='module')
@@ -49,7 +49,7 @@ def test_complete_sweep(complete):
 
 def test_gaps_pair_equal_seeds(complete):
   folder, _, _ = complete
-  table = drop_small_arms(classify(read_sweep(folder).table)).set_index('run_id')
+  table = classify(read_sweep(folder).table).set_index('run_id')
   pairs = pair_up(table.reset_index(), 'residual')
   assert set(pairs) == {'hc', 'mhc', 'identity'}
   for arm, rows in pairs.items():
@@ -65,7 +65,7 @@ def test_figures_have_numbers_and_render(complete):
   wanted = {'loss_vs_flops', 'loss_at_equal_flops', 'paper_gap_flops', 'loss_vs_width', 'paper_compute'}
   wanted |= {'loss_vs_depth', 'loss_vs_connection_rank', 'loss_vs_weights_rank', 'paper_gains', 'rollout'}
   wanted |= {'loss_vs_connection_streams', 'compute_multiplier', 'paper_gap_tokens', 'paper_over_training'}
-  assert wanted <= names <= set(FIGURES)
+  assert wanted <= names <= {name for section in SECTIONS for name in section.figures}
   for name in names:
     assert (folder / 'report' / f'{name}.png').read_bytes()[:4] == b'\x89PNG'
     assert (folder / 'report' / f'{name}.png').stat().st_size < 200_000
@@ -101,7 +101,7 @@ def test_bad_folders_end_in_one_line(tmp_path, capsys):
   (tmp_path / 'empty').mkdir()
   (tmp_path / 'empty' / 'plan.json').write_text('{"sweep": "x", "runs": []}')
   for name in ('absent', 'broken', 'empty', '.'):
-    assert main([str(tmp_path / name)]) == 2
+    assert command(main, tmp_path / name) == 2
     error = capsys.readouterr().err
     assert error.startswith('error: ') and error.count('\n') == 1
   assert not list(tmp_path.rglob('results.csv')) and not list(tmp_path.rglob('report'))

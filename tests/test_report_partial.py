@@ -28,7 +28,7 @@ def blank_images(monkeypatch):
 @pytest.fixture
 def no_figures(monkeypatch):
   """Only numbers and the page, for tests that say nothing about figures."""
-  monkeypatch.setattr('analysis.report.draw_all', lambda *_: ([], []))
+  monkeypatch.setattr('analysis.page.write.draw_all', lambda *_: ({}, []))
 
 
 def test_partial_sweep_says_what_is_missing(tmp_path, blank_images):

@@ -7,6 +7,7 @@ size of every module's output stays the same; without, the streams grow with wid
 import numpy as np
 import pandas as pd
 import pytest
+from synthetic_runs import command
 
 from analysis import plots
 from experiments import coordinate_check
@@ -65,4 +66,4 @@ def test_the_command_writes_what_the_figure_reads(tmp_path, monkeypatch, capsys)
   own = drawn.query('axis == "width" and transfer and coordinate == "streams after attention"')
   np.testing.assert_allclose(own['slope'], slope, rtol=1e-5)
   assert 'coordinates.png' in said
-  assert plots.main(['coordinates', str(tmp_path / 'absent')]) == 2
+  assert command(plots.main, 'coordinates', tmp_path / 'absent') == 2

@@ -1,58 +1,105 @@
-"""Every figure of a sweep by name, and drawing them all.
+"""The sections of a report with their figures, each figure's name written once; drawing all of them.
 
-Where: Study -> here -> report.py and `python -m analysis.plots paper`.
+Where: Study -> here -> page/write.py and `python -m analysis.plots paper`. A new figure is a function and a
+line here: what is drawn is in a section, and the page shows all figures of all sections.
 """
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from ..selection import AXIS_LABEL
+from ..conventions import AXIS_LABEL
 from ..study import Study
 from .checks import residual_panels, rollout_plot
 from .compute import compute_arrows, equal_flops, loss_vs_flops, multiplier_plot
-from .draw import Panel
+from .draw import Drawing, Panel, save
 from .gaps import gap_and_ratio
 from .isoflop import isoflop_panels, optimal_sizes
 from .layers import gains, heat_maps
 from .learning_rate import learning_rates, rate_sensitivity
+from .router import expert_loads
 from .shape import loss_vs_depth, loss_vs_width, rank_plot
-from .stability import stability
+from .stability import stability_panels
 from .training import over_training, token_scaling, training_loss
 
-FIGURES: dict[str, Callable[[Study, Path], Panel | str]] = {
-  'loss_vs_flops': loss_vs_flops,
-  'loss_at_equal_flops': equal_flops,
-  'compute_multiplier': multiplier_plot,
-  'paper_compute': compute_arrows,
-  'paper_gap_flops': gap_and_ratio,
-  'paper_gap_tokens': token_scaling,
-  'loss_vs_width': loss_vs_width,
-  'loss_vs_depth': loss_vs_depth,
-  **{f'loss_vs_{axis}': partial(rank_plot, axis=axis) for axis in AXIS_LABEL},
-  'paper_isoflop': isoflop_panels,
-  'paper_optimal_sizes': optimal_sizes,
-  'learning_rate': learning_rates,
-  'learning_rate_sensitivity': rate_sensitivity,
-  'paper_stability': stability,
-  'paper_gains': gains,
-  'paper_heat_maps': heat_maps,
-  'training_loss': training_loss,
-  'paper_over_training': over_training,
-  'paper_residuals': residual_panels,
-  'rollout': rollout_plot,
-}
+Figure = Callable[[Study], Drawing | str]  # the sentence says why there is none
 
 
-def draw_all(s: Study, folder: Path) -> tuple[list[Panel], list[str]]:
-  """Saves every figure that the data carry; returns them and the reasons for those left out.
+@dataclasses.dataclass(frozen=True)
+class Section:
+  """key: its anchor, and the template page/<key>.html with its words and tables, where there is one.
+
+  intro: what its figures show.
+  """
+
+  key: str
+  title: str
+  figures: dict[str, Figure] = dataclasses.field(default_factory=dict)
+  intro: str = ''
+
+
+SECTIONS = (
+  Section('summary', 'Summary'),
+  Section(
+    'compute',
+    'Loss against compute',
+    {
+      'loss_vs_flops': loss_vs_flops,
+      'loss_at_equal_flops': equal_flops,
+      'compute_multiplier': multiplier_plot,
+      'paper_compute': compute_arrows,
+    },
+  ),
+  Section('gap', 'Gap to {reference}', {'paper_gap_flops': gap_and_ratio, 'paper_gap_tokens': token_scaling}),
+  Section('tables', 'Final losses'),
+  Section('shape', 'Width and depth', {'loss_vs_width': loss_vs_width, 'loss_vs_depth': loss_vs_depth}),
+  Section(
+    'isoflop',
+    'Best size at a budget',
+    {'paper_isoflop': isoflop_panels, 'paper_optimal_sizes': optimal_sizes},
+  ),
+  Section('rank', 'Manifold rank', {f'loss_vs_{axis}': partial(rank_plot, axis=axis) for axis in AXIS_LABEL}),
+  Section(
+    'rates',
+    'Learning rates',
+    {'learning_rate': learning_rates, 'learning_rate_sensitivity': rate_sensitivity},
+  ),
+  Section('stability', 'Stability', {'paper_stability': stability_panels}),
+  Section('router', 'Loads of experts', {'router_loads': expert_loads}),
+  Section(
+    'gains',
+    'Gains by layer',
+    {'paper_gains': gains, 'paper_heat_maps': heat_maps},
+    'Amax gain of the residual maps H_res, last logged value on one fixed validation sequence: 1 '
+    'keeps the size of the streams; the product over sublayers shows whether they blow up.',
+  ),
+  Section(
+    'training', 'Training curves', {'training_loss': training_loss, 'paper_over_training': over_training}
+  ),
+  Section('checks', 'Does the law hold?', {'paper_residuals': residual_panels, 'rollout': rollout_plot}),
+  Section('excluded', 'Runs left out'),
+  Section('missing', 'Figures left out'),
+  Section('runs', 'All runs'),
+  Section('setting', 'Configuration and versions'),
+  Section('method', 'Method'),
+)
+
+
+def draw_all(s: Study, folder: Path) -> tuple[dict[str, list[Panel]], list[str]]:
+  """Saves every figure that the data carry; returns those of each section, and why others are left out.
 
   Figures of an earlier call must not outlive the runs that they show: their files go first.
   """
-  panels, absent = [], []
-  for name, make in FIGURES.items():
-    for suffix in ('png', 'svg', 'csv'):
-      (folder / f'{name}.{suffix}').unlink(missing_ok=True)
-    made = make(s, folder)
-    (panels if isinstance(made, Panel) else absent).append(made)
+  panels, absent = {}, []
+  for section in SECTIONS:
+    panels[section.key] = []
+    for name, draw in section.figures.items():
+      for suffix in ('png', 'svg', 'csv'):
+        (folder / f'{name}.{suffix}').unlink(missing_ok=True)
+      drawn = draw(s)
+      if isinstance(drawn, str):
+        absent.append(drawn)
+      else:
+        panels[section.key].append(save(drawn, folder, name))
   return panels, absent

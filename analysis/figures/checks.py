@@ -1,51 +1,42 @@
 """Does the law hold: its residuals, and the rollout."""
 
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
 from scipy import stats
 
-from ..selection import PARAMS
+from ..conventions import PARAMS
 from ..study import Study
-from .draw import WIDE, Panel, figure, legend, log_axis, looks, save
+from .draw import WIDE, Drawing, figure, legend, log_axis, looks
 
 
-def residual_panels(s: Study, folder: Path) -> Panel | str:
+def residual_panels(s: Study) -> Drawing | str:
   """Log residuals of the joint fit against N, D and C, and their normal quantiles."""
-  if s.fit is None:
+  if s.residuals.empty:
     return 'Residual panels: no law was fitted.'
-  style, points = looks(list(dict.fromkeys(s.table['arm']))), s.fit.points
-  residual = 100 * s.fit.residual_R / s.fit.problem.weight_R
+  style, residual = looks(s.arms), s.residuals['residual_percent']
   with figure(WIDE, 5.0, nrows=2, ncols=2) as (fig, axes):
     labels = {'N': PARAMS[s.params], 'D': 'training tokens', 'C': 'training FLOPs'}
     for ax, (name, label) in zip(axes.flat, labels.items(), strict=False):
-      for arm in points.arms:
-        own, look = points.arm == arm, style[arm]
-        x = np.exp(points.log_x[name][own])
-        ax.plot(x, -residual[own], look['marker'], color=look['color'], label=arm, ms=4)
+      for arm, own in s.residuals.groupby('arm', sort=False):
+        look = style[arm]
+        ax.plot(own[name], own['residual_percent'], look['marker'], color=look['color'], label=arm, ms=4)
       ax.axhline(0, color='#000000', lw=0.8)
       log_axis(ax, label)
       ax.set_ylabel('measured - fitted (%)')
-    quantile, ordered = stats.probplot(-residual, fit=False)
+    quantile, ordered = stats.probplot(residual, fit=False)
     axes.flat[3].plot(quantile, ordered, 'k.')
-    axes.flat[3].axline((0, 0), slope=float(np.std(residual)), color='#7F7F7F', lw=0.8)
+    axes.flat[3].axline((0, 0), slope=float(np.std(residual.to_numpy())), color='#7F7F7F', lw=0.8)
     axes.flat[3].set(xlabel='normal quantile', ylabel='measured - fitted (%)')
     legend(fig, axes.flat[0])
-  ids = {'arm': points.arm, 'run_id': points.run, 'residual_percent': -residual}
-  table = pd.DataFrame(ids | {'loss': points.loss, 'cooks_distance': s.fit.influence_R})
-  for name in labels:
-    table[name] = np.exp(points.log_x[name])
   caption = (
     'Residuals of the joint fit, and their normal quantiles. A trend along an axis means that the law does '
     'not hold.'
   )
-  return save(fig, folder, 'paper_residuals', caption, table)
+  return Drawing(fig, caption, s.residuals)
 
 
-def rollout_plot(s: Study, folder: Path) -> Panel | str:
+def rollout_plot(s: Study) -> Drawing | str:
   """Held-out error of fits to the k smallest sizes."""
-  table = pd.DataFrame([vars(step) for step in s.rollout])
   done = [step for step in s.rollout if step.problem is None]
   if not done:
     return 'Rollout: too few sizes to fit the small ones and predict the large ones.'
@@ -61,4 +52,4 @@ def rollout_plot(s: Study, folder: Path) -> Panel | str:
   left = [str(step.sizes_fitted) for step in s.rollout if step.problem is not None]
   if left:
     caption += f' No fit: k = {", ".join(left)} (the reasons are in the table).'
-  return save(fig, folder, 'rollout', caption, table)
+  return Drawing(fig, caption, pd.DataFrame([vars(step) for step in s.rollout]))

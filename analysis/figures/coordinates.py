@@ -11,7 +11,7 @@ import pandas as pd
 from mhc_jax.errors import ConfigError
 
 from ..fitting.points import read_table
-from .draw import WIDE, Panel, figure, legend, log_axis, looks, save
+from .draw import WIDE, Drawing, figure, legend, log_axis, looks
 
 COLUMNS = ('arm', 'axis', 'width', 'depth', 'transfer', 'lr', 'update', 'coordinate', 'value')
 
@@ -39,12 +39,12 @@ def slopes(table: pd.DataFrame) -> pd.DataFrame:
   return pd.DataFrame(rows)
 
 
-def coordinates(table: pd.DataFrame, folder: Path) -> Panel:
+def coordinates(table: pd.DataFrame) -> Drawing:
   """After the last update: a column per coordinate, a row per axis; dotted without the rules."""
   last = table[table['update'] == table['update'].max()]
   names, axes_of = list(dict.fromkeys(last['coordinate'])), list(dict.fromkeys(last['axis']))
   style = looks(list(dict.fromkeys(last['arm'])))
-  found = slopes(table)
+  slope = slopes(table)
   with figure(WIDE, 2.3 * len(axes_of), nrows=len(axes_of), ncols=len(names), squeeze=False) as (fig, grid):
     for row, axis in zip(grid, axes_of, strict=True):
       for ax, name in zip(row, names, strict=True):
@@ -57,11 +57,11 @@ def coordinates(table: pd.DataFrame, folder: Path) -> Panel:
         log_axis(ax, '', 'y')
         ax.set_title(name, fontsize=8)
     legend(fig, grid[0][0])
-  worst = found[found['transfer']].groupby('arm', sort=False)['slope'].apply(lambda v: v.abs().max())
+  worst = slope[slope['transfer']].groupby('arm', sort=False)['slope'].apply(lambda v: v.abs().max())
   words = ', '.join(f'{arm} {value:.2f}' for arm, value in worst.items())
   caption = (
     f'Coordinate check after {last["update"].max()} updates at learning rate {last["lr"].iloc[0]:g}. '
     f'Lines: with the transfer rules; dotted: without. Largest |slope| with the rules: {words}.'
   )
-  numbers = last.merge(found, on=['arm', 'axis', 'transfer', 'coordinate'])
-  return save(fig, folder, 'coordinates', caption, numbers)
+  numbers = last.merge(slope, on=['arm', 'axis', 'transfer', 'coordinate'])
+  return Drawing(fig, caption, numbers)

@@ -1,6 +1,6 @@
 """What every figure shares: the style, one look per arm, and saving PNG, SVG and CSV together.
 
-Where: under figures.py and plots.py. Uses matplotlib's Figure directly: no global state.
+Where: under the other figures. Uses matplotlib's Figure directly: no global state.
 """
 
 import contextlib
@@ -34,12 +34,21 @@ WIDE = 7.0  # inches: a text width
 
 
 @dataclasses.dataclass(frozen=True)
+class Drawing:
+  """A figure with what it shows in words, and its numbers."""
+
+  fig: Figure
+  caption: str
+  table: pd.DataFrame
+
+
+@dataclasses.dataclass(frozen=True)
 class Panel:
-  """One saved figure: its file stem, what it shows, and its numbers."""
+  """One saved figure: its file stem, what it shows, and whether it takes a text width."""
 
   name: str
   caption: str
-  table: pd.DataFrame
+  wide: bool
 
 
 def looks(arms: list[str]) -> dict[str, dict[str, str]]:
@@ -80,15 +89,16 @@ def figure(width: float = 4.4, height: float = 3.1, **grid) -> Iterator[tuple[Fi
     yield fig, fig.subplots(**grid)
 
 
-def save(fig: Figure, folder: Path, name: str, caption: str, table: pd.DataFrame) -> Panel:
+def save(drawing: Drawing, folder: Path, name: str) -> Panel:
   """Writes name.png, name.svg and name.csv."""
   folder.mkdir(parents=True, exist_ok=True)
+  fig = drawing.fig
   with matplotlib.rc_context(style()):
     write_png(fig, folder / f'{name}.png')
     fig.set_layout_engine('none')  # the first save has laid the figure out
     fig.savefig(folder / f'{name}.svg', metadata={'Date': None})
-  table.to_csv(folder / f'{name}.csv', index=False)
-  return Panel(name, caption, table)
+  drawing.table.to_csv(folder / f'{name}.csv', index=False)
+  return Panel(name, drawing.caption, fig.get_figwidth() >= WIDE)
 
 
 def write_png(fig: Figure, path: Path) -> None:

@@ -1,16 +1,14 @@
 """Absolute gap and relative ratio to the reference (mHC Fig. 6a)."""
 
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
 from ..study import Study
-from .draw import WIDE, Panel, figure, legend, log_axis, looks, save
+from .draw import WIDE, Drawing, figure, legend, log_axis, looks
 
 
-def gap_and_ratio(s: Study, folder: Path) -> Panel | str:
+def gap_and_ratio(s: Study) -> Drawing | str:
   """mHC Fig. 6a: absolute gap and relative ratio against FLOPs, side by side."""
   if s.reference is None:
     return 'Gap to the reference: no run has finished.'
@@ -33,12 +31,12 @@ def gap_and_ratio(s: Study, folder: Path) -> Panel | str:
     if with_interval
     else 'No interval: no size has two seeds.'
   )
-  return save(fig, folder, 'paper_gap_flops', caption, pd.DataFrame([vars(g) for g in s.gaps]))
+  return Drawing(fig, caption, pd.DataFrame([vars(g) for g in s.gaps]))
 
 
 def _draw_gap(ax: Axes, s: Study, relative: bool) -> None:
   """Draws the gap (nats) or the loss ratio (%) of every arm with its interval."""
-  style, unit = looks(list(dict.fromkeys(s.table['arm']))), 100.0 if relative else 1.0
+  style, unit = looks(s.arms), 100.0 if relative else 1.0
   for arm in dict.fromkeys(g.arm for g in s.gaps):
     own = [g for g in s.gaps if g.arm == arm]
     x = np.exp([g.log_flops for g in own])

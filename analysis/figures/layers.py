@@ -1,98 +1,73 @@
 """Figures by sublayer at the largest size that all arms share: gains (mHC Fig. 3, 7), H_res itself (Fig. 8).
 
-Where: Study -> here -> all_figures.py. Both show the last state that a run logged, also of diverged runs.
+Where: Study -> here -> catalogue.py. Both show the last state that a run logged, also of diverged runs.
 """
 
 import textwrap
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from ..runs import Run, last_list
-from ..selection import largest
+from ..layers import MATRICES
 from ..study import Study
-from .draw import WIDE, Panel, figure, legend, log_axis, looks, save
+from .draw import WIDE, Drawing, figure, legend, log_axis, looks
 from .training import place
 
-GAINS = {
+LABELS = {
   'gain_forward': 'forward gain',
   'gain_backward': 'backward gain',
   'composite_gain_forward': 'forward gain of the product',
   'composite_gain_backward': 'backward gain of the product',
 }
-MATRICES = ('res_mean', 'composite_res_mean')
 
 
-def gains(s: Study, folder: Path) -> Panel | str:
+def gains(s: Study) -> Drawing | str:
   """mHC Fig. 3 and 7: single and composite gains, forward and backward; mean over seeds."""
-  rows, shown = [], largest(s.table, s.reference)
+  if s.gains.empty:
+    return 'Gains by sublayer: no run logged diagnostics.'
   with figure(WIDE, 5.0, nrows=2, ncols=2) as (fig, axes):
-    for ax, name in zip(axes.flat, GAINS, strict=True):
-      rows += _draw_gain(ax, s, shown, name)
-    if not rows:
-      return 'Gains by sublayer: no run logged diagnostics.'
+    for ax, (name, label) in zip(axes.flat, LABELS.items(), strict=True):
+      own = s.gains[s.gains['gain'] == name]
+      if len(own):
+        _draw_gain(ax, own, looks(s.arms), label)
     legend(fig, *axes.flat)
   caption = (
     'Amax gains of H_res by sublayer l, single (top) and of the product of sublayers 1 to l (bottom), '
     'forward (largest row sum of |H_res|) and backward (largest column sum): last logged value, mean '
-    f'over tokens and seeds; {place(s, shown)}.'
+    f'over tokens and seeds; {place(s)}.'
   )
-  return save(fig, folder, 'paper_gains', caption, pd.DataFrame(rows))
+  return Drawing(fig, caption, s.gains)
 
 
-def _draw_gain(ax: Axes, s: Study, shown: pd.DataFrame, name: str) -> list[dict]:
-  style, rows = looks(list(dict.fromkeys(s.table['arm']))), []
-  for arm, own in shown.groupby('arm', sort=False):
-    lists = {i: last_list(s.sweep.runs[i], f'diagnostics/{name}') for i in own['run_id']}
-    longest = max((len(v) for v in lists.values() if v), default=0)
-    kept = {i: v for i, v in lists.items() if v and len(v) == longest}
-    if not kept:
-      continue
-    x = np.arange(1, longest + 1)
-    mean = np.array(list(kept.values())).mean(0)
-    ax.plot(x, mean, **style[arm], label=arm, ms=3)
-    state = own.set_index('run_id')['state']
-    if (state == 'diverged').any():
-      ax.plot(x[-1:], mean[-1:], 'x', color='#D00000', ms=7)
-    rows += [
-      {'gain': name, 'arm': arm, 'run_id': i, 'state': state[i], 'sublayer': k, 'value': v}
-      for i, row in kept.items()
-      for k, v in zip(x, row, strict=True)
-    ]
-  if not rows:
-    return rows
+def _draw_gain(ax: Axes, table: pd.DataFrame, style: dict[str, dict], label: str) -> None:
+  for arm, own in table.groupby('arm', sort=False):
+    mean = own.groupby('sublayer')['value'].mean()
+    ax.plot(mean.index, mean, **style[arm], label=arm, ms=3)
+    if (own['state'] == 'diverged').any():
+      ax.plot(mean.index[-1:], mean[-1:], 'x', color='#D00000', ms=7)
   ax.axhline(1, color='#7F7F7F', lw=0.8, ls='--')
-  y = np.array([row['value'] for row in rows], float)
-  if np.nanmax(y) > 10 * max(np.nanmin(y), 1e-30):
+  low, high = table['value'].min(), table['value'].max()
+  if high > 10 * max(low, 1e-30):
     log_axis(ax, '', 'y')
-  elif np.nanmax(y) - np.nanmin(y) < 1e-3:
-    ax.set_ylim(np.nanmin(y) - 0.05, np.nanmax(y) + 0.05)
-  ax.set(xlabel='sublayer (attention, feed-forward, ...)', ylabel=GAINS[name])
-  return rows
+  elif high - low < 1e-3:
+    ax.set_ylim(low - 0.05, high + 0.05)
+  ax.set(xlabel='sublayer (attention, feed-forward, ...)', ylabel=label)
 
 
-def heat_maps(s: Study, folder: Path) -> Panel | str:
+def heat_maps(s: Study) -> Drawing | str:
   """mHC Fig. 8: token-mean H_res of the first, middle and last sublayer, single and composite.
 
-  Reads metrics rows 'diagnostics/res_mean' and 'diagnostics/composite_res_mean': one n x n matrix per
-  sublayer. Row sums are written at the right, column sums below.
+  Row sums are written at the right, column sums below.
   """
-  found, shown = [], largest(s.table, s.reference)
-  for arm, own in shown.groupby('arm', sort=False):
-    run_id = own['run_id'].iloc[0]
-    matrices = _matrices(s.sweep.runs[run_id])
-    if any(len(stack[0]) > 1 for stack in matrices.values()):  # one stream has nothing to show
-      found.append((arm, run_id, matrices))
-  if not found:
+  if not s.matrices:
     return 'Heat maps of H_res: no run of several streams logged diagnostics/res_mean.'
-  rows = []
-  with figure(WIDE, 1.3 * len(found) + 0.2, nrows=len(found), ncols=6, squeeze=False) as (fig, axes):
-    for line, (arm, run_id, matrices) in zip(axes, found, strict=True):
+  rows, count = [], len(s.matrices)
+  with figure(WIDE, 1.3 * count + 0.2, nrows=count, ncols=6, squeeze=False) as (fig, axes):
+    for line, (arm, run_id, stacks) in zip(axes, s.matrices, strict=True):
       line[0].set_ylabel(textwrap.fill(arm.replace('_', ' '), 14), fontsize=6.5)
       for k, name in enumerate(MATRICES):
-        stack = matrices.get(name)
+        stack = stacks.get(name)
         for j, ax in enumerate(line[3 * k : 3 * k + 3]):
           if stack is None:
             ax.set_axis_off()
@@ -106,17 +81,9 @@ def heat_maps(s: Study, folder: Path) -> Panel | str:
           ]
   caption = (
     'Token-mean H_res (left) and products of them (right) of the first seed, with row and column sums, last '
-    f'logged; {place(s, shown)}.'
+    f'logged; {place(s)}.'
   )
-  return save(fig, folder, 'paper_heat_maps', caption, pd.DataFrame(rows))
-
-
-def _matrices(run: Run) -> dict[str, np.ndarray]:
-  for row in reversed(run.rows):
-    if row.get('diagnostics/res_mean') is not None:
-      given = {name: row.get(f'diagnostics/{name}') for name in MATRICES}
-      return {name: np.array(v, float) for name, v in given.items() if v is not None}
-  return {}
+  return Drawing(fig, caption, pd.DataFrame(rows))
 
 
 def _heat(ax: Axes, matrix: np.ndarray, title: str) -> None:

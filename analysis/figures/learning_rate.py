@@ -1,27 +1,25 @@
 """Figures of learning-rate sweeps: loss against rate by size, and what a wrong rate costs (2309.14322).
 
-Where: Study -> here -> all_figures.py.
+Where: Study -> here -> catalogue.py.
 """
-
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
+from ..conventions import PARAMS
 from ..rates import RateSweep
-from ..selection import PARAMS
 from ..study import Study
-from .draw import DASHES, DIVERGED, Panel, legend, log_axis, looks, panels, save, variant
+from .draw import DASHES, DIVERGED, Drawing, legend, log_axis, looks, panels, variant
 
 ABSENT = 'no arm has ended at three rates of one size.'
 
 
-def learning_rates(s: Study, folder: Path) -> Panel | str:
+def learning_rates(s: Study) -> Drawing | str:
   """Final loss against learning rate, one panel per size, with each arm's interpolated optimum."""
   if not s.rates:
     return f'Loss against learning rate: {ABSENT}'
-  style, rows = looks(list(dict.fromkeys(s.table['arm']))), []
+  style, rows = looks(s.arms), []
   sizes = list(dict.fromkeys(r.size for r in s.rates))
   with panels(len(sizes)) as (fig, axes):
     for ax, size in zip(axes, sizes, strict=True):
@@ -42,7 +40,7 @@ def learning_rates(s: Study, folder: Path) -> Panel | str:
     'Final loss against learning rate (of the base size) by width x depth, mean over the seeds that '
     'finished; dotted: interpolated optimum, x: a run of that rate diverged.'
   )
-  return save(fig, folder, 'learning_rate', caption, pd.DataFrame(rows))
+  return Drawing(fig, caption, pd.DataFrame(rows))
 
 
 def _draw(ax: Axes, r: RateSweep, look: dict[str, str], label: str | None) -> list[dict]:
@@ -55,11 +53,11 @@ def _draw(ax: Axes, r: RateSweep, look: dict[str, str], label: str | None) -> li
   return rows.assign(kind='run', budget=r.budget).to_dict('records')
 
 
-def rate_sensitivity(s: Study, folder: Path) -> Panel | str:
+def rate_sensitivity(s: Study) -> Drawing | str:
   """Per arm a line for each size, and the sensitivity of every arm against N."""
   if not s.rates:
     return f'Sensitivity to the learning rate: {ABSENT}'
-  style, rows = looks(list(dict.fromkeys(s.table['arm']))), []
+  style, rows = looks(s.arms), []
   arms = list(dict.fromkeys(r.arm for r in s.rates))
   grids = list(dict.fromkeys((r.size, r.budget) for r in s.rates))
   cues = {
@@ -96,4 +94,4 @@ def rate_sensitivity(s: Study, folder: Path) -> Panel | str:
     'min(loss, loss at the start) - best loss over rates drawn log-uniformly from the range of the grid, '
     f'{low:g} to {high:g} (2309.14322); a diverged run counts as the loss at the start.'
   )
-  return save(fig, folder, 'learning_rate_sensitivity', caption, pd.DataFrame(rows))
+  return Drawing(fig, caption, pd.DataFrame(rows))

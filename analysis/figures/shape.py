@@ -1,21 +1,17 @@
 """Figures of the loss against model width, depth and each manifold rank, with the fitted exponents.
 
-Where: Study -> here -> all_figures.py. A figure whose data are absent returns the sentence that says so
-instead of a Panel.
+Where: Study -> here -> catalogue.py. A figure whose data are absent is the sentence that says so.
 """
 
-from pathlib import Path
-
-import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
+from ..conventions import AXIS_LABEL
 from ..fitting.laws import LAWS
 from ..ranks import RankSweep, exponent_words
-from ..selection import AXIS_LABEL
 from ..study import Study
-from .draw import Panel, figure, legend, looks, save, variant
+from .draw import Drawing, figure, legend, looks, variant
 
 
 def _plain_log2(ax: Axes, values: list) -> None:
@@ -27,11 +23,11 @@ def _plain_log2(ax: Axes, values: list) -> None:
   ax.xaxis.set_minor_formatter(NullFormatter())
 
 
-def _shape_plot(s: Study, folder: Path, name: str, other: str) -> Panel | str:
+def _shape_plot(s: Study, name: str, other: str) -> Drawing | str:
   runs = s.grid
   if not len(runs) or runs[name].nunique() < 2:
     return f'Loss against {name}: the finished runs have one {name}.'
-  style, rows = looks(list(dict.fromkeys(s.table['arm']))), []
+  style, rows = looks(s.arms), []
   with figure() as (fig, ax):
     for arm, own in runs.groupby('arm', sort=False):
       for (fixed, _), line in own.groupby([other, 'duration']):
@@ -49,7 +45,7 @@ def _shape_plot(s: Study, folder: Path, name: str, other: str) -> Panel | str:
   exponent, words = _exponent(s, {'width': 'W', 'depth': 'H'}[name])
   caption = f'Loss against {name}, mean over seeds; lines join runs of equal {other} and budget. {words}'
   table = pd.concat([pd.DataFrame(rows).assign(kind='run'), pd.DataFrame([{'kind': 'exponent'} | exponent])])
-  return save(fig, folder, f'loss_vs_{name}', caption, table)
+  return Drawing(fig, caption, table)
 
 
 def _exponent(s: Study, covariate: str) -> tuple[dict[str, object], str]:
@@ -57,34 +53,34 @@ def _exponent(s: Study, covariate: str) -> tuple[dict[str, object], str]:
   shape = next((a for a in s.alternatives if a.law == 'width_depth'), None)
   problem = s.choice.reason if shape is None else shape.problem
   term = next(t for t in LAWS['width_depth'].terms if t.covariates[0][0] == covariate)
-  found = (shape.exponents if shape and not problem else {}).get(term.exponent, problem)
-  if isinstance(found, tuple):
-    value, (low, high) = found
+  exponent = (shape.exponents if shape and not problem else {}).get(term.exponent, problem)
+  if isinstance(exponent, tuple):
+    value, (low, high) = exponent
     words = (
       f'Fitted over all runs: {shape.formula} {term.exponent} = {value:.2f} (95 % {low:.2f} to {high:.2f}).'
     )
     return {'exponent': value, 'low': low, 'high': high, 'law': shape.formula}, words
-  reason = (found or 'the grid cannot tell its term').removeprefix('not identified: ').rstrip('.')
+  reason = (exponent or 'the grid cannot tell its term').removeprefix('not identified: ').rstrip('.')
   tried = f' ({shape.formula})' if shape and not problem else ''
   return {'problem': reason}, f'No exponent{tried}: {reason[:1].lower()}{reason[1:]}.'
 
 
-def loss_vs_width(s: Study, folder: Path) -> Panel | str:
+def loss_vs_width(s: Study) -> Drawing | str:
   """Loss against model width, lines at equal depth."""
-  return _shape_plot(s, folder, 'width', 'depth')
+  return _shape_plot(s, 'width', 'depth')
 
 
-def loss_vs_depth(s: Study, folder: Path) -> Panel | str:
+def loss_vs_depth(s: Study) -> Drawing | str:
   """Loss against model depth, lines at equal width."""
-  return _shape_plot(s, folder, 'depth', 'width')
+  return _shape_plot(s, 'depth', 'width')
 
 
-def rank_plot(s: Study, folder: Path, axis: str) -> Panel | str:
+def rank_plot(s: Study, axis: str) -> Drawing | str:
   """Loss against one manifold rank, with the full-rank and residual models as levels."""
   sweeps = [r for r in s.ranks if r.axis == axis]
   if not sweeps:
     return f'Loss against the {AXIS_LABEL[axis]}: fewer than two values have finished.'
-  style, rows, seen = looks(list(dict.fromkeys(s.table['arm']))), [], []
+  style, rows, seen = looks(s.arms), [], []
   with figure() as (fig, ax):
     for r in sweeps:
       look = variant(style[r.arm], seen.count(r.arm))
@@ -98,24 +94,21 @@ def rank_plot(s: Study, folder: Path, axis: str) -> Panel | str:
     caption += f' Bars: one standard error, from the spread between seeds ({s.seed_spread:.3f} nats).'
   for r in sweeps:
     caption += f' {r.arm}, {r.size}: {exponent_words(r.exponent)}'
-  return save(fig, folder, f'loss_vs_{axis}', caption, pd.DataFrame(rows))
+  return Drawing(fig, caption, pd.DataFrame(rows))
 
 
 def _draw_rank(ax: Axes, s: Study, r: RankSweep, look: dict[str, str]) -> list[dict]:
   """One line with its levels; returns the numbers of both, and of the exponent."""
-  groups = r.rows.groupby('rank')['validation_loss']
-  mean = groups.mean()
-  bar = (np.nan if s.seed_spread is None else s.seed_spread) / np.sqrt(groups.size())
-  ax.plot(mean.index, mean, **look, label=f'{r.arm}, {r.size}')
+  mean = r.means
+  ax.plot(mean['rank'], mean['validation_loss'], **look, label=f'{r.arm}, {r.size}')
   if s.seed_spread is not None:
-    ax.errorbar(mean.index, mean, yerr=bar, fmt='none', color=look['color'], lw=0.9)
+    bar = {'yerr': mean['standard_error'], 'fmt': 'none', 'color': look['color'], 'lw': 0.9}
+    ax.errorbar(mean['rank'], mean['validation_loss'], **bar)
   levels = [('full', f'{r.arm}, full rank', r.full, look['color'])]
-  levels.append(('reference', s.reference, _residual_like(s, r), '#000000'))
+  levels.append(('reference', s.reference, r.reference, '#000000'))
   columns = ['run_id', 'seed', 'rank', 'tokens', 'flops', 'validation_loss']
   rows = [{'kind': 'run'} | row for row in r.rows.reindex(columns=columns).to_dict('records')]
-  rows += [
-    {'kind': 'mean', 'rank': k, 'validation_loss': v, 'standard_error': bar[k]} for k, v in mean.items()
-  ]
+  rows += [{'kind': 'mean'} | row for row in mean.to_dict('records')]
   for (kind, label, level, colour), dash in zip(levels, (':', (0, (5, 1))), strict=True):
     if len(level):
       ax.axhline(level['validation_loss'].mean(), color=colour, ls=dash, lw=1.1, label=label)
@@ -127,11 +120,3 @@ def _draw_rank(ax: Axes, s: Study, r: RankSweep, look: dict[str, str]) -> list[d
     {'kind': 'exponent', 'form': e.form, 'phi': e.phi, 'low': low, 'high': high, 'problem': e.problem}
   )
   return [{'arm': r.arm, 'size': r.size} | row for row in rows]
-
-
-def _residual_like(s: Study, r: RankSweep) -> pd.DataFrame:
-  """The reference's runs at the sweep's size and budget, none where it is the sweep's own arm."""
-  runs = s.grid[s.grid['arm'] != r.arm]
-  same = runs[(runs['arm'] == s.reference) & (runs['size'] == r.size)]
-  near = np.abs(np.log(same['tokens'] / r.rows['tokens'].median())) < 0.05
-  return same[near | same['duration'].isin(r.rows['duration'])]

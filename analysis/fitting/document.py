@@ -1,8 +1,8 @@
 """A fit as plain values: parameters, intervals, verdicts and diagnostics, ready for JSON."""
 
-import math
-
 import numpy as np
+
+from mhc_jax.storage import finite
 
 from .estimate import Fit
 from .identify import doubts, verdicts
@@ -11,25 +11,12 @@ from .intervals import (
   bootstrap,
   clusters,
   coverage_caveat,
-  delta,
+  delta_method,
   derived,
   noise,
   percentile,
   preferred,
 )
-
-
-def json_ready(value: object) -> object:
-  """Plain JSON types: arrays to lists, infinities and NaN to null."""
-  if isinstance(value, dict):
-    return {str(k): json_ready(v) for k, v in value.items()}
-  if isinstance(value, list | tuple | np.ndarray):
-    return [json_ready(v) for v in value]
-  if isinstance(value, np.generic):
-    return json_ready(value.item())
-  if isinstance(value, float) and not math.isfinite(value):
-    return None
-  return value
 
 
 def document(fitted: Fit, resamples: int = 0, progress: bool = False, seed: int = 0) -> dict[str, object]:
@@ -38,7 +25,7 @@ def document(fitted: Fit, resamples: int = 0, progress: bool = False, seed: int 
   A parameter that identify.py does not let through is null, with the reason under `verdicts`.
   """
   values = fitted.parameters | derived(fitted, fitted.theta_P)
-  by_method, redrawn = {'delta': delta(fitted)}, {}
+  by_method, redrawn = {'delta': delta_method(fitted)}, {}
   if resamples:
     kinds = ('case', 'cluster') if clusters(fitted.points) < len(fitted.points) else ('case',)
     for kind in kinds:
@@ -49,7 +36,7 @@ def document(fitted: Fit, resamples: int = 0, progress: bool = False, seed: int 
   reasons = verdicts(fitted, by_method[method])
   show = {name: reasons[name] is None for name in values}
   shown = {name: {k: v if show[k] else None for k, v in ends.items()} for name, ends in by_method.items()}
-  return json_ready(
+  return finite(
     {name: value if show[name] else None for name, value in values.items()}
     | {
       'objective': fitted.objective,
@@ -77,7 +64,7 @@ def diagnostics(fitted: Fit) -> dict[str, object]:
   return {
     'degrees_of_freedom': fitted.degrees_of_freedom,
     'loss': fitted.problem.kind,
-    'delta': fitted.problem.delta,
+    'delta': fitted.problem.width,
     'reference': fitted.design.arms.reference,
     'within_cluster_correlation': noise(fitted).correlation,
     'optimiser': {

@@ -11,10 +11,9 @@ import numpy as np
 
 from mhc_jax.errors import ConfigError
 
-from .laws import ArmModel, Design, Law, Points, design, natural
+from .laws import HUBER_WIDTH, LOSSES, ArmModel, Design, Law, Points, design, natural, natural_map
 from .solve import (
   GRADIENT_TOLERANCE,
-  LOSSES,
   MAX_EXPONENT,
   SAME_OPTIMUM,
   Problem,
@@ -26,17 +25,16 @@ from .solve import (
   variable_projection,
 )
 
-DELTA = 1e-3  # in log loss; the literature's value (Hoffmann et al. 2203.15556)
-
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
   """A fitted law with all that is needed to judge it.
 
-  objective: the summed loss itself (Huber or half squares), not scaled. flags: reasons to doubt
-  the optimum, in words. condition: of J'J in centred log coordinates. correlation: between the
-  parameters `theta_names`. influence_R: Cook's distance of each run; shift_RP: change of each
-  parameter, in standard errors, if that run were left out (one-step approximation).
+  objective: the summed loss itself (Huber or half squares), not scaled. warnings: reasons to doubt the
+  optimum, in words. boundaries: label of a parameter at the edge of what it may be -> which edge. condition:
+  of J'J in centred log coordinates. correlation: between the parameters `theta_names`. influence_R: Cook's
+  distance of each run; shift_RP: change of each parameter, in standard errors, if that run were left out
+  (one-step approximation).
   """
 
   law: Law
@@ -49,7 +47,8 @@ class Fit:
   starts: int
   starts_at_optimum: int
   moved_from_init: bool
-  flags: tuple[str, ...]
+  warnings: tuple[str, ...]
+  boundaries: dict[str, str]
   condition: float
   covariance_PP: np.ndarray
   correlation_PP: np.ndarray
@@ -66,17 +65,22 @@ class Fit:
     return self.design.names
 
   @property
+  def flags(self) -> tuple[str, ...]:
+    """Warnings and boundaries as sentences."""
+    return (*self.warnings, *(f'{label} at its boundary: {why}' for label, why in self.boundaries.items()))
+
+  @property
   def degrees_of_freedom(self) -> int:
     return len(self.points) - len(self.theta_P)
 
 
 def make_problem(
-  law: Law, points: Points, arms: ArmModel, loss: str = 'huber', delta: float | str = DELTA
+  law: Law, points: Points, arms: ArmModel, loss: str = 'huber', width: float | str = HUBER_WIDTH
 ) -> Problem:
   """The numerical problem of a fit; raises ConfigError when no fit can exist.
 
-  delta 'auto' is max(1e-3, 1.345 x robust residual scale of the least-squares start): 95 % of the
-  efficiency of least squares under normal noise, where 1e-3 behaves like L1 (64 %).
+  width: of Huber's loss; 'auto' is max(1e-3, 1.345 x robust residual scale of the least-squares start):
+  95 % of the efficiency of least squares under normal noise, where 1e-3 behaves like L1 (64 %).
   """
   if loss not in LOSSES:
     raise ConfigError(f'unknown loss {loss!r}: choose from {", ".join(LOSSES)}')
@@ -88,11 +92,11 @@ def make_problem(
     # Relative noise; 'mse' has residuals in nats. Median 1: delta keeps its meaning for a typical run.
     spread_R = points.sigma * (points.loss if loss == 'mse' else 1.0)
     weight_R = np.median(spread_R) / spread_R
-  if delta == 'auto':
-    p = Problem(d, points.loss, weight_R, np.ones(len(points)), 'mse_log', DELTA)
+  if width == 'auto':
+    p = Problem(d, points.loss, weight_R, np.ones(len(points)), 'mse_log', HUBER_WIDTH)
     theta_P, _ = descend(variable_projection(p), p)
-    delta = max(DELTA, 1.345 * robust_scale(residuals(theta_P, p)[0], len(theta_P)))
-  return Problem(d, points.loss, weight_R, np.ones(len(points)), loss, float(delta))
+    width = max(HUBER_WIDTH, 1.345 * robust_scale(residuals(theta_P, p)[0], len(theta_P)))
+  return Problem(d, points.loss, weight_R, np.ones(len(points)), loss, float(width))
 
 
 def fit(
@@ -100,16 +104,16 @@ def fit(
   law: Law,
   arms: ArmModel | None = None,
   loss: str = 'huber',
-  delta: float | str = DELTA,
+  width: float | str = HUBER_WIDTH,
   start_count: int = 27,
   init: np.ndarray | None = None,
 ) -> Fit:
   """Fits `law` to all runs jointly; the best of the data-driven starts and variable projection.
 
-  loss: 'huber' (of log loss, width delta), 'mse_log', or 'mse' (of the loss itself). `init` (in
+  loss: 'huber' (of log loss), 'mse_log', or 'mse' (of the loss itself). `init` (in
   the design's own parameters) replaces all starts.
   """
-  p = make_problem(law, points, arms or ArmModel(), loss, delta)
+  p = make_problem(law, points, arms or ArmModel(), loss, width)
   laid_out = starts(p, start_count) if init is None else [np.asarray(init, float)]
   tried = [(start, *descend(start, p)) for start in laid_out]
   if init is None:
@@ -148,7 +152,8 @@ def _judged(
     starts=count,
     starts_at_optimum=agree,
     moved_from_init=moved,
-    flags=tuple(_flags(theta_P, p, converged, gradient, count, agree, moved)),
+    warnings=tuple(_warnings(converged, gradient, count, agree, moved)),
+    boundaries=_boundaries(theta_P, p),
     condition=condition,
     covariance_PP=covariance_PP,
     correlation_PP=inverse_PP / np.outer(deviation_P, deviation_P),
@@ -177,15 +182,7 @@ def _influence(
   return shift_RP / error_P, influence_R
 
 
-def _flags(
-  theta_P: np.ndarray,
-  p: Problem,
-  converged: bool,
-  gradient: float,
-  count: int,
-  agree: int,
-  moved: bool,
-) -> list[str]:
+def _warnings(converged: bool, gradient: float, count: int, agree: int, moved: bool) -> list[str]:
   """Reasons to doubt an optimum, in words; empty for a sound one."""
   out = []
   if not converged:
@@ -194,14 +191,20 @@ def _flags(
     out.append('did not move from its starting point')
   if count > 1 and agree < max(2, 0.1 * count):
     out.append(f'only {agree} of {count} starts reached the best objective')
-  for name, value in natural(theta_P, p.design).items():
-    base = name.split('[')[0]
-    if base == 'E' and value < 1e-3 * p.loss_R.min():
-      out.append(f'{name} at its boundary: E -> 0')
-    if base in p.design.law.exponents and value < 0.01:
-      out.append(f'{name} at its boundary: exponent -> 0')
-    if base in p.design.law.exponents and value > MAX_EXPONENT:
-      out.append(f'{name} at its boundary: exponent above {MAX_EXPONENT:g}, a term that only noise has')
+  return out
+
+
+def _boundaries(theta_P: np.ndarray, p: Problem) -> dict[str, str]:
+  """Label of each parameter that ran to the edge of what it may be -> which edge."""
+  out, values = {}, natural(theta_P, p.design)
+  for parameter in natural_map(p.design)[0]:
+    value = values[parameter.label]
+    if parameter.kind == 'constant' and value < 1e-3 * p.loss_R.min():
+      out[parameter.label] = 'E -> 0'
+    if parameter.kind == 'exponent' and value < 0.01:
+      out[parameter.label] = 'exponent -> 0'
+    if parameter.kind == 'exponent' and value > MAX_EXPONENT:
+      out[parameter.label] = f'exponent above {MAX_EXPONENT:g}, a term that only noise has'
   return out
 
 
@@ -211,7 +214,7 @@ def noise_covariance(theta_P: np.ndarray, p: Problem) -> tuple[np.ndarray, np.nd
   Huber's M-estimator formula  mean(psi^2) / mean(psi')^2 (J'J)^-1 with n - P degrees of freedom.
   mean(psi') is taken from a normal core of the residuals' robust scale (median absolute residual
   without the P smallest, which a near-L1 fit forces to zero): counting the few residuals inside
-  delta would be far too noisy at 25 runs.
+  the width would be far too noisy at 25 runs.
   """
   residual_R, jac_RP = residuals(theta_P, p)
   n, k = jac_RP.shape
@@ -223,11 +226,11 @@ def noise_covariance(theta_P: np.ndarray, p: Problem) -> tuple[np.ndarray, np.nd
 
 
 def mean_slope(residual_R: np.ndarray, parameters: int, p: Problem) -> float:
-  """Expected derivative of psi: the part of a normal core of the residuals inside +-delta."""
+  """Expected derivative of psi: the part of a normal core of the residuals inside +-width."""
   scale = robust_scale(residual_R, parameters)
   if p.kind != 'huber' or scale == 0:
     return 1.0
-  return math.erf(p.delta / (math.sqrt(2) * scale))
+  return math.erf(p.width / (math.sqrt(2) * scale))
 
 
 def robust_scale(residual_R: np.ndarray, parameters: int) -> float:

@@ -9,8 +9,8 @@ import dataclasses
 import numpy as np
 
 from .estimate import Fit
-from .intervals import delta
-from .laws import LAWS, Law, Points
+from .intervals import delta_method
+from .laws import LAWS, Law, Points, natural_map
 
 MIN_DEGREES_OF_FREEDOM = 3
 MIN_SIZES = 4  # a constant plus a power has 3 numbers: with 3 sizes every curve fits
@@ -54,7 +54,7 @@ def _levels(log_value: np.ndarray, tolerance: float = 0.1) -> int:
 def choose_law(points: Points) -> Choice:
   """L(N, D) when the grid separates N from D, else L(C), else none. Reads log_x N, D, C."""
   if not len(points):
-    return Choice(None, 'There is no finished run to fit.')
+    return Choice(None, 'There is no finished run.')
   sizes = len(set(points.size.tolist()))
   span = float(np.exp(np.ptp(points.log_x['C'])))
   if sizes < MIN_SIZES:
@@ -132,35 +132,33 @@ def doubts(fit: Fit) -> list[str]:
       f'{len(fit.points)} runs for {len(fit.theta_P)} parameters '
       f'(at least {MIN_DEGREES_OF_FREEDOM} more runs are needed)'
     )
-  out += [flag for flag in fit.flags if 'boundary' not in flag]
+  out += fit.warnings
   return out
 
 
 def verdicts(fit: Fit, intervals: dict[str, list[float]] | None = None) -> dict[str, str | None]:
   """Parameter name -> None when its number may be printed, else the reason in words."""
-  intervals = delta(fit) if intervals is None else intervals
+  intervals = delta_method(fit) if intervals is None else intervals
   everything = doubts(fit)
-  boundary = {flag.split(' at its boundary')[0]: flag for flag in fit.flags if 'boundary' in flag}
-  return {name: _verdict(fit, name, intervals[name], everything, boundary.get(name)) for name in intervals}
+  kinds = {parameter.label: parameter.kind for parameter in natural_map(fit.design)[0]}
+  return {
+    label: 'not fitted soundly: ' + '; '.join(everything)
+    if everything
+    else _verdict(fit, kinds.get(label, 'derived'), ends, fit.boundaries.get(label))
+    for label, ends in intervals.items()
+  }
 
 
-def _verdict(
-  fit: Fit, name: str, ends: list[float], everything: list[str], boundary: str | None
-) -> str | None:
-  base = name.split('[')[0]
-  if everything:
-    return 'not fitted soundly: ' + '; '.join(everything)
+def _verdict(fit: Fit, kind: str, ends: list[float], boundary: str | None) -> str | None:
   if boundary:
-    return f'not identified: {boundary.split(": ")[1]}'
-  is_multiplier = base in ('m', 'rho_N', 'rho_D')
-  if not is_multiplier and base != 'phi' and fit.condition > MAX_CONDITION:
+    return f'not identified: {boundary}'
+  if kind not in ('multiplier', 'axis') and fit.condition > MAX_CONDITION:
     return f'not identified: condition number {fit.condition:.0e}'
-  if base == 'phi':
+  if kind == 'axis':
     return None  # an exponent of rank may be zero or negative: the interval says all
   low, high = ends
-  coefficient = base in [t.coefficient for t in fit.law.terms]
-  limit = MAX_COEFFICIENT_FACTOR if coefficient else MAX_FACTOR
-  if base == 'E' and high >= fit.points.loss.min():
+  limit = MAX_COEFFICIENT_FACTOR if kind == 'coefficient' else MAX_FACTOR
+  if kind == 'constant' and high >= fit.points.loss.min():
     return 'not identified: its 95 % interval reaches the smallest measured loss'
   if not np.isfinite(high) or low <= 0 or high / low > limit:
     return f'not identified: its 95 % interval is wider than a factor of {limit:g}'

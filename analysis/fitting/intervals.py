@@ -15,7 +15,7 @@ from scipy import stats
 from tqdm import tqdm
 
 from .estimate import Fit, mean_slope, noise_covariance
-from .laws import Points, design, natural, natural_map, predict
+from .laws import Design, Parameter, Points, design, log_loss, natural, natural_map
 from .solve import descend, residuals, score
 
 LEVEL = 0.95
@@ -147,9 +147,9 @@ def derived(fit: Fit, theta_P: np.ndarray) -> dict[str, float]:
   return {}
 
 
-def delta(fit: Fit, level: float = LEVEL) -> dict[str, list[float]]:
+def delta_method(fit: Fit, level: float = LEVEL) -> dict[str, list[float]]:
   """Delta-method intervals with Student's t, on the log scale for E, coefficients and multipliers."""
-  names, map_ = natural_map(fit.design)
+  parameters, map_ = natural_map(fit.design)
   centre = map_ @ fit.theta_P
   extra = derived(fit, fit.theta_P)
   gradients = [
@@ -159,10 +159,9 @@ def delta(fit: Fit, level: float = LEVEL) -> dict[str, list[float]]:
   half = stats.t.ppf(0.5 + level / 2, freedom) * np.sqrt(variance)
   out = {}
   with np.errstate(over='ignore'):  # an unidentified coefficient: its upper end is inf
-    for name, c, h in zip([*names, *extra], [*centre, *extra.values()], half, strict=True):
-      log = name.startswith('log ')
-      ends = [np.exp(v) if log else v for v in (c - h, c + h)]
-      out[name.removeprefix('log ')] = [float(v) for v in ends]
+    shown = [*parameters, *(Parameter('derived', name) for name in extra)]
+    for p, c, h in zip(shown, [*centre, *extra.values()], half, strict=True):
+      out[p.label] = [float(np.exp(v) if p.in_log else v) for v in (c - h, c + h)]
   return out
 
 
@@ -229,7 +228,7 @@ class Band:
 def band(fit: Fit, at: Points, level: float = LEVEL) -> Band:
   """Prediction at new points: curve uncertainty (delta method), and with one run's noise added."""
   d = design(fit.law, at, fit.design.arms, fit.design.centre_J)
-  log_R, jac_RP = predict(fit.theta_P, _aligned(d, fit.design.names))
+  log_R, jac_RP = log_loss(fit.theta_P, _aligned(d, fit.design.parameters))
   variance_R, freedom_R = contrast_variance(fit, jac_RP)
   quantile_R = stats.t.ppf(0.5 + level / 2, freedom_R)
   half_R = quantile_R * np.sqrt(variance_R)
@@ -240,23 +239,23 @@ def band(fit: Fit, at: Points, level: float = LEVEL) -> Band:
 
 def residual_variance(fit: Fit) -> float:
   """Variance of log loss about the fit, n - P degrees of freedom."""
-  log_R, _ = predict(fit.theta_P, fit.design)
+  log_R, _ = log_loss(fit.theta_P, fit.design)
   residual_R = log_R - np.log(fit.points.loss)
   return float(residual_R @ residual_R) / max(fit.degrees_of_freedom, 1)
 
 
-def _aligned(d, names: tuple[str, ...]):
+def _aligned(d: Design, parameters: tuple[Parameter, ...]) -> Design:
   """A design over a subset of the arms, its parameters put in the order of the full fit."""
-  position = [names.index(name) for name in d.names]
+  position = [parameters.index(parameter) for parameter in d.parameters]
 
   def spread(matrix: np.ndarray) -> np.ndarray:
-    out = np.zeros((*matrix.shape[:-1], len(names)))
+    out = np.zeros((*matrix.shape[:-1], len(parameters)))
     out[..., position] = matrix
     return out
 
   return dataclasses.replace(
     d,
-    names=names,
+    parameters=parameters,
     e_RP=spread(d.e_RP),
     a_JRP=spread(d.a_JRP),
     x_JRP=spread(d.x_JRP),

@@ -18,6 +18,9 @@ import numpy as np
 
 from mhc_jax.errors import ConfigError
 
+LOSSES = ('huber', 'mse_log', 'mse')  # what a fit may minimise; mse: of the loss itself
+HUBER_WIDTH = 1e-3  # delta, in log loss; the literature's value (Hoffmann et al. 2203.15556)
+
 
 @dataclasses.dataclass(frozen=True)
 class Term:
@@ -137,12 +140,40 @@ class Points:
 
 
 @dataclasses.dataclass(frozen=True)
+class Parameter:
+  """One number of a fit.
+
+  kind: 'constant' (E), 'coefficient', 'exponent', 'multiplier', 'axis' (phi of r^phi) or 'derived'. of: the
+  arm or axis that it belongs to; None where all runs share it.
+  """
+
+  kind: str
+  base: str
+  of: str | None = None
+
+  @property
+  def label(self) -> str:
+    """As it is published: E, alpha, m[arm]."""
+    return self.base if self.of is None else f'{self.base}[{self.of}]'
+
+  @property
+  def in_log(self) -> bool:
+    """Whether it is fitted as its logarithm."""
+    return self.kind in ('constant', 'coefficient', 'multiplier')
+
+  @property
+  def name(self) -> str:
+    """As it is fitted: log E, alpha, log m[arm]."""
+    return f'log {self.label}' if self.in_log else self.label
+
+
+@dataclasses.dataclass(frozen=True)
 class Design:
   """The linear maps from the parameter vector to each run's log E, log A_j, alpha_j and log m_j."""
 
   law: Law
   arms: ArmModel
-  names: tuple[str, ...]
+  parameters: tuple[Parameter, ...]
   e_RP: np.ndarray
   a_JRP: np.ndarray
   x_JRP: np.ndarray
@@ -151,13 +182,17 @@ class Design:
   centre_J: np.ndarray
 
   @property
+  def names(self) -> tuple[str, ...]:
+    return tuple(p.name for p in self.parameters)
+
+  @property
   def linear(self) -> np.ndarray:
     """Which parameters the loss is linear in once exponentiated (log E and log A)."""
-    return np.array([name.startswith(('log E', 'log A', 'log B', 'log G')) for name in self.names])
+    return np.array([p.kind in ('constant', 'coefficient') for p in self.parameters])
 
   @property
   def is_exponent(self) -> np.ndarray:
-    return np.array([name.split('[')[0] in self.law.exponents for name in self.names])
+    return np.array([p.kind == 'exponent' for p in self.parameters])
 
 
 def power_covariates(law: Law, points: Points) -> np.ndarray:
@@ -168,8 +203,8 @@ def power_covariates(law: Law, points: Points) -> np.ndarray:
   return np.stack([sum(c * points.log_x[name] for name, c in term.covariates) for term in law.terms])
 
 
-def _multiplier_columns(law: Law, points: Points, arms: ArmModel) -> dict[str, np.ndarray]:
-  """Name -> (J, R) weight of that log multiplier in each term."""
+def _multiplier_columns(law: Law, points: Points, arms: ArmModel) -> dict[Parameter, np.ndarray]:
+  """(J, R) weight of each log multiplier, and of each exponent of an axis, in each term."""
   share_J = np.array([term.share for term in law.terms])
   columns = {}
   for arm in points.arms:
@@ -177,15 +212,15 @@ def _multiplier_columns(law: Law, points: Points, arms: ArmModel) -> dict[str, n
       continue
     is_arm_R = (points.arm == arm).astype(float)
     if arms.multiplier == 'common':
-      columns[f'log m[{arm}]'] = share_J[:, None] * is_arm_R
+      columns[Parameter('multiplier', 'm', arm)] = share_J[:, None] * is_arm_R
       continue
     for factor in {'both': ('N', 'D')}.get(arms.multiplier, (arms.multiplier,)):
       in_term_J = np.array([float(term.covariates == ((factor, 1.0),)) for term in law.terms])
       if not in_term_J.any():
         raise ConfigError(f'law {law.name} has no {factor} term for a multiplier rho_{factor}')
-      columns[f'log rho_{factor}[{arm}]'] = in_term_J[:, None] * is_arm_R
+      columns[Parameter('multiplier', f'rho_{factor}', arm)] = in_term_J[:, None] * is_arm_R
   for axis in arms.axes:
-    columns[f'phi[{axis}]'] = share_J[:, None] * points.axes[axis]
+    columns[Parameter('axis', 'phi', axis)] = share_J[:, None] * points.axes[axis]
   return columns
 
 
@@ -197,29 +232,29 @@ def design(law: Law, points: Points, arms: ArmModel, centre_J: np.ndarray | None
   centre_J = cov_JR.mean(1) if centre_J is None else centre_J
   arm_names = tuple(dict.fromkeys((arms.reference, *points.arms)))
 
-  def versions(name: str, free: bool) -> list[str]:
-    return [f'{name}[{arm}]' for arm in arm_names] if free else [name]
+  def versions(kind: str, base: str, free: bool) -> list[Parameter]:
+    return [Parameter(kind, base, arm) for arm in arm_names] if free else [Parameter(kind, base)]
 
-  names = versions('log E', arms.free_e)
-  names += [f'log {term.coefficient}' for term in law.terms]
-  names += [v for exponent in law.exponents for v in versions(exponent, arms.free_exponents)]
+  parameters = versions('constant', 'E', arms.free_e)
+  parameters += [Parameter('coefficient', term.coefficient) for term in law.terms]
+  parameters += [p for name in law.exponents for p in versions('exponent', name, arms.free_exponents)]
   multipliers = _multiplier_columns(law, points, arms)
-  names += list(multipliers)
-  column = {name: p for p, name in enumerate(names)}
-  shape = (len(law.terms), len(points), len(names))
+  parameters += list(multipliers)
+  column = {parameter: p for p, parameter in enumerate(parameters)}
+  shape = (len(law.terms), len(points), len(parameters))
   e_RP, (a_JRP, x_JRP, m_JRP) = np.zeros(shape[1:]), np.zeros((3, *shape))
-  for r, arm in enumerate(points.arm):
-    e_RP[r, column[f'log E[{arm}]' if arms.free_e else 'log E']] = 1
+  for r, arm in enumerate(points.arm.tolist()):
+    e_RP[r, column[Parameter('constant', 'E', arm if arms.free_e else None)]] = 1
     for j, term in enumerate(law.terms):
-      a_JRP[j, r, column[f'log {term.coefficient}']] = 1
-      exponent = f'{term.exponent}[{arm}]' if arms.free_exponents else term.exponent
-      x_JRP[j, r, column[exponent]] = 1
-  for name, weight_JR in multipliers.items():
-    m_JRP[:, :, column[name]] = weight_JR
-  return Design(law, arms, tuple(names), e_RP, a_JRP, x_JRP, m_JRP, cov_JR - centre_J[:, None], centre_J)
+      a_JRP[j, r, column[Parameter('coefficient', term.coefficient)]] = 1
+      x_JRP[j, r, column[Parameter('exponent', term.exponent, arm if arms.free_exponents else None)]] = 1
+  for parameter, weight_JR in multipliers.items():
+    m_JRP[:, :, column[parameter]] = weight_JR
+  cov_JR = cov_JR - centre_J[:, None]
+  return Design(law, arms, tuple(parameters), e_RP, a_JRP, x_JRP, m_JRP, cov_JR, centre_J)
 
 
-def predict(theta_P: np.ndarray, d: Design) -> tuple[np.ndarray, np.ndarray]:
+def log_loss(theta_P: np.ndarray, d: Design) -> tuple[np.ndarray, np.ndarray]:
   """Log loss of every run (R,) and its Jacobian with respect to the parameters (R, P)."""
   alpha_JR = d.x_JRP @ theta_P
   z_JR = d.cov_JR + d.m_JRP @ theta_P
@@ -237,35 +272,29 @@ def predict(theta_P: np.ndarray, d: Design) -> tuple[np.ndarray, np.ndarray]:
   return top_R + np.log(total_R), jac_RP
 
 
-def natural_map(d: Design) -> tuple[list[str], np.ndarray]:
-  """Names and matrix T of the uncentred parameters T @ theta: log E, log A, exponents, log m.
+def natural_map(d: Design) -> tuple[list[Parameter], np.ndarray]:
+  """Uncentred parameters and the matrix T that makes them, T @ theta: log E, log A, exponents, log m.
 
   With exponents free per arm the uncentred coefficients differ per arm too: A[arm].
   """
-  column = {name: p for p, name in enumerate(d.names)}
-  names, rows = [], []
-  for name in d.names:
-    terms = [j for j, t in enumerate(d.law.terms) if f'log {t.coefficient}' == name]
-    if not terms:
-      names.append(name)
-      rows.append(np.eye(len(d.names))[column[name]])
+  identity = np.eye(len(d.parameters))
+  out, rows = [], []
+  for k, parameter in enumerate(d.parameters):
+    if parameter.kind != 'coefficient':
+      out.append(parameter)
+      rows.append(identity[k])
       continue
-    (j,) = terms
-    exponent = d.law.terms[j].exponent
-    for full in [n for n in d.names if n == exponent or n.startswith(exponent + '[')]:
-      row = np.eye(len(d.names))[column[name]]
-      row[column[full]] = d.centre_J[j]
-      names.append(name + full.removeprefix(exponent))
-      rows.append(row)
-  return names, np.array(rows)
+    (j,) = [j for j, term in enumerate(d.law.terms) if term.coefficient == parameter.base]
+    for q, exponent in enumerate(d.parameters):
+      if (exponent.kind, exponent.base) == ('exponent', d.law.terms[j].exponent):
+        out.append(dataclasses.replace(parameter, of=exponent.of))
+        rows.append(identity[k] + d.centre_J[j] * identity[q])
+  return out, np.array(rows)
 
 
 def natural(theta_P: np.ndarray, d: Design) -> dict[str, float]:
   """Parameters as they are published: E, A, alpha, ..., m[arm] (logs exponentiated)."""
-  names, map_ = natural_map(d)
+  parameters, map_ = natural_map(d)
   values = map_ @ theta_P
   with np.errstate(over='ignore'):  # log A of a term that ran away: inf is the honest value
-    return {
-      name.removeprefix('log '): float(np.exp(v) if name.startswith('log ') else v)
-      for name, v in zip(names, values, strict=True)
-    }
+    return {p.label: float(np.exp(v) if p.in_log else v) for p, v in zip(parameters, values, strict=True)}

@@ -10,7 +10,7 @@ from mhc_jax.errors import ConfigError
 from .estimate import Fit
 from .identify import doubts, verdicts
 from .intervals import band
-from .laws import Points
+from .laws import Points, natural_map
 from .points import AXIS, COVARIATES, completed
 
 
@@ -61,7 +61,8 @@ def _problem(fit: Fit, log_x: dict[str, np.ndarray]) -> str | None:
   if doubts(fit):
     return 'not fitted soundly: ' + '; '.join(doubts(fit))
   beyond = [name for name in fit.law.covariates if log_x[name][0] > fit.points.log_x[name].max() + 1e-9]
-  floors = [reason for name, reason in verdicts(fit).items() if name.startswith('E') and reason]
+  reasons = verdicts(fit)
+  floors = [p.label for p in natural_map(fit.design)[0] if p.kind == 'constant' and reasons[p.label]]
   if beyond and floors:
-    return f'beyond the largest {" and ".join(beyond)} the floor E decides, and it is {floors[0]}'
+    return f'beyond the largest {" and ".join(beyond)} the floor E decides, and it is {reasons[floors[0]]}'
   return None

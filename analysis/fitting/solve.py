@@ -1,6 +1,6 @@
 """Minimise the summed robust loss of one design from many data-driven starts.
 
-Where: the numerical core under fit.py. The objective is a *sum* over runs, divided by delta^2:
+Where: the numerical core under estimate.py. The objective is a *sum* over runs, divided by the width^2:
 averaged, or left at its natural size of 1e-4, it meets the optimiser's default tolerances at once
 and the fit stops early (the error documented in Besiroglu et al. 2404.10102, section 4).
 """
@@ -11,9 +11,8 @@ import itertools
 import numpy as np
 from scipy.optimize import minimize, nnls
 
-from .laws import Design, predict
+from .laws import Design, log_loss
 
-LOSSES = ('huber', 'mse_log', 'mse')
 SAME_OPTIMUM = 1e-6  # relative difference of objectives below which two starts agree
 MAX_EXPONENT = 4.0  # a steeper term touches only the smallest runs: it is noise
 
@@ -27,19 +26,19 @@ class Problem:
   weight_R: np.ndarray
   count_R: np.ndarray
   kind: str
-  delta: float
+  width: float  # of Huber's loss, in log loss
 
   @property
   def scale(self) -> float:
     """What the objective is divided by: the square of a residual that matters."""
     if self.kind == 'huber':
-      return self.delta**2
+      return self.width**2
     return 1e-6 if self.kind == 'mse_log' else 1e-6 * float(np.mean(self.loss_R)) ** 2
 
 
 def residuals(theta_P: np.ndarray, p: Problem) -> tuple[np.ndarray, np.ndarray]:
   """Weighted residuals (R,), in log loss or (kind 'mse') in nats, and their Jacobian (R, P)."""
-  log_R, jac_RP = predict(theta_P, p.design)
+  log_R, jac_RP = log_loss(theta_P, p.design)
   if p.kind == 'mse':
     # 700 is the largest exponent of a float64: a wild line-search step is rejected, not inf.
     value_R = np.exp(np.minimum(log_R, 700.0))
@@ -48,15 +47,15 @@ def residuals(theta_P: np.ndarray, p: Problem) -> tuple[np.ndarray, np.ndarray]:
 
 
 def score(residual_R: np.ndarray, p: Problem) -> np.ndarray:
-  """Derivative psi of the loss of one residual: r clipped to +-delta for Huber, else r."""
-  return np.clip(residual_R, -p.delta, p.delta) if p.kind == 'huber' else residual_R
+  """Derivative psi of the loss of one residual: r clipped to +-width for Huber, else r."""
+  return np.clip(residual_R, -p.width, p.width) if p.kind == 'huber' else residual_R
 
 
 def objective(theta_P: np.ndarray, p: Problem) -> tuple[float, np.ndarray]:
-  """Summed loss over `scale`, and its gradient. Huber: r^2/2 inside delta; otherwise r^2/2."""
+  """Summed loss over `scale`, and its gradient. Huber: r^2/2 inside the width; otherwise r^2/2."""
   residual_R, jac_RP = residuals(theta_P, p)
   psi_R = score(residual_R, p)
-  # |psi| * (|r| - |psi|/2) is r^2/2 inside delta and delta (|r| - delta/2) outside.
+  # |psi| * (|r| - |psi|/2) is r^2/2 inside the width w and w (|r| - w/2) outside.
   value_R = np.abs(psi_R) * (np.abs(residual_R) - 0.5 * np.abs(psi_R))
   return float(p.count_R @ value_R) / p.scale, (p.count_R * psi_R) @ jac_RP / p.scale
 
@@ -80,13 +79,12 @@ def starts(p: Problem, count: int = 27) -> list[np.ndarray]:
   out = []
   for e_part, *speeds in itertools.product((0.4, 0.7, 0.92), *([steps] * len(groups))):
     theta_P = np.zeros(len(d.names))
-    for q, name in enumerate(d.names):
-      base = name.split('[')[0]
-      if base == 'log E':
+    for q, parameter in enumerate(d.parameters):
+      if parameter.kind == 'constant':
         theta_P[q] = np.log(e_part * low)
-      elif base in groups:
-        theta_P[q] = speeds[groups.index(base)] / spread[base]
-      elif d.linear[q]:
+      elif parameter.kind == 'exponent':
+        theta_P[q] = speeds[groups.index(parameter.base)] / spread[parameter.base]
+      elif parameter.kind == 'coefficient':
         theta_P[q] = np.log((typical - e_part * low) / len(d.law.terms))
     out.append(theta_P)
   return out[:count]
@@ -131,7 +129,7 @@ def variable_projection(p: Problem) -> np.ndarray:
   for speeds in itertools.product(grid, repeat=len(groups)):
     theta_P = np.zeros(len(d.names))
     for q in np.flatnonzero(d.is_exponent):
-      theta_P[q] = speeds[groups.index(d.names[q].split('[')[0])]
+      theta_P[q] = speeds[groups.index(d.parameters[q].base)]
     _, value, _ = linear_solve(theta_P, p)
     if value < best_value:
       best, best_value = theta_P, value
@@ -148,9 +146,9 @@ def variable_projection(p: Problem) -> np.ndarray:
     over_P = free_P - theta_P[free]
     return 1e6 * (value + over_P @ over_P), 1e6 * (gradient_P[free] * (over_P == 0) + 2 * over_P)
 
-  found = minimize(outer, best[free], jac=True, method='BFGS', options={'maxiter': 100})
+  optimum = minimize(outer, best[free], jac=True, method='BFGS', options={'maxiter': 100})
   theta_P = best.copy()
-  theta_P[free] = np.clip(found.x, low, high)
+  theta_P[free] = np.clip(optimum.x, low, high)
   return linear_solve(theta_P, p)[0]
 
 
@@ -158,9 +156,9 @@ def curvature(theta_P: np.ndarray, p: Problem) -> np.ndarray:
   """Majorising Gauss-Newton matrix (P, P) of the scaled objective: weights psi(r)/r per run."""
   residual_R, jac_RP = residuals(theta_P, p)
   weight_R = np.ones_like(residual_R)
-  outside = np.abs(residual_R) > p.delta
+  outside = np.abs(residual_R) > p.width
   if p.kind == 'huber':
-    weight_R[outside] = p.delta / np.abs(residual_R[outside])
+    weight_R[outside] = p.width / np.abs(residual_R[outside])
   return (jac_RP * (p.count_R * weight_R)[:, None]).T @ jac_RP / p.scale
 
 
@@ -174,7 +172,7 @@ def whitener(theta_P: np.ndarray, p: Problem) -> np.ndarray:
 
 
 # In whitened coordinates the distance to the optimum is about |gradient|^2 / 2, in units in which
-# one residual of size delta counts one half: 1e-3 leaves 5e-7 of such a unit.
+# one residual of the width counts one half: 1e-3 leaves 5e-7 of such a unit.
 GRADIENT_TOLERANCE = 1e-3
 
 
@@ -187,7 +185,7 @@ def descend(theta_P: np.ndarray, p: Problem) -> tuple[np.ndarray, float]:
     return value, white_PP.T @ gradient_P
 
   with np.errstate(over='ignore', invalid='ignore', divide='ignore'):  # wild line-search steps
-    found = minimize(
+    optimum = minimize(
       whitened,
       np.zeros_like(theta_P),
       jac=True,
@@ -195,9 +193,9 @@ def descend(theta_P: np.ndarray, p: Problem) -> tuple[np.ndarray, float]:
       options={'gtol': GRADIENT_TOLERANCE, 'maxiter': 500},
     )
   value, _ = objective(theta_P, p)
-  if not np.isfinite(found.fun) or found.fun > value:
+  if not np.isfinite(optimum.fun) or optimum.fun > value:
     return theta_P, value
-  return theta_P + white_PP @ found.x, float(found.fun)
+  return theta_P + white_PP @ optimum.x, float(optimum.fun)
 
 
 def gradient_norm(theta_P: np.ndarray, p: Problem) -> float:
