@@ -1,4 +1,4 @@
-"""`python -m analysis.reproduce POINTS.csv --expect FILE`: check a published answer on its data.
+"""`mhc reproduce POINTS.csv --expect FILE`: check a published answer on its data.
 
 Where: beside fit.py; exit code 0 when every number is met, 1 when one is missed, 2 for bad input.
 FILE (JSON) says how the answer was made and what it is; analysis/expected/ holds two:
@@ -25,9 +25,9 @@ from .fitting.points import drop_highest, parse_columns, read_points, read_table
 from .minima import METHODS, minima_by_budget, power_law
 
 EXAMPLES = """examples:
-  python -m analysis.reproduce chinchilla_besiroglu.csv \\
+  mhc reproduce chinchilla_besiroglu.csv \\
       --expect analysis/expected/chinchilla_besiroglu.json
-  python -m analysis.reproduce porian_isoflops.csv --expect analysis/expected/porian.json
+  mhc reproduce porian_isoflops.csv --expect analysis/expected/porian.json
 
 FILE for a law:
   {"method": "law", "law": "chinchilla", "columns": "N=params,D=tokens,loss=loss",
@@ -162,7 +162,7 @@ def _numbers(want: object, *keys: object) -> bool:
 def main(argv: list[str] | None = None) -> int:
   """Command line; prints one line per number and returns the exit code. Raises ConfigError for bad input."""
   parser = argparse.ArgumentParser(
-    'python -m analysis.reproduce',
+    'mhc reproduce',
     description='Check a published scaling-law answer on its own data.',
     epilog=EXAMPLES,
     formatter_class=argparse.RawDescriptionHelpFormatter,

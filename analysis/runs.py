@@ -99,7 +99,7 @@ def read_sweep(folder: Path) -> Sweep:
   if plan is None or not isinstance(plan.get('runs'), list):
     raise ConfigError(
       f'{folder}: {trouble or "plan.json lists no runs"}; a sweep writes it '
-      '(python -m experiments.sweep NAME)'
+      '(mhc sweep NAME)'
     )
   if not all(isinstance(item, dict) and {'run_id', 'arm'} <= set(item) for item in plan['runs']):
     raise ConfigError(f'{folder}: plan.json is broken: a run without run_id or arm')
