@@ -102,7 +102,7 @@ def check_isoflop(path: Path, spec: dict) -> list[Line]:
     label = 'N* exponent, ' + ' '.join(map(str, want['group']))
     if not picked.any():
       raise ConfigError(f'{path}: no rows for {label}')
-    points = read_points(path, columns, table[picked].reset_index(drop=True))
+    points = read_points(path, columns, table[picked])
     budgets = minima_by_budget(
       points.log_x['C'], points.log_x['N'], points.loss, spec.get('interpolation', 'akima')
     )

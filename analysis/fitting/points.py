@@ -32,6 +32,8 @@ def parse_columns(text: str) -> dict[str, str]:
       raise ConfigError(f'--columns: {part!r} is not ROLE=COLUMN (example: N=params,loss=loss)')
     if role not in NUMBERS + LABELS and not role.startswith(AXIS):
       raise ConfigError(f'--columns: unknown role {role!r}; roles: {", ".join(NUMBERS + LABELS)}, axis:NAME')
+    if role in out:
+      raise ConfigError(f'--columns: {role} is given twice, as {out[role]!r} and {column!r}')
     out[role] = column
   if 'loss' not in out:
     raise ConfigError('--columns: say which column is the loss (loss=COLUMN)')
@@ -41,13 +43,17 @@ def parse_columns(text: str) -> dict[str, str]:
 
 
 def read_table(path: Path) -> pd.DataFrame:
-  """The CSV as a table; raises ConfigError for a missing, empty or unreadable file."""
+  """The CSV as a table without its blank lines, which the index counts.
+
+  Raises ConfigError for a missing, empty or unreadable file.
+  """
   if not path.is_file():
     raise ConfigError(f'{path}: no such file')
   try:
     with warnings.catch_warnings():
       warnings.simplefilter('error', pd.errors.ParserWarning)  # rows longer than the header
-      table = pd.read_csv(path, index_col=False)  # never takes a surplus column for an index
+      # Never takes a surplus column for an index; blank lines count, so that errors name the right one.
+      table = pd.read_csv(path, index_col=False, skip_blank_lines=False).dropna(how='all')
   except (pd.errors.ParserError, pd.errors.ParserWarning, pd.errors.EmptyDataError, UnicodeDecodeError) as e:
     raise ConfigError(f'{path}: not a CSV table ({str(e).strip().splitlines()[0]})') from e
   if table.empty:
@@ -59,9 +65,9 @@ def _number(table: pd.DataFrame, role: str, column: str, path: Path) -> np.ndarr
   values = pd.to_numeric(table[column], errors='coerce').to_numpy(float)
   bad = np.flatnonzero(~np.isfinite(values) | (values <= 0))
   if len(bad):
-    row = bad[0]
+    cell = ' '.join(str(table[column].iloc[bad[0]]).split())
     raise ConfigError(
-      f'{path}: line {row + 2}: {role} (column {column!r}) is {table[column].iloc[row]}; '
+      f'{path}: line {table.index[bad[0]] + 2}: {role} (column {column!r}) is {cell}; '
       'it must be a positive number (drop failed runs before fitting)'
     )
   return values
@@ -88,7 +94,7 @@ def read_points(path: Path, columns: dict[str, str], table: pd.DataFrame | None 
   n = len(table)
   for role, column in columns.items():
     if role in LABELS and table[column].isna().any():
-      line = int(np.flatnonzero(table[column].isna())[0]) + 2
+      line = table.index[table[column].isna()][0] + 2
       raise ConfigError(f'{path}: line {line}: {role} (column {column!r}) is empty')
   label = {r: table[c].astype(str).to_numpy(str) for r, c in columns.items() if r in LABELS}
   size = label['size'] if 'size' in label else _sizes(log_x)
@@ -105,7 +111,7 @@ def read_points(path: Path, columns: dict[str, str], table: pd.DataFrame | None 
     label.get('arm', np.full(n, 'all')),
     cluster,
     size,
-    np.arange(n) + 2,  # the line in the file
+    table.index.to_numpy() + 2,  # the line in the file
     sigma=value.get('sigma'),
     axes=axes,
   )
