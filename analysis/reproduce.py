@@ -26,8 +26,8 @@ from .minima import METHODS, minima_by_budget, power_law
 
 EXAMPLES = """examples:
   mhc reproduce chinchilla_besiroglu.csv \\
-      --expect analysis/expected/chinchilla_besiroglu.json
-  mhc reproduce porian_isoflops.csv --expect analysis/expected/porian.json
+      --expect chinchilla_besiroglu
+  mhc reproduce porian_isoflops.csv --expect porian
 
 FILE for a law:
   {"method": "law", "law": "chinchilla", "columns": "N=params,D=tokens,loss=loss",
@@ -117,7 +117,9 @@ def check_isoflop(path: Path, spec: dict) -> list[Line]:
 
 
 def read_expectation(path: Path) -> dict:
-  """The expectation file; raises ConfigError when it is missing, not JSON or incomplete."""
+  """The expectation file, or one of analysis/expected/ by name; ConfigError when it is none or incomplete."""
+  named = Path(__file__).parent / 'expected' / f'{path}.json'
+  path = path if path.is_file() or not named.is_file() else named
   if not path.is_file():
     raise ConfigError(f'--expect {path}: no such file')
   try:
