@@ -11,6 +11,7 @@ sublayers.
 """
 
 import argparse
+import dataclasses
 import functools
 import itertools
 import sys
@@ -58,7 +59,7 @@ def coordinates(arm: str, size: tuple[int, int], base: tuple[int, int], lr: floa
   c.model.connection.update({'name': arm, 'streams': 2})
   c.transfer.base_width, c.transfer.base_depth = base
   c.optimizer.warmup_steps = 0
-  model, optimizer = build_model(c, VOCAB), build_optimizer(c)
+  model, optimizer = dataclasses.replace(build_model(c), vocab_size=VOCAB), build_optimizer(c)
 
   def update(carry, _):
     params, opt_state = carry
