@@ -1,6 +1,6 @@
 # make sweep: train the quick sweep and write its report. make test: all tests. Both set everything up.
 # PYTHON=python3.13 works beside the default, in .venv-3.13; where only pyenv has it, pyenv's is taken.
-# EXTRA=cuda13 (cuda12, rocm, tpu, cloud, or several with commas) adds what an accelerator or a store needs.
+# make install EXTRA=cuda13,cloud: for an NVIDIA GPU (cuda12, rocm, tpu) and workdirs in gs:// and s3://.
 PYTHON ?= python3
 PYENV := $(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/$(PYTHON:python%=%).*/bin/python)
 FOUND := $(firstword $(foreach python,$(PYTHON) $(PYENV),$(shell $(python) -c 'print("$(python)")' 2>&-)))
@@ -10,26 +10,25 @@ RUN := $(VENV)/bin/python
 PINS := requirements/$(VERSION).txt
 PINNED := $(patsubst requirements/%.txt,%,$(wildcard requirements/3.*.txt))
 EXTRAS := cuda12 cuda13 rocm tpu cloud dev
-PROJECT := $(if $(EXTRA),-c $(PINS) -e '.[$(EXTRA)]',--no-deps -e .)
+INSTALLED := $(VENV)/.installed$(EXTRA:%=-%)
 WORKERS ?= 2
 
 # UV= installs by pip. A uv that pip puts into the environment is found there.
 UV ?= uv
 export PATH := $(PATH):$(abspath $(VENV))/bin
 PIP := $(RUN) -m pip --disable-pip-version-check
+WHAT := -r $(PINS) -e '.$(EXTRA:%=[%])'
 COMPILE := $(UV) pip compile --quiet --python-platform x86_64-manylinux_2_31 pyproject.toml
 
 .PHONY: install sweep report test lint pins check-pins python clean
 
-install: $(VENV)/.installed$(EXTRA:%=-%)
+install: $(INSTALLED)
 
-$(VENV)/.installed$(EXTRA:%=-%): pyproject.toml setup.py $(wildcard $(PINS))
+$(INSTALLED): pyproject.toml setup.py $(wildcard $(PINS))
 	@[ -f $(PINS) ] || { echo 'error: $(PYTHON) is $(or $(VERSION),missing), set PYTHON= to one of $(PINNED:%=python%)'; exit 1; }
 	$(FOUND) -m venv $(VENV)
 	{ [ "$(UV)" ] && { $(UV) --version || $(PIP) install --quiet uv; } 2>/dev/null && \
-	  $(UV) pip install --quiet --python $(RUN) -r $(PINS) && \
-	  $(UV) pip install --quiet --python $(RUN) $(PROJECT); } || \
-	{ $(PIP) install --quiet -r $(PINS) && $(PIP) install --quiet $(PROJECT); }
+	  $(UV) pip install --quiet --python $(RUN) $(WHAT); } || $(PIP) install --quiet $(WHAT)
 	touch $@
 
 sweep: install

@@ -1,4 +1,4 @@
-"""`python -m analysis.coverage`: do nominal 95 % intervals cover, and what can a sweep resolve?
+"""`mhc coverage`: do nominal 95 % intervals cover, and what can a sweep resolve?
 
 Where: evidence, by simulation, for intervals.py (below 40 runs the quoted method is the delta method with
 Student's t). Three designs with a known law:
@@ -30,8 +30,8 @@ from .fitting.intervals import band, bootstrap, delta_method, percentile
 from .fitting.laws import HUBER_WIDTH, LAWS, ArmModel, Points
 
 EXAMPLES = """examples:
-  python -m analysis.coverage --simulations 1000 --seed 0
-  python -m analysis.coverage --simulations 50 --out coverage.json
+  mhc coverage --simulations 1000 --seed 0
+  mhc coverage --simulations 50 --out coverage.json
 """
 TRUE = {'E': 1.8172, 'A': 477.83, 'B': 2143.4, 'alpha': 0.3473, 'beta': 0.3672}
 ARMS = {'a': 1.0, 'b': 1.2, 'c': 1.1, 'd': 1.15}
@@ -136,7 +136,7 @@ def simulate(simulations: int, seed: int, progress: bool) -> list[dict[str, obje
 def main(argv: list[str] | None = None) -> int:
   """Command line; returns 0 when every target is met, 1 when one is missed."""
   parser = argparse.ArgumentParser(
-    'python -m analysis.coverage',
+    'mhc coverage',
     description='Simulated coverage of the default intervals, and the power of the joint fit.',
     epilog=EXAMPLES,
     formatter_class=argparse.RawDescriptionHelpFormatter,

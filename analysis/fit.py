@@ -1,4 +1,4 @@
-"""`python -m analysis.fit POINTS.csv`: one law fitted to a CSV, every number as JSON.
+"""`mhc fit POINTS.csv`: one law fitted to a CSV, every number as JSON.
 
 Where: the command line of fitting/; `document` is also what the report stores.
 """
@@ -14,18 +14,18 @@ from mhc_jax.errors import ConfigError
 from .fitting.laws import HUBER_WIDTH, LAWS, LOSSES, ArmModel
 
 EXAMPLES = """examples:
-  python -m analysis.fit points.csv --law chinchilla --columns N=params,D=tokens,loss=loss
-  python -m analysis.fit points.csv --law compute --columns C=flops,loss=loss,arm=model,seed=seed \\
+  mhc fit points.csv --law chinchilla --columns N=params,D=tokens,loss=loss
+  mhc fit points.csv --law compute --columns C=flops,loss=loss,arm=model,seed=seed \\
       --arms common --out fits.json
-  python -m analysis.fit points.csv --columns N=params,C=flops,loss=loss --drop-highest 5 \\
+  mhc fit points.csv --columns N=params,C=flops,loss=loss --drop-highest 5 \\
       --loss huber --delta 0.001 --resamples 2000 --predict N=7e10,D=1.4e12
-  python -m analysis.fit points.csv --columns N=params,D=tokens,loss=loss,arm=model,axis:rank=r
+  mhc fit points.csv --columns N=params,D=tokens,loss=loss,arm=model,axis:rank=r
 """
 
 
 def _parser() -> argparse.ArgumentParser:
   p = argparse.ArgumentParser(
-    'python -m analysis.fit',
+    'mhc fit',
     description='Fit a scaling law to a CSV of runs.',
     epilog=EXAMPLES,
     formatter_class=argparse.RawDescriptionHelpFormatter,

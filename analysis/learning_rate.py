@@ -1,6 +1,6 @@
 """The learning rate of every arm: the best of a grid at each size, how far it moves, how much it matters.
 
-  python -m experiments.sweep learning_rate --workers 2
+  mhc sweep learning_rate --workers 2
   python -m analysis.learning_rate runs/learning_rate
 
 Reads a sweep's folder, prints a table and writes learning_rates.csv beside the runs. A transfer rule has

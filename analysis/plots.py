@@ -1,4 +1,4 @@
-"""`python -m analysis.plots paper RUNS`: the papers' figures from a sweep's folder.
+"""`mhc plots paper RUNS`: the papers' figures from a sweep's folder.
 
 Where: beside report.py, which puts the same figures and tables on one page; two experiments have figures of
 their own, `coordinates` and `router`. Every figure is written as PNG, SVG and CSV.
@@ -14,18 +14,18 @@ from mhc_jax.errors import ConfigError
 from .conventions import PARAMS
 
 EXAMPLES = """examples:
-  python -m analysis.plots paper runs/quick
-  python -m analysis.plots paper runs/quick --out docs/figures --params total
-  python -m analysis.plots paper runs/identity_or_mixing-small --reference identity
-  python -m analysis.plots coordinates runs/coordinate_check
-  python -m analysis.plots router runs/router
+  mhc plots paper runs/quick
+  mhc plots paper runs/quick --out docs/figures --params total
+  mhc plots paper runs/identity_or_mixing-small --reference identity
+  mhc plots coordinates runs/coordinate_check
+  mhc plots router runs/router
 """
 
 
 def main(argv: list[str] | None = None) -> int:
   """Command line; prints one line per figure, and why others are absent."""
   parser = argparse.ArgumentParser(
-    'python -m analysis.plots',
+    'mhc plots',
     description='Draw the figures of the hyper-connection papers from a sweep.',
     epilog=EXAMPLES,
     formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -1,4 +1,4 @@
-"""`python -m analysis.report RUNS`: results.csv, fits.json, figures and one HTML page of a sweep.
+"""`mhc report RUNS`: results.csv, fits.json, figures and one HTML page of a sweep.
 
 Where: the end of the main path. RUNS/results.csv has every planned run; RUNS/report/ the rest.
 """
@@ -13,15 +13,15 @@ from mhc_jax.errors import require
 from .conventions import PARAMS
 
 EXAMPLES = """examples:
-  python -m analysis.report runs/quick
-  python -m analysis.report runs/quick --resamples 4000 --params total
+  mhc report runs/quick
+  mhc report runs/quick --resamples 4000 --params total
 """
 
 
 def main(argv: list[str] | None = None) -> int:
   """Command line; returns the exit code. Raises ConfigError for a folder without a plan."""
   parser = argparse.ArgumentParser(
-    'python -m analysis.report',
+    'mhc report',
     description='Fit, plot and report a sweep from its run folders (complete or not).',
     epilog=EXAMPLES,
     formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
   from .study import study
 
   s = study(read_sweep(a.runs), a.resamples, progress=True, params=a.params, reference=a.reference)
-  command = f'python -m experiments.sweep {s.sweep.name}\npython -m analysis.report {a.runs}'
+  command = f'mhc sweep {s.sweep.name}\nmhc report {a.runs}'
   for name in ('resamples', 'params', 'reference'):
     if getattr(a, name) != parser.get_default(name):
       command += f' --{name} {getattr(a, name)}'

@@ -1,4 +1,4 @@
-"""`python -m analysis.reproduce POINTS.csv --expect FILE`: check a published answer on its data.
+"""`mhc reproduce POINTS.csv --expect FILE`: check a published answer on its data.
 
 Where: beside fit.py; exit code 0 when every number is met, 1 when one is missed, 2 for bad input.
 FILE (JSON) says how the answer was made and what it is; analysis/expected/ holds two:
@@ -25,9 +25,9 @@ from .fitting.points import drop_highest, parse_columns, read_points, read_table
 from .minima import METHODS, minima_by_budget, power_law
 
 EXAMPLES = """examples:
-  python -m analysis.reproduce chinchilla_besiroglu.csv \\
-      --expect analysis/expected/chinchilla_besiroglu.json
-  python -m analysis.reproduce porian_isoflops.csv --expect analysis/expected/porian.json
+  mhc reproduce chinchilla_besiroglu.csv \\
+      --expect chinchilla_besiroglu
+  mhc reproduce porian_isoflops.csv --expect porian
 
 FILE for a law:
   {"method": "law", "law": "chinchilla", "columns": "N=params,D=tokens,loss=loss",
@@ -117,7 +117,9 @@ def check_isoflop(path: Path, spec: dict) -> list[Line]:
 
 
 def read_expectation(path: Path) -> dict:
-  """The expectation file; raises ConfigError when it is missing, not JSON or incomplete."""
+  """The expectation file, or one of analysis/expected/ by name; ConfigError when it is none or incomplete."""
+  named = Path(__file__).parent / 'expected' / f'{path}.json'
+  path = path if path.is_file() or not named.is_file() else named
   if not path.is_file():
     raise ConfigError(f'--expect {path}: no such file')
   try:
@@ -162,7 +164,7 @@ def _numbers(want: object, *keys: object) -> bool:
 def main(argv: list[str] | None = None) -> int:
   """Command line; prints one line per number and returns the exit code. Raises ConfigError for bad input."""
   parser = argparse.ArgumentParser(
-    'python -m analysis.reproduce',
+    'mhc reproduce',
     description='Check a published scaling-law answer on its own data.',
     epilog=EXAMPLES,
     formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -97,10 +97,7 @@ def read_sweep(folder: Path) -> Sweep:
     raise ConfigError(f'{folder}: no such folder; give the folder of a sweep, like runs/quick')
   plan, trouble = _json(folder / 'plan.json')
   if plan is None or not isinstance(plan.get('runs'), list):
-    raise ConfigError(
-      f'{folder}: {trouble or "plan.json lists no runs"}; a sweep writes it '
-      '(python -m experiments.sweep NAME)'
-    )
+    raise ConfigError(f'{folder}: {trouble or "plan.json lists no runs"}; a sweep writes it (mhc sweep NAME)')
   if not all(isinstance(item, dict) and {'run_id', 'arm'} <= set(item) for item in plan['runs']):
     raise ConfigError(f'{folder}: plan.json is broken: a run without run_id or arm')
   planned = {item['run_id']: item['arm'] for item in plan['runs']}

@@ -1,7 +1,7 @@
 """mHC's Table 1: what H_res, H_pre and H_post are worth, one by one.
 
-  python -m experiments.sweep ablation:small --workers 2
-  python -m analysis.plots paper runs/ablation-small
+  mhc sweep ablation:small --workers 2
+  mhc plots paper runs/ablation-small
 
 A map that is off is fixed as in the paper: H_pre = 1 / n, H_post = 1, H_res = I; residual is the row where
 all are off. HC's free matrices have the paper's three rows and the two that leave out H_res or H_pre alone.

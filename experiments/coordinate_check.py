@@ -2,7 +2,7 @@
 
   python -m experiments.coordinate_check           # a few minutes; runs/coordinate_check/coordinates.csv
   python -m experiments.coordinate_check --arms residual mhc --lr 0.05 --out runs/check
-  python -m analysis.plots coordinates runs/coordinate_check
+  mhc plots coordinates runs/coordinate_check
 
 Every arm makes a few updates at a large learning rate on one batch of random tokens, at four widths and
 four depths, with the rules of CompleteP (arXiv 2505.01618) and without. The coordinates: the mean absolute
@@ -11,6 +11,7 @@ sublayers.
 """
 
 import argparse
+import dataclasses
 import functools
 import itertools
 import sys
@@ -58,7 +59,7 @@ def coordinates(arm: str, size: tuple[int, int], base: tuple[int, int], lr: floa
   c.model.connection.update({'name': arm, 'streams': 2})
   c.transfer.base_width, c.transfer.base_depth = base
   c.optimizer.warmup_steps = 0
-  model, optimizer = build_model(c, VOCAB), build_optimizer(c)
+  model, optimizer = dataclasses.replace(build_model(c), vocab_size=VOCAB), build_optimizer(c)
 
   def update(carry, _):
     params, opt_state = carry

@@ -1,8 +1,8 @@
 """Does mixing beat H_res = I? Identity, Birkhoff variants and rotations from the same off-diagonal mass.
 
-  python -m experiments.sweep identity_or_mixing:small --workers 2
+  mhc sweep identity_or_mixing:small --workers 2
   python -m analysis.learning_rate runs/identity_or_mixing-small
-  python -m analysis.plots paper runs/identity_or_mixing-small
+  mhc plots paper runs/identity_or_mixing-small
 
 All arms share mHC's reads and writes and start with H_res at off-diagonal mass 0.01 (identity: 0, for ever),
 exactly: phi starts at 0, because a dynamic part of equal size is a different mass in other coordinates.

@@ -1,7 +1,7 @@
 """IsoFLOP profiles: which size is best at a compute budget, for residual and for mHC.
 
-  python -m experiments.sweep isoflop:small --workers 2
-  python -m analysis.plots paper runs/isoflop-small
+  mhc sweep isoflop:small --workers 2
+  mhc plots paper runs/isoflop-small
 
 Widths at one depth, each trained for the same FLOPs (connections included), two seeds.
 """

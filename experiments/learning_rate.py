@@ -1,7 +1,7 @@
 """The learning rate of each arm, at the base size and at one twice as wide and twice as deep.
 
 Shows whether the transfer rules carry the optimum from the first size to the second for every arm.
-`python -m experiments.sweep learning_rate --workers 2`, then `python -m analysis.report runs/learning_rate`.
+`mhc sweep learning_rate --workers 2`, then `mhc report runs/learning_rate`.
 """
 
 import itertools

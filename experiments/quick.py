@@ -8,7 +8,6 @@ Learning rates come from experiments/learning_rate.py (experiments/LOG.md).
 from ml_collections import ConfigDict
 
 from mhc_jax.cost import parameters
-from mhc_jax.data import VOCAB_SIZE
 from mhc_jax.model_config import build_model
 
 from . import protocol
@@ -34,7 +33,7 @@ def config(arm: str, width: int, depth: int, seed: int) -> ConfigDict:
 
 def full_rank_tokens() -> float:
   """Tokens of the full-rank run at RANK_SIZE."""
-  model = build_model(config('mhc', *RANK_SIZE, seed=0), VOCAB_SIZE)
+  model = build_model(config('mhc', *RANK_SIZE, seed=0))
   return TOKENS_PER_PARAM * parameters(model)['matmul']
 
 

@@ -1,7 +1,7 @@
 """The three manifold ranks: of the generator phi, of the depth matrix (streams n), of the weights.
 
-  python -m experiments.sweep rank:small --workers 2
-  python -m analysis.report runs/rank-small
+  mhc sweep rank:small --workers 2
+  mhc report runs/rank-small
 
 One mHC model; one rank at a time. Weights of rank r twice: as factors W = U V, and as W projected to rank r
 after every update (manifold_updates.py). The learning rate of full matrices does not suit factors (LOG.md),

@@ -1,7 +1,7 @@
 """Do the experts of a mixture get equal loads? E = 8, 2 active, three layers with experts, three seeds.
 
-  python -m experiments.sweep router --workers 2
-  python -m analysis.plots router runs/router
+  mhc sweep router --workers 2
+  mhc plots router runs/router
 
 Loss-free balancing with sigmoid and with Sinkhorn scores, and without any balancing (bias rate 0), which
 shows what the balancing does. Every update logs the load of each layer's fullest expert over the mean load.

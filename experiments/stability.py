@@ -1,7 +1,7 @@
 """Which connections stay stable as depth and learning rate grow: divergence rate, gradient norms, gains.
 
-  python -m experiments.sweep stability:small --workers 2
-  python -m analysis.plots paper runs/stability-small
+  mhc sweep stability:small --workers 2
+  mhc plots paper runs/stability-small
 
 residual, HC, mHC, H_res = I, exact Birkhoff matrices and rotations, three seeds each. No transfer over depth,
 as in the papers: its rules divide F by the depth and slow b_res and alpha_res down, which would hide part of

@@ -57,7 +57,7 @@ def plan(name: str) -> tuple[list[ConfigDict], list[Run]]:
   planned, seen = [], {}
   for config in configs:
     make_mesh(config.mesh.to_dict())  # refuses what the devices do not fit
-    corpus = corpus_of(config.data.name, config.data.dir)
+    corpus = corpus_of(config.data.name, config.data.dir, config.data.tokenizer)
     run = resolve(config, corpus.digest)
     load_data(run, corpus)  # refuses what the corpus is too small for, before anything starts
     if run.run_id in seen:

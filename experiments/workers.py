@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from mhc_jax import train
-from mhc_jax.data import Corpus, load_corpus
+from mhc_jax.data import Corpus, load_corpus, tokenizer_of
 from mhc_jax.errors import FULL_DISK, BusyError
 from mhc_jax.plan import Run, resolve
 from mhc_jax.storage import write_json
@@ -33,9 +33,9 @@ ONE_THREAD = '--xla_cpu_multi_thread_eigen=false'
 
 
 @functools.cache
-def corpus_of(name: str, data_dir: str | None) -> Corpus:
+def corpus_of(name: str, data_dir: str | None, tokenizer: str | None) -> Corpus:
   """The corpus, loaded once per process."""
-  return load_corpus(name, data_dir)
+  return load_corpus(name, data_dir, tokenizer_of(tokenizer))
 
 
 def shapes(run: Run) -> tuple[Any, ...]:
@@ -48,7 +48,7 @@ def run_group(configs: list[ConfigDict], folder: str, quiet: bool) -> list[tuple
   """Trains runs of equal shapes one after another; returns (run_id, state) of each."""
   ended = []
   for config in configs:
-    corpus = corpus_of(config.data.name, config.data.dir)
+    corpus = corpus_of(config.data.name, config.data.dir, config.data.tokenizer)
     run_id = resolve(config, corpus.digest).run_id
     try:
       state = train.run(config, os.path.join(folder, run_id), corpus, quiet)['state']

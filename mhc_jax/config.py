@@ -46,6 +46,7 @@ def base_config() -> ConfigDict:
   c.data = ConfigDict(
     {
       'name': 'python_stdlib',  # or text_files:<folder or glob>, or a TFDS data set with text
+      'tokenizer': optional(str),  # None: bytes
       'seq_len': 128,  # tokens
       'batch_size': 16,  # sequences per update, over all devices
       'cross_documents': False,  # True: attention sees earlier documents in its window

@@ -20,13 +20,11 @@ from mhc_jax.checkpoint import Checkpoints
 from mhc_jax.command import end_with_message
 from mhc_jax.constraints.base import Constraint
 from mhc_jax.data import (
-  BOS,
-  VOCAB_SIZE,
   Corpus,
+  Tokenizer,
   Windows,
-  decode,
-  encode,
   load_corpus,
+  tokenizer_of,
   validation_batches,
   windows,
 )
@@ -82,38 +80,39 @@ def load(workdir: str, constraint: Constraint | None = None) -> tuple[dict[str, 
 def validation(resolved: dict[str, Any], model: ModelConfig, params: Any, corpus: Corpus) -> dict[str, float]:
   """The loss over the validation batches that training used, in nats per token and bits per byte."""
   data = resolved['data']
-  split = windows(corpus.validation, data['seq_len'], data['cross_documents'])
+  split = windows(corpus.validation, corpus.tokenizer.bos, data['seq_len'], data['cross_documents'])
   batches = validation_arrays(resolved, split, make_mesh({}))
   evaluate = jax.jit(functools.partial(evaluate_sums, model=model))
-  return validation_loss(evaluate, params, batches, corpus.bytes_per_token)
+  return validation_loss(evaluate, params, batches, corpus.tokenizer.bytes_per_token)
 
 
 def sample(
   model: ModelConfig,
   params: Any,
+  tokenizer: Tokenizer,
   prompt: str,
   length: int,
   window: int,
   temperature: float,
   seed: int,
 ) -> str:
-  """prompt continued by `length` bytes; the model sees the last `window` tokens. Temperature 0 is greedy."""
+  """prompt continued by `length` tokens; the model sees the last `window` tokens. Temperature 0 is greedy."""
 
   @jax.jit
   def next_token(params: Any, tokens_1T: jax.Array, last: jax.Array, key: jax.Array) -> jax.Array:
     logits_1TV, _ = Transformer(model).apply({'params': params}, tokens_1T, jnp.zeros_like(tokens_1T))
-    logits_V = logits_1TV[0, last, :VOCAB_SIZE].at[BOS].set(-jnp.inf)
+    logits_V = logits_1TV[0, last, : tokenizer.vocab_size].at[tokenizer.bos].set(-jnp.inf)
     greedy = jnp.argmax(logits_V)
     drawn = jax.random.categorical(key, logits_V / jnp.maximum(temperature, 1e-6))
     return jnp.where(temperature > 0, drawn, greedy)
 
-  tokens = [BOS, *(int(token) for token in encode(prompt))]
+  tokens = [tokenizer.bos, *(int(token) for token in tokenizer.encode(prompt))]
   for index in range(length):
     seen = tokens[-window:]
     padded = jnp.asarray([seen + [0] * (window - len(seen))], jnp.int32)
     key = jax.random.fold_in(jax.random.key(seed), index)
     tokens.append(int(next_token(params, padded, jnp.int32(len(seen) - 1), key)))
-  return decode(tokens[1:])
+  return tokenizer.decode(tokens[1:])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -130,13 +129,15 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument('--seed', type=int, default=0)
   args = parser.parse_args(argv)
   resolved, model, step, params = load(args.workdir)
-  corpus = load_corpus(resolved['data']['name'], resolved['data']['dir'])
-  if corpus.digest != resolved['data']['digest']:
+  data = resolved['data']
+  tokenizer = tokenizer_of(data.get('tokenizer'))  # runs of before it was a field have bytes
+  corpus = load_corpus(data['name'], data['dir'], tokenizer)
+  if corpus.digest != data['digest']:
     raise ConfigError(f'{args.workdir} was trained on another version of {corpus.name} than is here')
   losses = validation(resolved, model, params, corpus)
   print(f'step {step}: ' + ', '.join(f'{name} {value:.4f}' for name, value in losses.items()))
-  window = resolved['data']['seq_len']
-  print(sample(model, params, args.prompt, args.bytes, window, args.temperature, args.seed))
+  length = round(args.bytes / tokenizer.bytes_per_token)
+  print(sample(model, params, tokenizer, args.prompt, length, data['seq_len'], args.temperature, args.seed))
   return 0
 
 

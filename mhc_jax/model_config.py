@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from mhc_jax.connection import ConnectionSpec
 from mhc_jax.constraints.base import Constraint
+from mhc_jax.data import tokenizer_of
 from mhc_jax.errors import ConfigError, require
 from mhc_jax.presets import connection_spec
 
@@ -104,18 +105,15 @@ def build_connection(c: ConfigDict, depth: int, constraint: Constraint | None = 
     raise ConfigError(f'model.connection: {error}') from None
 
 
-def build_model(config: ConfigDict, vocab_size: int, constraint: Constraint | None = None) -> ModelConfig:
-  """config -> ModelConfig with derived sizes; raises ConfigError for impossible ones.
-
-  vocab_size: the tokenizer's; model.vocab_size may ask for more.
-  """
-  derived = derive_sizes(config, vocab_size)
+def build_model(config: ConfigDict, constraint: Constraint | None = None) -> ModelConfig:
+  """config -> ModelConfig with derived sizes; raises ConfigError for impossible ones."""
+  derived = derive_sizes(config)
   spec = build_connection(config.model.connection, config.model.depth, constraint)
   check_connection(spec, config.model.width)
   return model_of(config.model.to_dict() | derived, config.transfer.to_dict(), spec)
 
 
-def derive_sizes(config: ConfigDict, vocab_size: int) -> dict[str, Any]:
+def derive_sizes(config: ConfigDict) -> dict[str, Any]:
   """What model's fields mean where they are None, as plain values; raises ConfigError for impossible ones."""
   c = config.model
   _check_values(config)
@@ -124,10 +122,11 @@ def derive_sizes(config: ConfigDict, vocab_size: int) -> dict[str, Any]:
   all_experts = None if moe is None else (moe.active + moe.shared) * moe.ffn_width
   ffn_width = _given(c.ffn_width, all_experts or -(-8 * c.width // 24) * 8)
   require(ffn_width >= 1, f'model.ffn_width must be at least 1, got {ffn_width}')
-  vocabulary = _given(c.vocab_size, vocab_size)
+  tokens = tokenizer_of(config.data.tokenizer).vocab_size
+  vocabulary = _given(c.vocab_size, tokens)
   require(
-    vocabulary >= vocab_size,
-    f'model.vocab_size={vocabulary} is below {vocab_size}, the number of tokens of the tokenizer',
+    vocabulary >= tokens,
+    f'model.vocab_size={vocabulary} is below {tokens}, the number of tokens of the tokenizer',
   )
   if mla is None:
     largest = min(c.width, kv_heads * head_dim, ffn_width)

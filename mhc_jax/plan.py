@@ -20,7 +20,7 @@ from mhc_jax import optimizer as optim
 from mhc_jax.config import NOT_IN_ID, OptimizerConfig, build_optimizer, check_counts
 from mhc_jax.connection import ConnectionSpec, Gate, Init
 from mhc_jax.constraints.base import Constraint
-from mhc_jax.data import VOCAB_SIZE
+from mhc_jax.data import BYTES
 from mhc_jax.errors import ConfigError
 from mhc_jax.model_config import ModelConfig, build_connection, check_connection, derive_sizes, model_of
 from mhc_jax.presets import PRESETS, connection_spec
@@ -62,7 +62,9 @@ def resolve(config: ConfigDict, digest: str, constraint: Constraint | None = Non
   resolved = config.to_dict()
   resolved['arm'] = config.arm or config.model.connection.name
   resolved['data']['digest'] = digest
-  resolved['model'] |= derive_sizes(config, VOCAB_SIZE)
+  if config.data.tokenizer == BYTES.name:
+    resolved['data']['tokenizer'] = None  # the same run
+  resolved['model'] |= derive_sizes(config)
   spec = build_connection(config.model.connection, config.model.depth, constraint)
   check_connection(spec, config.model.width)
   model = model_of(resolved['model'], resolved['transfer'], spec)

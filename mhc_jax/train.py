@@ -31,11 +31,12 @@ from mhc_jax.data import (
   Windows,
   check_enough_tokens,
   load_corpus,
+  tokenizer_of,
   train_batches,
   windows,
 )
 from mhc_jax.diagnostics import with_spectra
-from mhc_jax.errors import FULL_DISK, ConfigError
+from mhc_jax.errors import FULL_DISK, ConfigError, require
 from mhc_jax.evaluate import validation_arrays, validation_loss
 from mhc_jax.plan import Run, resolve
 from mhc_jax.recorder import Position, Recorder
@@ -56,9 +57,14 @@ class Data:
 def load_data(run: Run, corpus: Corpus) -> tuple[Windows, Windows]:
   """(training windows, validation windows); raises ConfigError where the corpus is too small."""
   data = run.resolved['data']
-  train = windows(corpus.train, data['seq_len'], data['cross_documents'])
+  tokenizer = tokenizer_of(data['tokenizer'])
+  require(
+    corpus.tokenizer is tokenizer, f'the corpus is in tokens of {corpus.tokenizer.name}, not {tokenizer.name}'
+  )
+  how = tokenizer.bos, data['seq_len'], data['cross_documents']
+  train = windows(corpus.train, *how)
   check_enough_tokens(train, run.derived['tokens'], data['repeat'])
-  return train, windows(corpus.validation, data['seq_len'], data['cross_documents'])
+  return train, windows(corpus.validation, *how)
 
 
 def run(
@@ -79,12 +85,12 @@ def run(
   mesh = make_mesh(config.mesh.to_dict())
   if config.model.dtype == 'float64' and not jax.config.jax_enable_x64:
     raise ConfigError('model.dtype=float64 needs the environment variable JAX_ENABLE_X64=1')
-  corpus = corpus or load_corpus(config.data.name, config.data.dir)
+  corpus = corpus or load_corpus(config.data.name, config.data.dir, tokenizer_of(config.data.tokenizer))
   plan = resolve(config, corpus.digest, constraint)
   train, validation = load_data(plan, corpus)
   check_workdir(workdir, plan)  # before anything is written
   distributed.require_same('configuration or corpus', plan.run_id)
-  data = Data(train, validation_arrays(plan.resolved, validation, mesh), corpus.bytes_per_token)
+  data = Data(train, validation_arrays(plan.resolved, validation, mesh), corpus.tokenizer.bytes_per_token)
   with claim(workdir, plan) as status:
     if status['state'] in ENDED:
       return status

@@ -1,5 +1,6 @@
 """Counting in HLO text, and the arithmetic of predictions."""
 
+import dataclasses
 import functools
 import itertools
 import pathlib
@@ -40,7 +41,7 @@ def compiled(arm, scan):
   """(the count, XLA's own) of a small model's gradient, blocks in a scan or unrolled."""
   c = config()
   c.model.scan, c.model.depth, c.model.connection.name = scan, 4, arm
-  model, tokens = build_model(c, 16), jnp.zeros((2, 8), jnp.int32)
+  model, tokens = dataclasses.replace(build_model(c), vocab_size=16), jnp.zeros((2, 8), jnp.int32)
   params = jax.eval_shape(Transformer(model).init, jax.random.key(0), tokens, tokens)['params']
 
   def loss(params):

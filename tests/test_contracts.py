@@ -13,7 +13,6 @@ from experiments import sweep
 from mhc_jax import hyper_connection
 from mhc_jax.config import base_config
 from mhc_jax.config_file import parse
-from mhc_jax.data import VOCAB_SIZE
 from mhc_jax.errors import ConfigError
 from mhc_jax.model_config import build_model
 from mhc_jax.plan import resolve
@@ -88,7 +87,7 @@ def test_custom_constraint_needs_no_change_of_the_package():
   mine = [CONSTRAINTS['birkhoff_sinkhorn'](iterations=t) for t in (3, 4)]
   ids = [resolve(config, 'd', constraint).run_id for constraint in mine]
   assert len({*ids, resolve(config, 'd').run_id}) == 3
-  assert build_model(config, VOCAB_SIZE, mine[0]).connection.constraint is mine[0]
+  assert build_model(config, mine[0]).connection.constraint is mine[0]
 
 
 def test_a_redefined_constraint_is_another_and_the_package_keeps_its_names():
@@ -100,16 +99,16 @@ def test_a_redefined_constraint_is_another_and_the_package_keeps_its_names():
   ours = CONSTRAINTS['circulant']()
   first = dataclasses.replace(ours, name='mine', matrix=lambda coords_KX, n: ours.matrix(coords_KX, n))
   edited = dataclasses.replace(first, matrix=lambda coords_KX, n: 2 * ours.matrix(coords_KX, n))
-  models = [build_model(config, VOCAB_SIZE, constraint) for constraint in (first, edited, first)]
+  models = [build_model(config, constraint) for constraint in (first, edited, first)]
   assert models[0] != models[1] and models[0] == models[2]
   with pytest.raises(ConfigError, match="'identity' names a constraint of the package"):
-    build_model(config, VOCAB_SIZE, dataclasses.replace(first, name='identity'))
+    build_model(config, dataclasses.replace(first, name='identity'))
 
 
 def test_stability_has_the_depth_effect_in_full():
   """No division of F by the depth, no slower H_res, and a gradient norm of every update."""
   runs = sweep.EXPERIMENTS['stability'](None)
-  models = [build_model(config, 257) for config in runs]
+  models = [build_model(config) for config in runs]
   assert {model.depth for model in models} == {4, 8, 16}
   assert {model.depth_ratio for model in models} == {model.width_ratio for model in models} == {1.0}
   assert {config.log.every_steps for config in runs} == {1}
@@ -130,7 +129,7 @@ def test_ablation_leaves_maps_out_one_by_one():
   """Every map is missing alone from hc; no row of mhc is residual by construction: all have H_post."""
   rows = {'hc': set(), 'mhc': set()}
   for config in sweep.EXPERIMENTS['ablation'](None):
-    spec = build_model(config, VOCAB_SIZE).connection
+    spec = build_model(config).connection
     if config.arm != 'residual':
       rows[config.model.connection.name].add(frozenset(spec.parts))
   full = frozenset({'pre', 'post', 'res'})
@@ -145,7 +144,7 @@ def test_identity_or_mixing_starts_every_arm_at_the_same_mixing():
   specs = {}
   for config in sweep.EXPERIMENTS['identity_or_mixing'](None):
     if config.arm != 'residual':
-      specs[config.arm] = build_model(config, VOCAB_SIZE).connection
+      specs[config.arm] = build_model(config).connection
   assert len(specs) >= 5
   for arm, spec in specs.items():
     params = hyper_connection.init_params(jax.random.key(1), spec, 32, 0)

@@ -8,10 +8,8 @@ import numpy as np
 import pytest
 
 from mhc_jax.data import (
-  BOS,
+  BYTES,
   check_enough_tokens,
-  decode,
-  encode,
   train_batches,
   validation_batches,
   windows,
@@ -26,15 +24,15 @@ def tokens(rng: np.random.Generator) -> np.ndarray:
   """A stream of documents of 0 to 20 bytes: 100 windows and a rest."""
   documents = []
   while sum(map(len, documents)) < 100 * SEQ_LEN + 1:
-    documents.append(np.append(BOS, rng.integers(0, 256, rng.integers(0, 21))))
+    documents.append(np.append(BYTES.bos, rng.integers(0, 256, rng.integers(0, 21))))
   return np.concatenate(documents)[: 100 * SEQ_LEN + 5].astype(np.uint16)
 
 
 @pytest.fixture
 def numbered():
   """50 windows whose first input is their index."""
-  stream = np.append(np.repeat(np.arange(50), SEQ_LEN), BOS).astype(np.uint16)
-  return windows(stream, SEQ_LEN, False)
+  stream = np.append(np.repeat(np.arange(50), SEQ_LEN), BYTES.bos).astype(np.uint16)
+  return windows(stream, BYTES.bos, SEQ_LEN, False)
 
 
 def shown(batches) -> np.ndarray:
@@ -44,26 +42,26 @@ def shown(batches) -> np.ndarray:
 
 def test_tokenizer_round_trip():
   text = 'déjà vu 字\n'
-  assert decode(encode(text)) == text
-  assert encode(text).dtype == np.uint16
-  np.testing.assert_array_equal(encode(b'\x00\xff'), [0, 255])
-  assert decode([BOS, 65, BOS, 0xFF, 66]) == 'A\ufffdB'
+  assert BYTES.decode(BYTES.encode(text)) == text
+  assert BYTES.encode(text).dtype == np.uint16
+  np.testing.assert_array_equal(BYTES.encode(b'\x00\xff'), [0, 255])
+  assert BYTES.decode([BYTES.bos, 65, BYTES.bos, 0xFF, 66]) == 'A\ufffdB'
   with pytest.raises(ValueError, match='257'):
-    decode([65, 257])
+    BYTES.decode([65, 257])
 
 
 @pytest.mark.parametrize('cross_documents', [False, True])
 def test_windows_against_a_loop(tokens, cross_documents):
-  source = windows(tokens, SEQ_LEN, cross_documents)
+  source = windows(tokens, BYTES.bos, SEQ_LEN, cross_documents)
   assert len(source) == 100
   for i in range(len(source)):
     segment, inputs, targets, weights, segments = 0, [], [], [], []
     for place in range(i * SEQ_LEN, i * SEQ_LEN + SEQ_LEN):
-      if tokens[place] == BOS and place > i * SEQ_LEN:
+      if tokens[place] == BYTES.bos and place > i * SEQ_LEN:
         segment += 1
       inputs.append(tokens[place])
       targets.append(tokens[place + 1])
-      weights.append(tokens[place + 1] != BOS)
+      weights.append(tokens[place + 1] != BYTES.bos)
       segments.append(0 if cross_documents else segment)
     expected = {'inputs': inputs, 'targets': targets, 'weights': weights, 'segments': segments}
     assert source[i].keys() == expected.keys()
@@ -73,20 +71,22 @@ def test_windows_against_a_loop(tokens, cross_documents):
 
 
 def test_every_token_but_bos_is_a_target_once(tokens):
-  source = windows(tokens, SEQ_LEN, False)
+  source = windows(tokens, BYTES.bos, SEQ_LEN, False)
   batch = source.take(range(len(source)))
   np.testing.assert_array_equal(batch['targets'].reshape(-1), tokens[1 : 100 * SEQ_LEN + 1])
-  assert (batch['weights'] == 0).sum() == (tokens[1 : 100 * SEQ_LEN + 1] == BOS).sum() > 0
-  assert not batch['weights'][batch['targets'] == BOS].any()
+  assert (batch['weights'] == 0).sum() == (tokens[1 : 100 * SEQ_LEN + 1] == BYTES.bos).sum() > 0
+  assert not batch['weights'][batch['targets'] == BYTES.bos].any()
 
 
 def test_window_count_at_the_edges():
-  assert [len(windows(np.zeros(n, np.uint16), 4, False)) for n in (0, 1, 4, 5, 8, 9)] == [*(0, 0, 0, 1, 1, 2)]
+  assert [len(windows(np.zeros(n, np.uint16), BYTES.bos, 4, False)) for n in (0, 1, 4, 5, 8, 9)] == [
+    *(0, 0, 0, 1, 1, 2)
+  ]
   for index in (-1, 2):
     with pytest.raises(IndexError):
-      windows(np.zeros(9, np.uint16), 4, False)[index]
+      windows(np.zeros(9, np.uint16), BYTES.bos, 4, False)[index]
   with pytest.raises(ConfigError, match='seq_len=0'):
-    windows(np.zeros(9, np.uint16), 0, False)
+    windows(np.zeros(9, np.uint16), BYTES.bos, 0, False)
 
 
 def test_an_epoch_shows_every_window_once_in_a_new_order(numbered):
@@ -173,7 +173,7 @@ def test_repetition_is_refused_unless_asked_for(numbered):
   with pytest.raises(ConfigError, match=r'needs 401 .* has 400 .*data\.repeat=True'):
     check_enough_tokens(numbered, 401, repeat=False)
   with pytest.raises(ConfigError, match='less than one window'):
-    check_enough_tokens(windows(np.zeros(5, np.uint16), 8, False), 1, repeat=True)
+    check_enough_tokens(windows(np.zeros(5, np.uint16), BYTES.bos, 8, False), 1, repeat=True)
   with pytest.raises(ConfigError, match=r'data\.repeat=True'):
     train_batches(numbered, batch_size=8, seed=0, repeat=False, num_steps=7)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mhc_jax.data import BOS, corpus, decode, load_corpus, splits, text_builders, text_files, token_files
+from mhc_jax.data import BYTES, corpus, load_corpus, splits, text_builders, text_files, token_files
 from mhc_jax.errors import ConfigError
 
 
@@ -33,13 +33,13 @@ def library(tmp_path: Path, rng: np.random.Generator) -> Path:
 
 
 def load(root: Path, data_dir: Path) -> corpus.Corpus:
-  return corpus.load_files('python_stdlib', text_files.scan_stdlib(root), data_dir)
+  return corpus.load_files('python_stdlib', text_files.scan_stdlib(root), data_dir, BYTES)
 
 
 def documents(stream: np.ndarray) -> list[bytes]:
   """Documents of BOS document BOS document ..."""
-  assert stream[0] == BOS
-  parts = np.split(stream, np.flatnonzero(stream == BOS))[1:]
+  assert stream[0] == BYTES.bos
+  parts = np.split(stream, np.flatnonzero(stream == BYTES.bos))[1:]
   return [part[1:].astype(np.uint8).tobytes() for part in parts]
 
 
@@ -55,7 +55,6 @@ def test_stdlib_holds_every_source_once_in_order(library, tmp_path):
     assert places == sorted(places)
   assert not set(train) & set(validation)
   assert loaded.train.dtype == np.uint16 and not loaded.train.flags.writeable
-  assert loaded.vocab_size == 257 and loaded.bytes_per_token == 1
 
 
 def test_split_is_by_path_whatever_the_content_and_the_root(library, tmp_path):
@@ -97,7 +96,7 @@ def test_digest_covers_both_streams(tmp_path, split):
   def digest(folder, **texts):
     folder.mkdir()
     texts = {'train': b'one', 'validation': b'two', **texts}
-    return token_files.write(folder, texts.items())['digest']
+    return token_files.write(folder, texts.items(), BYTES)['digest']
 
   assert digest(tmp_path / 'a') == digest(tmp_path / 'b')
   assert digest(tmp_path / 'a2') != digest(tmp_path / 'c', **{split: b'six'})
@@ -114,22 +113,21 @@ def test_damaged_folder_is_built_again(library, tmp_path):
 
 
 LOAD = """
-import os, signal, sys, time
+import dataclasses, os, signal, sys, time
 from pathlib import Path
-from mhc_jax.data import corpus, text_builders, text_files, token_files
+from mhc_jax.data import BYTES, corpus, text_builders, text_files, token_files
 
 library, data_dir, moment = sys.argv[1:]
 calls = 0
 
-def kill_at(module, name, at):
-  function = getattr(module, name)
+def killing(function, at):
   def counted(*args, **kwargs):
     global calls
     calls += 1
     if calls == at:
       os.kill(os.getpid(), signal.SIGKILL)
     return function(*args, **kwargs)
-  setattr(module, name, counted)
+  return counted
 
 def note(*args):
   with open(Path(data_dir).parent / 'prepared', 'a') as file:
@@ -139,15 +137,15 @@ def note(*args):
 
 prepare, text_builders.prepare = text_builders.prepare, note
 if moment == 'while TFDS writes':
-  kill_at(text_files.Piece, 'read', 100)
+  text_files.Piece.read = killing(text_files.Piece.read, 100)
 if moment == 'while tokens are written':
-  kill_at(token_files.tokenizer, 'encode', 100)
+  BYTES = dataclasses.replace(BYTES, encode=killing(BYTES.encode, 100))
 if moment == 'before completion':
-  kill_at(token_files.os, 'replace', 1)
+  os.replace = killing(os.replace, 1)
 files = text_files.scan_stdlib(Path(library))
 print('ready', flush=True)
 input()
-print(corpus.load_files('python_stdlib', files, Path(data_dir)).digest)
+print(corpus.load_files('python_stdlib', files, Path(data_dir), BYTES).digest)
 """
 
 
@@ -197,7 +195,7 @@ def test_file_that_changes_meanwhile_is_noticed(library, tmp_path):
   files = text_files.scan_stdlib(library)
   (library / 'latin.py').write_text('edited')
   with pytest.raises(ConfigError, match=r'latin\.py changed while'):
-    corpus.load_files('python_stdlib', files, tmp_path / 'data')
+    corpus.load_files('python_stdlib', files, tmp_path / 'data', BYTES)
   assert not list((tmp_path / 'data').rglob('corpus.json'))
 
 
@@ -256,7 +254,7 @@ def test_text_files_by_glob_and_single_file(tmp_path, monkeypatch):
 
   def text(pattern):
     loaded = load_corpus(f'text_files:{pattern}', str(tmp_path / 'data'))
-    return decode(loaded.train) + decode(loaded.validation)
+    return BYTES.decode(loaded.train) + BYTES.decode(loaded.validation)
 
   for pattern in (f'{folder}/**/*.txt', 'books/**/*.txt', 'books/part[0-2]/*.txt'):
     assert all(f'chapter {i}' in text(pattern) for i in range(6))
@@ -312,4 +310,4 @@ def test_the_real_standard_library(tmp_path):
   assert len(loaded.train) > 5e6
   assert 0.02 < len(loaded.validation) / len(loaded.train) < 0.12
   source = Path(sysconfig.get_path('stdlib'), 'argparse.py').read_text()
-  assert source in decode(loaded.train) or source in decode(loaded.validation)
+  assert source in BYTES.decode(loaded.train) or source in BYTES.decode(loaded.validation)

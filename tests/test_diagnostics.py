@@ -1,5 +1,6 @@
 """diagnostics.py on matrices whose gains are known, and through a model."""
 
+import dataclasses
 import functools
 
 import jax
@@ -144,7 +145,7 @@ def diagnosed(disturb=None, **connection):
   c = base_config()
   c.model.update({'width': 8, 'depth': 2, 'heads': 2})
   c.model.connection.update(connection)
-  model = build_model(c, 11)
+  model = dataclasses.replace(build_model(c), vocab_size=11)
   inputs = (np.arange(6, dtype=np.int32)[None], np.zeros((1, 6), np.int32))
 
   @jax.jit

@@ -7,7 +7,7 @@ import pytest
 
 from mhc_jax import evaluate, train
 from mhc_jax.config_file import parse
-from mhc_jax.data import VOCAB_SIZE, load_corpus
+from mhc_jax.data import BYTES, load_corpus
 from mhc_jax.errors import ConfigError
 from mhc_jax.model_config import build_model
 from mhc_jax.plan import rebuild_model, resolve
@@ -52,7 +52,9 @@ def test_greedy_samples_are_equal_of_the_asked_length_and_of_tokens_alone(traine
   likely_DV = params['unembedding'].at[:, 290].multiply(1e6)
   likely_DV = likely_DV.at[:, 291].set(-likely_DV[:, 290])  # one of the two is the largest
   changed = {**params, 'unembedding': likely_DV}
-  texts = [evaluate.sample(model, p, 'ab', 4, 16, 0.0, seed) for p, seed in ((params, 0), (changed, 1))]
+  texts = [
+    evaluate.sample(model, p, BYTES, 'ab', 4, 16, 0.0, seed) for p, seed in ((params, 0), (changed, 1))
+  ]
   assert texts[0] == texts[1] and texts[0].startswith('ab')
 
 
@@ -66,7 +68,7 @@ def test_model_is_rebuilt_from_config_json_alone(trained):
   """config.json -> the ModelConfig that training built, through JSON."""
   config = parse('configs/laptop.py:smoke', ['--config.model.connection.name=hc'])
   plan = resolve(config, 'digest')
-  assert rebuild_model(json.loads(json.dumps(plan.resolved))) == build_model(config, VOCAB_SIZE)
+  assert rebuild_model(json.loads(json.dumps(plan.resolved))) == build_model(config)
 
 
 @pytest.mark.parametrize('what', ['nothing', 'empty'])

@@ -96,6 +96,27 @@ def test_law_of_240_noisy_points_within_published_standard_errors():
     assert abs(found.parameters[name] - TRUE[name]) < 3 * error
 
 
+@pytest.mark.parametrize('name', LAWS)
+def test_exact_points_give_back_every_law(name):
+  """The loss is E and the terms of the law, each 0.5 in the middle of the grid: a new law needs no edit."""
+  law = LAWS[name]
+  w, h, d = (v.ravel() for v in np.meshgrid([64, 128, 256, 512], [2, 4, 8], [1e6, 1e7, 1e8]))
+  x = {'W': w, 'H': h, 'D': d, 'N': 12 * w**2 * h}
+  x |= {'C': 6 * x['N'] * d, 'M': d / x['N']}
+  want, loss = {'E': 1.2}, 1.2
+  for term in law.terms:
+    base = np.prod([x[name] ** power for name, power in term.covariates], 0)
+    exponent = want.setdefault(term.exponent, 0.2 + 0.1 * len(want))
+    middle = np.exp(np.log(base).mean())
+    want[term.coefficient] = 0.5 * middle**exponent
+    loss = loss + 0.5 * (base / middle) ** -exponent
+  rows, log_x = np.arange(len(w)), {name: np.log(values) for name, values in x.items()}
+  fitted = fit(Points(log_x, loss, np.full(len(w), 'one'), rows, x['N'], rows), law)
+  for name, value in want.items():
+    # The solver leaves 5e-11 at most, of A, which is far from the grid's middle; 1e-8 is for other BLAS.
+    assert fitted.parameters[name] == pytest.approx(value, rel=1e-8), name
+
+
 def test_gradients_are_exact():
   points = arm_points(0.01, {'a': 1.0, 'b': 1.2})
   points = dataclasses.replace(points, axes={'rank': np.log(1.0 + np.arange(len(points)))})

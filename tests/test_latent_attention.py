@@ -1,5 +1,7 @@
 """Multi-head latent attention against numpy, and all gradients against the absorbed form."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +21,7 @@ def model(base_width=None):
   c.model.update({'width': D, 'depth': 1, 'heads': H, 'dtype': 'float64', 'norm_eps': 1e-3})
   c.model.mla.update({'kv_rank': R, 'head_dim': K, 'rope_dim': P, 'value_dim': V})
   c.transfer.base_width = base_width
-  return build_model(c, 11)
+  return dataclasses.replace(build_model(c), vocab_size=11)
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """manifold_updates.py: projections by their definitions, LORO and Manifold Muon against dense algebra."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -190,7 +191,7 @@ def config(manifold, pattern, value, connection=None, rank=None):
 
 def trained(c):
   """Parameters after no and after three updates of one batch."""
-  model, optimizer = build_model(c, 11), build_optimizer(c)
+  model, optimizer = dataclasses.replace(build_model(c), vocab_size=11), build_optimizer(c)
   tokens = np.random.default_rng(0).integers(0, 11, (2, 7)).astype(np.int32)
   batch = {'inputs': tokens[:, :-1], 'targets': tokens[:, 1:], 'segments': np.zeros((2, 6), np.int32)}
   batch['weights'] = np.ones((2, 6), np.float32)

@@ -30,7 +30,7 @@ def model(connection='residual', weights_rank=None, transfer=None, **fields):
   c.model.update(fields)
   if transfer:
     c.transfer.base_width, c.transfer.base_depth = transfer
-  return build_model(c, VOCAB)
+  return dataclasses.replace(build_model(c), vocab_size=VOCAB)
 
 
 @functools.cache

@@ -32,7 +32,7 @@ def model(moe_fields=(), connection='residual', **fields):
   c.model.mla.kv_rank = 6
   c.model.moe.update({'experts': E, 'active': A, 'shared': 1, 'ffn_width': F} | dict(moe_fields))
   c.model.update(fields)
-  return build_model(c, VOCAB)
+  return dataclasses.replace(build_model(c), vocab_size=VOCAB)
 
 
 def meshed(*shape):

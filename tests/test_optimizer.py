@@ -1,5 +1,7 @@
 """optimizer.py: parameter groups, AdamW by hand, schedules at their corners."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,7 +29,7 @@ def model(weights_rank=None, scan=True, experts=None, **connection):
   c.model.weights.rank = weights_rank
   c.model.connection.update(connection)
   c.transfer.base_width, c.transfer.base_depth = 8, 1  # m_N = 2, m_L = 4
-  return build_model(c, 11)
+  return dataclasses.replace(build_model(c), vocab_size=11)
 
 
 def optimizer(**fields):

@@ -54,10 +54,12 @@ def test_own_constraint_conforms_and_trains(tmp_path, x64):
       load(str(tmp_path / 'run'), CONSTRAINTS['circulant']())
 
 
-def test_length_and_paths():
+@pytest.mark.parametrize('name', ('README.md', 'CONTRIBUTING.md'))
+def test_length_and_paths(name):
   """At most 120 lines; every file, folder and module that it names exists."""
-  assert len(README.splitlines()) <= 120
-  for path in re.findall(r'\b(?:mhc_jax|configs|experiments|analysis|docs|tests)/[\w./]*\w', README):
+  page = (ROOT / name).read_text()
+  assert len(page.splitlines()) <= 120
+  for path in re.findall(r'\b(?:mhc_jax|configs|experiments|analysis|docs|tests)/[\w./]*\w', page):
     assert (ROOT / path.rstrip('.')).exists(), path
-  for module in re.findall(r'python -m ([\w.]+)', README):
+  for module in re.findall(r'python -m (?!pytest)([\w.]+)', page):
     assert (ROOT / f'{module.replace(".", "/")}.py').exists(), module

@@ -1,5 +1,6 @@
 """One update on meshes of 8 (fake) devices is the update of one device, and streams stay where they are."""
 
+import dataclasses
 import functools
 import types
 
@@ -75,7 +76,9 @@ def mesh_of(shape):
 def start(name):
   c = MODELS[name][0]()
   c.optimizer.warmup_steps = 0
-  init = functools.partial(init_state, model=build_model(c, VOCAB), optimizer=build_optimizer(c))
+  init = functools.partial(
+    init_state, model=dataclasses.replace(build_model(c), vocab_size=VOCAB), optimizer=build_optimizer(c)
+  )
   return jax.device_get(jax.jit(init)(jax.random.key(0)).params)
 
 
@@ -86,7 +89,9 @@ def compiled(name, shape):
   mesh, params = mesh_of(shape), start(name)
   where = state_sharding(params, mesh)
   program = jax.jit(
-    functools.partial(gradients, model=build_model(config(), VOCAB), parts=parts, mesh=mesh),
+    functools.partial(
+      gradients, model=dataclasses.replace(build_model(config()), vocab_size=VOCAB), parts=parts, mesh=mesh
+    ),
     out_shardings=((NamedSharding(mesh, P()),) * 2, where),
   )
   arguments = (jax.device_put(params, where), put_batch(batch(), mesh))
@@ -105,7 +110,7 @@ CASES += [('dense', (1, 2, 2, 2)), ('dense, in blocks and microbatches', (1, 2, 
 
 def test_no_choice_of_experts_is_a_matter_of_rounding(x64):
   """Every token's last expert beats the first left out by far more than float64 sums differ."""
-  model = build_model(experts(), VOCAB)
+  model = dataclasses.replace(build_model(experts()), vocab_size=VOCAB)
   inputs = (batch()['inputs'], batch()['segments'])
   apply = functools.partial(Transformer(model).apply, record=True)
   _, records = jax.jit(apply)({'params': start('experts')}, *inputs)
@@ -166,7 +171,7 @@ def test_two_updates_on_a_mesh_are_those_of_one_device():
 
   def updated(shape):
     mesh = mesh_of(shape)
-    found = programs(build_model(c, VOCAB), build_optimizer(c), mesh)
+    found = programs(dataclasses.replace(build_model(c), vocab_size=VOCAB), build_optimizer(c), mesh)
     state = found.init(jax.random.key(0))
     before, inputs = jax.device_get(state.params), put_batch(batch(), mesh)
     state, _ = found.step(state, inputs, hparams)
@@ -189,7 +194,7 @@ def test_parameters_and_moments_fall_as_one_over_devices(fsdp):
   """Leaves under 1024 elements are whole on every device; layers are not split among devices."""
   c = base_config()
   c.optimizer.warmup_steps = 0
-  model, optimizer = build_model(c, VOCAB), build_optimizer(c)
+  model, optimizer = dataclasses.replace(build_model(c), vocab_size=VOCAB), build_optimizer(c)
   found = {size: programs(model, optimizer, make_mesh({'fsdp': size})).abstract for size in (1, fsdp)}
   assert device_bytes(found[fsdp]) * fsdp <= 1.05 * device_bytes(found[1])
   for path, leaf in jax.tree_util.tree_leaves_with_path(found[fsdp]):
@@ -242,7 +247,10 @@ def test_impossible_meshes_are_refused():
     make_mesh({'data': 4, 'expert': 4})
   with pytest.raises(ConfigError, match=r'mesh.pipe is not an axis of the mesh; the axes are data, fsdp'):
     make_mesh({'pipe': 2})
-  model, axes = build_model(dense(), VOCAB), {'data': 1, 'fsdp': 1, 'expert': 1}
+  model, axes = (
+    dataclasses.replace(build_model(dense()), vocab_size=VOCAB),
+    {'data': 1, 'fsdp': 1, 'expert': 1},
+  )
   check_mesh({**axes, 'tensor': 2}, model, T)
   with pytest.raises(ConfigError, match=r'mesh.tensor=4 does not divide model.kv_heads=2'):
     check_mesh({**axes, 'tensor': 4}, model, T)

@@ -15,7 +15,7 @@ import pytest
 from mhc_jax import train
 from mhc_jax.checkpoint import Checkpoints
 from mhc_jax.config import base_config
-from mhc_jax.data import BOS, VOCAB_SIZE, Corpus
+from mhc_jax.data import BYTES, Corpus
 from mhc_jax.divergence import Divergence
 from mhc_jax.errors import ConfigError
 from mhc_jax.plan import resolve
@@ -29,16 +29,16 @@ TIMES = ('time/seconds', 'time/tokens_per_second')
 def text(rng, size):
   """A stream of documents of random words out of twenty, so that there is something to learn."""
   words = [rng.integers(97, 123, rng.integers(2, 6)) for _ in range(20)]
-  stream = [BOS]
+  stream = [BYTES.bos]
   while len(stream) < size:
-    stream += [BOS] if rng.random() < 0.02 else [*words[rng.integers(20)], 32]
+    stream += [BYTES.bos] if rng.random() < 0.02 else [*words[rng.integers(20)], 32]
   return np.array(stream[:size], np.uint16)
 
 
 @functools.cache
 def corpus():
   rng = np.random.default_rng(0)
-  return Corpus('words', 'digest', text(rng, 20_000), text(rng, 2000), VOCAB_SIZE, 1.0)
+  return Corpus('words', 'digest', text(rng, 20_000), text(rng, 2000), BYTES)
 
 
 def config(**fields):
@@ -278,7 +278,7 @@ def repeated_losses():
 
 def test_the_first_loss_is_close_to_that_of_guessing():
   """Logits of standard deviation 1 / sqrt(width) = 1/4 add about half their variance, 0.03."""
-  assert repeated_losses()[0] == pytest.approx(math.log(VOCAB_SIZE), abs=0.1)
+  assert repeated_losses()[0] == pytest.approx(math.log(BYTES.vocab_size), abs=0.1)
 
 
 def test_the_loss_falls_on_one_repeated_batch():

@@ -1,6 +1,6 @@
 """The sections of a report with their figures, each figure's name written once; drawing all of them.
 
-Where: Study -> here -> page/write.py and `python -m analysis.plots paper`. A new figure is a function and a
+Where: Study -> here -> page/write.py and `mhc plots paper`. A new figure is a function and a
 line here: what is drawn is in a section, and the page shows all figures of all sections.
 """
 

@@ -1,6 +1,6 @@
 """The coordinate check as a figure: sizes of activations against width and depth, rules on and off.
 
-Where: coordinates.csv of experiments/coordinate_check.py -> here -> `python -m analysis.plots coordinates`.
+Where: coordinates.csv of experiments/coordinate_check.py -> here -> `mhc plots coordinates`.
 """
 
 from pathlib import Path

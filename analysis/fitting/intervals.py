@@ -22,7 +22,7 @@ LEVEL = 0.95
 FEW = 40
 CAVEAT = (
   f'fewer than {FEW} runs or groups of runs of one size and seed: intervals are approximate (simulated '
-  'coverage of nominal 95 %, python -m analysis.coverage: delta method 94-98 %, bootstrap 93-100 %)'
+  'coverage of nominal 95 %, mhc coverage: delta method 94-98 %, bootstrap 93-100 %)'
 )
 
 

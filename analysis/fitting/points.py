@@ -1,6 +1,6 @@
 """Read anybody's CSV of (N, D, loss) into Points, refusing what would fit silently wrong.
 
-Where: the front of `python -m analysis.fit` and `python -m analysis.reproduce`.
+Where: the front of `mhc fit` and `mhc reproduce`.
 """
 
 import difflib

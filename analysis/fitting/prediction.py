@@ -1,4 +1,4 @@
-"""Loss at a point that was not measured: `python -m analysis.fit ... --predict N=7e10,D=1.4e12`.
+"""Loss at a point that was not measured: `mhc fit ... --predict N=7e10,D=1.4e12`.
 
 Where: after estimate.py; the bands are those of intervals.py, the rules those of identify.py.
 """

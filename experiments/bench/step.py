@@ -9,7 +9,6 @@ import numpy as np
 
 from mhc_jax import optimizer as optim
 from mhc_jax.config import base_config, build_optimizer
-from mhc_jax.data import VOCAB_SIZE
 from mhc_jax.diagnostics import with_spectra
 from mhc_jax.model_config import build_model
 from mhc_jax.sharding import make_mesh
@@ -27,9 +26,9 @@ def arm_functions(arm: str, args: argparse.Namespace) -> dict[str, Callable[[], 
   c.model.width, c.model.depth, c.model.heads = args.width, args.depth, max(1, args.width // 16)
   c.model.dtype, c.optimizer.warmup_fraction = args.dtype, 0.05
   c.transfer.base_width, c.transfer.base_depth = 32, 2
-  model, optimizer = build_model(c, VOCAB_SIZE), build_optimizer(c)
+  model, optimizer = build_model(c), build_optimizer(c)
   of_arm = programs(model, optimizer, make_mesh({}))
-  tokens = jax.random.randint(jax.random.key(0), (args.batch, args.seq_len), 0, VOCAB_SIZE - 1)
+  tokens = jax.random.randint(jax.random.key(0), (args.batch, args.seq_len), 0, model.vocab_size - 1)
   weights, segments = jnp.ones(tokens.shape), jnp.zeros(tokens.shape, jnp.int32)
   batch = {'inputs': tokens, 'targets': tokens, 'weights': weights, 'segments': segments}
   warmup = optim.warmup_steps(optimizer, 100)

@@ -15,7 +15,6 @@ from ml_collections import ConfigDict
 from mhc_jax import cost
 from mhc_jax.config import build_optimizer, check_counts
 from mhc_jax.config_file import check_fields
-from mhc_jax.data import VOCAB_SIZE
 from mhc_jax.errors import require
 from mhc_jax.model_config import ModelConfig, build_model
 from mhc_jax.sharding import BATCH, check_mesh
@@ -50,7 +49,7 @@ def trace_step(
   """(traced train_step, abstract state, abstract batch, model) of a checked config on a mesh."""
   check_fields(config)
   check_counts(config)
-  model = build_model(config, VOCAB_SIZE)
+  model = build_model(config)
   check_mesh(config.mesh.to_dict(), model, config.data.seq_len)
   of_model = programs(model, build_optimizer(config), mesh)
   batch, hparams = abstract_inputs(config, mesh)

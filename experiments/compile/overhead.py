@@ -23,7 +23,6 @@ from mhc_jax.storage import read_json, write_json
 from .scale_page import page
 from .tpu import compile_step
 
-CONFIGS = pathlib.Path(__file__).resolve().parents[2] / 'configs'  # beside experiments/, installed or not
 ARMS = ('residual', 'mhc')
 
 
@@ -79,7 +78,7 @@ def cells() -> list[Cell]:
 
 def compile_cell(cell: Cell, path: pathlib.Path) -> dict[str, Any]:
   """The report of a cell, kept in the file of that name."""
-  config = parse(f'{CONFIGS}/{cell.config}.py:{cell.arm}', cell.overrides)
+  config = parse(f'{cell.config}:{cell.arm}', cell.overrides)
   report = {'cell': cell.name, **compile_step(config, cell.topology)}
   path.parent.mkdir(parents=True, exist_ok=True)
   write_json(str(path), report)

@@ -5,18 +5,17 @@ corpus.py (what to read) -> windows.py (how it is cut) -> batches.py (in what or
 
 from mhc_jax.data.batches import train_batches, validation_batches
 from mhc_jax.data.corpus import Corpus, load_corpus
-from mhc_jax.data.tokenizer import BOS, VOCAB_SIZE, decode, encode
+from mhc_jax.data.tokenizer import BYTES, Tokenizer, tokenizer_of
 from mhc_jax.data.windows import Windows, check_enough_tokens, windows
 
 __all__ = [
-  'BOS',
-  'VOCAB_SIZE',
+  'BYTES',
   'Corpus',
+  'Tokenizer',
   'Windows',
   'check_enough_tokens',
-  'decode',
-  'encode',
   'load_corpus',
+  'tokenizer_of',
   'train_batches',
   'validation_batches',
   'windows',

@@ -16,9 +16,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from mhc_jax.data import splits, text_builders, text_files, tfds_text, token_files, tokenizer
+from mhc_jax.data import splits, text_builders, text_files, tfds_text, token_files
 from mhc_jax.data.lock import locked
 from mhc_jax.data.remote import local_copy
+from mhc_jax.data.tokenizer import BYTES, Tokenizer
 from mhc_jax.errors import ConfigError
 from mhc_jax.storage import is_remote
 
@@ -28,18 +29,16 @@ class Corpus:
   """Tokenised text: BOS document BOS document ..., uint16, read-only.
 
   `digest` (hex) covers both streams and the tokenizer's name: equal digests, equal data.
-  `bytes_per_token` is that of predicted tokens: bits per byte = nats per token / (ln 2 * it).
   """
 
   name: str
   digest: str
   train: np.ndarray
   validation: np.ndarray
-  vocab_size: int
-  bytes_per_token: float
+  tokenizer: Tokenizer
 
 
-def load_corpus(name: str, data_dir: str | None = None) -> Corpus:
+def load_corpus(name: str, data_dir: str | None = None, tokenizer: Tokenizer = BYTES) -> Corpus:
   """Loads a corpus and prepares it first where needed; processes that start together do it once.
 
   name: 'python_stdlib' (source files of this Python's standard library), 'text_files:FOLDER',
@@ -52,34 +51,35 @@ def load_corpus(name: str, data_dir: str | None = None) -> Corpus:
   kind, separator, pattern = name.partition(':')
   if name == 'python_stdlib':
     stdlib = Path(sysconfig.get_path('stdlib'))
-    return load_files(name, text_files.scan_stdlib(stdlib), root)
+    return load_files(name, text_files.scan_stdlib(stdlib), root, tokenizer)
   if kind == 'text_files' and separator:
     if is_remote(pattern):
       pattern = local_copy(pattern, root / 'mhc_jax' / 'copies')
-    return load_files(name, text_files.scan_pattern(pattern), root)
-  return _load_tfds(name, root)
+    return load_files(name, text_files.scan_pattern(pattern), root, tokenizer)
+  return _load_tfds(name, root, tokenizer)
 
 
-def load_files(name: str, files: text_files.TextFiles, root: Path) -> Corpus:
+def load_files(name: str, files: text_files.TextFiles, root: Path, tokenizer: Tokenizer) -> Corpus:
   """Loads a corpus of text files; `name` is 'python_stdlib' or begins with 'text_files:'."""
   kind = name.partition(':')[0]
 
   def build(folder: Path) -> dict[str, int | str]:
     documents = text_builders.prepare(kind, files, folder / 'tfds')
     total = sum(map(len, files.documents.values()))
-    return token_files.write(folder, tqdm(documents, f'tokenising {kind}', total, disable=None))
+    bar = tqdm(documents, f'tokenising {kind}', total, disable=None)
+    return token_files.write(folder, bar, tokenizer)
 
-  return _load(name, _folder(root, kind, files.digest), build)
+  return _load(name, _folder(root, kind, tokenizer, files.digest), tokenizer, build)
 
 
-def _load_tfds(name: str, root: Path) -> Corpus:
+def _load_tfds(name: str, root: Path, tokenizer: Tokenizer) -> Corpus:
   dataset = tfds_text.prepare(name, root, root / 'mhc_jax')
 
   def build(folder: Path) -> dict[str, int | str]:
     for tails in (False, True):
       documents = dataset.documents(tails=tails)
       bar = tqdm(documents, f'tokenising {name}', len(dataset), disable=None)
-      facts = token_files.write(folder, bar)
+      facts = token_files.write(folder, bar, tokenizer)
       sizes = [facts[split] for split in splits.SPLITS]
       if 'validation' in dataset.sources or splits.enough_documents(sizes[1], sum(sizes)):
         break
@@ -87,10 +87,12 @@ def _load_tfds(name: str, root: Path) -> Corpus:
       raise ConfigError(f'data.name={name!r}: too little text for training and validation')
     return facts
 
-  return _load(name, _folder(root, dataset.slug, dataset.key), build)
+  return _load(name, _folder(root, dataset.slug, tokenizer, dataset.key), tokenizer, build)
 
 
-def _load(name: str, folder: Path, build: Callable[[Path], dict[str, int | str]]) -> Corpus:
+def _load(
+  name: str, folder: Path, tokenizer: Tokenizer, build: Callable[[Path], dict[str, int | str]]
+) -> Corpus:
   """Reads the streams in folder, after building them under a lock if they are not complete."""
   prepared = token_files.read(folder)
   if prepared is None:
@@ -106,14 +108,7 @@ def _load(name: str, folder: Path, build: Callable[[Path], dict[str, int | str]]
           raise
         prepared = token_files.read(folder)
   digest, tokens = prepared
-  return Corpus(
-    name=name,
-    digest=digest,
-    train=tokens['train'],
-    validation=tokens['validation'],
-    vocab_size=tokenizer.VOCAB_SIZE,
-    bytes_per_token=tokenizer.BYTES_PER_TOKEN,
-  )
+  return Corpus(name, digest, tokens['train'], tokens['validation'], tokenizer)
 
 
 def data_folder(data_dir: str | None) -> Path:
@@ -127,5 +122,5 @@ def data_folder(data_dir: str | None) -> Path:
   return Path(chosen).expanduser().absolute()
 
 
-def _folder(root: Path, slug: str, key: str) -> Path:
-  return root / 'mhc_jax' / f'{slug}-{tokenizer.NAME}-{key[:16]}'
+def _folder(root: Path, slug: str, tokenizer: Tokenizer, key: str) -> Path:
+  return root / 'mhc_jax' / f'{slug}-{tokenizer.name}-{key[:16]}'

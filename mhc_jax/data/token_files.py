@@ -13,40 +13,47 @@ from pathlib import Path
 
 import numpy as np
 
-from mhc_jax.data import tokenizer
 from mhc_jax.data.splits import SPLITS
+from mhc_jax.data.tokenizer import Tokenizer
+from mhc_jax.errors import require
 
 _TOKEN = np.dtype('<u2')
-_BOS = np.array([tokenizer.BOS], _TOKEN).tobytes()
 
 
-def write(folder: Path, documents: Iterable[tuple[str, bytes]]) -> dict[str, int | str]:
-  """Writes both streams and returns {'train': tokens, 'validation': tokens, 'digest': hex}.
+def write(folder: Path, documents: Iterable[tuple[str, bytes]], tokenizer: Tokenizer) -> dict[str, int | str]:
+  """Writes both streams and returns what goes into corpus.json: tokenizer, tokens of each, digest (hex).
 
   Empty documents are left out. The digest covers both streams and the tokenizer's name.
   """
+  size = tokenizer.vocab_size
+  require(size <= 2**16, f'data.tokenizer={tokenizer.name}: {size} tokens, streams have room for {2**16}')
+  bos = np.array([tokenizer.bos], _TOKEN).tobytes()
   lengths = dict.fromkeys(SPLITS, 0)
   digests = {split: hashlib.sha256() for split in SPLITS}
   with contextlib.ExitStack() as stack:
     files = {s: stack.enter_context(open(_path(folder, s), 'wb')) for s in SPLITS}
     for split, text in documents:
       if text:
-        data = _BOS + tokenizer.encode(text).astype(_TOKEN).tobytes()
+        data = bos + tokenizer.encode(text).astype(_TOKEN).tobytes()
         files[split].write(data)
         digests[split].update(data)
         lengths[split] += len(data) // _TOKEN.itemsize
     for file in files.values():
       file.flush()
       os.fsync(file.fileno())
-  parts = [tokenizer.NAME, *(digests[split].hexdigest() for split in SPLITS)]
-  return {**lengths, 'digest': hashlib.sha256(' '.join(parts).encode()).hexdigest()}
+  parts = [tokenizer.name, *(digests[split].hexdigest() for split in SPLITS)]
+  return {
+    'tokenizer': tokenizer.name,
+    **lengths,
+    'digest': hashlib.sha256(' '.join(parts).encode()).hexdigest(),
+  }
 
 
 def finish(folder: Path, facts: dict[str, int | str]) -> None:
   """Declares the folder complete: writes corpus.json atomically."""
   unfinished = folder / 'corpus.json.unfinished'
   with open(unfinished, 'w', encoding='utf-8') as file:
-    json.dump({'tokenizer': tokenizer.NAME, **facts}, file, indent=2)
+    json.dump(facts, file, indent=2)
     file.flush()
     os.fsync(file.fileno())
   os.replace(unfinished, folder / 'corpus.json')

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mhc_jax.data import tokenizer
 from mhc_jax.errors import ConfigError
 
 
@@ -17,12 +16,13 @@ from mhc_jax.errors import ConfigError
 class Windows:
   """len() windows; [i] -> inputs, targets, weights and segments, each (T,).
 
-  targets is inputs one token on. weights (float32) is 0 where the target is BOS, else 1.
+  targets is inputs one token on. weights (float32) is 0 where the target is bos, else 1.
   segments (int32) numbers the documents within the window from 0, so that attention can be kept
   within them; with cross_documents all are 0. Shorter rest of the stream: left out.
   """
 
   tokens: np.ndarray
+  bos: int
   seq_len: int
   cross_documents: bool
 
@@ -40,23 +40,23 @@ class Windows:
     places_BS = index_B[:, None] * self.seq_len + np.arange(self.seq_len + 1)[None, :]
     window_BS = self.tokens[places_BS].astype(np.int32)  # S = T + 1
     inputs_BT, targets_BT = window_BS[:, :-1], window_BS[:, 1:]
-    begins_BT = inputs_BT == tokenizer.BOS
+    begins_BT = inputs_BT == self.bos
     begins_BT[:, 0] = False  # whatever document is open at the start has number 0
     if self.cross_documents:
       begins_BT[:] = False
     return {
       'inputs': np.ascontiguousarray(inputs_BT),
       'targets': np.ascontiguousarray(targets_BT),
-      'weights': (targets_BT != tokenizer.BOS).astype(np.float32),
+      'weights': (targets_BT != self.bos).astype(np.float32),
       'segments': np.cumsum(begins_BT, axis=1, dtype=np.int32),
     }
 
 
-def windows(tokens: np.ndarray, seq_len: int, cross_documents: bool) -> Windows:
-  """Windows of seq_len tokens over a stream of token ids; ConfigError if seq_len < 1."""
+def windows(tokens: np.ndarray, bos: int, seq_len: int, cross_documents: bool) -> Windows:
+  """Windows of seq_len tokens over a stream whose documents begin with bos; ConfigError if seq_len < 1."""
   if seq_len < 1:
     raise ConfigError(f'data.seq_len={seq_len}: must be at least 1 token')
-  return Windows(tokens, seq_len, cross_documents)
+  return Windows(tokens, bos, seq_len, cross_documents)
 
 
 def check_enough_tokens(source: Windows, tokens_needed: int, repeat: bool) -> None:

@@ -1,0 +1,68 @@
+"""`mhc`: one name for every command, cheap until the command is known; `mhc env`."""
+
+import json
+import re
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from mhc_jax import __main__ as mhc
+from mhc_jax import environment
+
+
+def test_every_command_is_listed_with_what_it_does(capsys):
+  assert mhc.main([]) == 0
+  said = capsys.readouterr().out
+  assert all(re.search(rf'^  {name} +\w.*', said, re.MULTILINE) for name in mhc.COMMANDS)
+  wanted = 'train evaluate sweep report fit reproduce plots compile overhead bench coverage env'
+  assert sorted(mhc.COMMANDS) == sorted(wanted.split())
+
+
+@pytest.mark.parametrize('name', mhc.COMMANDS)
+def test_every_command_explains_itself(name, capsys):
+  with pytest.raises(SystemExit) as ended:
+    mhc.main([name, '--help'])
+  said = capsys.readouterr().out
+  assert ended.value.code == 0 and said.startswith(f'usage: mhc {name} ')
+  assert 'python -m' not in said
+
+
+def test_mistakes_end_in_one_line(capsys):
+  assert mhc.main(['tarin']) == 2
+  assert capsys.readouterr().err == "error: no command 'tarin'; did you mean train?\n"
+  assert mhc.main(['train', '--config', 'laptob', '--workdir', 'x']) == 2
+  assert re.match(r"error: no config file 'laptob'; by name there are laptop, .*\n$", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'unwanted'),
+  [([], 'jax numpy argparse'), (['fit', '--help'], 'jax scipy.optimize matplotlib')],
+  ids=['mhc', 'fit'],
+)
+def test_help_does_not_wait_for_what_it_does_not_use(arguments, unwanted):
+  code = (
+    'import contextlib, json, sys; from mhc_jax.__main__ import main\n'
+    f'with contextlib.suppress(SystemExit): main({arguments!r})\n'
+    'print(json.dumps(sorted(sys.modules)))'
+  )
+  answer = subprocess.run(
+    [sys.executable, '-c', code], capture_output=True, text=True, check=True, timeout=60
+  )
+  assert not set(unwanted.split()) & set(json.loads(answer.stdout.splitlines()[-1]))
+
+
+def test_env_names_what_a_report_of_a_fault_needs(capsys):
+  assert environment.main([]) == 0
+  said = capsys.readouterr().out
+  for part in ('revision', 'python', f'jax {jax.__version__}', 'GiB free', 'cpu (cpu)', 'JAX_PLATFORMS=cpu'):
+    assert part in said, part
+
+
+def test_env_warns_of_an_accelerator_that_jax_does_not_see(monkeypatch, capsys):
+  monkeypatch.setattr(environment.glob, 'glob', lambda files: ['x'] if 'nvidia' in files else [])
+  assert environment.main([]) == 1
+  assert 'an NVIDIA GPU is here, but JAX does not see it: JAX_PLATFORMS=cpu' in capsys.readouterr().err
+  monkeypatch.delenv('JAX_PLATFORMS')
+  assert 'cuda13' in environment.warnings()[0] and len(environment.warnings()) == 1
