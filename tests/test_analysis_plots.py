@@ -140,24 +140,43 @@ def test_plots_on_nothing(tmp_path, capsys):
   assert command(plots.main, 'router', tmp_path) == 2 and 'no run has logged' in capsys.readouterr().err
 
 
-def test_coverage_script(tmp_path, capsys, monkeypatch):
+def test_coverage_is_measured_and_judged(tmp_path, capsys, monkeypatch):
+  """Intervals shrunk to a fiftieth of their width are reported as missed; those of the code are not."""
   out = tmp_path / 'new' / 'coverage.json'
-  monkeypatch.setattr(coverage, 'single', lambda rng, *_: {'E': True, 'alpha': bool(rng.random() < 0.95)})
   monkeypatch.setattr(coverage, 'RESAMPLES', 10)
-  code = coverage.main(['--simulations', '6', '--seed', '1', '--out', str(out)])
-  rows = json.loads(out.read_text())['rows']
-  said = capsys.readouterr().out
-  # A coverage of 100 % is a miss too: the intervals would be too wide.
-  assert code == 1 and 'MISSED' in said
-  assert {row['design'] for row in rows} == {'single', 'resampled', 'paired', 'power'}
-  assert all(row['met'] is None for row in rows if row['design'] == 'resampled')
-  spread = [row for row in rows if row['quantity'] == 'sd(log m)']
-  assert [row['delta'] for row in spread] == [0.001, 'auto'] and all(0 < r['value'] < 0.1 for r in spread)
+  monkeypatch.setattr(
+    coverage, 'WANTED', {name: (0.5, 1.0) for name in coverage.WANTED}
+  )  # of six simulations
+  argv = ['--simulations', 6, '--seed', 1, '--out', out]
+  assert command(coverage.main, *argv) == 0 and 'MISSED' not in capsys.readouterr().out
+  rows = pd.DataFrame(json.loads(out.read_text())['rows'])
+  assert set(rows['design']) == {'single', 'resampled', 'paired', 'power'}
+  assert rows.loc[rows['design'] == 'resampled', 'met'].isna().all()
+  spread = rows[rows['quantity'] == 'sd(log m)']
+  assert spread['delta'].tolist() == [0.001, 'auto'] and spread['value'].between(1e-3, 0.1).all()
+
+  def shrunk(fitted, real=coverage.delta_method):
+    middle = {name: np.mean(ends) for name, ends in real(fitted).items()}
+    return {
+      name: [middle[name] + (end - middle[name]) / 50 for end in ends] for name, ends in real(fitted).items()
+    }
+
+  monkeypatch.setattr(coverage, 'delta_method', shrunk)
+  assert command(coverage.main, *argv) == 1 and 'MISSED' in capsys.readouterr().out
   assert command(coverage.main, '--simulations', 0) == 2
 
 
-def test_one_simulation_of_each_design():
+@pytest.mark.parametrize('width', [1e-3, 'auto'])
+def test_intervals_of_each_design_hold_the_truth(width, monkeypatch):
+  """At least two thirds of twelve nominal 95 % intervals: less has probability 2e-4."""
+  monkeypatch.setattr(coverage, 'RESAMPLES', 20)
   rng = np.random.default_rng(0)
-  for width in (1e-3, 'auto'):
-    assert set(coverage.single(rng, 0.002, width)) == {'E', 'alpha', 'beta', 'loss at 10x'}
-    assert coverage.power(rng, width) == pytest.approx(np.log(1.2), abs=0.15)
+  designs = {
+    'single': (lambda: coverage.single(rng, 0.002, width), {'E', 'alpha', 'beta', 'loss at 10x'}),
+    'paired': (lambda: coverage.paired(rng, 0.7, width), {'E', 'alpha', 'm[b]', 'm[c]', 'm[d]'}),
+    'resampled': (lambda: coverage.resampled(rng, 0.002, width), {'E', 'alpha', 'beta'}),
+  }
+  for name, (simulate, quantities) in designs.items():
+    hits = pd.DataFrame([simulate() for _ in range(12)])
+    assert set(hits) == quantities and (hits.mean() >= 2 / 3).all(), (name, hits.mean())
+  assert coverage.power(rng, width) == pytest.approx(np.log(1.2), abs=0.15)

@@ -5,9 +5,9 @@ import re
 
 import pandas as pd
 import pytest
+from PIL import Image
 from synthetic_runs import MULTIPLIER, command, report, words, write_sweep
 
-from analysis.figures.catalogue import SECTIONS
 from analysis.gaps import pair_up
 from analysis.report import main
 from analysis.runs import read_sweep
@@ -65,7 +65,7 @@ def test_figures_have_numbers_and_render(complete):
   wanted = {'loss_vs_flops', 'loss_at_equal_flops', 'paper_gap_flops', 'loss_vs_width', 'paper_compute'}
   wanted |= {'loss_vs_depth', 'loss_vs_connection_rank', 'loss_vs_weights_rank', 'paper_gains', 'rollout'}
   wanted |= {'loss_vs_connection_streams', 'compute_multiplier', 'paper_gap_tokens', 'paper_over_training'}
-  assert wanted <= names <= {name for section in SECTIONS for name in section.figures}
+  assert wanted <= names
   for name in names:
     assert (folder / 'report' / f'{name}.png').read_bytes()[:4] == b'\x89PNG'
     assert (folder / 'report' / f'{name}.png').stat().st_size < 200_000
@@ -93,6 +93,33 @@ def test_page_is_self_contained_and_linked(complete):
   assert 'fewer than 40 runs' in text and 'Runs scatter about the fit by 0.' in text
   curves = json.loads(re.search(r'id=curve-data>(.*?)</script>', page, re.S).group(1))
   assert len(curves['runs']) == 28 and len(curves['runs'][0]['validation/loss']) == 21
+
+
+def test_every_figure_that_is_drawn_is_shown(complete):
+  """Once, in its section; those of a text width take a row of their own."""
+  folder, _, (_, _, page) = complete
+  drawn = sorted(p.stem for p in (folder / 'report').glob('*.png'))
+  assert sorted(re.findall(r'<figure id="(\w+)"', page)) == drawn and len(drawn) >= 15
+  wide = set(re.findall(r'<figure id="(\w+)" class=wide>', page))
+  for name in drawn:
+    with Image.open(folder / 'report' / f'{name}.png') as image:
+      assert (name in wide) == (image.width > 1000), name
+
+
+def test_what_the_page_says_is_in_the_json(complete):
+  """Summary, tables, lack of fit; each number as the page rounds it."""
+  _, _, (fits, _, page) = complete
+  said = words(page)
+  for row in fits['summary']:
+    assert f'{row["loss"]:.4f} {row["flops"]:.3g} {row["size"]} {row["seeds"]}' in said
+  for row in fits['final_losses']:
+    assert f'{row["flops"]:.3g} {row["seeds"]} {row["diverged"]} {row["validation_loss"]:.4f}' in said
+  lack = fits['lack_of_fit']
+  assert f'fit by {100 * lack["scatter"]:.2f} % of the loss, seeds by {100 * lack["seeds"]:.2f} %' in said
+  assert fits['isoflop'] == fits['stability'] == fits['router_loads'] == []
+  for sweep in fits['rank_sweeps']:
+    assert len(sweep['means']) >= 3 and sweep['reference_loss'] > 0
+    assert (sweep['full_rank_loss'] is None) == (sweep['axis'] == 'connection_streams'), 'n has no full rank'
 
 
 def test_bad_folders_end_in_one_line(tmp_path, capsys):

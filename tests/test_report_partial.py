@@ -10,6 +10,7 @@ from synthetic_runs import (
   MULTIPLIER,
   SIZES,
   blank,
+  command,
   config_of,
   derived_of,
   report,
@@ -18,6 +19,8 @@ from synthetic_runs import (
   write_run,
   write_sweep,
 )
+
+from analysis.report import main
 
 
 @pytest.fixture
@@ -57,6 +60,41 @@ def test_one_arm_has_a_law_but_no_multiplier(tmp_path, blank_images):
   assert fits['fit']['alpha'] == pytest.approx(0.2, abs=0.05)
   assert 'nothing to compare it with' in words(page)
   assert 'Gap to mhc: no finished run of another arm' in words(page)
+
+
+def test_an_arm_at_one_size_is_left_out_of_the_law_but_keeps_its_gap(tmp_path, no_figures):
+  planned = write_sweep(tmp_path, arms=('residual', 'mhc'), ranks=False)
+  planned += [write_run(tmp_path, config_of('hc', 32, 2, seed)) for seed in (0, 1)]
+  write_plan(tmp_path, planned)
+  fits, results, page = report(tmp_path)
+  reason = 'arm hc finished at one size only: no multiplier can be checked there'
+  assert [(e['arm'], e['reason']) for e in fits['excluded']] == [('hc', reason)] * 2
+  assert (results['excluded'] == reason).sum() == 2 and reason in words(page)
+  assert {m['arm'] for m in fits['multipliers']} == {'mhc'} and 'none: not in the law' in words(page)
+  assert {g['arm'] for g in fits['gaps']} == {'mhc', 'hc'} and fits['fit']['n_points'] == 14
+
+
+def test_the_reference_is_the_arm_asked_for(tmp_path, no_figures):
+  write_sweep(tmp_path, arms=('residual', 'mhc'), ranks=False)
+  ends = {}
+  for options in ((), ('--reference', 'mhc')):
+    assert command(main, tmp_path, '--resamples', 4, *options) == 0
+    fits = json.loads((tmp_path / 'report' / 'fits.json').read_text())
+    (ends[fits['reference']],) = fits['multipliers']
+  page = words((tmp_path / 'report' / 'index.html').read_text())
+  assert 'Gap to mhc' in page and f'analysis.report {tmp_path} --resamples 4 --reference mhc' in page
+  # The same fit, read from the other side: m becomes 1 / m, and its interval.
+  one, other = ends['residual'], ends['mhc']
+  assert (one['arm'], other['arm']) == ('mhc', 'residual')
+  assert one['flops'] * other['flops'] == pytest.approx(1, rel=1e-3)
+  assert one['flops_interval'][0] * other['flops_interval'][1] == pytest.approx(1, rel=1e-2)
+
+
+def test_a_reference_without_runs_ends_in_one_line(tmp_path, capsys):
+  write_sweep(tmp_path, arms=('mhc',), sizes=SIZES[:1], ranks=False)
+  assert command(main, tmp_path, '--reference', 'hc') == 2
+  error = capsys.readouterr().err
+  assert error == 'error: --reference hc: no finished run of that arm; there are mhc\n'
 
 
 def test_too_few_sizes_print_no_numbers(tmp_path, blank_images):

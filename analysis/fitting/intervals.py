@@ -234,7 +234,8 @@ def band(fit: Fit, at: Points, level: float = LEVEL) -> Band:
   half_R = quantile_R * np.sqrt(variance_R)
   wide_R = quantile_R * np.sqrt(variance_R + residual_variance(fit))
   ends = (log_R, log_R - half_R, log_R + half_R, log_R - wide_R, log_R + wide_R)
-  return Band(*(np.exp(v) for v in ends))
+  with np.errstate(over='ignore'):  # a curve that the runs do not tell: its upper end is inf
+    return Band(*(np.exp(v) for v in ends))
 
 
 def residual_variance(fit: Fit) -> float:
