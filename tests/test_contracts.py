@@ -39,6 +39,7 @@ def test_every_experiment_is_listed():
   assert files == set(sweep.EXPERIMENTS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', sweep.EXPERIMENTS)
 def test_every_experiment_plans_valid_and_different_runs(name):
   runs = [resolve(config, 'digest') for config in sweep.EXPERIMENTS[name](None)]
@@ -106,6 +107,7 @@ def test_a_redefined_constraint_is_another_and_the_package_keeps_its_names():
     build_model(config, VOCAB_SIZE, dataclasses.replace(first, name='identity'))
 
 
+@pytest.mark.slow
 def test_stability_has_the_depth_effect_in_full():
   """No division of F by the depth, no slower H_res, and a gradient norm of every update."""
   runs = sweep.EXPERIMENTS['stability'](None)
@@ -139,6 +141,7 @@ def test_ablation_leaves_maps_out_one_by_one():
   assert rows['mhc'] == {full, *(parts for parts in one_less if 'post' in parts)}
 
 
+@pytest.mark.slow
 def test_identity_or_mixing_starts_every_arm_at_the_same_mixing():
   """Off-diagonal mass 0.01 at every token, whatever the coordinates mean."""
   x_NBTD = jax.random.normal(jax.random.key(0), (4, 2, 8, 32))
