@@ -155,6 +155,7 @@ def shapes(folder, depths, tokens):
   write_plan(folder, planned)
 
 
+@pytest.mark.slow
 def test_width_and_depth_have_exponents(tmp_path):
   shapes(tmp_path, (2, 4, 8, 16), lambda n: (1e6, 1e7, 1e8))
   s = study(read_sweep(tmp_path), resamples=0)

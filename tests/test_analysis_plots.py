@@ -56,6 +56,7 @@ def test_paper_figures_and_their_numbers(tmp_path, blank_images, capsys):
   assert len(residual) == 14 and residual['residual_percent'].abs().max() < 2
 
 
+@pytest.mark.slow
 def test_isoflop_panels(tmp_path, blank_images, capsys):
   """Three budgets, five sizes each, and the loss a parabola in log N about 0.3 C^0.4."""
   planned = []

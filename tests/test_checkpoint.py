@@ -319,6 +319,7 @@ def _child(script: str, *arguments: Any, before: tuple[str, ...] = ()) -> subpro
   return subprocess.Popen(command, env=environment, **pipes)
 
 
+@pytest.mark.slow
 def test_kill_at_any_moment_leaves_the_last_finished_save(tmp_path):
   last = 0
   for delay in (0.0, 0.15, 0.23):
@@ -366,6 +367,7 @@ print(json.dumps([errors, sorted(os.listdir(sys.argv[1]))]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('cause', ['limit', 'early', 'late'])
 def test_no_room_is_an_oserror_and_spares_the_step_before(tmp_path, cause):
   """A limit on file size, and a small file system where the machine lets a process mount one."""

@@ -51,6 +51,7 @@ def compiled(arm, scan):
   return count(parse_module(program.as_text())), program.cost_analysis()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('arm', ('residual', 'mhc'))
 def test_a_scan_counts_as_its_unrolled_model(arm):
   """mhc has loops within the loop: Sinkhorn's. Beyond products, a scan adds its own slices and counters."""

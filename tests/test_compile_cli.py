@@ -41,6 +41,7 @@ def on_cpu(monkeypatch):
   monkeypatch.setattr(tpu.metadata, 'version', lambda name: '1')
 
 
+@pytest.mark.slow
 def test_the_report_on_a_slice(on_cpu, capsys):
   """The whole path but for the TPU's compiler; text and JSON tell the same."""
   connection = '--config.model.connection.name=identity'  # compiles sooner than mhc

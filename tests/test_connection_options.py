@@ -170,6 +170,7 @@ def disturbed(params, rng):
   return jax.tree_util.tree_map_with_path(leaf, params)
 
 
+@pytest.mark.slow
 def test_single_pass_reads_by_the_map_of_the_sublayer_before(x64, rng):
   config = model({'name': 'mhc', 'preset': 'deepseek_v4_1'})
   params = disturbed(initial(config), rng)

@@ -52,6 +52,7 @@ PLANS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', sweep.EXPERIMENTS)
 def test_every_experiment_plans_the_runs_that_it_planned_before(name):
   """Valid, different from each other, and with the ids of runs that somebody may already have."""
@@ -124,6 +125,7 @@ def test_a_redefined_constraint_is_another_and_the_package_keeps_its_names():
     build_model(config, dataclasses.replace(first, name='identity'))
 
 
+@pytest.mark.slow
 def test_stability_has_the_depth_effect_in_full():
   """No division of F by the depth, no slower H_res, and a gradient norm of every update."""
   runs = sweep.EXPERIMENTS['stability'](None)
@@ -157,6 +159,7 @@ def test_ablation_leaves_maps_out_one_by_one():
   assert rows['mhc'] == {full, *(parts for parts in one_less if 'post' in parts)}
 
 
+@pytest.mark.slow
 def test_identity_or_mixing_starts_every_arm_at_the_same_mixing():
   """Off-diagonal mass 0.01 at every token, whatever the coordinates mean."""
   x_NBTD = jax.random.normal(jax.random.key(0), (4, 2, 8, 32))

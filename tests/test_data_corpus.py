@@ -155,6 +155,7 @@ def start(library: Path, data_dir: Path, moment: str) -> subprocess.Popen:
   return subprocess.Popen(arguments, stdin=pipe, stdout=pipe, text=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('moment', ['while TFDS writes', 'while tokens are written', 'before completion'])
 def test_killed_preparation_is_not_taken_for_complete(library, tmp_path, moment):
   process = start(library, tmp_path / 'data', moment)
@@ -168,6 +169,7 @@ def test_killed_preparation_is_not_taken_for_complete(library, tmp_path, moment)
   assert not list((tmp_path / 'data').rglob('incomplete*'))
 
 
+@pytest.mark.slow
 def test_processes_that_start_together_prepare_once(library, tmp_path):
   processes = [start(library, tmp_path / 'data', 'never') for _ in range(2)]
   assert [process.stdout.readline() for process in processes] == ['ready\n'] * 2

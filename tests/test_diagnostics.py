@@ -176,6 +176,7 @@ def test_of_a_residual_model():
   assert len(found) == 31 and 'logit_range' not in found and 'pre_mean' not in found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name,preset', [(name, p) for name in PRESETS for p in PRESETS[name]])
 def test_every_connection_has_finite_diagnostics(name, preset):
   found = diagnostics.with_spectra(diagnosed(name=name, preset=preset))

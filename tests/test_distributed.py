@@ -108,6 +108,7 @@ def folder(tmp_path_factory):
   return folder
 
 
+@pytest.mark.slow
 def test_two_processes_are_killed_and_stopped_and_one_takes_over(folder, tmp_path):
   """The same processes go on bit for bit; then one device ends where it would have ended alone."""
   workdir, alone = tmp_path / 'run', tmp_path / 'alone'

@@ -206,6 +206,7 @@ def trained(c):
   return begun.params, state.params, losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('manifold', CASES)
 def test_training_stays_on_the_manifold(manifold):
   pattern, value, defect = CASES[manifold]

@@ -55,6 +55,7 @@ def assert_equal(found, expected):
     np.testing.assert_allclose(other, one, rtol=0, atol=1e-11 * np.abs(one).max(), err_msg=str(path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('remat', REMAT[1:])
 def test_recomputation_changes_neither_loss_nor_gradients(x64, remat):
   assert_equal(compiled(remat)(start('none'), batch()), compiled()(start('none'), batch()))
@@ -107,6 +108,7 @@ def test_blocks_are_those_of_equation_20():
   assert block_layers(1, 1) == block_layers(4, 2) == 1
 
 
+@pytest.mark.slow
 def test_microbatches_add_up_to_the_batch(x64):
   """Rows have different numbers of weighted tokens: a mean of means would differ."""
   rows = batch()['weights'].sum(1)

@@ -133,6 +133,7 @@ def assert_equal_runs(workdir, other):
   assert [path.name for path in (workdir / 'checkpoints').iterdir()] == [str(STEPS)]
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_any_moment_goes_on_bit_for_bit(folder, uninterrupted, tmp_path):
   moment, workdir = random.Random(), tmp_path / 'run'
   rows = moment.randrange(8, 20)
@@ -152,6 +153,7 @@ def test_a_run_killed_at_any_moment_goes_on_bit_for_bit(folder, uninterrupted, t
   assert_equal_runs(workdir, uninterrupted)
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_a_full_disk_ends_in_one_line(folder, uninterrupted, tmp_path):
   workdir = tmp_path / 'run'
   session = Session(folder, workdir)

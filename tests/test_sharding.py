@@ -117,6 +117,7 @@ def test_no_choice_of_experts_is_a_matter_of_rounding(x64):
   assert records[1]['margin_BT'].min() > 1e-8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name,shape', CASES)
 def test_loss_and_gradients_on_a_mesh_are_those_of_one_device(x64, name, shape):
   (loss, load_LE), grads = outcome(name, shape)

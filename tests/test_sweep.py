@@ -126,6 +126,7 @@ def test_equal_runs_and_unknown_experiments_are_refused(tiny, monkeypatch):
     sweep.plan('nobody')
 
 
+@pytest.mark.slow
 def test_workers_share_the_runs(experiment, tmp_path, monkeypatch):
   """Two processes: every run is done once, and groups of equal shapes stay in one process."""
   configs, planned = sweep.plan(experiment)
@@ -134,6 +135,7 @@ def test_workers_share_the_runs(experiment, tmp_path, monkeypatch):
   assert sorted(ended) == sorted((run.run_id, 'finished') for run in planned)
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_costs_its_run_alone(experiment, tmp_path, monkeypatch):
   """Killed as the system does when memory is short: recorded, the other runs end, a retry goes on."""
   monkeypatch.setenv('XLA_FLAGS', os.environ['XLA_FLAGS'])
@@ -162,6 +164,7 @@ def test_a_worker_that_dies_costs_its_run_alone(experiment, tmp_path, monkeypatc
   assert states(tmp_path / 'tiny') == ['finished'] * 3
 
 
+@pytest.mark.slow
 def test_an_interrupted_pool_is_not_started_again(experiment, tmp_path, monkeypatch):
   """Ctrl-C, with a run that an earlier kill left as running: it is not taken for a worker's death."""
   configs, planned = sweep.plan(experiment)

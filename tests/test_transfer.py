@@ -25,6 +25,7 @@ def slopes(arm, axis, sizes, bases, lr=LR):
   return {name: np.polyfit(at, np.log([f[name][-1] for f in found]), 1)[0] for name in found[0]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('axis', SIZES)
 @pytest.mark.parametrize('arm', ('residual', 'mhc', 'identity'))
 def test_coordinates_keep_their_size_with_transfer(arm, axis):
@@ -33,6 +34,7 @@ def test_coordinates_keep_their_size_with_transfer(arm, axis):
   assert max(map(abs, found.values())) < 0.2, found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('axis,limit', (('width', 0.2), ('depth', 0.4)))
 def test_coordinates_of_hyper_connections_transfer_less_well_in_depth(axis, limit):
   """Updates of an unbounded H_res compound over depth.
@@ -45,6 +47,7 @@ def test_coordinates_of_hyper_connections_transfer_less_well_in_depth(axis, limi
   assert abs(found['change of the logits']) < 0.2, found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('arm,axis', (('residual', 'width'), ('residual', 'depth'), ('mhc', 'width')))
 def test_streams_grow_in_proportion_without_transfer(arm, axis):
   """Every size its own base, which turns the rules off and leaves the smallest model as it is."""
@@ -52,6 +55,7 @@ def test_streams_grow_in_proportion_without_transfer(arm, axis):
   assert min(found[name] for name in found if name.startswith('streams')) > 0.6, found
 
 
+@pytest.mark.slow
 def test_the_command_writes_what_the_figure_reads(tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(coordinate_check, 'SIZES', SIZES)
   assert coordinate_check.main(['--arms', 'residual', '--lr', str(LR), '--out', str(tmp_path)]) == 0
