@@ -3,8 +3,9 @@
 import ast
 import difflib
 import importlib.util
-import math
+import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -68,21 +69,35 @@ def _set(config: ConfigDict, keys: list[str], text: str) -> None:
   if key in node and isinstance(node[key], ConfigDict):
     raise ConfigError(f'{".".join(keys)} is a section; set one of {", ".join(node[key]) or "its fields"}')
   kind = node.get_type(key) if key in node else None
+  value = text if kind is str and text != 'None' else _literal(text)
+  shown = repr(text if len(text) < 80 else f'{text[:80]}...')
   try:
-    value = text if kind is str and text != 'None' else ast.literal_eval(text)
-  except (ValueError, SyntaxError):
-    value = text
-  if kind is float and isinstance(value, int) and not isinstance(value, bool):
-    value = float(value)
-  if isinstance(value, float) and not math.isfinite(value):
-    raise ConfigError(f'{".".join(keys)} must be finite, got {text!r}')
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+      value = float(value)
+    if isinstance(value, dict):
+      raise TypeError
+    json.dumps(value, allow_nan=False)  # as config.json will hold it
+  except (ValueError, OverflowError):
+    raise ConfigError(f'{".".join(keys)} must be finite, got {shown}') from None
+  except TypeError:
+    raise ConfigError(f'{".".join(keys)} takes numbers, texts and lists of them, got {shown}') from None
   try:
     if kind is int and isinstance(value, bool):
       raise TypeError
     with node.unlocked():
       node[key] = value
   except TypeError:
-    raise ConfigError(f'{".".join(keys)} takes {kind.__name__}, got {text!r}') from None
+    raise ConfigError(f'{".".join(keys)} takes {kind.__name__}, got {shown}') from None
+
+
+def _literal(text: str) -> Any:
+  """The Python literal that the text is, else the text itself."""
+  try:
+    with warnings.catch_warnings():
+      warnings.simplefilter('ignore')  # of escapes in a text that Python will refuse one day
+      return ast.literal_eval(text)
+  except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+    return text
 
 
 def _nearest(path: list[str], key: str, known: Any) -> str:

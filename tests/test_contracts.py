@@ -1,6 +1,7 @@
 """Contracts discovered from folders: every config builds, every experiment is valid."""
 
 import dataclasses
+import hashlib
 import pathlib
 import re
 
@@ -38,10 +39,28 @@ def test_every_experiment_is_listed():
   assert files == set(sweep.EXPERIMENTS)
 
 
+# SHA-256 of the run ids of every plan, in order.
+PLANS = {
+  'quick': 'aec47a0ad7bf',
+  'learning_rate': 'd37c73a36ce1',
+  'identity_or_mixing': 'fe18f78fa7f8',
+  'ablation': 'f937d993e091',
+  'stability': '88f0e69d1b2c',
+  'rank': 'ca88b75cb764',
+  'isoflop': '81fb5fe82040',
+  'router': '0625679051c5',
+}
+
+
 @pytest.mark.parametrize('name', sweep.EXPERIMENTS)
-def test_every_experiment_plans_valid_and_different_runs(name):
-  runs = [resolve(config, 'digest') for config in sweep.EXPERIMENTS[name](None)]
-  assert runs and len({run.run_id for run in runs}) == len(runs)
+def test_every_experiment_plans_the_runs_that_it_planned_before(name):
+  """Valid, different from each other, and with the ids of runs that somebody may already have."""
+  ids = [resolve(config, 'digest').run_id for config in sweep.EXPERIMENTS[name](None)]
+  assert ids and len(set(ids)) == len(ids)
+  assert hashlib.sha256(' '.join(ids).encode()).hexdigest()[:12] == PLANS[name], (
+    'If the plan changed on purpose, put its new hash here and say so in CHANGELOG.md; if not, every run of '
+    'this plan would be trained again: find what moved the ids.'
+  )
   with pytest.raises(ValueError, match='argument'):
     sweep.EXPERIMENTS[name]('nonsense')
 

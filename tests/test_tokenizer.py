@@ -72,6 +72,9 @@ def test_two_updates_evaluation_sample_and_sweep(pairs, tmp_path, monkeypatch, c
   assert evaluate.main([workdir, '--prompt', 'abcd', '--bytes', '6', '--temperature', '0']) == 0
   sample = capsys.readouterr().out.splitlines()[-1]
   assert sample.startswith('abcd') and len(sample) == 4 + 6 and set(sample.encode()) <= set(LETTERS)
+  for sign in (1e6, -1e6):  # however likely BOS is, which decoding would leave out
+    likely = {**params, 'unembedding': params['unembedding'].at[:, 0].multiply(sign)}
+    assert len(evaluate.sample(model, likely, PAIRS, 'ab', 2, 16, 0.0, 0)) == 2 * (1 + 2)
   monkeypatch.setitem(sweep.EXPERIMENTS, 'one', lambda arg: [config])
   [planned] = sweep.plan('one')[1]
   assert planned.run_id == run_id(resolved)
