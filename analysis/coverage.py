@@ -20,6 +20,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from tqdm import tqdm
 
 from mhc_jax.command import end_with_message
@@ -147,10 +148,10 @@ def main(argv: list[str] | None = None) -> int:
   a = parser.parse_args(argv)
   require(a.simulations >= 1, f'--simulations {a.simulations}: at least 1 is needed')
   rows = simulate(a.simulations, a.seed, progress=True)
-  for row in rows:
-    verdict = {True: 'met', False: 'MISSED', None: ''}[row['met']]
-    words = (row['design'], row['case'], f'delta {row["delta"]}', row['quantity'])
-    print('  '.join(f'{w:<24}' for w in words) + f'{row["value"]:.4f}  {verdict}')
+  shown = pd.DataFrame(rows).assign(
+    met=[{True: 'met', False: 'MISSED', None: ''}[row['met']] for row in rows]
+  )
+  print(shown.to_string(index=False))
   if a.out is not None:
     a.out.parent.mkdir(parents=True, exist_ok=True)
     record = {'simulations': a.simulations, 'seed': a.seed, 'wanted': WANTED, 'rows': rows}
