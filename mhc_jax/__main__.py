@@ -7,133 +7,83 @@ project is installed.
 
 import difflib
 import sys
+from collections.abc import Callable
 
 from mhc_jax.command import end_with_message
 from mhc_jax.errors import ConfigError
 
-
-def train(argv: list[str]) -> int:
-  """train one model; the same command goes on where it stopped"""
-  from mhc_jax.train import main
-
-  return main(argv)
-
-
-def evaluate(argv: list[str]) -> int:
-  """validation loss of a run's last checkpoint, and a sample of its text"""
-  from mhc_jax.evaluate import main
-
-  return main(argv)
-
-
-def sweep(argv: list[str]) -> int:
-  """run an experiment: many runs, resumable, on one machine or many"""
-  from mhc_jax.experiments.sweep import main
-
-  return main(argv)
-
-
-def report(argv: list[str]) -> int:
-  """results.csv, fits, figures and one HTML page of a sweep"""
-  from mhc_jax.analysis.report import main
-
-  return main(argv)
-
-
-def plots(argv: list[str]) -> int:
-  """the papers' figures from a sweep"""
-  from mhc_jax.analysis.plots import main
-
-  return main(argv)
-
-
-def fit(argv: list[str]) -> int:
-  """fit a scaling law to the points of a CSV file"""
-  from mhc_jax.analysis.fit import main
-
-  return main(argv)
-
-
-def reproduce(argv: list[str]) -> int:
-  """published scaling-law fits, reproduced from their data"""
-  from mhc_jax.analysis.reproduce import main
-
-  return main(argv)
-
-
-def coverage(argv: list[str]) -> int:
-  """how often the intervals of a fit hold the truth, by simulation"""
-  from mhc_jax.analysis.coverage import main
-
-  return main(argv)
-
-
-def compile(argv: list[str]) -> int:
-  """memory and predicted speed on chips that are not here"""
-  from mhc_jax.experiments.compile.__main__ import main
-
-  return main(argv)
-
-
-def overhead(argv: list[str]) -> int:
-  """mHC over residual at the paper's sizes, compiled"""
-  from mhc_jax.experiments.compile.overhead import main
-
-  return main(argv)
-
-
-def bench(argv: list[str]) -> int:
-  """measured ratios: steps, constraints, communication, memory"""
-  from mhc_jax.experiments.bench.__main__ import main
-
-  return main(argv)
-
-
-def env(argv: list[str]) -> int:
-  """versions, devices, memory and flags: what a report of a fault needs"""
-  from mhc_jax.environment import main
-
-  return main(argv)
-
-
 COMMANDS = {
-  command.__name__: command
-  for command in (
-    *(train, evaluate, sweep, report, plots, fit, reproduce, coverage),
-    *(compile, overhead, bench, env),
-  )
+  'train': 'train one model; the same command goes on where it stopped',
+  'evaluate': "validation loss of a run's last checkpoint, and a sample of its text",
+  'sweep': 'run an experiment: many runs, resumable, on one machine or many',
+  'report': 'results.csv, fits, figures and one HTML page of a sweep',
+  'plots': "the papers' figures from a sweep",
+  'fit': 'fit a scaling law to the points of a CSV file',
+  'reproduce': 'published scaling-law fits, reproduced from their data',
+  'coverage': 'how often the intervals of a fit hold the truth, by simulation',
+  'compile': 'memory and predicted speed on chips that are not here',
+  'overhead': "mHC over residual at the paper's sizes, compiled",
+  'bench': 'measured ratios: steps, constraints, communication, memory',
+  'env': 'versions, devices, memory and flags: what a report of a fault needs',
 }
+HEAD = """usage: mhc COMMAND ...
 
-EXAMPLES = """examples:
+Measure how constrained hyper-connections scale.
+"""
+EXAMPLES = """
+examples:
   mhc train --config laptop:smoke --workdir runs/smoke
   mhc sweep quick --workers 2
   mhc report runs/quick
-  mhc COMMAND --help
-"""
+  mhc COMMAND --help"""
+
+
+def main_of(command: str) -> Callable[[list[str]], int]:
+  """The command's main, imported; raises ConfigError for an unknown one, naming the nearest."""
+  match command:
+    case 'train':
+      from mhc_jax.train import main
+    case 'evaluate':
+      from mhc_jax.evaluate import main
+    case 'sweep':
+      from mhc_jax.experiments.sweep import main
+    case 'report':
+      from mhc_jax.analysis.report import main
+    case 'plots':
+      from mhc_jax.analysis.plots import main
+    case 'fit':
+      from mhc_jax.analysis.fit import main
+    case 'reproduce':
+      from mhc_jax.analysis.reproduce import main
+    case 'coverage':
+      from mhc_jax.analysis.coverage import main
+    case 'compile':
+      from mhc_jax.experiments.compile.__main__ import main
+    case 'overhead':
+      from mhc_jax.experiments.compile.overhead import main
+    case 'bench':
+      from mhc_jax.experiments.bench.__main__ import main
+    case 'env':
+      from mhc_jax.environment import main
+    case _:
+      near = difflib.get_close_matches(command, COMMANDS, 1)
+      hint = f'did you mean {near[0]}?' if near else f'there are {", ".join(COMMANDS)}'
+      raise ConfigError(f'no command {command!r}; {hint}')
+  return main
 
 
 def main(argv: list[str] | None = None) -> int:
   """The command line; returns the command's exit code, 2 for an unknown one."""
-  name, *rest = (sys.argv[1:] if argv is None else argv) or ['--help']
-  if name in ('-h', '--help', 'help'):
-    lines = [f'  {command:10} {function.__doc__}' for command, function in COMMANDS.items()]
-    print('usage: mhc COMMAND ...\n\nMeasure how constrained hyper-connections scale.\n', *lines, sep='\n')
-    print(f'\n{EXAMPLES}', end='')
+  command, *rest = (sys.argv[1:] if argv is None else argv) or ['--help']
+  if command in ('-h', '--help', 'help'):
+    print(HEAD, *(f'  {name:10} {words}' for name, words in COMMANDS.items()), EXAMPLES, sep='\n')
     return 0
-  if name == '--version':
+  if command == '--version':
     from importlib.metadata import version
 
     print(version('mhc_jax'))
     return 0
-  return end_with_message(lambda: _command(name)(rest))
-
-
-def _command(name: str):
-  if name not in COMMANDS:
-    near = difflib.get_close_matches(name, COMMANDS, 1)
-    hint = f'did you mean {near[0]}?' if near else f'there are {", ".join(COMMANDS)}'
-    raise ConfigError(f'no command {name!r}; {hint}')
-  return COMMANDS[name]
+  return end_with_message(lambda: main_of(command)(rest))
 
 
 if __name__ == '__main__':
