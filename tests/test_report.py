@@ -88,7 +88,7 @@ def test_page_is_self_contained_and_linked(complete):
   for link in re.findall(r'href="([^#"]+)"', page):
     assert (folder / 'report' / link).exists(), link
   text = words(page)
-  assert 'python -m analysis.report' in text and '0.10.2' in text
+  assert 'mhc report' in text and '0.10.2' in text
   assert 'residual needs' in text and '1 (reference)' in text
   assert 'fewer than 40 runs' in text and 'Runs scatter about the fit by 0.' in text
   curves = json.loads(re.search(r'id=curve-data>(.*?)</script>', page, re.S).group(1))

@@ -82,7 +82,7 @@ def test_the_reference_is_the_arm_asked_for(tmp_path, no_figures):
     fits = json.loads((tmp_path / 'report' / 'fits.json').read_text())
     (ends[fits['reference']],) = fits['multipliers']
   page = words((tmp_path / 'report' / 'index.html').read_text())
-  assert 'Gap to mhc' in page and f'analysis.report {tmp_path} --resamples 4 --reference mhc' in page
+  assert 'Gap to mhc' in page and f'mhc report {tmp_path} --resamples 4 --reference mhc' in page
   # The same fit, read from the other side: m becomes 1 / m, and its interval.
   one, other = ends['residual'], ends['mhc']
   assert (one['arm'], other['arm']) == ('mhc', 'residual')
