@@ -16,6 +16,8 @@ WORKERS ?= 2
 # UV= installs by pip. A uv that pip puts into the environment is found there.
 UV ?= uv
 export PATH := $(PATH):$(abspath $(VENV))/bin
+# uv leaves bytecode to the first import, which must be free to write it: without it each start takes seconds more.
+export PYTHONDONTWRITEBYTECODE :=
 PIP := $(RUN) -m pip --disable-pip-version-check
 WHAT := -r $(PINS) -e '.$(EXTRA:%=[%])'
 COMPILE := $(UV) pip compile --quiet --python-platform x86_64-manylinux_2_31 pyproject.toml
