@@ -37,6 +37,7 @@ def paper(folder, out, *options):
   return lambda name: pd.read_csv(out / f'{name}.csv')
 
 
+@pytest.mark.slow
 def test_an_arm_that_diverged_at_the_largest_size_stays_in_the_figures(tmp_path, capsys):
   states = {('hc', (128, 4), seed): 'diverged' for seed in (0, 1)}
   write_sweep(tmp_path, arms=('residual', 'hc', 'mhc'), ranks=False, states=states)
@@ -87,6 +88,7 @@ def test_every_arm_has_a_look_of_its_own():
     assert len({tuple(look[cue] for cue in cues) for look in found}) == len(names), cues
 
 
+@pytest.mark.slow
 def test_panels_show_a_budget_in_one_colour_whatever_the_arm(tmp_path):
   """The second arm has the two larger of three budgets, at 3 % more FLOPs."""
   planned = []

@@ -44,6 +44,7 @@ def test_repeats_are_interleaved_and_the_first_round_is_not_measured(monkeypatch
   assert timing.summary([3.0, 1.0, 2.5]) == {'median': 2.5, 'min': 1, 'max': 3}
 
 
+@pytest.mark.slow
 def test_step_compares_arms_within_a_round(run, monkeypatch):
   """Ratios by hand from given seconds; both arms train and diagnose for real."""
 
@@ -65,6 +66,7 @@ def test_step_compares_arms_within_a_round(run, monkeypatch):
   assert report['settings']['width'] == 64 and report['settings']['depth'] == 1
 
 
+@pytest.mark.slow
 def test_memory_falls_with_recomputation(run, monkeypatch):
   monkeypatch.setattr(compiled, 'REMAT', ('none', 'layer'))
   report = run('memory', '--depth', '8')
@@ -73,6 +75,7 @@ def test_memory_falls_with_recomputation(run, monkeypatch):
   assert layer['argument_bytes'] == none['argument_bytes']
 
 
+@pytest.mark.slow
 def test_scaling_splits_the_state_and_counts_what_that_costs(run, monkeypatch):
   """Two devices: fsdp halves the state and gathers it for use; tensor splits the sublayers' weights alone."""
   monkeypatch.setattr(compiled, 'DEVICES', (1, 2))

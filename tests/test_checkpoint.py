@@ -219,6 +219,7 @@ def test_checksum_is_the_same_on_every_mesh_and_sees_a_lost_page_of_ones(rng):
   assert checksum(ones) != checksum(ones.at[1024:2048].set(0))
 
 
+@pytest.mark.slow
 def test_no_flipped_byte_in_any_file_goes_unnoticed(tmp_path, capfd):
   good, bad, warnings = tmp_path / 'good', tmp_path / 'bad', ''
   save(good, 10, 20)

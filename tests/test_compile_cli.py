@@ -85,6 +85,7 @@ ENTRY %main (p: f32[8]) -> f32[8] {{
   assert found.custom_calls == {'tpu_custom_call': 1}
 
 
+@pytest.mark.slow
 def test_without_memory_the_report_says_what_to_change(on_cpu, monkeypatch, capsys):
   """The compiler's own message of a step that needs more than there is."""
 
@@ -128,6 +129,7 @@ def test_a_missing_compiler_is_named(monkeypatch):
     tpu.described_devices('v5p:2x2x1')
 
 
+@pytest.mark.slow
 def test_lowering_for_gpus_has_no_kernel_of_other_machines(capsys):
   """mHC, latent attention and experts. Sorting by expert is XLA's own."""
   code, out, _ = run(capsys, *SMALL, '--gpu=H100:4', '--json')

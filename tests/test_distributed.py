@@ -164,6 +164,7 @@ sys.exit(distributed.supervise(distributed.Cluster('host:1', 2, 0), [sys.executa
 """
 
 
+@pytest.mark.slow
 def test_a_failed_exchange_is_told_in_one_line_and_other_errors_in_full():
   """A dead process can show as an error of a collective, before the runtime notices the death."""
   said = {}

@@ -46,6 +46,7 @@ def test_same_loss_as_training(trained, capsys):
   assert out.startswith('step 2: validation/loss') and 'abc' in out
 
 
+@pytest.mark.slow
 def test_greedy_samples_are_equal_of_the_asked_length_and_of_tokens_alone(trained):
   """Whatever the seed, and however likely a row of the vocabulary that is no token's."""
   _, model, _, params = evaluate.load(str(trained[0]))

@@ -224,6 +224,7 @@ def test_training_stays_on_the_manifold(manifold):
   assert moved and losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_loro_trains_factors():
   pattern = r'layers/(attention|feed_forward)/\w+/[uv]'
   begun, ended, losses = trained(config('loro', pattern, 2.0, rank=2))

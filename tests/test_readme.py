@@ -31,6 +31,7 @@ def test_example_runs_and_learns_to_mix():
     assert jnp.isfinite(grad).all() and (grad != 0).any(), name
 
 
+@pytest.mark.slow
 def test_own_constraint_conforms_and_trains(tmp_path, x64):
   """The section is at most 25 lines; its claims hold; its run is named by its name and parameters."""
   section = README[README.index('## Add a constraint') : README.index('## Where things are')]

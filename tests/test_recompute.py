@@ -78,12 +78,14 @@ def test_blocks_return_what_a_scan_returns():
     jax.tree.map(np.testing.assert_array_equal, found, jax.lax.scan(layer, jnp.float32(1), inputs))
 
 
+@pytest.mark.slow
 def test_recomputation_saves_memory(x64):
   """Blocks keep the products of attention and feed-forward; layers keep nothing but the streams."""
   memory = {remat: compiled(remat).memory_analysis().temp_size_in_bytes for remat in REMAT}
   assert memory['none'] > 1.1 * memory['block'] > 1.1 * 1.1 * memory['layer'], memory
 
 
+@pytest.mark.slow
 def test_blocks_keep_the_products_of_experts(x64):
   """As often in the program as without recomputation; recomputation by layer has the forward ones twice."""
   c = base_config()

@@ -108,6 +108,7 @@ CASES = [('experts', shape) for shape in MESHES]
 CASES += [('dense', (1, 2, 2, 2)), ('dense, in blocks and microbatches', (1, 2, 2, 2))]
 
 
+@pytest.mark.slow
 def test_no_choice_of_experts_is_a_matter_of_rounding(x64):
   """Every token's last expert beats the first left out by far more than float64 sums differ."""
   model = dataclasses.replace(build_model(experts()), vocab_size=VOCAB)
@@ -142,6 +143,7 @@ def token_arrays(hlo_text, kind):
   return found
 
 
+@pytest.mark.slow
 def test_streams_are_never_gathered(x64):
   """By size: with n = 3 streams, a device's own streams are larger than one sublayer's input of all its time.
 

@@ -69,6 +69,7 @@ def store(tmp_path, monkeypatch):
   fsspec_backend._get_filesystem.cache_clear()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('scheme', ('gs', 's3'))
 def test_a_run_in_a_store_equals_a_local_one(store, tmp_path, monkeypatch, scheme):
   """Also after it failed between two checkpoints and went on on another machine, with nothing local."""

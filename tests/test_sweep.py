@@ -50,6 +50,7 @@ def states(folder):
   return [sweep.read_status(str(folder / run['run_id']))['state'] for run in plan]
 
 
+@pytest.mark.slow
 def test_runs_records_failures_skips_finished_and_retries(experiment, tmp_path, monkeypatch, capsys):
   """One arm first; then all, one of which breaks; then nothing is left to do; then the broken one again."""
   out = ['--out', str(tmp_path)]
