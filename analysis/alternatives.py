@@ -7,7 +7,7 @@ import dataclasses
 
 import pandas as pd
 
-from .compare import errors
+from .compare import Errors, errors
 from .conventions import PARAMS
 from .fitting.estimate import Fit, fit
 from .fitting.identify import Choice, choose_law, shape_law, verdicts
@@ -24,9 +24,7 @@ class Alternative:
   formula: str
   problem: str | None
   parameters: int | None = None
-  in_sample_error: float | None = None
-  held_out_error: float | None = None
-  left_out_error: float | None = None
+  errors: Errors | None = None
   exponents: dict[str, tuple[float, list[float]] | str] = dataclasses.field(default_factory=dict)
 
 
@@ -54,7 +52,7 @@ def alternatives(whole: Fit | None, width: float | str) -> list[Alternative]:
     exponents = {k: reasons[k] or (fitted.parameters[k], ends[k]) for k in law.exponents}
     note = case.reason if law is shape.law else law.formula
     out.append(
-      Alternative(name, note, None, len(fitted.theta_P), *errors(fitted, fitted.problem.width), exponents)
+      Alternative(name, note, None, len(fitted.theta_P), errors(fitted, fitted.problem.width), exponents)
     )
   return out
 

@@ -119,7 +119,7 @@ def run(a: argparse.Namespace) -> dict[str, object]:
   out['predictions'] = finite([prediction(fitted, at) for at in asked])
   candidates = nested(fitted, width)
   if candidates:
-    out['nested'] = finite([{k: v for k, v in vars(c).items() if k != 'fit'} for c in candidates])
+    out['nested'] = finite([c.as_json() for c in candidates])
   return out
 
 

@@ -9,7 +9,7 @@ import dataclasses
 import numpy as np
 import pandas as pd
 
-from .compare import clustered_f, split_levels
+from .compare import nested_f, split_levels
 from .conventions import AXIS_FIELD
 from .fitting.estimate import Fit, fit
 from .fitting.identify import MIN_LEVELS, MIN_SIZES, verdicts
@@ -116,7 +116,7 @@ def _joint_power(axis: str, rows: pd.DataFrame, fitted: Fit, params: str) -> Exp
   if reason is not None:
     return Exponent(form, None, None, None, reason)
   free = fit(split_levels(merged, axis), fitted.law, one, width=width, start_count=9)
-  test = clustered_f(free, joint)
+  test = nested_f(free, joint)
   return Exponent(form, joint.parameters[name], delta_method(joint)[name], test and test[2], None)
 
 

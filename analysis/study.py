@@ -172,7 +172,7 @@ def fits_json(s: Study) -> dict[str, object]:
       'lack_of_fit': s.lack_of_fit,
       'other_choices': s.other_choices,
       'other_laws': s.alternatives,
-      'nested': [{k: v for k, v in vars(c).items() if k != 'fit'} for c in s.nested],
+      'nested': [c.as_json() for c in s.nested],
       'rollout': s.rollout,
       'seed_standard_deviation': s.seed_spread,
       'gaps': s.gaps,

@@ -9,11 +9,12 @@ from .identify import doubts, verdicts
 from .intervals import (
   LEVEL,
   bootstrap,
-  clusters,
+  correlation,
   coverage_caveat,
   delta_method,
   derived,
-  noise,
+  groups,
+  influence,
   percentile,
   preferred,
 )
@@ -27,7 +28,7 @@ def document(fitted: Fit, resamples: int = 0, progress: bool = False, seed: int 
   values = fitted.parameters | derived(fitted, fitted.theta_P)
   by_method, redrawn = {'delta': delta_method(fitted)}, {}
   if resamples:
-    kinds = ('case', 'cluster') if clusters(fitted.points) < len(fitted.points) else ('case',)
+    kinds = ('case', 'cluster') if groups(fitted) < len(fitted.points) else ('case',)
     for kind in kinds:
       sample = bootstrap(fitted, resamples, kind == 'cluster', seed, progress)
       by_method[f'{kind}_bootstrap'] = percentile(fitted, sample)
@@ -44,6 +45,7 @@ def document(fitted: Fit, resamples: int = 0, progress: bool = False, seed: int 
       'intervals': shown[method],
       'flags': list(fitted.flags),
       'doubts': doubts(fitted),
+      'notes': [*fitted.points.notes, *fitted.noise.notes],
       'verdicts': {k: v for k, v in reasons.items() if v is not None},
       'law': fitted.law.name,
       'formula': fitted.law.formula,
@@ -60,23 +62,29 @@ def document(fitted: Fit, resamples: int = 0, progress: bool = False, seed: int 
 
 def diagnostics(fitted: Fit) -> dict[str, object]:
   """How a fit was made and how far it can be trusted."""
-  rows = zip(fitted.points.run.tolist(), fitted.influence_R, fitted.shift_RP, strict=True)
+  shift_RP, cook_R = influence(fitted)
+  rows = zip(fitted.points.run.tolist(), cook_R, shift_RP, strict=True)
+  scaled_RP = fitted.noise.jac_RP / np.maximum(np.linalg.norm(fitted.noise.jac_RP, axis=0), 1e-300)
   return {
     'degrees_of_freedom': fitted.degrees_of_freedom,
     'loss': fitted.problem.kind,
     'delta': fitted.problem.width,
     'reference': fitted.design.arms.reference,
-    'within_cluster_correlation': noise(fitted).correlation,
+    'within_group_correlation': fitted.noise.shared,
+    'noise': [
+      {'shared_by': s.name, 'groups': s.groups, 'freedom': s.freedom, 'mean_square': s.mean_square}
+      for s in fitted.noise.strata
+    ],
     'optimiser': {
       'converged': fitted.converged,
       'starts': fitted.starts,
       'starts_at_optimum': fitted.starts_at_optimum,
       'moved_from_init': fitted.moved_from_init,
     },
-    'condition_number': fitted.condition,
+    'condition_number': float(np.linalg.cond(scaled_RP)) ** 2,
     'correlation': {
       'parameters': list(fitted.theta_names),
-      'matrix': np.round(fitted.correlation_PP, 4),
+      'matrix': np.round(correlation(fitted), 4),
     },
     'influence': [
       {

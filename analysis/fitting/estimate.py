@@ -5,22 +5,21 @@ the arithmetic is in laws.py (design) and solve.py (optimiser), the command line
 """
 
 import dataclasses
-import math
+import functools
 
 import numpy as np
 
 from mhc_jax.errors import ConfigError
 
 from .laws import HUBER_WIDTH, LOSSES, ArmModel, Design, Law, Points, design, natural, natural_map
+from .noise import Noise, noise, rank, robust_scale
 from .solve import (
   GRADIENT_TOLERANCE,
-  MAX_EXPONENT,
   SAME_OPTIMUM,
   Problem,
   descend,
   gradient_norm,
   residuals,
-  score,
   starts,
   variable_projection,
 )
@@ -31,10 +30,7 @@ class Fit:
   """A fitted law with all that is needed to judge it.
 
   objective: the summed loss itself (Huber or half squares), not scaled. warnings: reasons to doubt the
-  optimum, in words. boundaries: label of a parameter at the edge of what it may be -> which edge. condition:
-  of J'J in centred log coordinates. correlation: between the parameters `theta_names`. influence_R: Cook's
-  distance of each run; shift_RP: change of each parameter, in standard errors, if that run were left out
-  (one-step approximation).
+  optimum, in words. boundaries: label of a parameter at the edge of what it may be -> which edge.
   """
 
   law: Law
@@ -49,12 +45,6 @@ class Fit:
   moved_from_init: bool
   warnings: tuple[str, ...]
   boundaries: dict[str, str]
-  condition: float
-  covariance_PP: np.ndarray
-  correlation_PP: np.ndarray
-  influence_R: np.ndarray
-  shift_RP: np.ndarray
-  residual_R: np.ndarray
 
   @property
   def design(self) -> Design:
@@ -69,9 +59,15 @@ class Fit:
     """Warnings and boundaries as sentences."""
     return (*self.warnings, *(f'{label} at its boundary: {why}' for label, why in self.boundaries.items()))
 
+  @functools.cached_property
+  def noise(self) -> Noise:
+    """What is known of the runs' noise; intervals and tests rest on it."""
+    return noise(self.theta_P, self.problem, self.points)
+
   @property
   def degrees_of_freedom(self) -> int:
-    return len(self.points) - len(self.theta_P)
+    """Runs less the directions of the parameters that some run sees."""
+    return len(self.points) - rank(self.noise.jac_RP)
 
 
 def make_problem(
@@ -132,15 +128,8 @@ def fit(
 def _judged(
   points: Points, p: Problem, theta_P: np.ndarray, best: float, count: int, agree: int, moved: bool
 ) -> Fit:
-  covariance_PP, inverse_PP = noise_covariance(theta_P, p)
-  residual_R, jac_RP = residuals(theta_P, p)
   gradient = gradient_norm(theta_P, p)
   converged = bool(np.isfinite(best)) and gradient < 30 * GRADIENT_TOLERANCE
-  # A constant that ran to zero has no curvature left; the rest is judged given E = 0.
-  alive_P = np.linalg.norm(jac_RP, axis=0) > 1e-6 * np.linalg.norm(jac_RP)
-  condition = float(np.linalg.cond(jac_RP[:, alive_P].T @ jac_RP[:, alive_P]))
-  deviation_P = np.sqrt(np.maximum(np.diag(inverse_PP), 1e-300))
-  shift_RP, influence_R = _influence(residual_R, jac_RP, inverse_PP, covariance_PP, p)
   return Fit(
     law=p.design.law,
     points=points,
@@ -154,32 +143,7 @@ def _judged(
     moved_from_init=moved,
     warnings=tuple(_warnings(converged, gradient, count, agree, moved)),
     boundaries=_boundaries(theta_P, p),
-    condition=condition,
-    covariance_PP=covariance_PP,
-    correlation_PP=inverse_PP / np.outer(deviation_P, deviation_P),
-    influence_R=influence_R,
-    shift_RP=shift_RP,
-    residual_R=residual_R,
   )
-
-
-def _influence(
-  residual_R: np.ndarray,
-  jac_RP: np.ndarray,
-  inverse_PP: np.ndarray,
-  covariance_PP: np.ndarray,
-  p: Problem,
-) -> tuple[np.ndarray, np.ndarray]:
-  """One-step leave-one-out shifts in standard errors (R, P), and Cook's distances (R,)."""
-  k = jac_RP.shape[1]
-  slope = mean_slope(residual_R, k, p)
-  leverage_R = np.einsum('rp,pq,rq->r', jac_RP, inverse_PP, jac_RP)
-  step_R = score(residual_R, p) / slope / np.maximum(1 - leverage_R, 1e-6)
-  shift_RP = (jac_RP * step_R[:, None]) @ inverse_PP
-  precision_PP = np.linalg.pinv(covariance_PP, rcond=1e-13, hermitian=True)
-  influence_R = np.einsum('rp,pq,rq->r', shift_RP, precision_PP, shift_RP) / k
-  error_P = np.sqrt(np.maximum(np.diag(covariance_PP), 1e-300))
-  return shift_RP / error_P, influence_R
 
 
 def _warnings(converged: bool, gradient: float, count: int, agree: int, moved: bool) -> list[str]:
@@ -203,37 +167,4 @@ def _boundaries(theta_P: np.ndarray, p: Problem) -> dict[str, str]:
       out[parameter.label] = 'E -> 0'
     if parameter.kind == 'exponent' and value < 0.01:
       out[parameter.label] = 'exponent -> 0'
-    if parameter.kind == 'exponent' and value > MAX_EXPONENT:
-      out[parameter.label] = f'exponent above {MAX_EXPONENT:g}, a term that only noise has'
   return out
-
-
-def noise_covariance(theta_P: np.ndarray, p: Problem) -> tuple[np.ndarray, np.ndarray]:
-  """Covariance of theta (P, P) for independent noise, and (J'J)^-1.
-
-  Huber's M-estimator formula  mean(psi^2) / mean(psi')^2 (J'J)^-1 with n - P degrees of freedom.
-  mean(psi') is taken from a normal core of the residuals' robust scale (median absolute residual
-  without the P smallest, which a near-L1 fit forces to zero): counting the few residuals inside
-  the width would be far too noisy at 25 runs.
-  """
-  residual_R, jac_RP = residuals(theta_P, p)
-  n, k = jac_RP.shape
-  inverse_PP = np.linalg.pinv(jac_RP.T @ jac_RP, rcond=1e-13, hermitian=True)
-  psi_R = score(residual_R, p)
-  mean_square = float(psi_R @ psi_R) / max(n - k, 1)
-  slope = mean_slope(residual_R, k, p)
-  return mean_square / slope**2 * inverse_PP, inverse_PP
-
-
-def mean_slope(residual_R: np.ndarray, parameters: int, p: Problem) -> float:
-  """Expected derivative of psi: the part of a normal core of the residuals inside +-width."""
-  scale = robust_scale(residual_R, parameters)
-  if p.kind != 'huber' or scale == 0:
-    return 1.0
-  return math.erf(p.width / (math.sqrt(2) * scale))
-
-
-def robust_scale(residual_R: np.ndarray, parameters: int) -> float:
-  """Standard deviation of a normal core: median |r| / 0.6745 without the `parameters` smallest."""
-  largest = np.sort(np.abs(residual_R))[min(parameters, len(residual_R) - 1) :]
-  return float(np.median(largest) / 0.6745)

@@ -2,9 +2,9 @@
 
 Where: after estimate.py; used by compare.py and the report.
 
-Which is quoted (`preferred`; coverage.py measures it): below 40 clusters the delta method with
-Student's t, which covers close to its nominal 95 % at 25 runs; from 40 on the bootstrap over
-clusters, which needs no equal or normal noise. Below 40 clusters CAVEAT goes with every number.
+Which is quoted (`preferred`; coverage.py measures it): below 40 groups of runs with noise of their own
+(noise.py) the delta method with Student's t; from 40 on the bootstrap over them. Below 40 groups CAVEAT goes
+with every number.
 """
 
 import dataclasses
@@ -14,8 +14,9 @@ import numpy as np
 from scipy import stats
 from tqdm import tqdm
 
-from .estimate import Fit, mean_slope, noise_covariance
+from .estimate import Fit
 from .laws import Design, Parameter, Points, design, log_loss, natural, natural_map
+from .noise import covariance, variances
 from .solve import descend, residuals, score
 
 LEVEL = 0.95
@@ -35,108 +36,39 @@ class Resamples:
   unit: str
 
 
-def clusters(points: Points) -> int:
-  """Number of groups of runs that share noise."""
-  return len(set(points.cluster.tolist()))
+def groups(fit: Fit) -> int:
+  """Number of groups of runs with noise of their own: the coarsest that the data show, or single runs."""
+  return fit.noise.strata[0].groups
 
 
 def coverage_caveat(fit: Fit) -> str | None:
   """The warning that belongs to intervals from few independent runs, or None."""
-  return CAVEAT if clusters(fit.points) < FEW else None
+  return CAVEAT if groups(fit) < FEW else None
 
 
 def preferred(fit: Fit, available: tuple[str, ...]) -> str:
   """Name of the interval method to quote among those computed."""
-  count = clusters(fit.points)
-  name = 'case_bootstrap' if count == len(fit.points) else 'cluster_bootstrap'
-  return name if count >= FEW and name in available else 'delta'
+  name = 'case_bootstrap' if groups(fit) == len(fit.points) else 'cluster_bootstrap'
+  return name if groups(fit) >= FEW and name in available else 'delta'
 
 
-def cluster_labels(points: Points) -> np.ndarray:
-  """Cluster number of every run (R,)."""
-  return np.unique(points.cluster, return_inverse=True)[1]
+def correlation(fit: Fit) -> np.ndarray:
+  """Correlation of the fitted parameters (P, P); 0 where a run does not see one."""
+  covariance_PP = covariance(fit.noise, np.eye(len(fit.theta_P)))
+  error_P = np.sqrt(np.maximum(np.diag(covariance_PP), 1e-300))
+  return covariance_PP / np.outer(error_P, error_P)
 
 
-@dataclasses.dataclass(frozen=True)
-class Noise:
-  """Variance of one run's (pseudo-)residual: its own part, and the part its cluster shares."""
-
-  own: float
-  shared: float
-  own_freedom: float
-  shared_freedom: float
-  mean_cluster: float  # runs per cluster
-
-  @property
-  def correlation(self) -> float:
-    """Correlation of two runs of one cluster."""
-    total = self.own + self.shared
-    return self.shared / total if total > 0 else 0.0
-
-
-def noise(fit: Fit) -> Noise:
-  """Variance components of the residuals by cluster (analysis of variance, shared part >= 0).
-
-  Paired runs of all arms see the same data in the same order, so part of their noise is common. It
-  hardly touches multipliers, which are differences within clusters, but the curve itself is known
-  only from as many pieces of information as there are clusters. Degrees of freedom: those of
-  within- and between-cluster residuals, less the parameters that each part determines (the trace
-  of the hat matrix there). Residuals of a Huber fit enter as psi / mean(psi').
-  """
-  residual_R, jac_RP = residuals(fit.theta_P, fit.problem)
-  n, k = jac_RP.shape
-  pseudo_R = score(residual_R, fit.problem) / mean_slope(residual_R, k, fit.problem)
-  total = float(pseudo_R @ pseudo_R)
-  pooled = Noise(total / max(n - k, 1), 0.0, max(n - k, 1), 1.0, 1.0)
-  count = clusters(fit.points)
-  if count == n:
-    return pooled
-  label_R = cluster_labels(fit.points)
-  same_RR = (label_R[:, None] == label_R[None, :]).astype(float)
-  mean_RR = same_RR / same_RR.sum(1, keepdims=True)
-  _, inverse_PP = noise_covariance(fit.theta_P, fit.problem)
-  between_parameters = float(np.einsum('rs,sp,pq,rq->', mean_RR, jac_RP, inverse_PP, jac_RP))
-  between = float(pseudo_R @ mean_RR @ pseudo_R)
-  shared_freedom = max(count - between_parameters, 1.0)
-  own_freedom = max(n - count - (k - between_parameters), 1.0)
-  own = (total - between) / own_freedom
-  shared = (between / shared_freedom - own) * count / n
-  if shared <= 0:
-    return pooled
-  return Noise(own, shared, own_freedom, shared_freedom, n / count)
-
-
-def contrast_variance(fit: Fit, rows_QP: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Variance of rows @ theta and its degrees of freedom (Satterthwaite), each (Q,)."""
-  e = noise(fit)
-  _, jac_RP = residuals(fit.theta_P, fit.problem)
-  _, inverse_PP = noise_covariance(fit.theta_P, fit.problem)
-  weight_QR = rows_QP @ inverse_PP @ jac_RP.T
-  alone_Q = np.einsum('qr,qr->q', weight_QR, weight_QR)
-  if e.shared == 0:
-    return e.own * alone_Q, np.full(len(rows_QP), e.own_freedom)
-  label_R = cluster_labels(fit.points)
-  sums_QG = weight_QR @ np.eye(label_R.max() + 1)[label_R]
-  together_Q = np.einsum('qg,qg->q', sums_QG, sums_QG) / e.mean_cluster
-  within_Q = e.own * np.maximum(alone_Q - together_Q, 0)
-  between_Q = (e.own + e.mean_cluster * e.shared) * together_Q
-  variance_Q = within_Q + between_Q
-  spread_Q = within_Q**2 / e.own_freedom + between_Q**2 / e.shared_freedom
-  return variance_Q, np.maximum(variance_Q**2 / np.maximum(spread_Q, 1e-300), 1.0)
-
-
-def sandwich_covariance(fit: Fit) -> np.ndarray:
-  """Cluster-robust covariance (CR1) of theta."""
-  residual_R, jac_RP = residuals(fit.theta_P, fit.problem)
-  n, k = jac_RP.shape
-  psi_R, label_R = score(residual_R, fit.problem), cluster_labels(fit.points)
-  count = clusters(fit.points)
-  sums_GP = np.zeros((count, k))
-  np.add.at(sums_GP, label_R, psi_R[:, None] * jac_RP)
-  _, inverse_PP = noise_covariance(fit.theta_P, fit.problem)
-  bread_PP = inverse_PP / mean_slope(residual_R, k, fit.problem)
-  correction = count / max(count - 1, 1) * (n - 1) / max(n - k, 1)
-  return correction * bread_PP @ sums_GP.T @ sums_GP @ bread_PP
+def influence(fit: Fit) -> tuple[np.ndarray, np.ndarray]:
+  """One-step leave-one-out shifts in standard errors (R, P), and Cook's distances (R,)."""
+  n, p = fit.noise, fit.problem
+  leverage_R = n.slope_R * np.einsum('rp,pq,rq->r', n.jac_RP, n.inverse_PP, n.jac_RP)
+  step_R = score(residuals(fit.theta_P, p)[0], p) / np.maximum(1 - leverage_R, 1e-6)
+  shift_RP = (n.jac_RP * step_R[:, None]) @ n.inverse_PP
+  covariance_PP = covariance(n, np.eye(len(fit.theta_P)))
+  precision_PP = np.linalg.pinv(covariance_PP, rcond=1e-13, hermitian=True)
+  cook_R = np.einsum('rp,pq,rq->r', shift_RP, precision_PP, shift_RP) / len(fit.theta_P)
+  return shift_RP / np.sqrt(np.maximum(np.diag(covariance_PP), 1e-300)), cook_R
 
 
 def derived(fit: Fit, theta_P: np.ndarray) -> dict[str, float]:
@@ -155,7 +87,7 @@ def delta_method(fit: Fit, level: float = LEVEL) -> dict[str, list[float]]:
   gradients = [
     _gradient(lambda theta_P, name=name: derived(fit, theta_P)[name], fit.theta_P) for name in extra
   ]
-  variance, freedom = contrast_variance(fit, np.vstack([map_, *gradients]))
+  variance, freedom = variances(fit.noise, np.vstack([map_, *gradients]))
   half = stats.t.ppf(0.5 + level / 2, freedom) * np.sqrt(variance)
   out = {}
   with np.errstate(over='ignore'):  # an unidentified coefficient: its upper end is inf
@@ -178,7 +110,7 @@ def bootstrap(
   seed: int = 0,
   progress: bool = False,
 ) -> Resamples:
-  """Refits resampled runs from the optimum; `clustered` draws whole clusters.
+  """Refits resampled runs from the optimum; `clustered` draws whole groups of the coarsest stratum of noise.
 
   Runs are drawn within each arm, so no resample loses an arm. A draw with fewer distinct runs than
   parameters, or that leaves a multiplier without runs, is drawn again and counted.
@@ -186,7 +118,7 @@ def bootstrap(
   rng = np.random.default_rng(seed)
   p, n = fit.problem, len(fit.points)
   arm_R = np.unique(fit.points.arm, return_inverse=True)[1]
-  label_R = cluster_labels(fit.points)
+  label_R = fit.noise.label_R
   theta_BP, redrawn = np.empty((resamples, len(fit.theta_P))), 0
   used_RP = residuals(fit.theta_P, p)[1] != 0
   for b in tqdm(range(resamples), 'bootstrap', disable=None if progress else True, leave=False):
@@ -225,23 +157,45 @@ class Band:
   new_high: np.ndarray
 
 
+def predicted(fit: Fit, at: Points) -> np.ndarray:
+  """The law's loss at points, nats per token."""
+  return np.exp(log_loss(fit.theta_P, at_points(fit, at))[0])
+
+
+def at_points(fit: Fit, at: Points) -> Design:
+  """The fit's design at other points, of all or some of its arms."""
+  return _aligned(design(fit.law, at, fit.design.arms, fit.design.centre_J), fit.design.parameters)
+
+
 def band(fit: Fit, at: Points, level: float = LEVEL) -> Band:
-  """Prediction at new points: curve uncertainty (delta method), and with one run's noise added."""
-  d = design(fit.law, at, fit.design.arms, fit.design.centre_J)
-  log_R, jac_RP = log_loss(fit.theta_P, _aligned(d, fit.design.parameters))
-  variance_R, freedom_R = contrast_variance(fit, jac_RP)
+  """Prediction at new points: curve uncertainty (delta method), and with one run's noise added.
+
+  A new run is as noisy as the points' sigma says, or as the typical run where they have none.
+  """
+  log_R, jac_RP = log_loss(fit.theta_P, at_points(fit, at))
+  variance_R, freedom_R = variances(fit.noise, jac_RP)
   quantile_R = stats.t.ppf(0.5 + level / 2, freedom_R)
   half_R = quantile_R * np.sqrt(variance_R)
-  wide_R = quantile_R * np.sqrt(variance_R + residual_variance(fit))
+  wide_R = quantile_R * np.sqrt(variance_R + new_run_variance(fit, at))
   ends = (log_R, log_R - half_R, log_R + half_R, log_R - wide_R, log_R + wide_R)
   with np.errstate(over='ignore'):  # a curve that the runs do not tell: its upper end is inf
     return Band(*(np.exp(v) for v in ends))
 
 
+def new_run_variance(fit: Fit, at: Points) -> np.ndarray:
+  """Variance of log loss of one run about the curve, at each point."""
+  typical = residual_variance(fit)
+  if fit.points.sigma is None or at.sigma is None:
+    return np.full(len(at), typical)
+  return typical * (at.sigma / np.median(fit.points.sigma)) ** 2
+
+
 def residual_variance(fit: Fit) -> float:
-  """Variance of log loss about the fit, n - P degrees of freedom."""
+  """Variance of log loss of the typical run about the fit: of median sigma, where runs have one."""
   log_R, _ = log_loss(fit.theta_P, fit.design)
   residual_R = log_R - np.log(fit.points.loss)
+  if fit.points.sigma is not None:
+    residual_R = residual_R * np.median(fit.points.sigma) / fit.points.sigma
   return float(residual_R @ residual_R) / max(fit.degrees_of_freedom, 1)
 
 

@@ -94,7 +94,8 @@ class ArmModel:
 
   multiplier: 'none' (all arms equal), 'common' (one compute multiplier m per arm), 'N' or 'D'
   (rho_N or rho_D alone), 'both' (rho_N and rho_D). axes: names of Points.axes; each adds
-  m = r^phi along that axis. free_e, free_exponents: one value per arm instead of a shared one.
+  m = r^phi along that axis. slope_at: log C at which m is m; elsewhere it is m (C / that)^g, with g of each
+  arm's own (L(C): the same as an exponent of its own); None: m is the same at every C. free_e, free_exponents: one value per arm instead of a shared one.
   """
 
   multiplier: str = 'common'
@@ -102,6 +103,7 @@ class ArmModel:
   axes: tuple[str, ...] = ()
   free_e: bool = False
   free_exponents: bool = False
+  slope_at: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +112,7 @@ class Points:
 
   sigma: noise standard deviation of log loss per run, or None (equal). cluster: runs whose noise
   is shared (a seed across arms, branches of one trunk). size: model-size group for rollouts.
-  axes: log r along a named axis, 0 where the axis does not apply.
+  axes: log r along a named axis, 0 where the axis does not apply. notes: what reading the points has found.
   """
 
   log_x: dict[str, np.ndarray]
@@ -121,6 +123,7 @@ class Points:
   run: np.ndarray
   sigma: np.ndarray | None = None
   axes: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+  notes: tuple[str, ...] = ()
 
   def __len__(self) -> int:
     return len(self.loss)
@@ -132,6 +135,7 @@ class Points:
       *(getattr(self, k)[index] for k in ('loss', 'arm', 'cluster', 'size', 'run')),
       sigma=None if self.sigma is None else self.sigma[index],
       axes={k: v[index] for k, v in self.axes.items()},
+      notes=self.notes,
     )
 
   @property
@@ -143,8 +147,8 @@ class Points:
 class Parameter:
   """One number of a fit.
 
-  kind: 'constant' (E), 'coefficient', 'exponent', 'multiplier', 'axis' (phi of r^phi) or 'derived'. of: the
-  arm or axis that it belongs to; None where all runs share it.
+  kind: 'constant' (E), 'coefficient', 'exponent', 'multiplier', 'slope' (g of m C^g), 'axis' (phi of r^phi)
+  or 'derived'. of: the arm or axis that it belongs to; None where all runs share it.
   """
 
   kind: str
@@ -213,6 +217,9 @@ def _multiplier_columns(law: Law, points: Points, arms: ArmModel) -> dict[Parame
     is_arm_R = (points.arm == arm).astype(float)
     if arms.multiplier == 'common':
       columns[Parameter('multiplier', 'm', arm)] = share_J[:, None] * is_arm_R
+      if arms.slope_at is not None:
+        log_c_R = points.log_x['C'] - arms.slope_at
+        columns[Parameter('slope', 'g', arm)] = share_J[:, None] * is_arm_R * log_c_R
       continue
     for factor in {'both': ('N', 'D')}.get(arms.multiplier, (arms.multiplier,)):
       in_term_J = np.array([float(term.covariates == ((factor, 1.0),)) for term in law.terms])

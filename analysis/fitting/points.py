@@ -13,6 +13,7 @@ import pandas as pd
 from mhc_jax.errors import ConfigError
 
 from .laws import Points
+from .models import clusters, doubtful, sizes
 
 # Roles that --columns can assign. Numbers: N parameters, D tokens, C FLOPs, W width, H depth,
 # loss in nats per token, sigma its relative noise. Labels: arm, seed, cluster, size. axis:NAME is a rank or
@@ -76,8 +77,7 @@ def _number(table: pd.DataFrame, role: str, column: str, path: Path) -> np.ndarr
 def read_points(path: Path, columns: dict[str, str], table: pd.DataFrame | None = None) -> Points:
   """Points of a CSV, with what `completed` adds.
 
-  cluster: its column, or runs of one size and seed, or every run its own. size: its column, or
-  the distinct N (ten bins of log N where N is continuous). Raises ConfigError.
+  cluster and size: their columns, or as models.py has it. Raises ConfigError.
   """
   table = read_table(path) if table is None else table
   for role, column in columns.items():
@@ -97,44 +97,33 @@ def read_points(path: Path, columns: dict[str, str], table: pd.DataFrame | None 
       line = table.index[table[column].isna()][0] + 2
       raise ConfigError(f'{path}: line {line}: {role} (column {column!r}) is empty')
   label = {r: table[c].astype(str).to_numpy(str) for r, c in columns.items() if r in LABELS}
-  size = label['size'] if 'size' in label else _sizes(log_x)
-  if len(set(size.tolist())) < 2:
-    raise ConfigError(f'{path}: all {n} rows have one model size; a law needs several')
-  cluster = np.arange(n).astype(str)
-  if 'cluster' in label:
-    cluster = label['cluster']
-  elif 'seed' in label:
-    cluster = np.array([f'{s}|{k}' for s, k in zip(size, label['seed'], strict=True)])
+  arm = label.get('arm', np.full(n, 'all'))
+  size, notes = (
+    (label['size'], ()) if 'size' in label else sizes(log_x, arm, {r for r in value if r in COVARIATES})
+  )
   return Points(
     log_x,
     value['loss'],
-    label.get('arm', np.full(n, 'all')),
-    cluster,
+    arm,
+    clusters(label, size),
     size,
     table.index.to_numpy() + 2,  # the line in the file
     sigma=value.get('sigma'),
     axes=axes,
+    notes=(*notes, *doubtful(value, arm)),
   )
 
 
 def completed(log_x: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """Log covariates with D = C / 6N or C = 6 N D where one of them is absent, and M = D / N."""
+  """Log covariates with the one of N, D and C = 6 N D that is absent, and M = D / N."""
   out = dict(log_x)
-  if {'N', 'C'} <= set(out) and 'D' not in out:
-    out['D'] = out['C'] - out['N'] - np.log(6)
+  for known, other in (('N', 'D'), ('D', 'N')):
+    if {known, 'C'} <= set(out) and other not in out:
+      out[other] = out['C'] - out[known] - np.log(6)
   if {'N', 'D'} <= set(out):
     out.setdefault('C', out['N'] + out['D'] + np.log(6))
     out['M'] = out['D'] - out['N']
   return out
-
-
-def _sizes(log_x: dict[str, np.ndarray]) -> np.ndarray:
-  name = next(k for k in ('N', 'W', 'C', 'D') if k in log_x)
-  rounded = np.round(log_x[name], 2)
-  if len(np.unique(rounded)) <= 20:
-    return rounded.astype(str)
-  edges = np.quantile(log_x[name], np.linspace(0, 1, 11)[1:-1])
-  return np.searchsorted(edges, log_x[name]).astype(str)
 
 
 def drop_highest(points: Points, count: int) -> tuple[Points, list[str]]:

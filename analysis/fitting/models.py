@@ -1,0 +1,105 @@
+"""Which rows of a table are one model, and which share noise, where no column says so.
+
+Where: points.py -> here. A model size is what was trained, never a rounded number: its own fields decide, and
+arms whose counts differ a little (a connection adds parameters and FLOPs) are matched size by size.
+"""
+
+import numpy as np
+
+DERIVED = 5e-3  # N = C / 6D carries the rounding of two columns: so close in log are one model
+NEAR = 1 / 3  # of the gap to the next size: so close to an arm's size another arm's is the same model
+UNITS = 2.0  # factor between C and 6 N D above which units are doubted (attention adds some tens of percent)
+
+
+def sizes(
+  log_x: dict[str, np.ndarray], arm: np.ndarray, given: set[str]
+) -> tuple[np.ndarray, tuple[str, ...]]:
+  """(model size of every row, notes): width and depth, or N, or else C or D, of rows without a size column.
+
+  given: covariates that have columns. Arms are matched by `matched`.
+  """
+  if {'W', 'H'} <= given:
+    shapes = np.stack([log_x['W'], log_x['H']], 1)
+    return np.unique(shapes, axis=0, return_inverse=True)[1].ravel().astype(str), ()
+  name = next(k for k in ('N', 'W', 'C', 'D') if k in log_x)
+  return matched(log_x[name], arm, 0.0 if name in given else DERIVED, name)
+
+
+def matched(
+  log_n: np.ndarray, arm: np.ndarray, tolerance: float, name: str
+) -> tuple[np.ndarray, tuple[str, ...]]:
+  """Sizes by distinct log N within each arm; those of arms are one where each is the other's nearest.
+
+  They must be nearer than NEAR of the gap to the next size. The note says how far apart matched sizes lie.
+  """
+  own = {a: _distinct(log_n[arm == a], tolerance) for a in dict.fromkeys(arm.tolist())}
+  home = max(own, key=lambda a: len(own[a]))  # the first of those with most sizes
+  levels, label, apart, alone = list(own[home]), np.empty(len(log_n), object), 0.0, []
+  for a, values in own.items():
+    index = []
+    for k, value in enumerate(values):
+      near = int(np.argmin(np.abs(np.array(own[home]) - value)))
+      distance = abs(own[home][near] - value)
+      back = int(np.argmin(np.abs(np.array(values) - own[home][near])))
+      if a == home or (back == k and distance <= NEAR * min(_gap(values, k), _gap(own[home], near))):
+        index.append(near)
+        apart = max(apart, distance)
+      else:
+        levels.append(value)
+        index.append(len(levels) - 1)
+    if a != home and not any(k < len(own[home]) for k in index):
+      alone.append(str(a))
+    rows = np.flatnonzero(arm == a)
+    nearest = np.argmin(np.abs(log_n[rows][:, None] - np.array(values)), 1)
+    label[rows] = [str(index[k]) for k in nearest]
+  notes = []
+  if apart > max(tolerance, 1e-6):
+    notes.append(
+      f'arms differ in {name} by up to {np.expm1(apart):.1%} at what is taken for one model size; a size column '
+      'would settle it'
+    )
+  if alone:
+    notes.append(
+      f'{", ".join(alone)} shares no model size with {home}: nothing is paired, and m rests on the law'
+    )
+  return label.astype(str), tuple(notes)
+
+
+def _distinct(log_n: np.ndarray, tolerance: float) -> np.ndarray:
+  """Sorted distinct values; a chain of values within the tolerance is one (its mean)."""
+  ordered = np.sort(log_n)
+  breaks = np.flatnonzero(np.diff(ordered) > max(tolerance, 1e-9)) + 1
+  return np.array([part.mean() for part in np.split(ordered, breaks)])
+
+
+def _gap(values: np.ndarray, k: int) -> float:
+  """Distance of a value to its nearest neighbour; one value alone may be matched within a factor of two."""
+  return min(
+    (abs(values[j] - values[k]) for j in (k - 1, k + 1) if 0 <= j < len(values)), default=np.log(2) / NEAR
+  )
+
+
+def clusters(label: dict[str, np.ndarray], size: np.ndarray) -> np.ndarray:
+  """Rows that share noise: the cluster column, or runs of one size and seed, or every row its own.
+
+  A seed that every row has tells nothing: then rows are their own.
+  """
+  if 'cluster' in label:
+    return label['cluster']
+  if 'seed' in label:
+    return np.array([f'{s}|{k}' for s, k in zip(size, label['seed'], strict=True)])
+  return np.arange(len(size)).astype(str)
+
+
+def doubtful(value: dict[str, np.ndarray], arm: np.ndarray) -> tuple[str, ...]:
+  """Notes on columns that contradict each other, and on rows that are there twice."""
+  notes = []
+  if {'N', 'D', 'C'} <= set(value):
+    factor = float(np.median(value['C'] / (6 * value['N'] * value['D'])))
+    if not 1 / UNITS < factor < UNITS:
+      notes.append(f'C is {factor:.3g} times 6 N D: are the units of C, N and D the same?')
+  rows = np.stack([np.unique(arm, return_inverse=True)[1], *value.values()])
+  again = rows.shape[1] - np.unique(rows, axis=1).shape[1]
+  if again:
+    notes.append(f'{again} rows repeat another row, loss and all: they count as one measurement')
+  return tuple(notes)
