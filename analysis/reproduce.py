@@ -21,7 +21,8 @@ from mhc_jax.errors import ConfigError
 from .fitting.estimate import fit
 from .fitting.intervals import bootstrap, derived, percentile
 from .fitting.laws import HUBER_WIDTH, LAWS, ArmModel
-from .fitting.points import drop_highest, parse_columns, read_points, read_table
+from .fitting.points import drop_highest, parse_columns, read_points
+from .fitting.table import check_columns, read_table
 from .minima import METHODS, minima_by_budget, power_law
 
 EXAMPLES = """examples:
@@ -91,14 +92,12 @@ def _checked(name: str, numbers: dict[str, float], want: dict) -> Line:
 def check_isoflop(path: Path, spec: dict) -> list[Line]:
   """Exponent of N*(C) for every group of rows against the published one."""
   table, columns = read_table(path), parse_columns(spec['columns'])
-  for name in spec['group_by']:
-    if name not in table.columns:
-      raise ConfigError(f'{path}: no column {name!r} to group by')
+  check_columns(path, table, {f'group {k}': name for k, name in enumerate(spec['group_by'], 1)})
   lines = []
   for want in spec['expect']:
     picked = np.ones(len(table), bool)
     for name, value in zip(spec['group_by'], want['group'], strict=True):
-      picked &= (table[name].astype(str) == str(value)).to_numpy()
+      picked &= (table[name] == str(value)).to_numpy()
     label = 'N* exponent, ' + ' '.join(map(str, want['group']))
     if not picked.any():
       raise ConfigError(f'{path}: no rows for {label}')

@@ -8,7 +8,8 @@ import pytest
 from synthetic_runs import command
 
 from analysis import fit, reproduce
-from analysis.fitting.points import parse_columns, read_points, read_table
+from analysis.fitting.points import parse_columns, read_points
+from analysis.fitting.table import read_table
 from mhc_jax.errors import ConfigError
 
 TRUE = {'E': 1.8172, 'A': 477.83, 'B': 2143.4, 'alpha': 0.3473, 'beta': 0.3672}
@@ -178,13 +179,13 @@ def test_bad_files(tmp_path, capsys):
     assert command(fit.main, str(tmp_path / name), '--columns', COLUMNS) == 2
   assert command(fit.main, str(tmp_path / 'absent.csv')) == 2
   (tmp_path / 'comma.csv').write_text('params,tokens,loss\n1e8,1e9,3.0,\n2e8,1e9,2.9,\n')
-  assert read_table(tmp_path / 'comma.csv')['params'].tolist() == [1e8, 2e8], 'not one column to the left'
+  assert read_table(tmp_path / 'comma.csv')['params'].tolist() == ['1e8', '2e8'], 'not one column to the left'
   (tmp_path / 'long.csv').write_text('params,tokens,loss\n1e8,1e9,3.0,7\n2e8,1e9,2.9,7\n')
   assert command(fit.main, str(tmp_path / 'long.csv'), '--columns', COLUMNS) == 2
   good = str(write_points(tmp_path / 'good.csv'))
   assert command(fit.main, good, '--columns', COLUMNS, '--out', str(tmp_path / 'good.csv' / 'x.json')) == 2
   errors = capsys.readouterr().err.splitlines()
-  assert len(errors) == 5 and 'no such file' in errors[2] and 'not a CSV table' in errors[3]
+  assert len(errors) == 5 and 'no such file' in errors[2] and 'line 2 has 4 cells' in errors[3]
   assert 'not a folder' in errors[4]
   with pytest.raises(ConfigError, match='needs column'):
     fit.run(
