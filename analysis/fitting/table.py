@@ -27,8 +27,8 @@ MARKS = {  # the longer first: UTF-32's begins like UTF-16's
 SCALES = {'': 0, 'k': 3, 'm': 6, 'b': 9, 't': 12}  # powers of ten
 COVARIATES = ('N', 'D', 'C', 'W', 'H')  # counts, which may be written with thousands separators
 UNITS = 'params?|parameters?|tokens?|flops?|nats?|nats/token|nats per token'
-# Digits with underscores, or in groups of three with commas; a fraction; an exponent of C or Fortran; thousand
-# to trillion; a unit.
+# Digits with underscores, or in groups of three with commas; a fraction; an exponent of C or Fortran; a
+# letter for thousand to trillion; a unit.
 NUMBER = re.compile(
   r'([+-]?)((?:[0-9]+(?:_[0-9]+)*|[0-9]{1,3}(?:,[0-9]{3})+)?(?:\.[0-9]*)?)'
   rf'(?:[eEdD]([+-]?[0-9]+))?\s*([kmbt]?)\s*(?:{UNITS})?',
@@ -55,7 +55,7 @@ NO_NUMBER = {
 
 
 def number(cell: str) -> float:
-  """'1.5B', '1,500,000', '5.0D+07', '5_000 tokens' -> float; nan where it is missing; ValueError for other text."""
+  """'1.5B', '1,500,000', '5.0D+07', '5_000 tokens' -> float; nan for a missing one, else ValueError."""
   text = cell.strip()
   if text.lower() in NO_NUMBER:
     return float('nan')
@@ -72,8 +72,8 @@ def number(cell: str) -> float:
 def read_table(path: Path) -> pd.DataFrame:
   """The CSV's cells as text, its index the line of the file on which a row begins; no blank rows.
 
-  It may be UTF-8 or, by its mark, UTF-16 or UTF-32; separated by commas, semicolons or tabs; with comment lines
-  (#) at its head.
+  It may be UTF-8 or, by its mark, UTF-16 or UTF-32, with commas, semicolons or tabs, and begin with comments
+  (lines with #).
   Raises ConfigError for a missing, empty or unreadable file.
   """
   text = _decoded(path)
@@ -121,7 +121,7 @@ def _decoded(path: Path) -> str:
 def _separated(path: Path, text: str, head: int) -> tuple[str, list[tuple[int, list[str]]]]:
   """The separator and (line, cells) of every row that is not blank, the header first.
 
-  The separator is the one that cuts the header into several columns; where two do, that which cuts every row so.
+  The separator is what cuts the header into several columns; where two do, that which cuts all rows so.
   """
   read = {}
   for separator in SEPARATORS:
