@@ -23,7 +23,8 @@ from .fitting.intervals import bootstrap, derived, percentile
 from .fitting.laws import HUBER_WIDTH, LAWS, ArmModel
 from .fitting.points import drop_highest, parse_columns, read_points
 from .fitting.table import check_columns, read_table
-from .minima import METHODS, minima_by_budget, power_law
+from .minima import METHODS
+from .optima import optimum
 
 EXAMPLES = """examples:
   mhc reproduce chinchilla_besiroglu.csv \\
@@ -102,16 +103,13 @@ def check_isoflop(path: Path, spec: dict) -> list[Line]:
     if not picked.any():
       raise ConfigError(f'{path}: no rows for {label}')
     points = read_points(path, columns, table[picked])
-    budgets = minima_by_budget(
-      points.log_x['C'], points.log_x['N'], points.loss, spec.get('interpolation', 'akima')
-    )
-    inside = [(c, m.log_x) for c, m in budgets if m.problem is None]
-    line = power_law(*np.array(inside).T) if len(inside) > 1 else None
-    if line is None:
+    log_x, method = points.log_x, spec.get('interpolation', 'akima')
+    best = optimum('all', 'N*', method, log_x['C'], log_x['N'], points.loss)
+    if best.law is None:
       raise ConfigError(f'{path}: {label}: fewer than two budgets have a minimum inside')
     tolerance = want.get('within', spec.get('within', 0.004))
     one = {'value': want['n_exponent'], 'within': tolerance}
-    lines.append(check_value(f'{label} ({len(inside)} budgets)', line.exponent, one))
+    lines.append(check_value(f'{label} ({best.law.points} budgets)', best.law.exponent, one))
   return lines
 
 

@@ -53,7 +53,7 @@ def test_fit_writes_the_documented_json(tmp_path):
 
 def test_forty_runs_quote_the_bootstrap(tmp_path, capsys):
   points = write_points(tmp_path / 'p.csv', sizes=8)
-  assert fit.main([str(points), '--columns', COLUMNS, '--resamples', '30']) == 0
+  assert fit.main([str(points), '--columns', COLUMNS, '--resamples', '30', '--out', '-']) == 0
   found = json.loads(capsys.readouterr().out)
   assert found['n_points'] == 40 and found['caveat'] is None
   assert found['interval_method'] == 'case_bootstrap'
@@ -63,7 +63,7 @@ def test_forty_runs_quote_the_bootstrap(tmp_path, capsys):
 def test_arms_get_a_multiplier_and_nested_tests(tmp_path, capsys):
   points = write_points(tmp_path / 'p.csv', (('base', 1.0), ('new', 1.2)), sizes=5, ratios=(5, 20, 80))
   columns = f'{COLUMNS},arm=model,seed=seed'
-  assert fit.main([str(points), '--columns', columns, '--resamples', '5']) == 0
+  assert fit.main([str(points), '--columns', columns, '--resamples', '5', '--out', '-']) == 0
   found = json.loads(capsys.readouterr().out)
   assert found['n_points'] == 30 and found['reference'] == 'base'
   low, high = found['intervals']['m[new]']
@@ -75,7 +75,7 @@ def test_arms_get_a_multiplier_and_nested_tests(tmp_path, capsys):
 
 def test_predictions_have_bands_or_a_reason(tmp_path, capsys):
   points = write_points(tmp_path / 'p.csv', (('base', 1.0), ('new', 1.2)))
-  columns = ['--columns', f'{COLUMNS},arm=model', '--resamples', '0']
+  columns = ['--columns', f'{COLUMNS},arm=model', '--resamples', '0', '--out', '-']
   far = ['--predict', 'N=2e10,D=4e11', '--predict', 'N=2e10,C=4.8e22,arm=new']
   assert fit.main([str(points), *columns, *far]) == 0
   one, two = json.loads(capsys.readouterr().out)['predictions']
@@ -92,7 +92,7 @@ def test_predictions_have_bands_or_a_reason(tmp_path, capsys):
 
 def test_what_arms_share_can_be_freed(tmp_path, capsys):
   points = write_points(tmp_path / 'p.csv', (('base', 1.0), ('new', 1.2)))
-  argv = [str(points), '--columns', f'{COLUMNS},arm=model', '--resamples', '0']
+  argv = [str(points), '--columns', f'{COLUMNS},arm=model', '--resamples', '0', '--out', '-']
   assert fit.main([*argv, '--free', 'E,exponents']) == 0
   found = json.loads(capsys.readouterr().out)
   names = set(found['optimum'])
@@ -106,7 +106,7 @@ def test_an_axis_has_its_exponent_and_its_test(tmp_path, capsys):
   table.assign(r=table['model'].map(rank)).to_csv(points, index=False)
   columns = f'{COLUMNS},axis:rank=r'
   ahead = ['--predict', 'N=1e9,D=2e10,axis:rank=4']
-  assert fit.main([str(points), '--columns', columns, '--resamples', '0', *ahead]) == 0
+  assert fit.main([str(points), '--columns', columns, '--resamples', '0', '--out', '-', *ahead]) == 0
   found = json.loads(capsys.readouterr().out)
   low, high = found['intervals']['phi[rank]']
   assert low < 0.5 < high < low + 0.2
@@ -126,7 +126,7 @@ def test_missing_columns_are_derived(tmp_path):
 
 def test_highest_losses_are_dropped_with_a_sentence(tmp_path, capsys):
   points = write_points(tmp_path / 'p.csv')
-  argv = [str(points), '--columns', COLUMNS, '--resamples', '0', '--drop-highest', '2']
+  argv = [str(points), '--columns', COLUMNS, '--resamples', '0', '--drop-highest', '2', '--out', '-']
   assert fit.main(argv) == 0
   found = json.loads(capsys.readouterr().out)
   assert found['n_points'] == 28 and len(found['excluded']) == 2

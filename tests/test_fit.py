@@ -390,7 +390,7 @@ def test_prediction_agrees_with_the_formula():
 
 
 def test_what_is_pinned_stays_and_the_rest_is_found():
-  """Exact points of a law give back what is not pinned, whichever parameters are; intervals are of the rest."""
+  """Exact points of a law give back what is not pinned, whichever parameters are."""
   n, d = grid()
   points = points_nd(n, d, chinchilla_loss(n, d))
   for names in (
@@ -454,7 +454,7 @@ def test_what_cannot_be_pinned_or_tied(change, words):
 
 
 def test_huber_of_the_raw_loss():
-  """An optimum of sum huber(L_hat - L) in nats: no other parameters nearby are better, and outliers are shed."""
+  """An optimum of sum huber(L_hat - L) in nats: no neighbours are better, outliers are shed."""
   points = noisy_points(0.002)
   loss = points.loss.copy()
   loss[7] += 0.5

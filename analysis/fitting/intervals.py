@@ -232,10 +232,23 @@ def band(fit: Fit, at: Points, level: float = LEVEL) -> Band:
   variance_R, freedom_R = contrast_variance(fit, jac_RP)
   quantile_R = stats.t.ppf(0.5 + level / 2, freedom_R)
   half_R = quantile_R * np.sqrt(variance_R)
-  wide_R = quantile_R * np.sqrt(variance_R + residual_variance(fit))
+  wide_R = quantile_R * np.sqrt(variance_R + new_run_variance(fit, at))
   ends = (log_R, log_R - half_R, log_R + half_R, log_R - wide_R, log_R + wide_R)
   with np.errstate(over='ignore'):  # a curve that the runs do not tell: its upper end is inf
     return Band(*(np.exp(v) for v in ends))
+
+
+def new_run_variance(fit: Fit, at: Points) -> float | np.ndarray:
+  """Variance of the noise of new runs: their sigma squared, rescaled if the fitted runs have sigmas, too.
+
+  Without sigmas the residual variance.
+  """
+  if at.sigma is None:
+    return residual_variance(fit)
+  if fit.points.sigma is None:
+    return at.sigma**2
+  standard_R = (log_loss(fit.theta_P, fit.design)[0] - np.log(fit.points.loss)) / fit.points.sigma
+  return at.sigma**2 * float(standard_R @ standard_R) / max(fit.degrees_of_freedom, 1)
 
 
 def residual_variance(fit: Fit) -> float:

@@ -113,6 +113,17 @@ def _sizes(log_x: dict[str, np.ndarray]) -> np.ndarray:
   return np.searchsorted(edges, log_x[name]).astype(str)
 
 
+def consistency(points: Points) -> list[str]:
+  """A sentence where compute is far from 6 N D, empty where it is near or follows from them."""
+  if not {'N', 'D', 'C'} <= set(points.log_x):
+    return []
+  log_x = points.log_x
+  factor = float(np.exp(np.median(log_x['C'] - log_x['N'] - log_x['D'] - np.log(6))))
+  if 1 / 3 < factor < 3:
+    return []
+  return [f'C is {factor:.3g} times 6 N D in the median run: check the units of N, D and C']
+
+
 def drop_highest(points: Points, count: int) -> tuple[Points, list[str]]:
   """Without the `count` highest losses, and a sentence for each that was dropped."""
   order = np.argsort(points.loss, kind='stable')
