@@ -19,6 +19,27 @@ def test_choice_of_law():
   assert 'factor of 1.5' in choose_law(narrow).reason
 
 
+def test_the_band_of_a_power_law_covers():
+  """Curve, exponent and coefficient of 5 optima with log-normal noise: nominal 95 %, 400 draws."""
+  rng, log_c, hits = np.random.default_rng(0), np.log(np.geomspace(1e18, 1e20, 5)), []
+  for _ in range(400):
+    line = power_law(log_c, np.log(0.1) + 0.5 * log_c + 0.05 * rng.standard_normal(5))
+    _, low, high = line.at(np.log(1e22))
+    inside = low < np.log(0.1) + 0.5 * np.log(1e22) < high
+    hits.append((inside, line.low < 0.5 < line.high, line.coefficient_low < 0.1 < line.coefficient_high))
+  # Three standard errors of 400 draws: 3.3 %.
+  np.testing.assert_allclose(np.mean(hits, 0), 0.95, atol=0.033)
+  two = power_law(log_c[:2], 0.5 * log_c[:2])
+  assert two.low is None and two.coefficient_high is None and two.at(50.0)[1:] == (None, None)
+  assert two.at(50.0)[0] == pytest.approx(25)
+
+
+def test_compute_without_gaps_is_no_budget():
+  log_c = np.linspace(40, 42, 60)
+  ((_, m),) = minima_by_budget(log_c, np.tile([1.0, 2, 3], 20), np.tile([3.0, 2, 3], 20))
+  assert m.log_x is None and 'not one budget' in m.problem
+
+
 def test_isoflop_minima_and_their_guards():
   budgets = np.geomspace(1e18, 1e21, 4)
   share = np.geomspace(0.25, 4, 7)

@@ -83,7 +83,7 @@ def _row(doc: dict, name: str) -> tuple[str, str, str]:
   if name in doc['pinned']:
     return name, f'{doc["pinned"][name]:g}', 'pinned'
   if name in doc['verdicts']:
-    return name, '-', doc['verdicts'][name]
+    return name, '-', 'not fitted soundly, see below' if doc['doubts'] else doc['verdicts'][name]
   low, high = doc['intervals'][name]
   return name, short(doc[name]), f'{short(low)} to {short(high)}'
 
