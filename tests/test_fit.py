@@ -410,6 +410,7 @@ def test_what_is_pinned_stays_and_the_rest_is_found():
       assert fitted.parameters == pytest.approx(TRUE, rel=2e-3), (names, loss)
       assert set(delta_method(fitted)) == (set(TRUE) - set(names)) | {'a'}
       assert len(fitted.theta_P) == 5 - len(names) and not fitted.flags, (names, loss)
+      assert fitted.starts_at_optimum == fitted.starts, (names, loss)
       np.testing.assert_allclose(band(fitted, points).loss, points.loss, rtol=1e-4)
   pure = points_nd(n, d, 400 * n**-0.3)
   nothing = fit(pure, LAWS['params'].pin('E', 0.0))

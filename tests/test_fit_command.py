@@ -42,8 +42,8 @@ def test_a_fit_that_may_not_be_quoted_says_so_in_the_table(tmp_path, capsys):
   """And no warning of numpy's reaches the terminal: in tests it would be an error."""
   points = write_points(tmp_path / 'p.csv')
   table = pd.read_csv(points)
-  table.assign(loss=2.5).to_csv(points, index=False)
-  assert fit.main(list(map(str, plain(points)))) == 0
+  table.assign(tokens=1e11, loss=loss_of(table['params'], 1e11)).to_csv(points, index=False)
+  assert fit.main([*map(str, plain(points)), '--resamples', '20']) == 0
   shown = capsys.readouterr()
   assert 'not identified' in shown.out or 'not fitted soundly' in shown.out
   assert shown.err == ''
@@ -59,10 +59,9 @@ def test_levels_change_intervals_and_no_verdict(tmp_path, capsys):
   assert wide['verdicts'] == narrow['verdicts'] and wide['alpha'] == narrow['alpha']
   one, two = (d['predictions'][0] for d in (wide, narrow))
   assert np.log(one['high'] / one['low']) / np.log(two['high'] / two['low']) == pytest.approx(ratio, rel=1e-6)
-  few = pd.read_csv(points).iloc[::3]
-  few.to_csv(points, index=False)
-  strict = [run(capsys, *plain(points, '--level', v))['verdicts'] for v in ('0.95', '0.01')]
-  assert strict[0] == strict[1]
+  loud = write_points(tmp_path / 'q.csv', noise=0.05)
+  strict = [run(capsys, *plain(loud, '--level', v))['verdicts'] for v in ('0.95', '0.01')]
+  assert strict[0] == strict[1] and 'wider than a factor' in strict[0]['alpha']
 
 
 def test_predictions_take_noise_and_what_was_measured(tmp_path, capsys):

@@ -25,8 +25,10 @@ def test_the_band_of_a_power_law_covers():
   for _ in range(400):
     line = power_law(log_c, np.log(0.1) + 0.5 * log_c + 0.05 * rng.standard_normal(5))
     _, low, high = line.at(np.log(1e22))
-    inside = low < np.log(0.1) + 0.5 * np.log(1e22) < high
-    hits.append((inside, line.low < 0.5 < line.high, line.coefficient_low < 0.1 < line.coefficient_high))
+    far = low < np.log(0.1) + 0.5 * np.log(1e22) < high
+    _, low, high = line.at(log_c.mean())
+    middle = low < np.log(0.1) + 0.5 * log_c.mean() < high
+    hits.append((far, middle, line.low < 0.5 < line.high, line.coefficient_low < 0.1 < line.coefficient_high))
   # Three standard errors of 400 draws: 3.3 %.
   np.testing.assert_allclose(np.mean(hits, 0), 0.95, atol=0.033)
   two = power_law(log_c[:2], 0.5 * log_c[:2])
