@@ -84,7 +84,10 @@ def _law_options(p: argparse._ArgumentGroup) -> None:
     '(default chinchilla)',
   )
   p.add_argument(
-    '--loss', default='huber', choices=LOSSES, help='default %(default)s; huber_raw, mse: in nats'
+    '--loss',
+    default='huber',
+    choices=LOSSES,
+    help='default %(default)s; huber_raw, mse: in nats, also the curves of --isoflop',
   )
   p.add_argument(
     '--delta',
@@ -242,11 +245,14 @@ def fit_isoflop(a: argparse.Namespace) -> tuple[dict[str, object], tuple[Points,
     if getattr(a, option):
       raise ConfigError(f'--isoflop fits no law of the loss: leave out --{option}')
   points, excluded, notes = read(a)
-  best = optima_of_points(points, a.level)
+  in_nats = a.loss in ('mse', 'huber_raw')
+  best = optima_of_points(points, a.level, in_nats)
   asked = [parse_point(text) for text in a.predict]
   budgets = max(len(o.budgets) for o in best)
   out = {
-    'sentence': f'Minima of {len(points)} runs at equal compute: up to {budgets} budgets to an arm.',
+    'sentence': f'Minima of {len(points)} runs at equal compute, of curves through '
+    f'{"the loss" if in_nats else "log loss"}: up to {budgets} budgets to an arm.',
+    'in_nats': in_nats,
     'level': a.level,
     'n_points': len(points),
     'notes': notes + [f'excluded: {sentence}' for sentence in excluded],

@@ -42,13 +42,16 @@ def optimum(
   arm: str,
   name: str,
   method: str,
-  log_c: np.ndarray,
-  log_x: np.ndarray,
+  log: tuple[np.ndarray, np.ndarray],
   loss: np.ndarray,
   level: float = 0.95,
+  in_nats: bool = False,
 ) -> Optimum:
-  """The minimum of loss over log x at every budget, and the law through those inside the grid."""
-  minima = minima_by_budget(log_c, log_x, loss, method)
+  """The minimum of loss over x at every budget, and the law through those inside the grid.
+
+  log: (log C, log x) of every run.
+  """
+  minima = minima_by_budget(*log, loss, method, in_nats)
   return _with_law(arm, name, method, [(float(np.exp(c)), m) for c, m in minima], level)
 
 
@@ -77,14 +80,14 @@ def optima(grid: pd.DataFrame, params: str) -> list[Optimum]:
     for method in METHODS:
       for arm, own in grid.groupby('arm', sort=False):
         log_c, log_x = np.log(own['flops'].to_numpy()), np.log(own[column].to_numpy())
-        o = optimum(arm, name, method, log_c, log_x, own['validation_loss'].to_numpy())
+        o = optimum(arm, name, method, (log_c, log_x), own['validation_loss'].to_numpy())
         budgets = [(c, m) for c, m in o.budgets if len(m.curve_log_x)]
         if budgets:
           out.append(dataclasses.replace(o, budgets=budgets))
   return out
 
 
-def optima_of_points(points: Points, level: float = 0.95) -> list[Optimum]:
+def optima_of_points(points: Points, level: float = 0.95, in_nats: bool = False) -> list[Optimum]:
   """N*, D* and D*/N* of every arm by every method; raises ConfigError without N, D and C.
 
   Budgets of runs with C as given, or 6 N D.
@@ -96,8 +99,7 @@ def optima_of_points(points: Points, level: float = 0.95) -> list[Optimum]:
     own = points.take(points.arm == arm)
     for method in METHODS:
       n, d = (
-        optimum(arm, name, method, own.log_x['C'], own.log_x[name[0]], own.loss, level)
-        for name in ('N*', 'D*')
+        optimum(arm, f'{x}*', method, (own.log_x['C'], own.log_x[x]), own.loss, level, in_nats) for x in 'ND'
       )
       out += [n, d, ratio(d, n, level)]
   return out

@@ -104,7 +104,7 @@ def check_isoflop(path: Path, spec: dict) -> list[Line]:
       raise ConfigError(f'{path}: no rows for {label}')
     points = read_points(path, columns, table[picked])
     log_x, method = points.log_x, spec.get('interpolation', 'akima')
-    best = optimum('all', 'N*', method, log_x['C'], log_x['N'], points.loss)
+    best = optimum('all', 'N*', method, (log_x['C'], log_x['N']), points.loss)
     if best.law is None:
       raise ConfigError(f'{path}: {label}: fewer than two budgets have a minimum inside')
     tolerance = want.get('within', spec.get('within', 0.004))

@@ -217,6 +217,8 @@ def test_isoflop_optima_are_found(tmp_path, capsys):
       assert p[f'{name} low'] <= p[name] <= p[f'{name} high']
       assert p[name] == pytest.approx(value, rel=0.1)
     assert p['range'] == 'C lies a factor of 100 above the budgets'
+  raw = run(capsys, *argv, '--loss', 'mse')
+  assert raw['in_nats'] and 0 < abs(raw['optima'][0]['exponent'] - doc['optima'][0]['exponent']) < 0.01
   (only, _) = run(capsys, *argv, '--predict', 'C=1e19,arm=two')['predictions']
   assert only['arm'] == 'two' and only['range'] is None
 

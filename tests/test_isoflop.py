@@ -55,6 +55,11 @@ def test_isoflop_minima_and_their_guards():
     # alpha != beta biases both slightly (2603.22339).
     assert len(found) == 4 and line.exponent == pytest.approx(a, abs=0.02)
   x = np.linspace(0, 1, 6)
+  loss = 2 + 3 * (x - 0.4) ** 2  # a parabola of the loss itself
+  exact, near = (minimum(x, loss, in_nats=flag) for flag in (True, False))
+  assert exact.log_x == pytest.approx(0.4, abs=1e-12) and exact.loss == pytest.approx(2, rel=1e-12)
+  assert 1e-3 < abs(near.log_x - 0.4) < 0.05
+  assert minimum(x, loss, 'akima', True).loss == pytest.approx(2, abs=3 * 0.02**2)  # 25 points to a gap
   assert 'downwards' in minimum(x, np.exp(-((x - 0.5) ** 2))).problem
   assert 'outside' in minimum(x, np.exp((x - 2) ** 2)).problem
   assert 'edge' in minimum(x, np.exp(x), 'akima').problem
