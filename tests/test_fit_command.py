@@ -49,6 +49,15 @@ def test_a_fit_that_may_not_be_quoted_says_so_in_the_table(tmp_path, capsys):
   assert shown.err == ''
 
 
+def test_runs_are_named_by_their_line(tmp_path, capsys):
+  points = write_points(tmp_path / 'p.csv')
+  text = points.read_text().splitlines()
+  points.write_text('\n'.join(['# exported', *text[:11], '', '', *text[11:]]))
+  doc = run(capsys, *plain(points, '--drop-highest', '1'))
+  assert [i['run'] for i in doc['influence']] == [*range(4, 13), *range(15, 35)]
+  assert doc['excluded'][0].startswith('line 3: loss')
+
+
 def test_levels_change_intervals_and_no_verdict(tmp_path, capsys):
   points = write_points(tmp_path / 'p.csv')
   predict = ('--predict', 'N=1e9,D=1e10')
@@ -106,6 +115,18 @@ def test_far_predictions_are_marked(tmp_path, capsys):
   assert shown['loss'] == pytest.approx(loss_of(1e8, 1e9), rel=0.02)
   assert fit.main(list(map(str, [*argv, '--anyway']))) == 0
   assert '; extrapolated: not fitted soundly' in capsys.readouterr().out
+
+
+def test_below_the_runs_an_unknown_exponent_forbids_a_prediction(tmp_path, capsys):
+  points = write_points(tmp_path / 'p.csv', noise=0.05)
+  argv = plain(points, '--predict', 'N=1e7,D=1e10', '--predict', 'N=1e8,D=1e10')
+  doc = run(capsys, *argv)
+  assert doc['alpha'] is None
+  below, inside = doc['predictions']
+  assert below['loss'] is None and below['problem'].startswith(
+    'below the smallest N alpha decides, and it is not'
+  )
+  assert inside['problem'] is None and inside['loss'] == pytest.approx(loss_of(1e8, 1e10), rel=0.05)
 
 
 def test_pins_ties_and_terms(tmp_path, capsys):

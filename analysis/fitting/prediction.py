@@ -70,6 +70,8 @@ def prediction(
   values = (b.loss, b.low, b.high, b.new_low, b.new_high)
   numbers = {name: float(v[0]) for name, v in zip(SHOWN, values, strict=True)}
   problem = _problem(fit, log_x)
+  if problem is None and not np.isfinite(b.high[0]):
+    problem = 'the law has no finite band there'
   if 'loss' in at:
     numbers |= {'measured': at['loss'], 'relative_error': numbers['loss'] / at['loss'] - 1}
   if problem and not anyway:
@@ -90,12 +92,23 @@ def _range(fit: Fit, log_x: dict[str, np.ndarray]) -> str | None:
 
 
 def _problem(fit: Fit, log_x: dict[str, np.ndarray]) -> str | None:
-  """Why the law may not be read at a point: an unsound fit, or an unknown floor beyond the runs."""
+  """Why the law may not be read at a point: an unsound fit, or outside the runs what decides is not known.
+
+  Beyond the largest runs that is the floor E, below the smallest the exponents.
+  """
   if doubts(fit):
     return 'not fitted soundly: ' + '; '.join(doubts(fit))
-  beyond = [name for name in fit.law.covariates if log_x[name][0] > fit.points.log_x[name].max() + 1e-9]
+  own = fit.points.log_x
+  beyond = [name for name in fit.law.covariates if log_x[name][0] > own[name].max() + 1e-9]
+  below = {name for name in fit.law.covariates if log_x[name][0] < own[name].min() - 1e-9}
   reasons = verdicts(fit)
-  floors = [p.label for p in natural_map(fit.design)[0] if p.kind == 'constant' and reasons[p.label]]
+  parameters = natural_map(fit.design)[0]
+  floors = [p.label for p in parameters if p.kind == 'constant' and reasons[p.label]]
   if beyond and floors:
     return f'beyond the largest {" and ".join(beyond)} the floor E decides, and it is {reasons[floors[0]]}'
+  for term in fit.law.terms:
+    names = sorted(below & {name for name, _ in term.covariates})
+    unknown = [p.label for p in parameters if p.base == term.exponent and reasons[p.label]]
+    if names and unknown:
+      return f'below the smallest {names[0]} {unknown[0]} decides, and it is {reasons[unknown[0]]}'
   return None
