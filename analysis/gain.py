@@ -77,6 +77,11 @@ def gains(whole: Fit | None, nested: list[Candidate]) -> list[Gain]:
   return [_gain(whole, arm, one, rich) for arm in arms]
 
 
+def refused(changes: list[Gain]) -> dict[str, str]:
+  """Label of each multiplier that one number must not stand for -> why."""
+  return {f'm[{g.arm}]': g.reason for g in changes if g.reason}
+
+
 def _gain(whole: Fit, arm: str, one: Candidate, rich: list[Candidate]) -> Gain:
   """The verdict on one arm, from the better-fitting of the models with a changing gain."""
   points, reference = whole.points, whole.design.arms.reference

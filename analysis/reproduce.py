@@ -21,8 +21,10 @@ from mhc_jax.errors import ConfigError
 from .fitting.estimate import fit
 from .fitting.intervals import bootstrap, derived, percentile
 from .fitting.laws import HUBER_WIDTH, LAWS, ArmModel
-from .fitting.points import drop_highest, parse_columns, read_points, read_table
-from .minima import METHODS, minima_by_budget, power_law
+from .fitting.points import drop_highest, parse_columns, read_points
+from .fitting.table import check_columns, read_table
+from .minima import METHODS
+from .optima import optimum
 
 EXAMPLES = """examples:
   mhc reproduce chinchilla_besiroglu.csv \\
@@ -91,28 +93,23 @@ def _checked(name: str, numbers: dict[str, float], want: dict) -> Line:
 def check_isoflop(path: Path, spec: dict) -> list[Line]:
   """Exponent of N*(C) for every group of rows against the published one."""
   table, columns = read_table(path), parse_columns(spec['columns'])
-  for name in spec['group_by']:
-    if name not in table.columns:
-      raise ConfigError(f'{path}: no column {name!r} to group by')
+  check_columns(path, table, {f'group {k}': name for k, name in enumerate(spec['group_by'], 1)})
   lines = []
   for want in spec['expect']:
     picked = np.ones(len(table), bool)
     for name, value in zip(spec['group_by'], want['group'], strict=True):
-      picked &= (table[name].astype(str) == str(value)).to_numpy()
+      picked &= (table[name] == str(value)).to_numpy()
     label = 'N* exponent, ' + ' '.join(map(str, want['group']))
     if not picked.any():
       raise ConfigError(f'{path}: no rows for {label}')
     points = read_points(path, columns, table[picked])
-    budgets = minima_by_budget(
-      points.log_x['C'], points.log_x['N'], points.loss, spec.get('interpolation', 'akima')
-    )
-    inside = [(c, m.log_x) for c, m in budgets if m.problem is None]
-    line = power_law(*np.array(inside).T) if len(inside) > 1 else None
-    if line is None:
+    log_x, method = points.log_x, spec.get('interpolation', 'akima')
+    best = optimum('all', 'N*', method, (log_x['C'], log_x['N']), points.loss)
+    if best.law is None:
       raise ConfigError(f'{path}: {label}: fewer than two budgets have a minimum inside')
     tolerance = want.get('within', spec.get('within', 0.004))
     one = {'value': want['n_exponent'], 'within': tolerance}
-    lines.append(check_value(f'{label} ({len(inside)} budgets)', line.exponent, one))
+    lines.append(check_value(f'{label} ({best.law.points} budgets)', best.law.exponent, one))
   return lines
 
 

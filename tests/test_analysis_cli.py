@@ -8,7 +8,8 @@ import pytest
 from synthetic_runs import command
 
 from analysis import fit, reproduce
-from analysis.fitting.points import parse_columns, read_points, read_table
+from analysis.fitting.points import parse_columns, read_points
+from analysis.fitting.table import read_table
 from mhc_jax.errors import ConfigError
 
 TRUE = {'E': 1.8172, 'A': 477.83, 'B': 2143.4, 'alpha': 0.3473, 'beta': 0.3672}
@@ -52,7 +53,7 @@ def test_fit_writes_the_documented_json(tmp_path):
 
 def test_forty_runs_quote_the_bootstrap(tmp_path, capsys):
   points = write_points(tmp_path / 'p.csv', sizes=8)
-  assert fit.main([str(points), '--columns', COLUMNS, '--resamples', '30']) == 0
+  assert fit.main([str(points), '--columns', COLUMNS, '--resamples', '30', '--out', '-']) == 0
   found = json.loads(capsys.readouterr().out)
   assert found['n_points'] == 40 and found['caveat'] is None
   assert found['interval_method'] == 'case_bootstrap'
@@ -62,7 +63,7 @@ def test_forty_runs_quote_the_bootstrap(tmp_path, capsys):
 def test_arms_get_a_multiplier_and_nested_tests(tmp_path, capsys):
   points = write_points(tmp_path / 'p.csv', (('base', 1.0), ('new', 1.2)), sizes=5, ratios=(5, 20, 80))
   columns = f'{COLUMNS},arm=model,seed=seed'
-  assert fit.main([str(points), '--columns', columns, '--resamples', '5']) == 0
+  assert fit.main([str(points), '--columns', columns, '--resamples', '5', '--out', '-']) == 0
   found = json.loads(capsys.readouterr().out)
   assert found['n_points'] == 30 and found['reference'] == 'base'
   low, high = found['intervals']['m[new]']
@@ -74,7 +75,7 @@ def test_arms_get_a_multiplier_and_nested_tests(tmp_path, capsys):
 
 def test_predictions_have_bands_or_a_reason(tmp_path, capsys):
   points = write_points(tmp_path / 'p.csv', (('base', 1.0), ('new', 1.2)))
-  columns = ['--columns', f'{COLUMNS},arm=model', '--resamples', '0']
+  columns = ['--columns', f'{COLUMNS},arm=model', '--resamples', '0', '--out', '-']
   far = ['--predict', 'N=2e10,D=4e11', '--predict', 'N=2e10,C=4.8e22,arm=new']
   assert fit.main([str(points), *columns, *far]) == 0
   one, two = json.loads(capsys.readouterr().out)['predictions']
@@ -91,7 +92,7 @@ def test_predictions_have_bands_or_a_reason(tmp_path, capsys):
 
 def test_what_arms_share_can_be_freed(tmp_path, capsys):
   points = write_points(tmp_path / 'p.csv', (('base', 1.0), ('new', 1.2)))
-  argv = [str(points), '--columns', f'{COLUMNS},arm=model', '--resamples', '0']
+  argv = [str(points), '--columns', f'{COLUMNS},arm=model', '--resamples', '0', '--out', '-']
   assert fit.main([*argv, '--free', 'E,exponents']) == 0
   found = json.loads(capsys.readouterr().out)
   names = set(found['optimum'])
@@ -105,7 +106,7 @@ def test_an_axis_has_its_exponent_and_its_test(tmp_path, capsys):
   table.assign(r=table['model'].map(rank)).to_csv(points, index=False)
   columns = f'{COLUMNS},axis:rank=r'
   ahead = ['--predict', 'N=1e9,D=2e10,axis:rank=4']
-  assert fit.main([str(points), '--columns', columns, '--resamples', '0', *ahead]) == 0
+  assert fit.main([str(points), '--columns', columns, '--resamples', '0', '--out', '-', *ahead]) == 0
   found = json.loads(capsys.readouterr().out)
   low, high = found['intervals']['phi[rank]']
   assert low < 0.5 < high < low + 0.2
@@ -125,7 +126,7 @@ def test_missing_columns_are_derived(tmp_path):
 
 def test_highest_losses_are_dropped_with_a_sentence(tmp_path, capsys):
   points = write_points(tmp_path / 'p.csv')
-  argv = [str(points), '--columns', COLUMNS, '--resamples', '0', '--drop-highest', '2']
+  argv = [str(points), '--columns', COLUMNS, '--resamples', '0', '--drop-highest', '2', '--out', '-']
   assert fit.main(argv) == 0
   found = json.loads(capsys.readouterr().out)
   assert found['n_points'] == 28 and len(found['excluded']) == 2
@@ -178,13 +179,13 @@ def test_bad_files(tmp_path, capsys):
     assert command(fit.main, str(tmp_path / name), '--columns', COLUMNS) == 2
   assert command(fit.main, str(tmp_path / 'absent.csv')) == 2
   (tmp_path / 'comma.csv').write_text('params,tokens,loss\n1e8,1e9,3.0,\n2e8,1e9,2.9,\n')
-  assert read_table(tmp_path / 'comma.csv')['params'].tolist() == [1e8, 2e8], 'not one column to the left'
+  assert read_table(tmp_path / 'comma.csv')['params'].tolist() == ['1e8', '2e8'], 'not one column to the left'
   (tmp_path / 'long.csv').write_text('params,tokens,loss\n1e8,1e9,3.0,7\n2e8,1e9,2.9,7\n')
   assert command(fit.main, str(tmp_path / 'long.csv'), '--columns', COLUMNS) == 2
   good = str(write_points(tmp_path / 'good.csv'))
   assert command(fit.main, good, '--columns', COLUMNS, '--out', str(tmp_path / 'good.csv' / 'x.json')) == 2
   errors = capsys.readouterr().err.splitlines()
-  assert len(errors) == 5 and 'no such file' in errors[2] and 'not a CSV table' in errors[3]
+  assert len(errors) == 5 and 'no such file' in errors[2] and 'line 2 has 4 cells' in errors[3]
   assert 'not a folder' in errors[4]
   with pytest.raises(ConfigError, match='needs column'):
     fit.run(

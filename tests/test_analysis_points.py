@@ -61,7 +61,9 @@ def test_a_cell_that_is_no_positive_number_is_named_by_its_line(tmp_path, number
   """Whatever stands there: the line of the file, blank lines before it included, the role and the column."""
   row, column = data.draw(st.integers(0, len(numbers) - 1)), data.draw(st.sampled_from('n d loss'.split()))
   bad = data.draw(
-    st.sampled_from(['nan', 'NA', '-1', '0', 'inf', '-inf', 'true', '1e400', '1,5', '0x10', '1_000', '１'])
+    st.sampled_from(
+      ['nan', 'NA', '-1', '0', 'inf', '-inf', 'true', '1e400', '1,5,0', '0x10', '1__0', '１', '1.5 PF']
+    )
   )
   table = [list(map(repr, row)) for row in numbers]
   table[row][('n', 'd', 'loss').index(column)] = f'"{bad}"'

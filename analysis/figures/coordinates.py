@@ -10,7 +10,6 @@ import pandas as pd
 
 from mhc_jax.errors import ConfigError
 
-from ..fitting.points import read_table
 from .draw import WIDE, Drawing, figure, legend, log_axis, looks
 
 COLUMNS = ('arm', 'axis', 'width', 'depth', 'transfer', 'lr', 'update', 'coordinate', 'value')
@@ -21,7 +20,10 @@ def read(folder: Path) -> pd.DataFrame:
   path = folder / 'coordinates.csv'
   if not path.is_file():
     raise ConfigError(f'{path} is missing; write it by python -m experiments.coordinate_check')
-  table = read_table(path)
+  try:
+    table = pd.read_csv(path)
+  except ValueError as e:  # no table at all, or not in UTF-8
+    raise ConfigError(f'{path}: not a CSV table; write it by python -m experiments.coordinate_check') from e
   absent = [name for name in COLUMNS if name not in table.columns]
   if absent:
     raise ConfigError(f'{path}: no column {absent[0]!r}; write it by python -m experiments.coordinate_check')

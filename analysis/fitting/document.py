@@ -1,5 +1,8 @@
 """A fit as plain values: parameters, intervals, verdicts and diagnostics, ready for JSON."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import numpy as np
 
 from mhc_jax.storage import finite
@@ -20,22 +23,35 @@ from .intervals import (
 )
 
 
-def document(fitted: Fit, resamples: int = 0, progress: bool = False, seed: int = 0) -> dict[str, object]:
+def document(
+  fitted: Fit,
+  resamples: int = 0,
+  progress: bool = False,
+  seed: int = 0,
+  level: float = LEVEL,
+  refused: Mapping[str, str] = MappingProxyType({}),
+) -> dict[str, object]:
   """Everything about one fit as JSON types: parameters at the top level, then how it was found.
 
-  A parameter that identify.py does not let through is null, with the reason under `verdicts`.
+  A parameter that identify.py does not let through is null, with the reason under `verdicts`. They judge
+  95 % intervals, whatever `level` is shown. refused: more labels with reasons.
   """
   values = fitted.parameters | derived(fitted, fitted.theta_P)
-  by_method, redrawn = {'delta': delta_method(fitted)}, {}
+  samples = {}
   if resamples:
     kinds = ('case', 'cluster') if groups(fitted) < len(fitted.points) else ('case',)
     for kind in kinds:
-      sample = bootstrap(fitted, resamples, kind == 'cluster', seed, progress)
-      by_method[f'{kind}_bootstrap'] = percentile(fitted, sample)
-      redrawn[f'{kind}_bootstrap'] = sample.redrawn
+      samples[f'{kind}_bootstrap'] = bootstrap(fitted, resamples, kind == 'cluster', seed, progress)
+
+  def intervals(level: float) -> dict[str, dict[str, list[float]]]:
+    drawn = {name: percentile(fitted, sample, level) for name, sample in samples.items()}
+    return {'delta': delta_method(fitted, level)} | drawn
+
+  by_method, redrawn = intervals(level), {name: sample.redrawn for name, sample in samples.items()}
   method = preferred(fitted, tuple(by_method))
-  reasons = verdicts(fitted, by_method[method])
-  show = {name: reasons[name] is None for name in values}
+  reasons = verdicts(fitted, intervals(LEVEL)[method])
+  reasons |= {name: reasons[name] or reason for name, reason in refused.items()}
+  show = {name: reasons.get(name) is None for name in values}  # a pinned value has no interval
   shown = {name: {k: v if show[k] else None for k, v in ends.items()} for name, ends in by_method.items()}
   return finite(
     {name: value if show[name] else None for name, value in values.items()}
@@ -49,7 +65,8 @@ def document(fitted: Fit, resamples: int = 0, progress: bool = False, seed: int 
       'verdicts': {k: v for k, v in reasons.items() if v is not None},
       'law': fitted.law.name,
       'formula': fitted.law.formula,
-      'level': LEVEL,
+      'level': level,
+      'pinned': dict(fitted.law.pinned),
       'interval_method': method,
       'intervals_by_method': shown,
       'resamples': resamples,

@@ -85,11 +85,12 @@ def make_problem(
     raise ConfigError(f'{len(points)} runs cannot fit the {len(d.names)} parameters of {law.formula}')
   weight_R = np.ones(len(points))
   if points.sigma is not None:
-    # Relative noise; 'mse' has residuals in nats. Median 1: delta keeps its meaning for a typical run.
-    spread_R = points.sigma * (points.loss if loss == 'mse' else 1.0)
+    # Relative noise; residuals may be in nats. Median 1: delta keeps its meaning for a typical run.
+    spread_R = points.sigma * (points.loss if loss in ('mse', 'huber_raw') else 1.0)
     weight_R = np.median(spread_R) / spread_R
   if width == 'auto':
-    p = Problem(d, points.loss, weight_R, np.ones(len(points)), 'mse_log', HUBER_WIDTH)
+    squares = 'mse' if loss == 'huber_raw' else 'mse_log'
+    p = Problem(d, points.loss, weight_R, np.ones(len(points)), squares, HUBER_WIDTH)
     theta_P, _ = descend(variable_projection(p), p)
     width = max(HUBER_WIDTH, 1.345 * robust_scale(residuals(theta_P, p)[0], len(theta_P)))
   return Problem(d, points.loss, weight_R, np.ones(len(points)), loss, float(width))
@@ -106,7 +107,7 @@ def fit(
 ) -> Fit:
   """Fits `law` to all runs jointly; the best of the data-driven starts and variable projection.
 
-  loss: 'huber' (of log loss), 'mse_log', or 'mse' (of the loss itself). `init` (in
+  loss: 'huber' (of log loss), 'mse_log', 'huber_raw' or 'mse' (of the loss itself). `init` (in
   the design's own parameters) replaces all starts.
   """
   p = make_problem(law, points, arms or ArmModel(), loss, width)

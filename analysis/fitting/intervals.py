@@ -182,12 +182,17 @@ def band(fit: Fit, at: Points, level: float = LEVEL) -> Band:
     return Band(*(np.exp(v) for v in ends))
 
 
-def new_run_variance(fit: Fit, at: Points) -> np.ndarray:
-  """Variance of log loss of one run about the curve, at each point."""
-  typical = residual_variance(fit)
-  if fit.points.sigma is None or at.sigma is None:
-    return np.full(len(at), typical)
-  return typical * (at.sigma / np.median(fit.points.sigma)) ** 2
+def new_run_variance(fit: Fit, at: Points) -> float | np.ndarray:
+  """Variance of the noise of new runs: their sigma squared, rescaled if the fitted runs have sigmas, too.
+
+  Without sigmas the residual variance.
+  """
+  if at.sigma is None:
+    return residual_variance(fit)
+  if fit.points.sigma is None:
+    return at.sigma**2
+  standard_R = (log_loss(fit.theta_P, fit.design)[0] - np.log(fit.points.loss)) / fit.points.sigma
+  return at.sigma**2 * float(standard_R @ standard_R) / max(fit.degrees_of_freedom, 1)
 
 
 def residual_variance(fit: Fit) -> float:

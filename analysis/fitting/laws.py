@@ -18,7 +18,12 @@ import numpy as np
 
 from mhc_jax.errors import ConfigError
 
-LOSSES = ('huber', 'mse_log', 'mse')  # what a fit may minimise; mse: of the loss itself
+LOSSES = (
+  'huber',
+  'mse_log',
+  'huber_raw',
+  'mse',
+)  # what a fit may minimise; huber_raw, mse: of the loss itself
 HUBER_WIDTH = 1e-3  # delta, in log loss; the literature's value (Hoffmann et al. 2203.15556)
 
 
@@ -34,11 +39,16 @@ class Term:
 
 @dataclasses.dataclass(frozen=True)
 class Law:
-  """A named sum of power terms above a constant E (nats per token)."""
+  """A named sum of power terms above a constant E (nats per token); `pinned` values are not fitted."""
 
   name: str
   formula: str
   terms: tuple[Term, ...]
+  pinned: tuple[tuple[str, float], ...] = ()
+
+  @property
+  def coefficients(self) -> tuple[str, ...]:
+    return tuple(t.coefficient for t in self.terms)
 
   @property
   def exponents(self) -> tuple[str, ...]:
@@ -54,6 +64,26 @@ class Law:
     words = [f'{t.coefficient} {t.covariates[0][0]}^-{t.exponent}' for t in kept]
     return dataclasses.replace(self, formula=' + '.join(['L = E', *words]), terms=kept)
 
+  def tie(self, one: str, other: str) -> 'Law':
+    """The law with one exponent for two; raises ConfigError unless it has both."""
+    if one == other or not {one, other} <= set(self.exponents):
+      raise ConfigError(f'--tie {one}={other}: the exponents are {", ".join(self.exponents)}')
+    terms = [dataclasses.replace(t, exponent=one) if t.exponent == other else t for t in self.terms]
+    return dataclasses.replace(self, formula=f'{self.formula}, {other} = {one}', terms=tuple(terms))
+
+  def pin(self, name: str, value: float) -> 'Law':
+    """The law with a parameter held at a value (E = 0: no constant); raises ConfigError."""
+    names = ('E', *self.coefficients, *self.exponents)
+    pinned = dict(self.pinned) | {name: value}
+    if name not in names:
+      raise ConfigError(f'--pin {name}: the parameters are {", ".join(names)}')
+    if not np.isfinite(value) or value < 0 or (value == 0 and name != 'E'):
+      raise ConfigError(f'--pin {name}={value:g}: {name} must be positive')
+    if set(pinned) == set(names):
+      raise ConfigError('--pin: nothing is left to fit')
+    formula = f'{self.formula}, {name} = {value:g}'
+    return dataclasses.replace(self, formula=formula, pinned=tuple(pinned.items()))
+
 
 # A multiplier m is a compute multiplier: an arm at its size behaves like the reference arm with m
 # times the compute. `share` splits log m over the factors of compute (N and D: one half each;
@@ -67,6 +97,9 @@ LAWS = {
       'L = E + A N^-alpha + B D^-beta',
       (Term('A', 'alpha', (('N', 1.0),), 0.5), Term('B', 'beta', (('D', 1.0),), 0.5)),
     ),
+    # Of one factor of compute alone, m is a multiplier of that factor.
+    Law('params', 'L = E + A N^-alpha', (Term('A', 'alpha', (('N', 1.0),), 1.0),)),
+    Law('tokens', 'L = E + B D^-beta', (Term('B', 'beta', (('D', 1.0),), 1.0),)),
     Law(
       'width_depth',
       'L = E + A W^-alpha + B H^-beta + G D^-gamma',
@@ -74,6 +107,16 @@ LAWS = {
         Term('A', 'alpha', (('W', 1.0),), 0.25),
         Term('B', 'beta', (('H', 1.0),), 0.25),
         Term('G', 'gamma', (('D', 1.0),), 0.25),
+      ),
+    ),
+    Law(
+      'width_depth_params',
+      'L = E + A W^-alpha + B H^-beta + G N^-gamma + K D^-delta',  # McLeish et al. 2502.06857
+      (
+        Term('A', 'alpha', (('W', 1.0),), 0.25),
+        Term('B', 'beta', (('H', 1.0),), 0.25),
+        Term('G', 'gamma', (('N', 1.0),), 0.75),  # width^2 x depth
+        Term('K', 'delta', (('D', 1.0),), 0.25),
       ),
     ),
     Law(
@@ -173,7 +216,10 @@ class Parameter:
 
 @dataclasses.dataclass(frozen=True)
 class Design:
-  """The linear maps from the parameter vector to each run's log E, log A_j, alpha_j and log m_j."""
+  """The affine maps from the parameter vector to each run's log E, log A_j, alpha_j and log m_j.
+
+  e_R, a_JR and x_JR are the pinned values, 0 where a parameter is fitted. A term with one is not centred.
+  """
 
   law: Law
   arms: ArmModel
@@ -184,6 +230,9 @@ class Design:
   m_JRP: np.ndarray
   cov_JR: np.ndarray
   centre_J: np.ndarray
+  e_R: np.ndarray
+  a_JR: np.ndarray
+  x_JR: np.ndarray
 
   @property
   def names(self) -> tuple[str, ...]:
@@ -235,38 +284,59 @@ def design(law: Law, points: Points, arms: ArmModel, centre_J: np.ndarray | None
   """Design of a fit; `centre_J` reuses another design's centring (to predict at new points)."""
   if arms.reference is None:
     arms = dataclasses.replace(arms, reference=points.arms[0])
+  pinned = dict(law.pinned)
   cov_JR = power_covariates(law, points)
-  centre_J = cov_JR.mean(1) if centre_J is None else centre_J
-  arm_names = tuple(dict.fromkeys((arms.reference, *points.arms)))
-
-  def versions(kind: str, base: str, free: bool) -> list[Parameter]:
-    return [Parameter(kind, base, arm) for arm in arm_names] if free else [Parameter(kind, base)]
-
-  parameters = versions('constant', 'E', arms.free_e)
-  parameters += [Parameter('coefficient', term.coefficient) for term in law.terms]
-  parameters += [p for name in law.exponents for p in versions('exponent', name, arms.free_exponents)]
+  if centre_J is None:
+    fitted_J = np.array([not {t.coefficient, t.exponent} & set(pinned) for t in law.terms])
+    centre_J = np.where(fitted_J, cov_JR.mean(1), 0.0)
+  parameters = _own_parameters(law, tuple(dict.fromkeys((arms.reference, *points.arms))), arms)
   multipliers = _multiplier_columns(law, points, arms)
   parameters += list(multipliers)
   column = {parameter: p for p, parameter in enumerate(parameters)}
-  shape = (len(law.terms), len(points), len(parameters))
-  e_RP, (a_JRP, x_JRP, m_JRP) = np.zeros(shape[1:]), np.zeros((3, *shape))
+  runs = (len(law.terms), len(points))
+  e_RP, (a_JRP, x_JRP, m_JRP) = np.zeros((runs[1], len(column))), np.zeros((3, *runs, len(column)))
+  e_R, (a_JR, x_JR) = np.zeros(runs[1]), np.zeros((2, *runs))
+  with np.errstate(divide='ignore'):  # E = 0
+    log_pinned = {name: np.log(value) for name, value in pinned.items()}
   for r, arm in enumerate(points.arm.tolist()):
-    e_RP[r, column[Parameter('constant', 'E', arm if arms.free_e else None)]] = 1
+    if 'E' in pinned:
+      e_R[r] = log_pinned['E']
+    else:
+      e_RP[r, column[Parameter('constant', 'E', arm if arms.free_e else None)]] = 1
     for j, term in enumerate(law.terms):
-      a_JRP[j, r, column[Parameter('coefficient', term.coefficient)]] = 1
-      x_JRP[j, r, column[Parameter('exponent', term.exponent, arm if arms.free_exponents else None)]] = 1
+      if term.coefficient in pinned:
+        a_JR[j, r] = log_pinned[term.coefficient]
+      else:
+        a_JRP[j, r, column[Parameter('coefficient', term.coefficient)]] = 1
+      if term.exponent in pinned:
+        x_JR[j, r] = pinned[term.exponent]
+      else:
+        x_JRP[j, r, column[Parameter('exponent', term.exponent, arm if arms.free_exponents else None)]] = 1
   for parameter, weight_JR in multipliers.items():
     m_JRP[:, :, column[parameter]] = weight_JR
   cov_JR = cov_JR - centre_J[:, None]
-  return Design(law, arms, tuple(parameters), e_RP, a_JRP, x_JRP, m_JRP, cov_JR, centre_J)
+  return Design(law, arms, tuple(parameters), e_RP, a_JRP, x_JRP, m_JRP, cov_JR, centre_J, e_R, a_JR, x_JR)
+
+
+def _own_parameters(law: Law, arm_names: tuple[str, ...], arms: ArmModel) -> list[Parameter]:
+  """E, coefficients and exponents that are fitted."""
+
+  def versions(kind: str, base: str, free: bool) -> list[Parameter]:
+    if base in dict(law.pinned):
+      return []
+    return [Parameter(kind, base, arm) for arm in arm_names] if free else [Parameter(kind, base)]
+
+  out = versions('constant', 'E', arms.free_e)
+  out += [p for name in law.coefficients for p in versions('coefficient', name, False)]
+  return out + [p for name in law.exponents for p in versions('exponent', name, arms.free_exponents)]
 
 
 def log_loss(theta_P: np.ndarray, d: Design) -> tuple[np.ndarray, np.ndarray]:
   """Log loss of every run (R,) and its Jacobian with respect to the parameters (R, P)."""
-  alpha_JR = d.x_JRP @ theta_P
+  alpha_JR = d.x_JR + d.x_JRP @ theta_P
   z_JR = d.cov_JR + d.m_JRP @ theta_P
-  term_JR = d.a_JRP @ theta_P - alpha_JR * z_JR
-  e_R = d.e_RP @ theta_P
+  term_JR = d.a_JR + d.a_JRP @ theta_P - alpha_JR * z_JR
+  e_R = d.e_R + d.e_RP @ theta_P
   top_R = np.maximum(e_R, term_JR.max(0))
   part_JR = np.exp(term_JR - top_R)
   part_R = np.exp(e_R - top_R)
@@ -292,16 +362,21 @@ def natural_map(d: Design) -> tuple[list[Parameter], np.ndarray]:
       rows.append(identity[k])
       continue
     (j,) = [j for j, term in enumerate(d.law.terms) if term.coefficient == parameter.base]
+    name = d.law.terms[j].exponent
+    if name in dict(d.law.pinned):  # not centred
+      out.append(parameter)
+      rows.append(identity[k])
     for q, exponent in enumerate(d.parameters):
-      if (exponent.kind, exponent.base) == ('exponent', d.law.terms[j].exponent):
+      if (exponent.kind, exponent.base) == ('exponent', name):
         out.append(dataclasses.replace(parameter, of=exponent.of))
         rows.append(identity[k] + d.centre_J[j] * identity[q])
   return out, np.array(rows)
 
 
 def natural(theta_P: np.ndarray, d: Design) -> dict[str, float]:
-  """Parameters as they are published: E, A, alpha, ..., m[arm] (logs exponentiated)."""
+  """Parameters as they are published: E, A, alpha, ..., m[arm] (logs exponentiated), and the pinned ones."""
   parameters, map_ = natural_map(d)
   values = map_ @ theta_P
   with np.errstate(over='ignore'):  # log A of a term that ran away: inf is the honest value
-    return {p.label: float(np.exp(v) if p.in_log else v) for p, v in zip(parameters, values, strict=True)}
+    fitted = {p.label: float(np.exp(v) if p.in_log else v) for p, v in zip(parameters, values, strict=True)}
+  return fitted | dict(d.law.pinned)

@@ -7,7 +7,8 @@ arms whose counts differ a little (a connection adds parameters and FLOPs) are m
 import numpy as np
 
 DERIVED = 5e-3  # N = C / 6D carries the rounding of two columns: so close in log are one model
-NEAR = 1 / 3  # of the gap to the next size: so close to an arm's size another arm's is the same model
+NEAR = 0.5  # of the gap to the next size: closer to an arm's size another arm's is the same model
+MOST = np.log(1.5)  # what an arm may cost more at every size
 UNITS = 2.0  # factor between C and 6 N D above which units are doubted (attention adds some tens of percent)
 
 
@@ -28,41 +29,49 @@ def sizes(
 def matched(
   log_n: np.ndarray, arm: np.ndarray, tolerance: float, name: str
 ) -> tuple[np.ndarray, tuple[str, ...]]:
-  """Sizes by distinct log N within each arm; those of arms are one where each is the other's nearest.
+  """Sizes by distinct log N within each arm; those of two arms are one where each is the other's nearest.
 
-  They must be nearer than NEAR of the gap to the next size. The note says how far apart matched sizes lie.
+  Nearest after what the arm costs more at all its sizes, and by less than NEAR of the gap to the next size. The
+  note says how far apart matched sizes lie.
   """
   own = {a: _distinct(log_n[arm == a], tolerance) for a in dict.fromkeys(arm.tolist())}
-  home = max(own, key=lambda a: len(own[a]))  # the first of those with most sizes
-  levels, label, apart, alone = list(own[home]), np.empty(len(log_n), object), 0.0, []
+  home = own[max(own, key=lambda a: len(own[a]))]  # of the first arm with most sizes
+  label, apart, alone = np.empty(len(log_n), object), 0.0, []
   for a, values in own.items():
-    index = []
-    for k, value in enumerate(values):
-      near = int(np.argmin(np.abs(np.array(own[home]) - value)))
-      distance = abs(own[home][near] - value)
-      back = int(np.argmin(np.abs(np.array(values) - own[home][near])))
-      if a == home or (back == k and distance <= NEAR * min(_gap(values, k), _gap(own[home], near))):
-        index.append(near)
-        apart = max(apart, distance)
-      else:
-        levels.append(value)
-        index.append(len(levels) - 1)
-    if a != home and not any(k < len(own[home]) for k in index):
+    partner = _partners(values, home)
+    apart = max([apart, *(abs(values[k] - home[near]) for k, near in partner.items())])
+    if not partner:
       alone.append(str(a))
+    index = {k: str(partner[k]) if k in partner else f'{a} {values[k]:.4g}' for k in range(len(values))}
     rows = np.flatnonzero(arm == a)
-    nearest = np.argmin(np.abs(log_n[rows][:, None] - np.array(values)), 1)
-    label[rows] = [str(index[k]) for k in nearest]
+    nearest = np.argmin(np.abs(log_n[rows][:, None] - values), 1)
+    label[rows] = [index[k] for k in nearest]
   notes = []
   if apart > max(tolerance, 1e-6):
     notes.append(
-      f'arms differ in {name} by up to {np.expm1(apart):.1%} at what is taken for one model size; a size column '
-      'would settle it'
+      f'arms differ in {name} by up to {np.expm1(apart):.1%} at what is taken for one model size; '
+      'a size column would settle it'
     )
   if alone:
+    verb = 'shares' if len(alone) == 1 else 'share'
     notes.append(
-      f'{", ".join(alone)} shares no model size with {home}: nothing is paired, and m rests on the law'
+      f'{", ".join(alone)} {verb} no model size with the other arms: nothing is paired, and m rests on the law'
     )
   return label.astype(str), tuple(notes)
+
+
+def _partners(values: np.ndarray, home: np.ndarray) -> dict[int, int]:
+  """Index of each size of an arm -> that of its partner among the sizes of another."""
+  exact = np.isclose(values[:, None], home, rtol=0, atol=1e-9).any()
+  dearer = float(np.mean(values - home)) if len(values) == len(home) and not exact else 0.0
+  moved = values - (dearer if abs(dearer) < MOST else 0.0)
+  out = {}
+  for k, value in enumerate(moved):
+    near = int(np.argmin(np.abs(home - value)))
+    back = int(np.argmin(np.abs(moved - home[near])))
+    if back == k and abs(home[near] - value) <= NEAR * min(_gap(moved, k), _gap(home, near)):
+      out[k] = near
+  return out
 
 
 def _distinct(log_n: np.ndarray, tolerance: float) -> np.ndarray:

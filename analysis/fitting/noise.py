@@ -118,7 +118,7 @@ def noise(theta_P: np.ndarray, p: Problem, points: Points) -> Noise:
   residual_R, jac_RP = residuals(theta_P, p)
   scale_R, notes = unequal(residual_R, jac_RP, points, log_loss(theta_P, p.design)[0])
   core = robust_scale(residual_R / scale_R, rank(jac_RP))
-  if p.kind == 'huber' and core > 0:
+  if p.robust and core > 0:
     slope_R = special.erf(p.width / (np.sqrt(2) * core * scale_R))
     deviation_R = np.sqrt(_clipped_square(core * scale_R, p.width))
   else:

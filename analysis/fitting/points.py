@@ -3,8 +3,7 @@
 Where: the front of `mhc fit` and `mhc reproduce`.
 """
 
-import difflib
-import warnings
+import re
 from pathlib import Path
 
 import numpy as np
@@ -14,27 +13,31 @@ from mhc_jax.errors import ConfigError
 
 from .laws import Points
 from .models import clusters, doubtful, sizes
+from .table import COVARIATES, check_columns, read_numbers, read_table
 
 # Roles that --columns can assign. Numbers: N parameters, D tokens, C FLOPs, W width, H depth,
 # loss in nats per token, sigma its relative noise. Labels: arm, seed, cluster, size. axis:NAME is a rank or
 # another number r with a multiplier r^phi of its own; an empty cell is a run at r = 1.
-COVARIATES = ('N', 'D', 'C', 'W', 'H')
 NUMBERS = (*COVARIATES, 'loss', 'sigma')
 LABELS = ('arm', 'seed', 'cluster', 'size')
 AXIS = 'axis:'
 
 
 def parse_columns(text: str) -> dict[str, str]:
-  """'N=params,D=tokens,loss=loss' -> {'N': 'params', ...}; raises ConfigError."""
-  out = {}
-  for part in text.split(','):
+  """'N=params,loss="loss, val"' -> {'N': 'params', 'loss': 'loss, val'}; raises ConfigError."""
+  out: dict[str, str] = {}
+  for part in re.findall(r'(?:"[^"]*"|[^,"]|"(?=[^"]*$))+', text):
     role, equals, column = part.partition('=')
+    column = column[1:-1] if re.fullmatch(r'".*"', column) else column
     if not equals or not column:
-      raise ConfigError(f'--columns: {part!r} is not ROLE=COLUMN (example: N=params,loss=loss)')
+      raise ConfigError(f'--columns: {part!r} is not ROLE=COLUMN (example: N=params,loss="loss, val")')
     if role not in NUMBERS + LABELS and not role.startswith(AXIS):
       raise ConfigError(f'--columns: unknown role {role!r}; roles: {", ".join(NUMBERS + LABELS)}, axis:NAME')
     if role in out:
       raise ConfigError(f'--columns: {role} is given twice, as {out[role]!r} and {column!r}')
+    if column in out.values():
+      other = next(r for r, c in out.items() if c == column)
+      raise ConfigError(f'--columns: column {column!r} is given for {other} and for {role}')
     out[role] = column
   if 'loss' not in out:
     raise ConfigError('--columns: say which column is the loss (loss=COLUMN)')
@@ -43,75 +46,46 @@ def parse_columns(text: str) -> dict[str, str]:
   return out
 
 
-def read_table(path: Path) -> pd.DataFrame:
-  """The CSV as a table without its blank lines, which the index counts.
-
-  Raises ConfigError for a missing, empty or unreadable file.
-  """
-  if not path.is_file():
-    raise ConfigError(f'{path}: no such file')
-  try:
-    with warnings.catch_warnings():
-      warnings.simplefilter('error', pd.errors.ParserWarning)  # rows longer than the header
-      # Never takes a surplus column for an index; blank lines count, so that errors name the right one.
-      table = pd.read_csv(path, index_col=False, skip_blank_lines=False).dropna(how='all')
-  except (pd.errors.ParserError, pd.errors.ParserWarning, pd.errors.EmptyDataError, UnicodeDecodeError) as e:
-    raise ConfigError(f'{path}: not a CSV table ({str(e).strip().splitlines()[0]})') from e
-  if table.empty:
-    raise ConfigError(f'{path}: no rows')
-  return table
-
-
-def _number(table: pd.DataFrame, role: str, column: str, path: Path) -> np.ndarray:
-  values = pd.to_numeric(table[column], errors='coerce').to_numpy(float)
-  bad = np.flatnonzero(~np.isfinite(values) | (values <= 0))
-  if len(bad):
-    cell = ' '.join(str(table[column].iloc[bad[0]]).split())
-    raise ConfigError(
-      f'{path}: line {table.index[bad[0]] + 2}: {role} (column {column!r}) is {cell}; '
-      'it must be a positive number (drop failed runs before fitting)'
-    )
-  return values
-
-
 def read_points(path: Path, columns: dict[str, str], table: pd.DataFrame | None = None) -> Points:
   """Points of a CSV, with what `completed` adds.
 
   cluster and size: their columns, or as models.py has it. Raises ConfigError.
   """
   table = read_table(path) if table is None else table
-  for role, column in columns.items():
-    if column not in table.columns:
-      near = difflib.get_close_matches(column, map(str, table.columns), 1, 0.0)
-      raise ConfigError(f'{path}: no column {column!r} for {role}; the nearest is {near[0]!r}')
-  value = {r: _number(table, r, c, path) for r, c in columns.items() if r in NUMBERS}
+  check_columns(path, table, columns)
+  value = read_numbers(path, table, {r: c for r, c in columns.items() if r in NUMBERS})
   log_x = completed({r: np.log(v) for r, v in value.items() if r in COVARIATES})
-  axes = {
-    role.removeprefix(AXIS): np.log(_number(table.fillna({column: 1}), role, column, path))
-    for role, column in columns.items()
-    if role.startswith(AXIS)
-  }
+  axes = {r.removeprefix(AXIS): _axis(path, table, r, c) for r, c in columns.items() if r.startswith(AXIS)}
   n = len(table)
-  for role, column in columns.items():
-    if role in LABELS and table[column].isna().any():
-      line = table.index[table[column].isna()][0] + 2
-      raise ConfigError(f'{path}: line {line}: {role} (column {column!r}) is empty')
-  label = {r: table[c].astype(str).to_numpy(str) for r, c in columns.items() if r in LABELS}
+  label = {r: _label(path, table, r, c) for r, c in columns.items() if r in LABELS}
   arm = label.get('arm', np.full(n, 'all'))
-  size, notes = (
-    (label['size'], ()) if 'size' in label else sizes(log_x, arm, {r for r in value if r in COVARIATES})
-  )
+  size, notes = label.get('size'), ()
+  if size is None:
+    size, notes = sizes(log_x, arm, {r for r in value if r in COVARIATES})
   return Points(
     log_x,
     value['loss'],
     arm,
     clusters(label, size),
     size,
-    table.index.to_numpy() + 2,  # the line in the file
+    table.index.to_numpy(),  # the line in the file
     sigma=value.get('sigma'),
     axes=axes,
     notes=(*notes, *doubtful(value, arm)),
   )
+
+
+def _axis(path: Path, table: pd.DataFrame, role: str, column: str) -> np.ndarray:
+  """log r of every row; 0 where the cell is empty."""
+  filled = table.assign(**{column: [cell if cell.strip() else '1' for cell in table[column]]})
+  return np.log(read_numbers(path, filled, {role: column})[role])
+
+
+def _label(path: Path, table: pd.DataFrame, role: str, column: str) -> np.ndarray:
+  for line, cell in table[column].items():
+    if not cell.strip():
+      raise ConfigError(f'{path}: line {line}: {role} (column {column!r}) is empty')
+  return table[column].to_numpy(str)
 
 
 def completed(log_x: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -26,20 +26,30 @@ class Problem:
   weight_R: np.ndarray
   count_R: np.ndarray
   kind: str
-  width: float  # of Huber's loss, in log loss
+  width: float  # of Huber's loss, in log loss ('huber_raw': in nats)
+
+  @property
+  def robust(self) -> bool:
+    """Whether large residuals are clipped."""
+    return self.kind in ('huber', 'huber_raw')
+
+  @property
+  def in_nats(self) -> bool:
+    """Whether residuals are of the loss itself, not of its logarithm."""
+    return self.kind in ('mse', 'huber_raw')
 
   @property
   def scale(self) -> float:
     """What the objective is divided by: the square of a residual that matters."""
-    if self.kind == 'huber':
+    if self.robust:
       return self.width**2
     return 1e-6 if self.kind == 'mse_log' else 1e-6 * float(np.mean(self.loss_R)) ** 2
 
 
 def residuals(theta_P: np.ndarray, p: Problem) -> tuple[np.ndarray, np.ndarray]:
-  """Weighted residuals (R,), in log loss or (kind 'mse') in nats, and their Jacobian (R, P)."""
+  """Weighted residuals (R,), in log loss or nats, and their Jacobian (R, P)."""
   log_R, jac_RP = log_loss(theta_P, p.design)
-  if p.kind == 'mse':
+  if p.in_nats:
     # 700 is the largest exponent of a float64: a wild line-search step is rejected, not inf.
     value_R = np.exp(np.minimum(log_R, 700.0))
     return p.weight_R * (value_R - p.loss_R), (p.weight_R * value_R)[:, None] * jac_RP
@@ -48,7 +58,7 @@ def residuals(theta_P: np.ndarray, p: Problem) -> tuple[np.ndarray, np.ndarray]:
 
 def score(residual_R: np.ndarray, p: Problem) -> np.ndarray:
   """Derivative psi of the loss of one residual: r clipped to +-width for Huber, else r."""
-  return np.clip(residual_R, -p.width, p.width) if p.kind == 'huber' else residual_R
+  return np.clip(residual_R, -p.width, p.width) if p.robust else residual_R
 
 
 def objective(theta_P: np.ndarray, p: Problem) -> tuple[float, np.ndarray]:
@@ -66,48 +76,64 @@ def starts(p: Problem, count: int = 27) -> list[np.ndarray]:
   With the covariates centred, each term starts with an equal share of the reducible loss, so no
   start lies where a term is dead (the reason why large literal grids mostly fail).
   """
-  d, low = p.design, float(p.loss_R.min())
+  d, low, pinned = p.design, float(p.loss_R.min()), dict(p.design.law.pinned)
   typical = float(np.exp(np.mean(np.log(p.loss_R))))
-  groups = d.law.exponents
+  groups = tuple(name for name in d.law.exponents if name not in pinned)
   spread = {
     name: max(1e-3, max(np.std(d.cov_JR[j]) for j, t in enumerate(d.law.terms) if t.exponent == name))
     for name in groups
   }
-  # As many levels per exponent as the count allows once three levels of E are taken.
-  levels = max(1, round((count / 3) ** (1 / len(groups))))
+  constants = [pinned['E']] if 'E' in pinned else [part * low for part in (0.4, 0.7, 0.92)]
+  # As many levels per exponent as the count allows once the levels of E are taken.
+  levels = max(1, round((count / len(constants)) ** (1 / max(len(groups), 1))))
   steps = np.geomspace(0.2, 1.0, levels) if levels > 1 else np.array([0.45])
   out = []
-  for e_part, *speeds in itertools.product((0.4, 0.7, 0.92), *([steps] * len(groups))):
+  for e, *speeds in itertools.product(constants, *([steps] * len(groups))):
+    share = np.log(max(typical - e, 1e-3 * typical) / len(d.law.terms))
     theta_P = np.zeros(len(d.names))
     for q, parameter in enumerate(d.parameters):
       if parameter.kind == 'constant':
-        theta_P[q] = np.log(e_part * low)
+        theta_P[q] = np.log(e)
       elif parameter.kind == 'exponent':
-        theta_P[q] = speeds[groups.index(parameter.base)] / spread[parameter.base]
+        speed = speeds[groups.index(parameter.base)]
+        theta_P[q] = _exponent_start(d, parameter.base, share, speed, speed / spread[parameter.base])
       elif parameter.kind == 'coefficient':
-        theta_P[q] = np.log((typical - e_part * low) / len(d.law.terms))
+        j = d.law.coefficients.index(parameter.base)
+        theta_P[q] = share + np.mean(d.x_JR[j] * d.cov_JR[j])  # 0 unless the exponent is pinned
     out.append(theta_P)
   return out[:count]
+
+
+def _exponent_start(d: Design, name: str, share: float, speed: float, otherwise: float) -> float:
+  """Where a coefficient is pinned, the exponent that gives its term about that share of the loss."""
+  for j, term in enumerate(d.law.terms):
+    middle = float(d.cov_JR[j].mean())
+    if term.exponent == name and term.coefficient in dict(d.law.pinned) and abs(middle) > 1:
+      return (float(d.a_JR[j].mean()) - share - np.log(2 * speed)) / middle
+  return otherwise
 
 
 def linear_solve(theta_P: np.ndarray, p: Problem) -> tuple[np.ndarray, float, np.ndarray]:
   """Best E and coefficients at fixed exponents and multipliers (non-negative least squares).
 
-  Returns theta with them put in, half the weighted sum of squares of L - L_hat over L (kind
-  'mse': of L - L_hat), and its gradient in theta (envelope theorem: exact for the exponents).
+  Returns theta with them put in, half the weighted sum of squares of L - L_hat over L (in nats:
+  of L - L_hat), and its gradient in theta (envelope theorem: exact for the exponents).
   """
   d = p.design
-  weight_R = p.weight_R * np.sqrt(p.count_R) / (1.0 if p.kind == 'mse' else p.loss_R)
-  alpha_JR = d.x_JRP @ theta_P
+  weight_R = p.weight_R * np.sqrt(p.count_R) / (1.0 if p.in_nats else p.loss_R)
+  alpha_JR = d.x_JR + d.x_JRP @ theta_P
   z_JR = d.cov_JR + d.m_JRP @ theta_P
   power_JR = np.exp(-alpha_JR * z_JR)
   basis_RP = d.e_RP + np.einsum('jr,jrp->rp', power_JR, d.a_JRP)
+  pinned_JR = np.where(d.a_JRP.any(2), 0.0, np.exp(d.a_JR))
+  rest_R = p.loss_R - np.where(d.e_RP.any(1), 0.0, np.exp(d.e_R)) - (power_JR * pinned_JR).sum(0)
   coefficient_P = np.zeros(len(d.names))
-  coefficient_P[d.linear], _ = nnls(
-    weight_R[:, None] * basis_RP[:, d.linear], weight_R * p.loss_R, maxiter=1000
-  )
-  residual_R = weight_R * (basis_RP @ coefficient_P - p.loss_R)
-  term_JR = power_JR * (d.a_JRP @ coefficient_P)
+  if d.linear.any():
+    coefficient_P[d.linear], _ = nnls(
+      weight_R[:, None] * basis_RP[:, d.linear], weight_R * rest_R, maxiter=1000
+    )
+  residual_R = weight_R * (basis_RP @ coefficient_P - rest_R)
+  term_JR = power_JR * (pinned_JR + d.a_JRP @ coefficient_P)
   slope_RP = -np.einsum('jr,jrp->rp', term_JR * z_JR, d.x_JRP)
   slope_RP -= np.einsum('jr,jrp->rp', term_JR * alpha_JR, d.m_JRP)
   # 1e-9 of the typical loss stands for a coefficient at zero: its log must stay finite.
@@ -123,7 +149,7 @@ def variable_projection(p: Problem) -> np.ndarray:
   exponents and multipliers by the envelope gradient.
   """
   d = p.design
-  groups = d.law.exponents
+  groups = tuple(name for name in d.law.exponents if name not in dict(d.law.pinned))
   grid = np.geomspace(0.05, 1.2, {1: 40, 2: 12}.get(len(groups), 6))
   best, best_value = None, np.inf
   for speeds in itertools.product(grid, repeat=len(groups)):
@@ -134,6 +160,8 @@ def variable_projection(p: Problem) -> np.ndarray:
     if value < best_value:
       best, best_value = theta_P, value
   free = ~d.linear
+  if not free.any():
+    return linear_solve(best, p)[0]
   # The box keeps the powers finite; a log multiplier of 5 is a factor of 150.
   low = np.where(d.is_exponent, 1e-3, -5.0)[free]
   high = np.where(d.is_exponent, MAX_EXPONENT, 5.0)[free]
@@ -157,7 +185,7 @@ def curvature(theta_P: np.ndarray, p: Problem) -> np.ndarray:
   residual_R, jac_RP = residuals(theta_P, p)
   weight_R = np.ones_like(residual_R)
   outside = np.abs(residual_R) > p.width
-  if p.kind == 'huber':
+  if p.robust:
     weight_R[outside] = p.width / np.abs(residual_R[outside])
   return (jac_RP * (p.count_R * weight_R)[:, None]).T @ jac_RP / p.scale
 
