@@ -119,7 +119,7 @@ QUANTITIES = (
   Quantity(
     'logit_range',
     'constraint',
-    'range of logits of H_res',
+    'logit range of H_res',
     'largest minus smallest logit of H_res, mean over tokens: large ranges give entries of 0 and 1',
     floor=1e-2,
   ),
@@ -130,13 +130,13 @@ QUANTITIES = (
   Quantity(
     'pre_saturation',
     'constraint',
-    'H_pre at bounds (share)',
+    'H_pre at bounds',
     'share of read weights within 1 % of a bound of their gate, where gradients vanish',
   ),
   Quantity(
     'post_saturation',
     'constraint',
-    'H_post at bounds (share)',
+    'H_post at bounds',
     'share of write weights within 1 % of a bound of their gate, where gradients vanish',
   ),
   Quantity(
@@ -260,16 +260,24 @@ def _extreme(name: str) -> Callable[[np.ndarray], float]:
   return {'min': np.nanmin, 'max': np.nanmax, None: lambda values: math.nan}[worst]
 
 
+def averaged(own: pd.DataFrame) -> pd.DataFrame:
+  """The rows of one arm that enter its means: of runs that did not diverge, where there is one."""
+  sound = own[own['state'] != 'diverged']
+  return sound if len(sound) else own
+
+
 def _by_arm(by_layer: pd.DataFrame, size: str | None) -> pd.DataFrame:
-  """Of runs that did not diverge, where an arm has one."""
   rows = []
   for (name, arm), own in by_layer.groupby(['quantity', 'arm'], sort=False) if len(by_layer) else ():
-    diverged = own['state'] == 'diverged'
-    kept = own if diverged.all() else own[~diverged]
+    kept = averaged(own)
     runs = [_summary(name, _profile(run)) for _, run in kept.groupby('run_id', sort=False)]
     means = pd.Series([run['value'] for run in runs])
     row = {'quantity': name, 'arm': arm, 'size': size, 'seeds': len(means)}
-    row |= {'diverged': own[diverged]['run_id'].nunique(), 'mean': means.mean(), 'sd': means.std()}
+    row |= {
+      'diverged': own.loc[own['state'] == 'diverged', 'run_id'].nunique(),
+      'mean': means.mean(),
+      'sd': means.std(),
+    }
     row |= {'worst': math.nan, 'worst_sublayer': math.nan}
     if not name.startswith(PRODUCT) and kept['sublayer'].notna().all():
       profile = kept.groupby('sublayer')['value'].mean()

@@ -127,6 +127,7 @@ def test_panels_show_means_over_seeds_zeros_at_the_floor_and_crosses(sweep):
     'x'
   ) == 1 and 'diverged (x): hc seed 1' in drawing.caption
   assert ax.get_ylim()[1] < 100, 'a diverged run does not set the axis'
+  np.testing.assert_allclose(lines(ax, 'hc')[0].get_ydata(), [1e-3, 0.2, 0.4, 1.4])
   assert lines(ax, 'H = J/n')[0].get_ydata()[0] == pytest.approx(np.sqrt(3))
   assert {'residual', 'identity'}.isdisjoint(text.get_text() for text in drawing.fig.legends[0].get_texts())
   ax = panel(over_training(s, 'mixing'), '|λ₂| of H_res')
@@ -135,6 +136,22 @@ def test_panels_show_means_over_seeds_zeros_at_the_floor_and_crosses(sweep):
   ax = panel(by_layer(s, 'rank'), 'effective rank over depth')
   np.testing.assert_allclose(lines(ax, 'mhc')[0].get_ydata(), [3.0])
   assert lines(ax, 'full rank')[0].get_ydata()[0] == 3, 'a strict triangle of 4 sublayers'
+
+
+def test_products_that_are_known_for_the_first_sublayer_alone_are_drawn(tmp_path):
+  planned = write(tmp_path, 'hc', 0, 'diverged')
+  path = tmp_path / planned['run_id'] / 'metrics.jsonl'
+  rows = [json.loads(line) for line in path.read_text().splitlines()]
+  for row in rows:
+    row['diagnostics/composite_lambda_2'] = [1.0, None, None, None]
+  path.write_text('\n'.join(map(json.dumps, rows)) + '\n')
+  write_plan(tmp_path, [planned])
+  s = studied(tmp_path)
+  assert np.isnan(s.diagnostics.of('composite_lambda_2', 'hc')['mean'])
+  ax = panel(by_layer(s, 'mixing'), '|λ₂| of product')
+  np.testing.assert_allclose(lines(ax, 'hc')[0].get_ydata(), [1, np.nan, np.nan, np.nan])
+  assert [line.get_xdata().tolist() for line in ax.lines if line.get_marker() == 'x'] == [[1.0]]
+  assert not isinstance(over_training(s, 'mixing'), str)
 
 
 def test_page_and_files_have_the_table(sweep, monkeypatch):

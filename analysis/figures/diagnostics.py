@@ -8,9 +8,9 @@ import math
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.ticker import EngFormatter, FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import EngFormatter, FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from ..diagnostics import FULL, IDENTITY, QUESTIONS, RESIDUAL, UNIFORM, Quantity
+from ..diagnostics import FULL, IDENTITY, QUESTIONS, RESIDUAL, UNIFORM, Quantity, averaged
 from ..study import Study
 from ..training import mean_curve
 from .draw import Drawing, legend, looks, mark_ends, panels, power_of_ten
@@ -23,7 +23,7 @@ WORDS = {
   'sublayers up to this one. No line at 0 where a log axis ends above.',
   'constraint': 'A doubly stochastic H_res has errors 0 (largest |sum - 1| of the token mean of H_res). '
   "Defect: largest violation at any token of the arm's own set, always 0 for an arm without a constraint. At "
-  'bounds: within 1 % of them.',
+  'bounds: share of weights within 1 % of them.',
   'rank': 'Effective rank: exp of the entropy of the singular values. Streams: 1 if all are copies of one '
   '(cosine 1). Depth: of the matrix of what each sublayer reads of each earlier one.',
 }
@@ -41,8 +41,7 @@ def by_layer(s: Study, question: str) -> Drawing | str:
     for ax, q in zip(axes, shown, strict=True):
       own = table[table['quantity'] == q.name]
       ends = (_profiles if own['sublayer'].notna().all() else _points)(ax, q, own, looks(s.arms))
-      _references(ax, s, q)
-      _finish(ax, q, own, ['value'], ends)
+      _finish(ax, q, own, ['value'], _references(ax, s, q), ends)
     legend(fig, *axes)
   caption = (
     f'{QUESTIONS[question]} By sublayer (attention, feed-forward, ...), last logged value, '
@@ -62,8 +61,7 @@ def over_training(s: Study, question: str) -> Drawing | str:
     for ax, q in zip(axes, shown, strict=True):
       own = table[table['quantity'] == q.name]
       ends = [end for arm, runs in own.groupby('arm', sort=False) for end in _curves(ax, q, arm, runs, s)]
-      _references(ax, s, q)
-      _finish(ax, q, own, ['value', 'worst'], ends)
+      _finish(ax, q, own, ['value', 'worst'], _references(ax, s, q), ends)
       ax.xaxis.set_major_formatter(EngFormatter(sep=''))
       ax.set_xlabel('training tokens')
     legend(fig, *axes)
@@ -83,7 +81,10 @@ def _absent(question: str) -> str:
 
 def _caption(s: Study, question: str, shown: list[Quantity]) -> str:
   log = ' ≤: 0, and what is smaller still, is drawn there.' if any(q.floor for q in shown) else ''
-  return f'mean over tokens, seeds thin. {WORDS[question]}{log} Arms of one stream have no H_res; {place(s)}.'
+  return (
+    f'mean over tokens; seeds thin, thick: mean of those that did not diverge. {WORDS[question]}{log} '
+    f'Arms of one stream have no H_res; {place(s)}.'
+  )
 
 
 def _shown(q: Quantity, values: pd.Series | pd.DataFrame | list[float]) -> np.ndarray:
@@ -92,79 +93,88 @@ def _shown(q: Quantity, values: pd.Series | pd.DataFrame | list[float]) -> np.nd
   return values if q.floor is None else np.where(np.isfinite(values), np.maximum(values, q.floor), np.nan)
 
 
-def _references(ax: Axes, s: Study, q: Quantity) -> None:
+def _references(ax: Axes, s: Study, q: Quantity) -> list[float]:
+  """Draws what the quantity is read against; returns the heights."""
+  heights = []
   for word, values in s.diagnostics.references(q).items():
-    for value in values:
-      y = _shown(q, [value])[0]
+    for y in _shown(q, values):
       ax.axhline(y, color='#7F7F7F', lw=0.9, ls=REFERENCES[word], label=word, zorder=1)
+      heights.append(float(y))
+  return heights
 
 
 def _profiles(
   ax: Axes, q: Quantity, table: pd.DataFrame, style: dict[str, dict]
 ) -> list[tuple[float, float]]:
-  """Lines by sublayer; returns where diverged arms end."""
+  """Lines by sublayer; returns the ends of diverged runs."""
   ends = []
   for arm, own in table.groupby('arm', sort=False):
     line = {name: style[arm][name] for name in ('color', 'linestyle')}
     for _, run in own.groupby('run_id') if own['run_id'].nunique() > 1 else ():
       ax.plot(run['sublayer'], _shown(q, run['value']), **line, lw=0.5, alpha=0.4)
-    mean = own.groupby('sublayer')['value'].mean()
+    mean = averaged(own).groupby('sublayer')['value'].mean()
     ax.plot(mean.index, _shown(q, mean), **style[arm], lw=1.1, ms=3, label=arm)
-    if (own['state'] == 'diverged').any():
-      mean = mean.dropna()
-      ends.append((mean.index[-1], float(_shown(q, mean)[-1])))
+    ends += _ends(q, own, 'sublayer')
+  ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
   ax.set_xlabel('sublayer')
   return ends
 
 
+def _ends(q: Quantity, own: pd.DataFrame, against: str) -> list[tuple[float, float]]:
+  """Where each diverged run of an arm was last known."""
+  known = own[(own['state'] == 'diverged') & own['value'].notna()].sort_values(against)
+  last = known.groupby('run_id').tail(1)
+  return list(zip(last[against], _shown(q, last['value']), strict=True))
+
+
 def _points(ax: Axes, q: Quantity, table: pd.DataFrame, style: dict[str, dict]) -> list[tuple[float, float]]:
-  """A value per run at its arm; returns where diverged arms are."""
+  """A value per run at its arm; returns those of diverged runs."""
   ends = []
   for k, (arm, own) in enumerate(table.groupby('arm', sort=False)):
     look = style[arm] | {'linestyle': 'none'}
-    ax.plot([k] * len(own), _shown(q, own['value']), **look, ms=3, alpha=0.4)
-    ax.plot(k, _shown(q, [own['value'].mean()])[0], **look, ms=5, label=arm)
-    ends += [(k, float(y)) for y in _shown(q, own.loc[own['state'] == 'diverged', 'value'])]
+    if len(own) > 1:
+      ax.plot([k] * len(own), _shown(q, own['value']), **look, ms=2.5, alpha=0.4)
+    ax.plot(k, _shown(q, [averaged(own)['value'].mean()])[0], **look, ms=5, label=arm)
+    ends += _ends(q, own.assign(at=k), 'at')
   ax.set(xticks=[], xlim=(-0.6, table['arm'].nunique() - 0.4), xlabel='arm, in order of legend')
-  ax.margins(y=0.1)
   return ends
 
 
 def _curves(ax: Axes, q: Quantity, arm: str, table: pd.DataFrame, s: Study) -> list[tuple[float, float]]:
   """One arm's curves by tokens; returns the ends of diverged runs."""
-  look, ends = looks(s.arms)[arm], []
+  look = looks(s.arms)[arm]
   line = {name: look[name] for name in ('color', 'linestyle')}
-  runs = [run.sort_values('tokens') for _, run in table.groupby('run_id', sort=False)]
-  for run in runs:
-    y = _shown(q, run['value'])
-    if len(runs) > 1:
-      ax.plot(run['tokens'], y, **line, lw=0.5, alpha=0.4)
-    ends += [(run['tokens'].iloc[-1], y[-1])] if (run['state'] == 'diverged').all() else []
+  several = table['run_id'].nunique() > 1
+  for _, run in table.groupby('run_id') if several else ():
+    ax.plot(run['tokens'], _shown(q, run['value']), **line, lw=0.5, alpha=0.4)
+  runs = [run for _, run in averaged(table).groupby('run_id')]
   x, mean = mean_curve([(run['tokens'].to_numpy(), run['value'].to_numpy()) for run in runs])
   marker = {'marker': look['marker'], 'ms': 3} if len(x) <= MOST_MARKERS else {}
   ax.plot(x, _shown(q, mean), **line, **marker, lw=1.1, label=arm)
   if table['worst'].notna().any():
     _, worst = mean_curve([(run['tokens'].to_numpy(), run['worst'].to_numpy()) for run in runs])
     ax.fill_between(x, _shown(q, mean), _shown(q, worst), color=look['color'], alpha=0.12, lw=0)
-  return ends
+  return _ends(q, table, 'tokens')
 
 
-def _finish(ax: Axes, q: Quantity, own: pd.DataFrame, columns: list[str], ends: list) -> None:
-  """Title, scale by the values of runs that did not diverge, crosses at the ends of the others."""
+def _finish(ax: Axes, q: Quantity, own: pd.DataFrame, columns: list[str], heights: list, ends: list) -> None:
+  """Title, scale by the values of runs that did not diverge, crosses at the ends of the others.
+
+  heights: of the lines, which a linear axis shows too.
+  """
   ax.set_title(q.label, fontsize=7.5)
   ax.xaxis.label.set_size(7.5)
   ax.tick_params(labelsize=7)
-  sound = own[own['state'] != 'diverged']
-  drawn = _shown(q, (sound if len(sound) else own)[columns])
+  drawn = _shown(q, averaged(own)[columns])
   drawn = drawn[np.isfinite(drawn)]
-  low, high = drawn.min(), drawn.max()
-  if q.floor is not None and high > 10 * low:
-    _log(ax, q.floor, low, high)
-  elif 0 < len(sound) < len(own):
-    more = 0.5 * (high - low) + 0.05  # a diverged run must not squeeze the others
+  if not len(drawn):  # products of a run that diverged at once
+    return
+  if q.floor is not None and drawn.max() > 10 * drawn.min():
+    _log(ax, q.floor, drawn.min(), drawn.max())
+  else:
+    low, high = min([drawn.min(), *heights]), max([drawn.max(), *heights])
+    more = 0.08 * (high - low) if high - low > 1e-3 else 0.05
     ax.set_ylim(low - more, high + more)
-  elif high - low < 1e-3:
-    ax.set_ylim(low - 0.05, high + 0.05)
   mark_ends(ax, ends)
 
 
