@@ -73,8 +73,8 @@ def _mixing(of: str, prefix: str) -> tuple[Quantity, ...]:
       f'{prefix}lambda_2',
       'mixing',
       f'|λ₂| of {of}',
-      'second largest modulus of eigenvalues of the token-mean matrix: the share of differences between '
-      'streams that stays, along the direction that stays longest',
+      'second largest modulus of eigenvalues of the token-mean matrix; of a stochastic one, the share of '
+      'differences between streams that stays, along the direction that stays longest',
       'min',
       floor=1e-4,
       references=one,
