@@ -10,11 +10,10 @@ from functools import partial
 from pathlib import Path
 
 from ..conventions import AXIS_LABEL
-from ..diagnostics import QUESTIONS
 from ..study import Study
 from .checks import residual_panels, rollout_plot
 from .compute import compute_arrows, equal_flops, loss_vs_flops, multiplier_plot
-from .diagnostics import by_layer, over_training
+from .diagnostics import FIGURES as MIXING
 from .draw import Drawing, Panel, save
 from .gaps import gap_and_ratio
 from .isoflop import isoflop_panels, optimal_sizes
@@ -23,8 +22,7 @@ from .learning_rate import learning_rates, rate_sensitivity
 from .router import expert_loads
 from .shape import loss_vs_depth, loss_vs_width, rank_plot
 from .stability import stability_panels
-from .training import over_training as loss_over_training
-from .training import token_scaling, training_loss
+from .training import over_training, token_scaling, training_loss
 
 Figure = Callable[[Study], Drawing | str]  # the sentence says why there is none
 
@@ -77,17 +75,9 @@ SECTIONS = (
     'Amax gain of the residual maps H_res, last logged value on one fixed validation sequence: 1 '
     'keeps the size of the streams; the product over sublayers shows whether they blow up.',
   ),
+  Section('mixing', 'Mixing or identity?', MIXING),
   Section(
-    'mixing',
-    'Mixing or identity?',
-    {
-      f'{question}_{kind}': partial(draw, question=question)
-      for question in QUESTIONS
-      for kind, draw in (('by_layer', by_layer), ('over_training', over_training))
-    },
-  ),
-  Section(
-    'training', 'Training curves', {'training_loss': training_loss, 'paper_over_training': loss_over_training}
+    'training', 'Training curves', {'training_loss': training_loss, 'paper_over_training': over_training}
   ),
   Section('checks', 'Does the law hold?', {'paper_residuals': residual_panels, 'rollout': rollout_plot}),
   Section('excluded', 'Runs left out'),

@@ -4,6 +4,7 @@ Where: Study -> here -> catalogue.py. Which quantities, and what they are read a
 """
 
 import math
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -113,7 +114,7 @@ def _profiles(
     for _, run in own.groupby('run_id') if own['run_id'].nunique() > 1 else ():
       ax.plot(run['sublayer'], _shown(q, run['value']), **line, lw=0.5, alpha=0.4)
     mean = averaged(own).groupby('sublayer')['value'].mean()
-    ax.plot(mean.index, _shown(q, mean), **style[arm], lw=1.1, ms=3, label=arm)
+    ax.plot(mean.index, _shown(q, mean), **{'linewidth': 1.1} | style[arm], ms=3, label=arm)
     ends += _ends(q, own, 'sublayer')
   ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
   ax.set_xlabel('sublayer')
@@ -149,8 +150,8 @@ def _curves(ax: Axes, q: Quantity, arm: str, table: pd.DataFrame, s: Study) -> l
     ax.plot(run['tokens'], _shown(q, run['value']), **line, lw=0.5, alpha=0.4)
   runs = [run for _, run in averaged(table).groupby('run_id')]
   x, mean = mean_curve([(run['tokens'].to_numpy(), run['value'].to_numpy()) for run in runs])
-  marker = {'marker': look['marker'], 'ms': 3} if len(x) <= MOST_MARKERS else {}
-  ax.plot(x, _shown(q, mean), **line, **marker, lw=1.1, label=arm)
+  marker = {'markersize': 3} if len(x) <= MOST_MARKERS else {'marker': ''}
+  ax.plot(x, _shown(q, mean), **{'linewidth': 1.1} | look | marker, label=arm)
   if table['worst'].notna().any():
     _, worst = mean_curve([(run['tokens'].to_numpy(), run['worst'].to_numpy()) for run in runs])
     ax.fill_between(x, _shown(q, mean), _shown(q, worst), color=look['color'], alpha=0.12, lw=0)
@@ -189,3 +190,10 @@ def _log(ax: Axes, floor: float, low: float, high: float) -> None:
     FuncFormatter(lambda y, _: ('≤ ' if y <= floor * 1.001 else '') + power_of_ten(y))
   )
   ax.set_ylim(10.0 ** (first - 0.15), max(10.0**0.15 * high, 10.0 ** (last - 0.5)))
+
+
+FIGURES = {
+  f'{question}_{kind}': partial(draw, question=question)
+  for question in QUESTIONS
+  for kind, draw in (('by_layer', by_layer), ('over_training', over_training))
+}
