@@ -70,7 +70,8 @@ def _sweep(what: str, runs: Path, out: Path, params: str, reference: str | None)
   for sentence in absent:
     print(f'absent: {sentence}')
   out.mkdir(parents=True, exist_ok=True)
-  for name, table in (('final_losses', s.final_losses), ('ablation', s.ablation)):
+  tables = {'final_losses': s.final_losses, 'ablation': s.ablation, 'diagnostics': s.diagnostics.by_arm}
+  for name, table in tables.items():
     path = out / f'{name}.csv'
     path.unlink(missing_ok=True)
     if len(table):

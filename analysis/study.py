@@ -15,6 +15,7 @@ from mhc_jax.storage import finite
 from . import layers, training
 from .alternatives import Alternative, alternatives, other_choices
 from .compare import Candidate, LackOfFit, RolloutStep, lack_of_fit, nested, residuals, rollout
+from .diagnostics import Diagnostics, diagnostics
 from .fitting.document import document
 from .fitting.estimate import Fit, fit
 from .fitting.identify import RULES, Choice, choose_law
@@ -75,6 +76,7 @@ class Study:
   gaps_over_tokens: pd.DataFrame
   gains: pd.DataFrame
   matrices: list[tuple[str, str, dict[str, np.ndarray]]]
+  diagnostics: Diagnostics
 
   @property
   def arms(self) -> list[str]:
@@ -142,6 +144,7 @@ def study(
     gaps_over_tokens=training.gaps_over_tokens(shown, sweep.runs, reference),
     gains=layers.gains(shown, sweep.runs),
     matrices=layers.matrices(shown, sweep.runs),
+    diagnostics=diagnostics(shown, sweep.runs),
   )
 
 
@@ -188,6 +191,7 @@ def fits_json(s: Study) -> dict[str, object]:
       ],
       'stability': s.stability.means.to_dict('records'),
       'router_loads': s.loads.last.to_dict('records'),
+      'diagnostics': s.diagnostics.by_arm.to_dict('records'),
       'excluded': left_out[['run_id', 'arm', 'reason']].to_dict('records'),
       'warnings': s.sweep.warnings,
     }

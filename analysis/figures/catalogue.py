@@ -13,6 +13,7 @@ from ..conventions import AXIS_LABEL
 from ..study import Study
 from .checks import residual_panels, rollout_plot
 from .compute import compute_arrows, equal_flops, loss_vs_flops, multiplier_plot
+from .diagnostics import FIGURES as MIXING
 from .draw import Drawing, Panel, save
 from .gaps import gap_and_ratio
 from .isoflop import isoflop_panels, optimal_sizes
@@ -74,6 +75,7 @@ SECTIONS = (
     'Amax gain of the residual maps H_res, last logged value on one fixed validation sequence: 1 '
     'keeps the size of the streams; the product over sublayers shows whether they blow up.',
   ),
+  Section('mixing', 'Mixing or identity?', MIXING),
   Section(
     'training', 'Training curves', {'training_loss': training_loss, 'paper_over_training': over_training}
   ),
