@@ -49,8 +49,8 @@ SECTIONS = (
     {
       'loss_vs_flops': loss_vs_flops,
       'compute_multiplier': multiplier_plot,
-      'paper_compute': compute_arrows,
       'loss_at_equal_flops': equal_flops,
+      'paper_compute': compute_arrows,
     },
   ),
   Section('checks', 'Does the law hold?', {'rollout': rollout_plot, 'paper_residuals': residual_panels}),

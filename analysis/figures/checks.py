@@ -50,10 +50,14 @@ def rollout_plot(s: Study) -> Drawing | str | None:
   with figure() as (fig, ax):
     k = [step.sizes_fitted for step in done]
     joined = len(k) > 2  # a line through two points would say how the error goes on
-    ax.plot(k, [100 * step.held_out_error for step in done], 'o-' if joined else 'o', label='held-out sizes')
-    ax.plot(k, [100 * step.in_sample_error for step in done], 's--' if joined else 's', label='fitted sizes')
-    if len(k) == 1:
-      ax.set_xlim(k[0] - 1, k[0] + 1)
+    for errors, mark, dash, label in (
+      ([step.held_out_error for step in done], 'o', '-', 'held-out sizes'),
+      ([step.in_sample_error for step in done], 's', '--', 'fitted sizes'),
+    ):
+      look = {'marker': mark, 'linestyle': dash if joined else 'none', 'color': '#333333'}
+      face = look['color'] if mark == 'o' else 'none'
+      ax.plot(k, 100 * np.array(errors), **look, markerfacecolor=face, label=label)
+    ax.set_xlim(k[0] - 0.5, k[-1] + 0.5)
     ax.set_xticks(k)
     ax.set_ylim(bottom=0)
     ax.set(xlabel='sizes fitted (smallest first)', ylabel='mean |error| (% of loss)')

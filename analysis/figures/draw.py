@@ -33,7 +33,7 @@ SPARE_COLOURS = (
 )
 SPARE_MARKERS = ('v', 'P', 'X', '<', '>', 'h', '*', 'p', 'd', '8', '.')  # 11: no factor in common with 12
 DASHES = ('--', '-', '-.', ':')
-WIDEST, THINNEST = 2.4, 1.1  # points: the lines of the first arm and of the last
+WIDEST, THINNEST = 2.0, 0.9  # points: the lines of the first arm and of the last
 DIVERGED = {'marker': 'x', 'color': '#D00000', 'linestyle': 'none', 'zorder': 4}
 WIDE, COLUMN = 7.0, 3.5  # inches: a text and a column width, at which no letter is smaller than 7 points
 SUFFIXES = ('png', 'svg', 'pdf', 'csv')  # of every figure
@@ -174,8 +174,8 @@ def legend(fig: Figure, *axes: Axes) -> None:
   handles = {label: handle for handle, label in reversed(entries)}
   labels = list(dict.fromkeys(label for _, label in entries))
   if labels:
-    # 14 characters to the inch at this size, and 5 for each line sample.
-    fitting = int(14 * fig.get_figwidth() // (max(map(len, labels)) + 5))
+    # 17 characters to the inch at this size, and 6 for each line sample.
+    fitting = int(17 * fig.get_figwidth() // (max(map(len, labels)) + 6))
     columns = max(1, min(len(labels), fitting))
     fig.legend([handles[label] for label in labels], labels, loc='outside upper left', ncols=columns)
 

@@ -179,7 +179,7 @@ def _gap_sentence(s: Study, arm: str, m: Multiplier | None) -> str | None:
     names = ('lower', 'higher') if lower else ('higher', 'lower')
     sentence += f' (95 %: {out:.3f} {names[0]} to {back:.3f} {names[1]}, {pairs}): undecided'
   start = f'{arm} has no compute multiplier ({reason}); at' if reason else f'{arm}: at'
-  return f'{start} the largest size, {g.size}, {sentence}.'
+  return f'{start} {place}, {sentence}.'
 
 
 def evidence(s: Study) -> str | None:
