@@ -13,7 +13,7 @@ from ..study import Study
 from . import grids
 from .draw import WIDE, Drawing, by_arm, explain, figure, hollow, legend, line, log_axis, looks
 
-BAND = {'linestyle': '-', 'linewidth': 0.5}
+BAND = {'linestyle': '-', 'linewidth': 0.4}
 BEYOND = {'alpha': 0.45}
 
 

@@ -143,7 +143,7 @@ def over_training(s: Study) -> Drawing | str | None:
     log_axis(axes[1], 'gradient norm', 'y')
     _explain(axes[1], norms)
     explain(axes[0], f'equal to {s.reference}', linestyle='-', linewidth=0.8, color='#000000')
-    legend(fig, *axes)
+    legend(fig, *axes[::-1])  # the norms have all arms
   caption = f'Training-loss gap (running mean over 5 % of the run) and gradient norm, {SEEDS}; {place(s)}.'
   return Drawing(fig, caption, s.gaps_over_updates)
 

@@ -90,7 +90,7 @@
     const tables = runs.map(table), ink2 = dark.matches ? '#c8ccd2' : '#444', grid = dark.matches ? '#33373d' : '#e4e4e4';
     const axis = (label, space) => ({ label, space, stroke: ink2, grid: { stroke: grid, width: 1 },
       ticks: { stroke: grid, width: 1 }, values: (u, at) => at.map((v) => (v === null ? '' : short(v))) });
-    const scale = (log) => (log ? { time: false, distr: 3 } : { time: false });
+    const scale = (log) => (log ? { time: false, distr: 3, range: (u, low, high) => [low / 1.03, high * 1.03] } : { time: false });
     const series = runs.map((run) => {
       const [colour, dash, width] = data.arms[run.arm];
       return { label: `${run.arm}, ${run.size}, seed ${run.seed}`, stroke: ink(colour), dash, width,
