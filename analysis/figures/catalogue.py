@@ -31,18 +31,19 @@ Figure = Callable[[Study], Drawing | str | None]
 class Section:
   """key: its anchor, and the template page/<key>.html with its words and tables, where there is one.
 
-  intro: what its figures show.
+  intro: what its figures show. secondary: a phone shows it closed.
   """
 
   key: str
   title: str
   figures: dict[str, Figure] = dataclasses.field(default_factory=dict)
   intro: str = ''
+  secondary: bool = True
 
 
 # In the order in which a sceptic asks.
 SECTIONS = (
-  Section('summary', 'Arms'),
+  Section('summary', 'Arms', secondary=False),
   Section(
     'compute',
     'Compute for equal loss',
@@ -52,12 +53,19 @@ SECTIONS = (
       'loss_at_equal_flops': equal_flops,
       'paper_compute': compute_arrows,
     },
+    secondary=False,
   ),
-  Section('checks', 'Does the law hold?', {'rollout': rollout_plot, 'paper_residuals': residual_panels}),
+  Section(
+    'checks',
+    'Does the law hold?',
+    {'rollout': rollout_plot, 'paper_residuals': residual_panels},
+    secondary=False,
+  ),
   Section(
     'gap',
     'Gap to {reference}, without a law',
     {'paper_gap_flops': gap_and_ratio, 'paper_gap_tokens': token_scaling},
+    secondary=False,
   ),
   Section('tables', 'Final losses'),
   Section('excluded', 'Runs left out'),

@@ -34,7 +34,9 @@ def expert_loads(s: Study) -> Drawing | str | None:
         low, high = values.min(axis=1), values.max(axis=1)
         for edge in (low, high):
           ax.plot(values.index, edge, color=look['color'], linewidth=0.4, alpha=0.6)
-        ax.plot(values.index, values.mean(axis=1), **line(look) | {'linewidth': 1}, label=layer.replace('_', ' '))
+        ax.plot(
+          values.index, values.mean(axis=1), **line(look) | {'linewidth': 1}, label=layer.replace('_', ' ')
+        )
       ax.axhline(LIMIT, color='black', linestyle=':', lw=1)
       ax.set_title(arm)
       ax.set_xlabel('update')

@@ -84,6 +84,7 @@
   };
 
   function draw() {
+    if (!stage.clientWidth) return; // in a closed section: drawn when it opens
     if (plot) plot.destroy();
     const size = field('size').value;
     const runs = data.runs.filter((r) => !off.has(r.arm) && (size === 'all' || r.size === size));
@@ -121,6 +122,6 @@
     draw();
   };
   dark.addEventListener('change', recolour);
-  new ResizeObserver(() => { if (plot && plot.width !== stage.clientWidth) draw(); }).observe(stage);
+  new ResizeObserver(() => { if (!plot || plot.width !== stage.clientWidth) draw(); }).observe(stage);
   recolour();
 })();

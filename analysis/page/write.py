@@ -63,9 +63,7 @@ def page(s: Study, panels: dict[str, list[Panel]], absent: list[str], folder: Pa
       body = markupsafe.Markup(templates.get_template(f'{section.key}.html').render().strip())
     if drawn or body:
       title = section.title.format(reference=s.reference or 'the reference')
-      sections.append(
-        {'key': section.key, 'title': title, 'intro': section.intro, 'panels': drawn, 'body': body}
-      )
+      sections.append(vars(section) | {'title': title, 'panels': drawn, 'body': body})
   images = {panel.name: _image(folder / f'{panel.name}.svg') for drawn in panels.values() for panel in drawn}
   first = {'question': words.question(s), 'evidence': words.evidence(s), 'lead': lead}
   return templates.get_template('page.html').render(sections=sections, images=images, **first) + '\n'

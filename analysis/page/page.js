@@ -1,3 +1,15 @@
+// On a phone the sections that a reader may skip are closed; a link into one opens it.
+if (matchMedia('(max-width: 600px)').matches) {
+  document.querySelectorAll('details.section').forEach((section) => { section.open = false; });
+}
+const reveal = () => {
+  const target = document.getElementById(decodeURIComponent(location.hash.slice(1)));
+  for (let at = target; at; at = at.parentElement) if (at.tagName === 'DETAILS') at.open = true;
+  if (target) target.scrollIntoView();
+};
+addEventListener('hashchange', reveal);
+reveal();
+
 // Tables sort by the column whose head is clicked, or chosen by Enter: ascending, then descending.
 document.querySelectorAll('table').forEach((table) => {
   const heads = [...table.tHead.rows[0].cells], body = table.tBodies[0];
