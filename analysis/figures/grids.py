@@ -31,7 +31,9 @@ def rates(s: Study) -> bool:
 
 
 def budgets(s: Study) -> bool:
-  """Whether an arm has several sizes at one budget of FLOPs."""
+  """Whether an arm has several sizes at one compute budget, asked for or met."""
+  if s.optima:
+    return True
   of_flops = s.table['duration'].map(lambda text: bool((json.loads(text) or {}).get('flops')))
   return s.table[of_flops].groupby(['arm', 'duration'])['size'].nunique().max() > 1
 
