@@ -1,4 +1,4 @@
-"""Sentences of the page: a number in the arm's direction, a gain that fades, a gap where there is no number."""
+"""Sentences of the page: a number in the arm's direction, a gain that fades, a gap instead of a number."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -79,14 +79,14 @@ def test_without_a_multiplier_the_gap_at_the_largest_size_is_given():
   none = Multiplier('mhc', 'its interval is wider than a factor of 4')
   assert headlines(sweep(none, gaps=[gap(-0.021, -0.03, -0.01), small])) == [
     'hc has no compute multiplier: it is not in the law.',
-    'mhc has no compute multiplier (its interval is wider than a factor of 4); at the largest size, 64x4, '
-    "its loss is 0.021 nats lower than residual's (95 %: 0.010 to 0.030, 3 paired seeds).",
+    'mhc has no compute multiplier (its interval is wider than a factor of 4); its loss at the largest size, '
+    "64x4, is 0.021 nats lower than residual's (95 %: 0.010 to 0.030, 3 paired seeds).",
   ]
   said = headlines(sweep(gaps=[gap(0.02, -0.01, 0.05)], fit=False, arms=('residual', 'mhc')))
   assert said == [
     'No law is fitted: 1 size.',
-    "mhc: at 64x4, its loss is 0.020 nats higher than residual's (95 %: 0.050 higher to 0.010 lower, 3 "
-    'paired seeds): undecided.',
+    "mhc's loss at 64x4 is 0.020 nats higher than residual's (95 %: 0.050 higher to 0.010 lower, 3 paired "
+    'seeds): undecided.',
   ]
   (_, one) = headlines(sweep(gaps=[gap(0.02, pairs=1)], fit=False, arms=('residual', 'mhc')))
   assert one.endswith("0.020 nats higher than residual's (1 paired seed: no interval).")

@@ -64,7 +64,7 @@ def test_gaps_pair_equal_seeds(complete):
 
 
 def test_the_first_screen_answers_in_the_direction_of_the_arm(complete):
-  """Title, a sentence per arm in the order of the plan, how far the law misses, one picture: then the rest."""
+  """Title, a sentence per arm in the order of the plan, how far the law misses, one picture."""
   folder, planned, (fits, _, page) = complete
   first = page[: page.index('<nav')]
   said = words(first[first.index('<h1>') :])

@@ -93,10 +93,10 @@ def by_arm(table: pd.DataFrame, arms: Sequence[str]) -> Iterator[tuple[str, pd.D
       yield arm, own
 
 
-def aside(ax: Axes, place: int, count: int) -> float:
-  """Factor on x of a log axis that sets the marks of `count` arms side by side, 1.5 % of its length apart."""
+def aside(ax: Axes, place: int, count: int, share: float) -> float:
+  """Factor on x of a log axis that sets marks of `count` arms side by side, a share of its length apart."""
   low, high = ax.get_xlim()
-  return (high / low) ** (0.015 * (place - (count - 1) / 2))
+  return (high / low) ** (share * (place - (count - 1) / 2))
 
 
 def variant(look: dict[str, object], index: int) -> dict[str, object]:

@@ -54,10 +54,12 @@ def _draw_gap(ax: Axes, s: Study, relative: bool) -> None:
   style, unit = looks(s.arms), 100.0 if relative else 1.0
   arms = [arm for arm in s.arms if any(g.arm == arm for g in s.gaps)]
   x_all = np.exp([g.log_flops for g in s.gaps])
+  sizes = {g.size for g in s.gaps}
+  apart = 0.015 if len(sizes) > 1 else 0.8 / len(arms)
   ax.set(xscale='log', xlim=(x_all.min() / 1.3, x_all.max() * 1.3))
   for place, arm in enumerate(arms):
     own = [g for g in s.gaps if g.arm == arm]
-    x = np.exp([g.log_flops for g in own]) * aside(ax, place, len(arms))
+    x = np.exp([g.log_flops for g in own]) * aside(ax, place, len(arms), apart)
     y = unit * np.array([g.ratio if relative else g.difference for g in own])
     low = [g.ratio_low if relative else g.low for g in own]
     ax.plot(x, y, **style[arm] | ({} if is_ladder(own) else {'linestyle': 'none'}), label=arm)
@@ -65,7 +67,11 @@ def _draw_gap(ax: Axes, s: Study, relative: bool) -> None:
       half = y - unit * np.array(low)
       ax.errorbar(x, y, yerr=half, fmt='none', color=style[arm]['color'], lw=0.9)
   ax.axhline(100 if relative else 0, color='#000000', lw=0.8)
-  log_axis(ax, 'training FLOPs')
+  if len(sizes) > 1:
+    log_axis(ax, 'training FLOPs')
+  else:  # arms side by side at one size: there is no axis to read
+    ax.set_xticks([float(np.sqrt(np.prod(ax.get_xlim())))], sizes)
+    ax.minorticks_off()
   ax.set_ylabel(f'loss as % of {s.reference}' if relative else f'loss minus {s.reference} (nats)')
 
 

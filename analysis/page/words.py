@@ -165,9 +165,9 @@ def _gap_sentence(s: Study, arm: str, m: Multiplier | None) -> str | None:
       f'{arm} has no compute multiplier: {reason}.' if reason else f'{arm}: no run to compare has finished.'
     )
   g = max(own, key=lambda g: g.flops)
-  place = f'the largest size, {g.size}' if len({one.size for one in own}) > 1 else g.size
+  place = f'the largest size, {g.size},' if len({one.size for one in own}) > 1 else g.size
   lower = g.difference < 0
-  sentence = f"its loss is {abs(g.difference):.3f} nats {'lower' if lower else 'higher'} than {s.reference}'s"
+  sentence = f"{abs(g.difference):.3f} nats {'lower' if lower else 'higher'} than {s.reference}'s"
   pairs = f'{g.pairs} paired seed{"s" * (g.pairs > 1)}'
   if g.low is None:
     sentence += f' ({pairs}: no interval)'
@@ -178,8 +178,8 @@ def _gap_sentence(s: Study, arm: str, m: Multiplier | None) -> str | None:
     out, back = (-g.low, g.high) if lower else (g.high, -g.low)
     names = ('lower', 'higher') if lower else ('higher', 'lower')
     sentence += f' (95 %: {out:.3f} {names[0]} to {back:.3f} {names[1]}, {pairs}): undecided'
-  start = f'{arm} has no compute multiplier ({reason}); at' if reason else f'{arm}: at'
-  return f'{start} {place}, {sentence}.'
+  start = f'{arm} has no compute multiplier ({reason}); its' if reason else f"{arm}'s"
+  return f'{start} loss at {place} is {sentence}.'
 
 
 def evidence(s: Study) -> str | None:
