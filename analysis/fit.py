@@ -91,8 +91,8 @@ def _law_options(p: argparse._ArgumentGroup) -> None:
   )
   p.add_argument(
     '--delta',
-    default=str(HUBER_WIDTH),
-    help="Huber width in log loss or nats, or 'auto' (default %(default)s)",
+    help="Huber width in log loss or nats, or 'auto', which follows the noise "
+    f'(default {HUBER_WIDTH:g}, as in the literature; auto where arms are compared, as in the report)',
   )
   p.add_argument('--tie', action='append', default=[], metavar='alpha=beta', help='one exponent for two')
   p.add_argument('--pin', action='append', default=[], metavar='E=1.69', help='a parameter that is known')
@@ -108,8 +108,10 @@ def _law_options(p: argparse._ArgumentGroup) -> None:
   )
 
 
-def parse_delta(text: str) -> float | str:
-  """A positive number or 'auto'."""
+def parse_delta(text: str | None, arms: int = 1) -> float | str:
+  """A positive number or 'auto'; None is the literature's width for one arm, and auto for several."""
+  if text is None:
+    return HUBER_WIDTH if arms == 1 else 'auto'
   if text == 'auto':
     return text
   try:
@@ -219,7 +221,7 @@ def fit_law(a: argparse.Namespace) -> tuple[dict[str, object], object]:
     raise ConfigError(f'--reference {a.reference}: the arms are {", ".join(points.arms)}')
   if a.resamples < 0 or a.seed < 0:
     raise ConfigError(f'--resamples {a.resamples} --seed {a.seed}: neither may be negative')
-  width = parse_delta(a.delta)
+  width = parse_delta(a.delta, len(points.arms))
   law, chosen = law_of(a, points)
   arms = ArmModel(a.arms, a.reference or points.arms[0], tuple(points.axes), **parse_free(a.free))
   asked = [parse_point(text) for text in a.predict]

@@ -1,7 +1,7 @@
 """`mhc plots paper RUNS`: the papers' figures from a sweep's folder.
 
 Where: beside report.py, which puts the same figures and tables on one page; two experiments have figures of
-their own, `coordinates` and `router`. Every figure is written as PNG, SVG and CSV.
+their own, `coordinates` and `router`. Every figure is written as PNG, SVG, PDF and CSV.
 """
 
 import argparse
@@ -55,14 +55,15 @@ def _sweep(what: str, runs: Path, out: Path, params: str, reference: str | None)
   from .figures.catalogue import draw_all
   from .figures.draw import save
   from .figures.router import expert_loads
+  from .router import METRIC
   from .runs import read_sweep
   from .study import study
 
   s = study(read_sweep(runs), resamples=0, params=params, reference=reference)
   if what == 'router':
     drawn = expert_loads(s)
-    if isinstance(drawn, str):
-      raise ConfigError(f'{runs}: {drawn} experiments/router.py has runs that do')
+    if drawn is None or isinstance(drawn, str):
+      raise ConfigError(f'{runs}: no run has logged {METRIC}; those of experiments/router.py do')
     _say(out, [save(drawn, out, 'router_loads')])
     return
   panels, absent = draw_all(s, out)

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.text import Text
 from synthetic_runs import (
   SIZES,
   blank,
@@ -15,11 +16,18 @@ from synthetic_runs import (
   write_run,
   write_sweep,
 )
+from test_analysis_plots import add_matrices
 
 from analysis import plots
-from analysis.figures.draw import LOOKS, looks
+from analysis.figures.catalogue import SECTIONS
+from analysis.figures.checks import residual_panels
+from analysis.figures.compute import compute_arrows, equal_flops, loss_vs_flops, multiplier_plot
+from analysis.figures.draw import LOOKS, Drawing, looks
+from analysis.figures.gaps import gap_and_ratio, is_ladder
 from analysis.figures.isoflop import isoflop_panels
+from analysis.figures.layers import gains
 from analysis.figures.shape import loss_vs_depth, loss_vs_width
+from analysis.figures.training import training_loss
 from analysis.fitting.identify import shape_law
 from analysis.page.write import page
 from analysis.runs import read_sweep
@@ -84,8 +92,75 @@ def test_the_common_size_is_one_that_every_arm_has(tmp_path):
 def test_every_arm_has_a_look_of_its_own():
   names = [*LOOKS, *(f'arm {k}' for k in range(24))]
   found = list(looks(names).values())
+  assert len({look['color'] for look in found[:16]}) == 16, 'a sweep of sixteen arms shows no colour twice'
+  widths = [look['linewidth'] for look in found]
+  assert widths == sorted(widths, reverse=True) and widths[0] > 2 * widths[-1] > 1.5, (
+    'those drawn later are thinner'
+  )
   for cues in (('color', 'marker'), ('color', 'linestyle')):
     assert len({tuple(look[cue] for cue in cues) for look in found}) == len(names), cues
+
+
+def test_arms_come_in_the_order_of_the_plan_in_every_figure(tmp_path):
+  """Also where an arm's first run is missing, and where names sort otherwise."""
+  arms = ('residual', 'zeta', 'mhc', 'alpha')
+  write_sweep(
+    tmp_path, arms=arms, ranks=False, states={('zeta', (32, 2), seed): 'running' for seed in (0, 1)}
+  )
+  s = study(read_sweep(tmp_path), resamples=0)
+  for draw in (
+    loss_vs_flops,
+    equal_flops,
+    gap_and_ratio,
+    loss_vs_width,
+    residual_panels,
+    training_loss,
+    gains,
+  ):
+    said = [text.get_text() for text in draw(s).fig.legends[0].get_texts() if text.get_text() in arms[1:]]
+    assert said == list(arms[1:]), draw.__name__
+  multipliers = [text.get_text() for text in multiplier_plot(s).fig.axes[0].get_yticklabels()]
+  assert multipliers == ['alpha', 'mhc', 'zeta'], 'from below'
+  first = page(s, {}, [], tmp_path, '')
+  assert first.index('<li>zeta needs') < first.index('<li>mhc needs') < first.index('<li>alpha needs')
+
+
+def test_marks_of_one_arm_leave_those_of_another_visible(tmp_path):
+  """Hollow runs, bands without a face, intervals side by side; a line joins only a ladder of sizes."""
+  write_sweep(tmp_path, ranks=False)
+  s = study(read_sweep(tmp_path), resamples=0)
+  ax = loss_vs_flops(s).fig.axes[0]
+  assert not ax.collections and all(
+    line.get_markerfacecolor() == 'none' for line in ax.lines if line.get_marker() != 'None'
+  )
+  gaps = [line for line in gap_and_ratio(s).fig.axes[0].lines if line.get_label() in s.arms[1:]]
+  assert len(gaps) == 3 and len({line.get_xdata()[0] for line in gaps}) == 3
+  assert all(line.get_linestyle() == 'None' for line in gaps), '32x4 before 64x2: no line joins them'
+  assert not is_ladder([g for g in s.gaps if g.arm == 'mhc'])
+  assert is_ladder([g for g in s.gaps if g.arm == 'mhc' and g.size != '32x4'])
+  # Labels of arrows are in the legend of their axes: they cannot leave them.
+  _, near = compute_arrows(s).fig.axes
+  assert len(near.get_legend().get_texts()) == 3 and not [t for t in near.texts if t.get_text()]
+  low, high = near.get_xlim()
+  assert all(
+    low < x < high for arrow in s.arrows for x in (arrow['flops'], arrow['flops'] * arrow['multiplier'])
+  )
+
+
+def test_no_letter_is_smaller_than_seven_points(tmp_path):
+  """At the width at which a figure is printed: a column of 3.5 inches, a text of 7."""
+  write_sweep(tmp_path)
+  add_matrices(tmp_path, 'mhc')
+  s, seen = study(read_sweep(tmp_path), resamples=0), 0
+  for section in SECTIONS:
+    for name, draw in section.figures.items():
+      drawn = draw(s)
+      if isinstance(drawn, Drawing):
+        assert drawn.fig.get_figwidth() in (3.5, 7.0), name
+        small = [t for t in drawn.fig.findobj(Text) if t.get_text() and t.get_fontsize() < 7]
+        assert not small, (name, small)
+        seen += 1
+  assert seen >= 15
 
 
 @pytest.mark.slow
@@ -110,7 +185,10 @@ def test_panels_show_a_budget_in_one_colour_whatever_the_arm(tmp_path):
   ]
   assert [len(one) for one in looked] == [3, 2] and set(looked[1]) < set(looked[0])
   assert all(looked[0][label] == look for label, look in looked[1].items())
-  assert len(fig.legends[0].get_texts()) == 3
+  said = [text.get_text() for text in fig.legends[0].get_texts()]
+  assert len(said) == 6 and said[3:] == ['parabola', 'minimum, parabola', 'minimum, akima'], (
+    'every mark is explained'
+  )
 
 
 def test_figures_leave_none_behind(tmp_path):

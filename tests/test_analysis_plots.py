@@ -39,10 +39,15 @@ def test_paper_figures_and_their_numbers(tmp_path, blank_images, capsys):
   said = capsys.readouterr().out
   names = {p.stem for p in out.glob('paper_*.png')}
   wanted = ('compute', 'gap_flops', 'gap_tokens', 'over_training', 'gains', 'heat_maps', 'residuals')
-  assert names == {f'paper_{name}' for name in wanted} and 'absent: IsoFLOP' in said
-  assert {p.stem for p in out.glob('*.svg')} == {p.stem for p in out.glob('*.png')}
+  assert names == {f'paper_{name}' for name in wanted} and 'absent: ' not in said
+  for suffix in ('svg', 'pdf'):
+    assert {p.stem for p in out.glob(f'*.{suffix}')} == {p.stem for p in out.glob('*.png')}
   arrow = pd.read_csv(out / 'paper_compute.csv').query("kind == 'arrow'").iloc[0]
   assert arrow['low'] < 1.2 < arrow['high'] and arrow['low'] < arrow['multiplier'] < arrow['high']
+  assert arrow['needed'] == pytest.approx(1 / arrow['multiplier']), 'drawn from the reference to the arm'
+  assert (
+    arrow['needed_low'] == pytest.approx(1 / arrow['high']) and arrow['needed_low'] < arrow['needed_high']
+  )
   gap = pd.read_csv(out / 'paper_gap_tokens.csv')
   final = gap[gap['tokens'] == gap['tokens'].max()]
   table = pd.read_csv(out / 'final_losses.csv').set_index(['arm', 'size'])

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -9,9 +10,12 @@ from PIL import Image
 from synthetic_runs import MULTIPLIER, command, report, words, write_sweep
 
 from analysis.gaps import pair_up
+from analysis.page.words import METHODS
 from analysis.report import main
 from analysis.runs import read_sweep
 from analysis.selection import classify
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope='module')
@@ -59,6 +63,71 @@ def test_gaps_pair_equal_seeds(complete):
       assert own[name].tolist() == other[name].tolist()
 
 
+def test_the_first_screen_answers_in_the_direction_of_the_arm(complete):
+  """Title, a sentence per arm in the order of the plan, how far the law misses, one picture."""
+  folder, planned, (fits, _, page) = complete
+  first = page[: page.index('<nav')]
+  said = words(first[first.index('<h1>') :])
+  assert 'Do hc, mhc and identity need less compute than residual?' in said
+  known = {m['arm']: m for m in fits['multipliers']}
+  place = 0
+  for arm in list(dict.fromkeys(p['arm'] for p in planned))[1:]:
+    m, (low, high) = known[arm]['flops'], known[arm]['flops_interval']
+    assert low > 1, 'all arms of this sweep save compute'
+    sentence = (
+      f"{arm} needs {1 / m:.2f} times residual's compute for the same loss "
+      f'(95 %: {1 / high:.2f} to {1 / low:.2f}): it saves compute.'
+    )
+    assert said.find(sentence) > place
+    place = said.find(sentence)
+  lack, last = fits['lack_of_fit'], fits['rollout'][-1]
+  assert last['sizes_fitted'] == 4, 'all but the largest'
+  assert (
+    f'The law misses the runs by {100 * lack["scatter"]:.1f} % (seeds differ by {100 * lack["seeds"]:.1f} %) '
+    f'and the largest size, held out, by {100 * last["held_out_error"]:.1f} %; 1 to 2 seeds per arm and size.'
+  ) in said
+  assert re.findall(r'<figure id="(\w+)"', first) == ['loss_vs_flops']
+  # Figure, table and parameters read in the same direction.
+  drawn = pd.read_csv(folder / 'report' / 'compute_multiplier.csv').set_index('arm')
+  arrows = pd.read_csv(folder / 'report' / 'paper_compute.csv').query("kind == 'arrow'").set_index('arm')
+  for arm, one in known.items():
+    assert drawn.loc[arm, 'value'] == pytest.approx(1 / one['flops'])
+    assert arrows.loc[arm, 'needed'] == pytest.approx(1 / one['flops'])
+    assert f'{arm} {1 / one["flops"]:.3f} ({drawn.loc[arm, "low"]:.3f} to' in words(page)
+  assert list(drawn.index) == ['hc', 'mhc', 'identity']
+
+
+def test_one_method_of_intervals_is_quoted(complete):
+  _, _, (fits, _, page) = complete
+  quoted = fits['fit']['interval_method']
+  assert len(fits['fit']['intervals_by_method']) == 3
+  law = page[page.index('<h2 id="compute"') : page.index('<h2 id="checks"')]
+  assert [name for name, text in METHODS.items() if text in words(law)] == [quoted]
+
+
+def test_figures_of_other_experiments_are_not_missed(complete):
+  _, _, (_, _, page) = complete
+  left_out = words(re.search(r'<h2 id="missing">.*?<h2', page, re.S).group())
+  assert (
+    'Figures left out # Heat maps of H_res: no run of several streams logged diagnostics/res_mean.'
+    in left_out
+  )
+  assert left_out.count('.') == 1, 'one sentence: ranks, budgets, rates, depths and routers are no part of it'
+
+
+def test_the_curves_are_drawn_by_one_vendored_file(complete):
+  _, _, (_, _, page) = complete
+  vendor = ROOT / 'analysis' / 'page' / 'vendor'
+  library = (vendor / 'uPlot.iife.min.js').read_text()
+  assert page.count('var uPlot=') == 1 and library in page
+  assert 'Permission is hereby granted' in (vendor / 'LICENSE').read_text()
+  version = re.search(r'v(\d+\.\d+\.\d+)', library).group(1)
+  assert f'uPlot {version}' in (vendor / 'README.md').read_text()
+  # The one thing that the page draws by itself is given every run, in the looks of the figures.
+  curves = json.loads(re.search(r'id=curve-data>(.*?)</script>', page, re.S).group(1))
+  assert list(curves['arms']) == ['residual', 'hc', 'mhc', 'identity'] and curves['size'] == '128x4'
+
+
 def test_figures_have_numbers_and_render(complete):
   folder, _, _ = complete
   names = {p.stem for p in (folder / 'report').glob('*.png')}
@@ -70,6 +139,8 @@ def test_figures_have_numbers_and_render(complete):
     assert (folder / 'report' / f'{name}.png').read_bytes()[:4] == b'\x89PNG'
     assert (folder / 'report' / f'{name}.png').stat().st_size < 200_000
     assert '<svg' in (folder / 'report' / f'{name}.svg').read_text()
+    pdf = (folder / 'report' / f'{name}.pdf').read_bytes()
+    assert pdf[:5] == b'%PDF-' and b'/CIDFontType2' in pdf and b'/Type3' not in pdf, 'letters stay text'
     assert len(pd.read_csv(folder / 'report' / f'{name}.csv'))
   points = pd.read_csv(folder / 'report' / 'loss_vs_flops.csv')
   assert (points['kind'] == 'run').sum() == 28
@@ -81,16 +152,21 @@ def test_figures_have_numbers_and_render(complete):
 
 def test_page_is_self_contained_and_linked(complete):
   folder, _, (_, _, page) = complete
-  assert 'http' not in re.sub(r'data:image[^"]*', '', page)
+  addresses = re.findall(r'\w+://[\w./]+', re.sub(r'data:image[^"]*', '', page))
+  assert addresses == ['https://github.com/leeoniya/uPlot'], 'in a comment of the file: nothing is loaded'
   assert set(re.findall(r'src="(.{10})', page)) == {'data:image'}
-  anchors = re.findall(r'href="#(\w+)"', page)
-  assert len(anchors) >= 10 and all(f'id={a}' in page for a in anchors)
+  anchors = re.findall(r'href="#([\w-]+)"', page)
+  assert len(anchors) >= 10 and all(f'id="{a}"' in page for a in anchors)
+  headings = re.findall(r'<h[23] id="([\w-]+)">', page) + re.findall(r'<figure id="(\w+)"', page)
+  assert len(headings) >= 25 and len(set(headings)) == len(headings) and set(headings) <= set(anchors)
+  assert len(re.findall(r'<h[23]\b', page)) + page.count('<figure ') == len(headings)
   for link in re.findall(r'href="([^#"]+)"', page):
     assert (folder / 'report' / link).exists(), link
   text = words(page)
   assert 'mhc report' in text and '0.10.2' in text
-  assert 'residual needs' in text and '1 (reference)' in text
-  assert 'fewer than 40 runs' in text and 'Runs scatter about the fit by 0.' in text
+  assert (
+    '1 (reference)' in text and 'fewer than 40 runs' in text and 'Runs scatter about the fit by 0.' in text
+  )
   curves = json.loads(re.search(r'id=curve-data>(.*?)</script>', page, re.S).group(1))
   assert len(curves['runs']) == 28 and len(curves['runs'][0]['validation/loss']) == 21
 
@@ -100,6 +176,10 @@ def test_every_figure_that_is_drawn_is_shown(complete):
   folder, _, (_, _, page) = complete
   drawn = sorted(p.stem for p in (folder / 'report').glob('*.png'))
   assert sorted(re.findall(r'<figure id="(\w+)"', page)) == drawn and len(drawn) >= 15
+  images = re.findall(r'src="data:image/svg\+xml;base64,([^"]+)"', page)
+  assert len(set(images)) == len(images) == len(drawn)
+  for name in drawn:
+    assert all(f'href="{name}.{suffix}"' in page for suffix in ('csv', 'png', 'svg', 'pdf')), name
   wide = set(re.findall(r'<figure id="(\w+)" class=wide>', page))
   for name in drawn:
     with Image.open(folder / 'report' / f'{name}.png') as image:

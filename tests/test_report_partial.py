@@ -59,7 +59,8 @@ def test_one_arm_has_a_law_but_no_multiplier(tmp_path, blank_images):
   assert fits['reference'] == 'mhc' and fits['multipliers'] == [] and fits['gaps'] == []
   assert fits['fit']['alpha'] == pytest.approx(0.2, abs=0.05)
   assert 'nothing to compare it with' in words(page)
-  assert 'Gap to mhc: no finished run of another arm' in words(page)
+  assert 'How does the loss of mhc fall with compute?' in words(page)
+  assert 'Gap to' not in words(page), 'a sweep of one arm has no figures of gaps to miss'
 
 
 def test_an_arm_at_one_size_is_left_out_of_the_law_but_keeps_its_gap(tmp_path, no_figures):
@@ -217,7 +218,7 @@ def test_arms_of_equal_losses_are_equal_at_equal_size_and_tokens(tmp_path, no_fi
   assert m['equal_tokens'] == pytest.approx(1, abs=1e-3)
   # The synthetic trainer's speed is the same for every run.
   assert m['seconds'] == pytest.approx(1, abs=1e-3)
-  assert 'at equal size and tokens 1.00' in words(page)
+  assert '1.000 (1.000 to 1.000)' in words(page)
 
 
 def test_mixtures_and_learning_rates(tmp_path, no_figures):
@@ -242,8 +243,9 @@ def test_mixtures_and_learning_rates(tmp_path, no_figures):
 
 
 def test_text_from_files_is_escaped(tmp_path, no_figures):
-  write_sweep(tmp_path, arms=('a<b>&',), sizes=SIZES[:1], ranks=False)
+  write_sweep(tmp_path, arms=('a<b>&', '</script><b>'), sizes=SIZES[:1], ranks=False)
   _, _, page = report(tmp_path)
+  assert page.count('</script>') == page.count('<script') == 4, 'an arm does not end one'
   assert 'a&lt;b&gt;&amp;' in page and '<b>' not in re.sub(r'<script.*?</script>', '', page, flags=re.S)
 
 

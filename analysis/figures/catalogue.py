@@ -14,7 +14,7 @@ from ..study import Study
 from .checks import residual_panels, rollout_plot
 from .compute import compute_arrows, equal_flops, loss_vs_flops, multiplier_plot
 from .diagnostics import FIGURES as MIXING
-from .draw import Drawing, Panel, save
+from .draw import SUFFIXES, Drawing, Panel, save
 from .gaps import gap_and_ratio
 from .isoflop import isoflop_panels, optimal_sizes
 from .layers import gains, heat_maps
@@ -24,47 +24,66 @@ from .shape import loss_vs_depth, loss_vs_width, rank_plot
 from .stability import stability_panels
 from .training import over_training, token_scaling, training_loss
 
-Figure = Callable[[Study], Drawing | str]  # the sentence says why there is none
+# The sentence says which data of the sweep are missing; None: the figure is one of other experiments.
+Figure = Callable[[Study], Drawing | str | None]
 
 
 @dataclasses.dataclass(frozen=True)
 class Section:
   """key: its anchor, and the template page/<key>.html with its words and tables, where there is one.
 
-  intro: what its figures show.
+  intro: what its figures show. secondary: a phone shows it closed.
   """
 
   key: str
   title: str
   figures: dict[str, Figure] = dataclasses.field(default_factory=dict)
   intro: str = ''
+  secondary: bool = True
 
 
+# In the order in which a sceptic asks.
 SECTIONS = (
-  Section('summary', 'Summary'),
+  Section('summary', 'Arms', secondary=False),
   Section(
     'compute',
-    'Loss against compute',
+    'Compute for equal loss',
     {
       'loss_vs_flops': loss_vs_flops,
-      'loss_at_equal_flops': equal_flops,
       'compute_multiplier': multiplier_plot,
+      'loss_at_equal_flops': equal_flops,
       'paper_compute': compute_arrows,
     },
+    secondary=False,
   ),
-  Section('gap', 'Gap to {reference}', {'paper_gap_flops': gap_and_ratio, 'paper_gap_tokens': token_scaling}),
+  Section(
+    'checks',
+    'Does the law hold?',
+    {'rollout': rollout_plot, 'paper_residuals': residual_panels},
+    secondary=False,
+  ),
+  Section(
+    'gap',
+    'Gap to {reference}, without a law',
+    {'paper_gap_flops': gap_and_ratio, 'paper_gap_tokens': token_scaling},
+    secondary=False,
+  ),
   Section('tables', 'Final losses'),
-  Section('shape', 'Width and depth', {'loss_vs_width': loss_vs_width, 'loss_vs_depth': loss_vs_depth}),
+  Section('excluded', 'Runs left out'),
+  Section(
+    'rates',
+    'Learning rates',
+    {'learning_rate': learning_rates, 'learning_rate_sensitivity': rate_sensitivity},
+  ),
   Section(
     'isoflop',
     'Best size at a budget',
     {'paper_isoflop': isoflop_panels, 'paper_optimal_sizes': optimal_sizes},
   ),
+  Section('shape', 'Width and depth', {'loss_vs_width': loss_vs_width, 'loss_vs_depth': loss_vs_depth}),
   Section('rank', 'Manifold rank', {f'loss_vs_{axis}': partial(rank_plot, axis=axis) for axis in AXIS_LABEL}),
   Section(
-    'rates',
-    'Learning rates',
-    {'learning_rate': learning_rates, 'learning_rate_sensitivity': rate_sensitivity},
+    'training', 'Training curves', {'training_loss': training_loss, 'paper_over_training': over_training}
   ),
   Section('stability', 'Stability', {'paper_stability': stability_panels}),
   Section('router', 'Loads of experts', {'router_loads': expert_loads}),
@@ -76,11 +95,6 @@ SECTIONS = (
     'keeps the size of the streams; the product over sublayers shows whether they blow up.',
   ),
   Section('mixing', 'Mixing or identity?', MIXING),
-  Section(
-    'training', 'Training curves', {'training_loss': training_loss, 'paper_over_training': over_training}
-  ),
-  Section('checks', 'Does the law hold?', {'paper_residuals': residual_panels, 'rollout': rollout_plot}),
-  Section('excluded', 'Runs left out'),
   Section('missing', 'Figures left out'),
   Section('runs', 'All runs'),
   Section('setting', 'Configuration and versions'),
@@ -89,7 +103,8 @@ SECTIONS = (
 
 
 def draw_all(s: Study, folder: Path) -> tuple[dict[str, list[Panel]], list[str]]:
-  """Saves every figure that the data carry; returns those of each section, and why others are left out.
+  """Saves every figure that the data carry; returns those of each section, and why others of the sweep's own
+  experiment are left out.
 
   Figures of an earlier call must not outlive the runs that they show: their files go first.
   """
@@ -97,11 +112,11 @@ def draw_all(s: Study, folder: Path) -> tuple[dict[str, list[Panel]], list[str]]
   for section in SECTIONS:
     panels[section.key] = []
     for name, draw in section.figures.items():
-      for suffix in ('png', 'svg', 'csv'):
+      for suffix in SUFFIXES:
         (folder / f'{name}.{suffix}').unlink(missing_ok=True)
       drawn = draw(s)
       if isinstance(drawn, str):
         absent.append(drawn)
-      else:
+      elif drawn is not None:
         panels[section.key].append(save(drawn, folder, name))
   return panels, absent

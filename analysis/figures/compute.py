@@ -6,36 +6,51 @@ Where: Study -> here -> catalogue.py. A figure whose data are absent is the sent
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 
+from ..needs import Need, need, needs, shown
 from ..study import Study
-from .draw import WIDE, Drawing, figure, legend, log_axis, looks
+from . import grids
+from .draw import WIDE, Drawing, by_arm, explain, figure, hollow, legend, line, log_axis, looks
+
+BAND = {'linestyle': '-', 'linewidth': 0.4}
+BEYOND = {'alpha': 0.45}
 
 
 def loss_vs_flops(s: Study) -> Drawing | str:
   """Validation loss against training FLOPs, with the fitted curve and 95 % band of each arm."""
   if not len(s.grid):
     return 'Loss against compute: no run has finished.'
-  with figure() as (fig, ax):
+  with figure(height=3.0) as (fig, ax):
     rows = _draw_runs_and_law(ax, s)
+    _explain(ax, s)
     legend(fig, ax)
   caption = 'Validation loss against training compute; every marker is one run.'
   if s.curves:
-    caption += (
-      ' Lines: the joint fit'
-      + ('' if 'E' in s.document['verdicts'] else ', dotted beyond the largest run')
-      + (', along the compute-optimal frontier' if s.fit.law.name == 'chinchilla' else '')
-      + '. Shaded: 95 % band of the curve (a single new run scatters more; see the CSV).'
-    )
+    along = ', along the compute-optimal frontier' if s.fit.law.name == 'chinchilla' else ''
+    caption += f' Lines: the joint fit of all arms{along}; one new run scatters more than the band (CSV).'
   return Drawing(fig, caption, pd.DataFrame(rows))
 
 
+def _explain(ax: Axes, s: Study) -> None:
+  """Entries of the legend for what all arms have: band, and the part beyond their runs."""
+  if s.curves:
+    explain(ax, '95 % band of the curve', **BAND)
+    if any((~curve.up_to(_largest(s, arm))).any() for arm, curve in s.curves.items()):
+      explain(ax, 'beyond the runs', linestyle='-', **BEYOND)
+
+
+def _largest(s: Study, arm: str) -> float:
+  return s.grid.loc[s.grid['arm'] == arm, 'flops'].max()
+
+
 def _draw_runs_and_law(ax: Axes, s: Study) -> list[dict]:
-  """Draws runs, curves and bands; returns their numbers."""
+  """Draws runs, curves and the edges of bands; returns their numbers."""
   style, rows = looks(s.arms), []
-  for arm, own in s.grid.groupby('arm', sort=False):
+  for arm, own in by_arm(s.grid, s.arms):
     look = style[arm]
-    edge = {'markeredgecolor': 'white', 'markeredgewidth': 0.4, 'zorder': 3}
-    ax.plot(own['flops'], own['validation_loss'], look['marker'], color=look['color'], label=arm, **edge)
+    ax.plot(own['flops'], own['validation_loss'], **hollow(look), zorder=3)
+    ax.plot([], [], **hollow(look) | (line(look) if arm in s.curves else {}), label=arm)
     rows += [
       {'arm': arm, 'kind': 'run', 'run_id': i, 'flops': x, 'loss': y}
       for i, x, y in zip(own['run_id'], own['flops'], own['validation_loss'], strict=True)
@@ -44,9 +59,10 @@ def _draw_runs_and_law(ax: Axes, s: Study) -> list[dict]:
       continue
     curve = s.curves[arm]
     c, b, inside = curve.flops, curve.band, curve.up_to(own['flops'].max())
-    ax.plot(c[inside], b.loss[inside], color=look['color'], lw=1.2)
-    ax.plot(c[~inside], b.loss[~inside], color=look['color'], lw=0.9, ls=':')
-    ax.fill_between(c, b.low, b.high, color=look['color'], alpha=0.15, lw=0)
+    ax.plot(c[inside], b.loss[inside], **line(look))
+    ax.plot(c[~inside], b.loss[~inside], **line(look), **BEYOND)
+    for edge in (b.low, b.high):
+      ax.plot(c, edge, color=look['color'], **BAND)
     names = ('flops', 'loss', 'low', 'high', 'new_run_low', 'new_run_high')
     values = (c, b.loss, b.low, b.high, b.new_low, b.new_high)
     rows += [
@@ -57,84 +73,106 @@ def _draw_runs_and_law(ax: Axes, s: Study) -> list[dict]:
   return rows
 
 
-def equal_flops(s: Study) -> Drawing | str:
+def equal_flops(s: Study) -> Drawing | str | None:
   """Every run's loss over the reference's fitted loss at the same FLOPs, with each arm's curve."""
+  if not (grids.arms(s) and grids.sizes(s)):
+    return None
   if s.at_equal_flops.empty:
     return 'Loss at equal FLOPs: there is no fitted curve of several arms.'
   style, percent = looks(s.arms), 'percent_of_reference_fit'
   with figure() as (fig, ax):
-    for arm, own in s.at_equal_flops.groupby('arm', sort=False):
+    for arm, own in by_arm(s.at_equal_flops, s.arms):
       look, runs, curve = style[arm], own[own['kind'] == 'run'], own[own['kind'] == 'fit']
-      ax.plot(runs['flops'], runs[percent], look['marker'], color=look['color'], label=arm, ms=4)
-      if len(curve):
-        ax.plot(curve['flops'], curve[percent], color=look['color'], ls=look['linestyle'], lw=1.2)
+      ax.plot(runs['flops'], runs[percent], **hollow(look), zorder=3)
+      ax.plot([], [], **hollow(look) | (line(look) if len(curve) else {}), label=arm)
+      ax.plot(curve['flops'], curve[percent], **line(look))
     log_axis(ax, 'training FLOPs')
     ax.set(ylabel=f'loss, % of the fit to {s.reference}')
     legend(fig, ax)
   caption = (
-    f'The same at equal FLOPs: loss as a percentage of the fitted {s.reference} curve. Markers: '
+    f'Loss as a percentage of the fitted {s.reference} curve at equal FLOPs. Markers: '
     'runs; lines: each arm with its compute multiplier.'
   )
   return Drawing(fig, caption, s.at_equal_flops)
 
 
-def multiplier_plot(s: Study) -> Drawing | str:
-  """Compute multiplier of each arm with its interval."""
-  shown = [m for m in s.multipliers if m.flops is not None]
-  if not shown:
+def multiplier_plot(s: Study) -> Drawing | str | None:
+  """Compute that each arm needs over the reference's, with its interval."""
+  if not (grids.arms(s) and grids.sizes(s)):
+    return None
+  arms = shown(s.multipliers, s.arms)
+  if not arms:
     return 'Compute multipliers: none is identified.'
   style = looks(s.arms)
-  with figure(height=0.9 + 0.4 * len(shown)) as (fig, ax):
-    for y, m in enumerate(reversed(shown)):
-      (low, high), look = m.flops_interval, style[m.arm]
-      ends = [[m.flops - low], [high - m.flops]]
-      ax.errorbar(m.flops, y, xerr=ends, fmt=look['marker'], color=look['color'])
-    ax.axvline(1, color='#7F7F7F', lw=0.8, ls='--')
-    ax.set_yticks(range(len(shown)), [m.arm for m in reversed(shown)])
-    ax.set_ylim(-0.6, len(shown) - 0.4)
+  with figure(height=1.1 + 0.3 * len(arms)) as (fig, ax):
+    for y, m in enumerate(reversed(arms)):
+      known = needs(m)
+      for k, one in enumerate(known):  # two: at the smallest size, hollow, and at the largest
+        ends = [[one.value - one.low], [one.high - one.value]]
+        mark = {'fmt': style[m.arm]['marker'], 'color': style[m.arm]['color']}
+        face = 'white' if k + 1 < len(known) else style[m.arm]['color']
+        ax.errorbar(one.value, y + 0.15 * (len(known) - 1) * (1 - 2 * k), xerr=ends, mfc=face, **mark)
+    explain(ax, f'{s.reference}: 1', linestyle='--', linewidth=0.8)
+    ax.axvline(1, color='#555555', lw=0.8, ls='--')
+    ax.set_yticks(range(len(arms)), [m.arm for m in reversed(arms)])
+    ax.set_ylim(-0.6, len(arms) - 0.4)
     ax.grid(axis='y', visible=False)
-    ax.set(xlabel=f'compute of {s.reference} to reach equal loss')
-    ax.xaxis.set_major_formatter(lambda value, _: f'{value:g}x')
+    ax.set(xlabel=f'compute that the arm needs, relative to {s.reference}')
+    legend(fig, ax)
   caption = (
-    f'Compute multiplier m against {s.reference} at equal FLOPs, with 95 % interval: '
-    f'm = 1.2 means that {s.reference} needs 1.2 times the compute for the same loss.'
+    f'Compute that an arm needs for the same loss, over that of {s.reference}, with 95 % interval: left '
+    'of 1 it saves compute.'
   )
-  return Drawing(fig, caption, pd.DataFrame([vars(m) for m in shown]))
+  if any(len(needs(m)) > 1 for m in arms):
+    caption += (
+      ' Where the gain is not the same at all sizes: at the smallest (hollow) and the largest (filled).'
+    )
+  rows = [{'arm': m.arm} | vars(one) | {'verdict': one.verdict} for m in arms for one in needs(m)]
+  return Drawing(fig, caption, pd.DataFrame(rows))
 
 
-def compute_arrows(s: Study) -> Drawing | str:
-  """Loss against compute, whole and near the largest runs, with an arrow per arm to equal loss."""
+def compute_arrows(s: Study) -> Drawing | str | None:
+  """Loss against compute, whole and near the largest runs, with an arrow per arm from the reference."""
+  if not (grids.arms(s) and grids.sizes(s)):
+    return None
   if not s.arrows:
     return 'Arrows to equal loss: no compute multiplier is identified.'
-  style = looks(s.arms)
+  style, known = looks(s.arms), {m.arm: need(m) for m in s.multipliers}
   with figure(WIDE, 3.2, ncols=2) as (fig, (whole, near)):
     rows = _draw_runs_and_law(whole, s)
     _draw_runs_and_law(near, s)
-    for arrow in s.arrows:
-      _draw_arrow(near, arrow, style[arrow['arm']]['color'])
-    window = np.array([0.25, 2.0]) * float(s.grid['flops'].max())
+    _explain(whole, s)
+    legend(fig, whole)
+    ends = [arrow['flops'] * m for arrow in s.arrows for m in (1, arrow['multiplier'])]
+    largest = float(s.grid['flops'].max())
+    window = np.array([min(0.25 * largest, 0.8 * min(ends)), max(2 * largest, 1.25 * max(ends))])
     levels = [curve.at(window).loss for curve in s.curves.values()]
     near.set_xlim(window)
     log_axis(near, 'training FLOPs')
     near.set_ylim(np.min(levels), np.max(levels))
-    legend(fig, whole)
+    entries = [
+      _draw_arrow(near, arrow, style[arrow['arm']], known[arrow['arm']])
+      for arrow in sorted(s.arrows, key=lambda arrow: s.arms.index(arrow['arm']))
+    ]
+    near.legend(handles=entries, loc='upper right', title=f"compute over {s.reference}'s (95 %)")
   caption = (
-    'Loss against compute with the joint fit; right: near the largest runs. Arrows: compute that '
-    f'{s.reference} needs for equal loss, with 95 % interval.'
+    f'Loss against compute with the joint fit; right: near the largest runs. Arrows: from the compute that '
+    f'{s.reference} needs to that which the arm needs for the same loss.'
   )
-  return Drawing(fig, caption, pd.DataFrame(rows + s.arrows))
+  rows += [
+    arrow | {'needed': n.value, 'needed_low': n.low, 'needed_high': n.high}
+    for arrow in s.arrows
+    for n in [known[arrow['arm']]]
+  ]
+  return Drawing(fig, caption, pd.DataFrame(rows))
 
 
-def _draw_arrow(ax: Axes, arrow: dict, colour: str) -> None:
-  start, loss, m = arrow['flops'], arrow['loss'], arrow['multiplier']
+def _draw_arrow(ax: Axes, arrow: dict, look: dict, needed: Need) -> Line2D:
+  """From the reference's compute to the arm's at one loss; returns its entry of the legend."""
+  start, loss, colour = arrow['flops'] * arrow['multiplier'], arrow['loss'], look['color']
   shape = {'arrowstyle': '-|>', 'color': colour, 'lw': 1.6, 'shrinkA': 0, 'shrinkB': 0}
-  ax.annotate('', (start * m, loss), (start, loss), arrowprops=shape)
-  ax.annotate(
-    f'{arrow["arm"]} {m:.2f}x [{arrow["low"]:.2f}, {arrow["high"]:.2f}]',
-    (start * max(m, 1), loss),
-    (5, 3),
-    textcoords='offset points',
-    fontsize=7,
-    color=colour,
-    bbox={'facecolor': 'white', 'edgecolor': 'none', 'alpha': 0.75, 'pad': 0.8},
+  ax.annotate('', (arrow['flops'], loss), (start, loss), arrowprops=shape)
+  words = f'{arrow["arm"]} {needed.value:.2f} ({needed.low:.2f} to {needed.high:.2f})'
+  return explain(
+    ax, words, marker='>' if needed.value > 1 else '<', color=colour, linestyle='-', linewidth=1.6
   )

@@ -10,7 +10,7 @@ import pandas as pd
 
 from mhc_jax.errors import ConfigError
 
-from .draw import WIDE, Drawing, figure, legend, log_axis, looks
+from .draw import WIDE, Drawing, explain, figure, legend, log_axis, looks
 
 COLUMNS = ('arm', 'axis', 'width', 'depth', 'transfer', 'lr', 'update', 'coordinate', 'value')
 
@@ -58,6 +58,7 @@ def coordinates(table: pd.DataFrame) -> Drawing:
         ax.set_xticks(sorted(here[axis].unique()), [str(v) for v in sorted(here[axis].unique())])
         log_axis(ax, '', 'y')
         ax.set_title(name, fontsize=8)
+    explain(grid[0][0], 'without the transfer rules', linestyle=':')
     legend(fig, grid[0][0])
   worst = slope[slope['transfer']].groupby('arm', sort=False)['slope'].apply(lambda v: v.abs().max())
   words = ', '.join(f'{arm} {value:.2f}' for arm, value in worst.items())

@@ -1,4 +1,4 @@
-"""What every figure shares: the style, one look per arm, and saving PNG, SVG and CSV together.
+"""What every figure shares: the style, one look per arm, and saving PNG, SVG, PDF and CSV together.
 
 Where: under the other figures. Uses matplotlib's Figure directly: no global state.
 """
@@ -8,13 +8,14 @@ import dataclasses
 import functools
 import io
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import matplotlib
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 from PIL import Image
 
@@ -26,11 +27,16 @@ LOOKS = {
   'hc': ('#D55E00', '^', '--'),
   'identity': ('#009E73', 'D', '-.'),
 }
-SPARE_COLOURS = ('#CC79A7', '#56B4E9', '#E69F00', '#7F7F7F', '#8C510A', '#5E3C99')
-SPARE_MARKERS = ('v', 'P', 'X', '<', '>', 'h', '*', 'p', 'd', '8', '.')  # 11: no factor in common with 6
+SPARE_COLOURS = (
+  *('#CC79A7', '#56B4E9', '#E69F00', '#7F7F7F', '#8C510A', '#5E3C99', '#B2182B', '#66A61E', '#00C2C7'),
+  *('#8DA0CB', '#E7298A', '#1A3C6E'),
+)
+SPARE_MARKERS = ('v', 'P', 'X', '<', '>', 'h', '*', 'p', 'd', '8', '.')  # 11: no factor in common with 12
 DASHES = ('--', '-', '-.', ':')
+WIDEST, THINNEST = 2.0, 0.9  # points: the lines of the first arm and of the last
 DIVERGED = {'marker': 'x', 'color': '#D00000', 'linestyle': 'none', 'zorder': 4}
-WIDE = 7.0  # inches: a text width
+WIDE, COLUMN = 7.0, 3.5  # inches: a text and a column width, at which no letter is smaller than 7 points
+SUFFIXES = ('png', 'svg', 'pdf', 'csv')  # of every figure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,23 +57,49 @@ class Panel:
   wide: bool
 
 
-def looks(arms: list[str]) -> dict[str, dict[str, str]]:
-  """Arm -> colour, marker and line style; known arms keep theirs in every figure.
+def looks(arms: Sequence[str]) -> dict[str, dict[str, object]]:
+  """Arm -> colour, marker, line style and width; known arms keep theirs in every figure.
 
-  Past six other arms colours come again, with another marker and another dash.
+  Past twelve other arms colours come again, with another marker and another dash. Lines are drawn in the
+  order of the arms, each thinner than those before it: where they coincide, all of them are seen.
   """
   out, spare = {}, 0
-  for arm in arms:
+  for place, arm in enumerate(arms):
     look = LOOKS.get(arm)
     if look is None:
       turn, k = divmod(spare, len(SPARE_COLOURS))
       look = (SPARE_COLOURS[k], SPARE_MARKERS[spare % len(SPARE_MARKERS)], DASHES[(k + turn) % len(DASHES)])
       spare += 1
-    out[arm] = dict(zip(('color', 'marker', 'linestyle'), look, strict=True))
+    width = WIDEST - (WIDEST - THINNEST) * place / max(1, len(arms) - 1)
+    out[arm] = dict(zip(('color', 'marker', 'linestyle'), look, strict=True)) | {'linewidth': width}
   return out
 
 
-def variant(look: dict[str, str], index: int) -> dict[str, str]:
+def line(look: dict[str, object]) -> dict[str, object]:
+  """The look of an arm's line without markers."""
+  return {name: look[name] for name in ('color', 'linestyle', 'linewidth')}
+
+
+def hollow(look: dict[str, object]) -> dict[str, object]:
+  """The look of an arm's runs: hollow markers without a line, through which those of other arms are seen."""
+  return {'marker': look['marker'], 'color': look['color'], 'linestyle': 'none', 'markerfacecolor': 'none'}
+
+
+def by_arm(table: pd.DataFrame, arms: Sequence[str]) -> Iterator[tuple[str, pd.DataFrame]]:
+  """The rows of each arm, in the order given: that of the plan."""
+  for arm in arms:
+    own = table[table['arm'] == arm]
+    if len(own):
+      yield arm, own
+
+
+def aside(ax: Axes, place: int, count: int, share: float) -> float:
+  """Factor on x of a log axis that sets marks of `count` arms side by side, a share of its length apart."""
+  low, high = ax.get_xlim()
+  return (high / low) ** (share * (place - (count - 1) / 2))
+
+
+def variant(look: dict[str, object], index: int) -> dict[str, object]:
   """The look of an arm's next line in the same axes: another dash, every other one with hollow markers."""
   if not index:
     return look
@@ -82,7 +114,7 @@ def style() -> dict:
 
 
 @contextlib.contextmanager
-def figure(width: float = 4.4, height: float = 3.1, **grid) -> Iterator[tuple[Figure, Axes]]:
+def figure(width: float = COLUMN, height: float = 2.7, **grid) -> Iterator[tuple[Figure, Axes]]:
   """A figure in the project's style with its axes (an array of them if `grid` asks for several)."""
   with matplotlib.rc_context(style()):
     fig = Figure(figsize=(width, height))
@@ -90,13 +122,14 @@ def figure(width: float = 4.4, height: float = 3.1, **grid) -> Iterator[tuple[Fi
 
 
 def save(drawing: Drawing, folder: Path, name: str) -> Panel:
-  """Writes name.png, name.svg and name.csv."""
+  """Writes name.png, name.svg, name.pdf and name.csv."""
   folder.mkdir(parents=True, exist_ok=True)
   fig = drawing.fig
   with matplotlib.rc_context(style()):
     write_png(fig, folder / f'{name}.png')
     fig.set_layout_engine('none')  # the first save has laid the figure out
     fig.savefig(folder / f'{name}.svg', metadata={'Date': None})
+    fig.savefig(folder / f'{name}.pdf', metadata={'CreationDate': None})
   drawing.table.to_csv(folder / f'{name}.csv', index=False)
   return Panel(name, drawing.caption, fig.get_figwidth() >= WIDE)
 
@@ -141,11 +174,15 @@ def legend(fig: Figure, *axes: Axes) -> None:
   handles = {label: handle for handle, label in reversed(entries)}
   labels = list(dict.fromkeys(label for _, label in entries))
   if labels:
-    # 13 characters to the inch at this size, and 4 for each line sample.
-    fitting = int(13 * fig.get_figwidth() // (max(map(len, labels)) + 4))
+    # 17 characters to the inch at this size, and 6 for each line sample.
+    fitting = int(17 * fig.get_figwidth() // (max(map(len, labels)) + 6))
     columns = max(1, min(len(labels), fitting))
-    shown = [handles[label] for label in labels]
-    fig.legend(shown, labels, loc='outside upper left', ncols=columns, fontsize=7.5)
+    fig.legend([handles[label] for label in labels], labels, loc='outside upper left', ncols=columns)
+
+
+def explain(ax: Axes, label: str, **look: object) -> Line2D:
+  """An entry of the legend for a mark that is drawn otherwise, or that several arms share."""
+  return ax.plot([], [], **{'color': '#555555', 'linestyle': 'none'} | look, label=label)[0]
 
 
 @contextlib.contextmanager

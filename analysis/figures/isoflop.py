@@ -12,10 +12,12 @@ from ..conventions import PARAMS
 from ..minima import Minimum
 from ..optima import Optimum
 from ..study import Study
-from .draw import WIDE, Drawing, figure, legend, log_axis, looks, panels
+from . import grids
+from .draw import WIDE, Drawing, explain, figure, legend, line, log_axis, looks, panels
 
 NO_BUDGET = 'no arm has three sizes at one compute budget (within 5 %).'
 MARKERS = ('o', 's', '^', 'D', 'v', 'P', 'X')
+EDGE = {'mec': 'black', 'mew': 0.7, 'zorder': 4}
 STARS = {'parabola': {'marker': '*', 'ms': 9}, 'akima': {'marker': 'X', 'ms': 7}}
 
 
@@ -33,8 +35,10 @@ def _budget_looks(budgets: list[float]) -> dict[float, dict]:
   return out
 
 
-def isoflop_panels(s: Study) -> Drawing | str:
+def isoflop_panels(s: Study) -> Drawing | str | None:
   """Loss against N at equal FLOPs, one panel per arm, with the minima of both methods inside the grid."""
+  if not grids.budgets(s):
+    return None
   parabola, akima = (
     {o.arm: o for o in s.optima if (o.name, o.method) == ('N*', method)} for method in ('parabola', 'akima')
   )
@@ -43,7 +47,9 @@ def isoflop_panels(s: Study) -> Drawing | str:
   column, rows = f'params_{s.params}', []
   look = _budget_looks([c for o in parabola.values() for c, _ in o.budgets])
   with panels(len(parabola), 2.8) as (fig, axes):
-    for ax, (arm, o) in zip(axes, parabola.items(), strict=True):
+    for ax, (arm, o) in zip(
+      axes, sorted(parabola.items(), key=lambda item: s.arms.index(item[0])), strict=True
+    ):
       own = s.grid[s.grid['arm'] == arm].rename(columns={column: 'params', 'validation_loss': 'loss'})
       others = dict(akima[arm].budgets) if arm in akima else {}
       for c, m in o.budgets:
@@ -56,6 +62,9 @@ def isoflop_panels(s: Study) -> Drawing | str:
     for ax in axes:
       ax.set_ylim(low, high)
     axes[0].set_ylabel('validation loss (nats per token)')
+    explain(axes[0], 'parabola', linestyle='-', linewidth=0.9)
+    for method, star in STARS.items():
+      explain(axes[0], f'minimum, {method}', **star, **EDGE)
     legend(fig, *axes)
   caption = (
     'IsoFLOP panels: loss against size at equal training FLOPs. Lines: parabolas; stars: their minima inside '
@@ -76,8 +85,7 @@ def _draw_budget(ax: Axes, near: pd.DataFrame, minima: dict[str, Minimum | None]
     best = {'params': None if m.log_x is None else np.exp(m.log_x), 'loss': m.loss}
     rows.append({'kind': 'minimum', 'method': method} | best | {'problem': m.problem})
     if m.log_x is not None:
-      edge = {'color': look['color'], 'mec': 'black', 'mew': 0.7, 'zorder': 4}
-      ax.plot(best['params'], best['loss'], **STARS[method], **edge)
+      ax.plot(best['params'], best['loss'], **STARS[method], **EDGE, color=look['color'])
   rows += [{'kind': 'run'} | run for run in near[['run_id', 'seed', 'params', 'loss']].to_dict('records')]
   rows += [
     {'kind': 'curve', 'method': 'parabola', 'params': a, 'loss': b}
@@ -86,9 +94,11 @@ def _draw_budget(ax: Axes, near: pd.DataFrame, minima: dict[str, Minimum | None]
   return rows
 
 
-def optimal_sizes(s: Study) -> Drawing | str:
+def optimal_sizes(s: Study) -> Drawing | str | None:
   """N*(C) and D*(C) of each arm: the minima of the IsoFLOP curves and a power law through them."""
-  shown = [o for o in s.optima if o.inside]
+  if not grids.budgets(s):
+    return None
+  shown = sorted((o for o in s.optima if o.inside), key=lambda o: s.arms.index(o.arm))
   if not shown:
     return f'N*(C) and D*(C): {NO_BUDGET}'
   style, rows, words = looks(s.arms), [], []
@@ -102,6 +112,9 @@ def optimal_sizes(s: Study) -> Drawing | str:
           words.append(f'{o.arm}, {o.method}: {name} ~ C^{o.law.exponent:.2f}{ends}.')
       log_axis(ax, 'training FLOPs')
       log_axis(ax, f'{name}: {label}', 'y')
+    explain(axes[0], 'minimum, parabola', marker='o')
+    explain(axes[0], 'minimum, akima', marker='o', markerfacecolor='none')
+    explain(axes[0], 'power law', linestyle='-')
     legend(fig, *axes)
   caption = (
     'Best size and token count at each compute budget, with power laws through the minima of the parabolas '
@@ -121,6 +134,6 @@ def _draw_optima(ax: Axes, o: Optimum, look: dict[str, str]) -> list[dict]:
     row |= {'coefficient': np.exp(o.law.log_coefficient), 'exponent': o.law.exponent}
     row |= {'low': o.law.low, 'high': o.law.high}
     if filled:
-      line = np.exp(o.law.log_coefficient + o.law.exponent * np.log(c))
-      ax.plot(c, line, linestyle=look['linestyle'], color=look['color'])
+      fitted = np.exp(o.law.log_coefficient + o.law.exponent * np.log(c))
+      ax.plot(c, fitted, **line(look))
   return [row | {'flops': b, 'value': x} for b, x in o.inside]

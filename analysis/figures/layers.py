@@ -11,7 +11,8 @@ from matplotlib.axes import Axes
 
 from ..layers import MATRICES
 from ..study import Study
-from .draw import WIDE, Drawing, figure, legend, log_axis, looks
+from . import grids
+from .draw import DIVERGED, WIDE, Drawing, by_arm, explain, figure, legend, log_axis, looks
 from .training import place
 
 LABELS = {
@@ -22,8 +23,10 @@ LABELS = {
 }
 
 
-def gains(s: Study) -> Drawing | str:
+def gains(s: Study) -> Drawing | str | None:
   """mHC Fig. 3 and 7: single and composite gains, forward and backward; mean over seeds."""
+  if not grids.streams(s):
+    return None
   if s.gains.empty:
     return 'Gains by sublayer: no run logged diagnostics.'
   with figure(WIDE, 5.0, nrows=2, ncols=2) as (fig, axes):
@@ -31,6 +34,9 @@ def gains(s: Study) -> Drawing | str:
       own = s.gains[s.gains['gain'] == name]
       if len(own):
         _draw_gain(ax, own, looks(s.arms), label)
+    if (s.gains['state'] == 'diverged').any():
+      explain(axes.flat[0], 'a run diverged', **DIVERGED | {'markersize': 7})
+    explain(axes.flat[0], 'gain 1', linestyle='--', linewidth=0.8)
     legend(fig, *axes.flat)
   caption = (
     'Amax gains of H_res by sublayer l, single (top) and of the product of sublayers 1 to l (bottom), '
@@ -41,12 +47,12 @@ def gains(s: Study) -> Drawing | str:
 
 
 def _draw_gain(ax: Axes, table: pd.DataFrame, style: dict[str, dict], label: str) -> None:
-  for arm, own in table.groupby('arm', sort=False):
+  for arm, own in by_arm(table, list(style)):
     mean = own.groupby('sublayer')['value'].mean()
-    ax.plot(mean.index, mean, **style[arm], label=arm, ms=3)
+    ax.plot(mean.index, mean, **style[arm], markerfacecolor='none', label=arm)
     if (own['state'] == 'diverged').any():
-      ax.plot(mean.index[-1:], mean[-1:], 'x', color='#D00000', ms=7)
-  ax.axhline(1, color='#7F7F7F', lw=0.8, ls='--')
+      ax.plot(mean.index[-1:], mean[-1:], **DIVERGED, ms=7)
+  ax.axhline(1, color='#555555', lw=0.8, ls='--')
   low, high = table['value'].min(), table['value'].max()
   if high > 10 * max(low, 1e-30):
     log_axis(ax, '', 'y')
@@ -55,17 +61,19 @@ def _draw_gain(ax: Axes, table: pd.DataFrame, style: dict[str, dict], label: str
   ax.set(xlabel='sublayer (attention, feed-forward, ...)', ylabel=label)
 
 
-def heat_maps(s: Study) -> Drawing | str:
+def heat_maps(s: Study) -> Drawing | str | None:
   """mHC Fig. 8: token-mean H_res of the first, middle and last sublayer, single and composite.
 
   Row sums are written at the right, column sums below.
   """
+  if not grids.streams(s):
+    return None
   if not s.matrices:
     return 'Heat maps of H_res: no run of several streams logged diagnostics/res_mean.'
   rows, count = [], len(s.matrices)
   with figure(WIDE, 1.3 * count + 0.2, nrows=count, ncols=6, squeeze=False) as (fig, axes):
     for line, (arm, run_id, stacks) in zip(axes, s.matrices, strict=True):
-      line[0].set_ylabel(textwrap.fill(arm.replace('_', ' '), 14), fontsize=6.5)
+      line[0].set_ylabel(textwrap.fill(arm.replace('_', ' '), 14), fontsize=7)
       for k, name in enumerate(MATRICES):
         stack = stacks.get(name)
         for j, ax in enumerate(line[3 * k : 3 * k + 3]):
@@ -89,19 +97,24 @@ def heat_maps(s: Study) -> Drawing | str:
 def _heat(ax: Axes, matrix: np.ndarray, title: str) -> None:
   limit = max(1.0, float(np.nanmax(np.abs(matrix))))
   ax.imshow(matrix, cmap='RdBu_r', vmin=-limit, vmax=limit)
-  ax.set_title(title, fontsize=6.5)
+  ax.set_title(title, fontsize=7)
   ax.set(xticks=[], yticks=[])
   ax.grid(visible=False)
   n = len(matrix)
   for k in range(n):
-    ax.text(n - 0.4, k, _short(matrix[k].sum()), fontsize=5, va='center')
-    ax.text(k, n - 0.1, _short(matrix[:, k].sum()), fontsize=5, ha='center', va='center')
+    ax.text(n - 0.4, k, _short(matrix[k].sum()), fontsize=7, va='center')
+    ax.text(k, n - 0.05, _short(matrix[:, k].sum()), fontsize=7, ha='center', va='center')
     if n <= 4:
       for j in range(n):
         ink = 'white' if abs(matrix[k, j]) > 0.6 * limit else 'black'
-        ax.text(j, k, _short(matrix[k, j]), fontsize=4.5, ha='center', va='center', color=ink)
+        ax.text(j, k, _short(matrix[k, j]), fontsize=7, ha='center', va='center', color=ink)
 
 
 def _short(value: float) -> str:
-  """At most five characters."""
-  return f'{value:.2f}' if abs(value) < 9.995 else f'{value:.0f}' if abs(value) < 9999 else f'{value:.0e}'
+  """At most four characters and a sign: .25, 1.0, 31, 4e4."""
+  size = abs(value)
+  if size < 0.995:
+    return f'{value:.2f}'.replace('0.', '.')
+  return (
+    f'{value:.1f}' if size < 9.95 else f'{value:.0f}' if size < 999 else f'{value:.0e}'.replace('e+0', 'e')
+  )

@@ -10,13 +10,16 @@ from matplotlib.axes import Axes
 from ..conventions import PARAMS
 from ..rates import RateSweep
 from ..study import Study
-from .draw import DASHES, DIVERGED, Drawing, legend, log_axis, looks, panels, variant
+from . import grids
+from .draw import DASHES, DIVERGED, Drawing, explain, legend, log_axis, looks, panels, variant
 
 ABSENT = 'no arm has ended at three rates of one size.'
 
 
-def learning_rates(s: Study) -> Drawing | str:
+def learning_rates(s: Study) -> Drawing | str | None:
   """Final loss against learning rate, one panel per size, with each arm's interpolated optimum."""
+  if not grids.rates(s):
+    return None
   if not s.rates:
     return f'Loss against learning rate: {ABSENT}'
   style, rows = looks(s.arms), []
@@ -24,7 +27,7 @@ def learning_rates(s: Study) -> Drawing | str:
   with panels(len(sizes)) as (fig, axes):
     for ax, size in zip(axes, sizes, strict=True):
       arms: list[str] = []
-      for r in (r for r in s.rates if r.size == size):
+      for r in _by_plan(s, [r for r in s.rates if r.size == size]):
         look = variant(style[r.arm], arms.count(r.arm))
         arms.append(r.arm)
         label = f'{r.arm}, {r.budget}' if r.budget else r.arm
@@ -34,7 +37,10 @@ def learning_rates(s: Study) -> Drawing | str:
           rows.append({'kind': 'optimum', 'arm': r.arm, 'size': size, 'budget': r.budget, 'lr': r.best})
       ax.set_title(size)
       log_axis(ax, 'learning rate')
+    _share_y(axes)
     axes[0].set_ylabel('validation loss (nats per token)')
+    explain(axes[0], 'interpolated optimum', linestyle=':', linewidth=0.9)
+    _explain_crosses(axes[0], s)
     legend(fig, *axes)
   caption = (
     'Final loss against learning rate (of the base size) by width x depth, mean over the seeds that '
@@ -43,25 +49,43 @@ def learning_rates(s: Study) -> Drawing | str:
   return Drawing(fig, caption, pd.DataFrame(rows))
 
 
+def _by_plan(s: Study, sweeps: list[RateSweep]) -> list[RateSweep]:
+  return sorted(sweeps, key=lambda r: s.arms.index(r.arm))
+
+
+def _share_y(axes: list[Axes]) -> None:
+  """One range of losses in all panels: their heights compare."""
+  low, high = min(ax.get_ylim()[0] for ax in axes), max(ax.get_ylim()[1] for ax in axes)
+  for ax in axes:
+    ax.set_ylim(low, high)
+
+
+def _explain_crosses(ax: Axes, s: Study) -> None:
+  if any((r.rows['state'] == 'diverged').any() for r in s.rates):
+    explain(ax, 'a run diverged', **DIVERGED)
+
+
 def _draw(ax: Axes, r: RateSweep, look: dict[str, str], label: str | None) -> list[dict]:
   """A line of mean losses, with crosses below where runs diverged; returns the runs."""
   mean = r.rows.groupby('lr')['validation_loss'].mean().dropna()
-  ax.plot(mean.index, mean, **look, label=label, ms=3.5)
+  ax.plot(mean.index, mean, **{'markerfacecolor': 'none'} | look, label=label, ms=3.5)
   lost = r.rows.loc[r.rows['state'] == 'diverged', 'lr']
   ax.plot(lost, np.full(len(lost), 0.97), **DIVERGED, transform=ax.get_xaxis_transform())
   rows = r.rows.reindex(columns=['arm', 'size', 'run_id', 'seed', 'lr', 'state', 'validation_loss'])
   return rows.assign(kind='run', budget=r.budget).to_dict('records')
 
 
-def rate_sensitivity(s: Study) -> Drawing | str:
+def rate_sensitivity(s: Study) -> Drawing | str | None:
   """Per arm a line for each size, and the sensitivity of every arm against N."""
+  if not grids.rates(s):
+    return None
   if not s.rates:
     return f'Sensitivity to the learning rate: {ABSENT}'
   style, rows = looks(s.arms), []
-  arms = list(dict.fromkeys(r.arm for r in s.rates))
-  grids = list(dict.fromkeys((r.size, r.budget) for r in s.rates))
+  arms = list(dict.fromkeys(r.arm for r in _by_plan(s, s.rates)))
+  tried = list(dict.fromkeys((r.size, r.budget) for r in s.rates))
   cues = {
-    grid: {'marker': 'os^Dv<>p'[k % 8], 'linestyle': DASHES[k % len(DASHES)]} for k, grid in enumerate(grids)
+    at: {'marker': 'os^Dv<>p'[k % 8], 'linestyle': DASHES[k % len(DASHES)]} for k, at in enumerate(tried)
   }
   with panels(len(arms) + 1) as (fig, axes):
     for ax, arm in zip(axes, arms, strict=False):
@@ -82,9 +106,11 @@ def rate_sensitivity(s: Study) -> Drawing | str:
         }
         for r in own
       ]
-    for grid, cue in cues.items():  # the sizes look alike in every panel
-      axes[0].plot([], [], **cue, ms=3.5, color='#555555', label=', '.join(filter(None, grid)))
+    for size, cue in cues.items():  # the sizes look alike in every panel
+      axes[0].plot([], [], **cue, ms=3.5, color='#555555', label=', '.join(filter(None, size)))
     log_axis(axes[-1], PARAMS[s.params].split(' (')[0])
+    _share_y(axes[:-1])
+    _explain_crosses(axes[0], s)
     axes[-1].set_ylabel('sensitivity (nats)')
     axes[0].set_ylabel('validation loss')
     legend(fig, axes[0], axes[-1])

@@ -11,7 +11,8 @@ from ..conventions import AXIS_LABEL
 from ..fitting.laws import LAWS
 from ..ranks import RankSweep, exponent_words
 from ..study import Study
-from .draw import Drawing, figure, legend, looks, variant
+from . import grids
+from .draw import Drawing, by_arm, explain, figure, legend, looks, variant
 
 
 def _plain_log2(ax: Axes, values: list) -> None:
@@ -23,16 +24,18 @@ def _plain_log2(ax: Axes, values: list) -> None:
   ax.xaxis.set_minor_formatter(NullFormatter())
 
 
-def _shape_plot(s: Study, name: str, other: str) -> Drawing | str:
+def _shape_plot(s: Study, name: str, other: str) -> Drawing | str | None:
   runs = s.grid
+  if not grids.several(s, name):
+    return None
   if not len(runs) or runs[name].nunique() < 2:
     return f'Loss against {name}: the finished runs have one {name}.'
   style, rows = looks(s.arms), []
   with figure() as (fig, ax):
-    for arm, own in runs.groupby('arm', sort=False):
+    for arm, own in by_arm(runs, s.arms):
       for (fixed, _), line in own.groupby([other, 'duration']):
         mean = line.groupby(name)['validation_loss'].mean()
-        ax.plot(mean.index, mean, **style[arm], lw=1.0, label=arm)
+        ax.plot(mean.index, mean, **style[arm], markerfacecolor='none', label=arm)
         if arm == s.reference and runs[other].nunique() > 1:
           at = (mean.index[-1], mean.iloc[-1])
           small = {'xytext': (5, 2), 'textcoords': 'offset points', 'fontsize': 7, 'color': '#444444'}
@@ -65,18 +68,20 @@ def _exponent(s: Study, covariate: str) -> tuple[dict[str, object], str]:
   return {'problem': reason}, f'No exponent{tried}: {reason[:1].lower()}{reason[1:]}.'
 
 
-def loss_vs_width(s: Study) -> Drawing | str:
+def loss_vs_width(s: Study) -> Drawing | str | None:
   """Loss against model width, lines at equal depth."""
   return _shape_plot(s, 'width', 'depth')
 
 
-def loss_vs_depth(s: Study) -> Drawing | str:
+def loss_vs_depth(s: Study) -> Drawing | str | None:
   """Loss against model depth, lines at equal width."""
   return _shape_plot(s, 'depth', 'width')
 
 
-def rank_plot(s: Study, axis: str) -> Drawing | str:
+def rank_plot(s: Study, axis: str) -> Drawing | str | None:
   """Loss against one manifold rank, with the full-rank and residual models as levels."""
+  if not grids.axis(s, axis):
+    return None
   sweeps = [r for r in s.ranks if r.axis == axis]
   if not sweeps:
     return f'Loss against the {AXIS_LABEL[axis]}: fewer than two values have finished.'
@@ -86,6 +91,8 @@ def rank_plot(s: Study, axis: str) -> Drawing | str:
       look = variant(style[r.arm], seen.count(r.arm))
       seen.append(r.arm)
       rows += _draw_rank(ax, s, r, look)
+    if s.seed_spread is not None:
+      explain(ax, 'one standard error', marker='|', markersize=9)
     _plain_log2(ax, [v for r in sweeps for v in r.rows['rank']])
     ax.set(xlabel=AXIS_LABEL[axis], ylabel='validation loss (nats per token)')
     legend(fig, ax)

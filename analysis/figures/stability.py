@@ -4,7 +4,8 @@ Where: Study -> here -> catalogue.py, for sweeps like experiments/stability.py.
 """
 
 from ..study import Study
-from .draw import WIDE, Drawing, figure, legend, log_axis, looks
+from . import grids
+from .draw import WIDE, Drawing, by_arm, figure, legend, log_axis, looks
 
 LABELS = {
   'diverged': 'share diverged',
@@ -14,9 +15,11 @@ LABELS = {
 }
 
 
-def stability_panels(s: Study) -> Drawing | str:
+def stability_panels(s: Study) -> Drawing | str | None:
   """Each measure (rows) against learning rate at each depth (columns); mean over seeds."""
   mean = s.stability.means
+  if not (grids.several(s, 'depth', ('arm',)) and grids.several(s, 'lr', ('arm', 'depth'))):
+    return None
   if mean.empty:
     return 'Stability: no arm has ended at two depths and two learning rates.'
   depths, style = sorted(mean['depth'].unique()), looks(s.arms)
@@ -25,9 +28,9 @@ def stability_panels(s: Study) -> Drawing | str:
   with figure(WIDE, 1.7 * len(shown) + 0.4, **size) as (fig, axes):
     for row, (name, label) in zip(axes, shown.items(), strict=True):
       for ax, depth in zip(row, depths, strict=True):
-        for arm, own in mean[mean['depth'] == depth].groupby('arm', sort=False):
+        for arm, own in by_arm(mean[mean['depth'] == depth], s.arms):
           own = own.sort_values('lr')
-          ax.plot(own['lr'], own[name], **style[arm], ms=3.5, label=arm)
+          ax.plot(own['lr'], own[name], **style[arm], markerfacecolor='none', label=arm)
         ax.set_xscale('log')
       row[0].set_ylabel(label)
       if name in ('gradient_norm', 'composite_gain'):

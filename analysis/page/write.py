@@ -6,6 +6,7 @@ study.py. page.html is the frame; <key>.html has the words and tables of that se
 
 import base64
 import json
+import re
 from pathlib import Path
 
 import jinja2
@@ -13,8 +14,9 @@ import markupsafe
 
 from ..conventions import PARAMS
 from ..figures.catalogue import SECTIONS, draw_all
-from ..figures.draw import Panel, looks
+from ..figures.draw import SUFFIXES, Panel, looks
 from ..fitting.identify import RULES
+from ..needs import shown
 from ..runs import curve, flat
 from ..study import Study, fits_json
 from . import words
@@ -25,6 +27,7 @@ METRICS = {
   'validation/loss': 'validation loss',
   'train/grad_norm': 'gradient norm',
 }
+LEADS = ('loss_vs_flops', 'paper_gap_flops')
 MOST_POINTS = 150  # per curve in the page; the files of the run hold all of them
 DASH = {'-': [], '--': [7, 4], '-.': [7, 3, 2, 3], ':': [2, 3]}  # pixels on and off
 INTERNAL = ['cluster', 'paired', 'best_rate', 'on_grid', 'variant']  # columns that results.csv does without
@@ -38,7 +41,7 @@ def write_report(s: Study, folder: Path, command: str) -> tuple[int, list[str]]:
   folder.mkdir(exist_ok=True)
   # Nothing of an earlier report may outlive the runs that it shows.
   for old in folder.iterdir():
-    if old.suffix in ('.png', '.svg', '.csv', '.json', '.html'):
+    if old.suffix[1:] in (*SUFFIXES, 'json', 'html'):
       old.unlink()
   s.table.drop(columns=INTERNAL).to_csv(s.sweep.folder / 'results.csv', index=False)
   (folder / 'fits.json').write_text(json.dumps(fits_json(s), indent=1) + '\n')
@@ -48,22 +51,29 @@ def write_report(s: Study, folder: Path, command: str) -> tuple[int, list[str]]:
 
 
 def page(s: Study, panels: dict[str, list[Panel]], absent: list[str], folder: Path, command: str) -> str:
-  """All drawn figures by section, and what the templates say; a section of neither is left out."""
+  """All drawn figures, each once, and what the templates say; a section of neither is left out."""
   templates = _templates()
   templates.globals |= {'s': s, 'absent': absent, 'command': command}
   templates.globals |= {'curves': _curves(s)} | _fields(s)
-  sections = []
+  lead, sections = _lead(s, panels), []
   for section in SECTIONS:
-    drawn, body = panels.get(section.key, []), ''
+    drawn = [panel for panel in panels.get(section.key, []) if panel != lead]
+    body = ''
     if (HERE / f'{section.key}.html').is_file():
       body = markupsafe.Markup(templates.get_template(f'{section.key}.html').render().strip())
     if drawn or body:
       title = section.title.format(reference=s.reference or 'the reference')
-      sections.append(
-        {'key': section.key, 'title': title, 'intro': section.intro, 'panels': drawn, 'body': body}
-      )
+      sections.append(vars(section) | {'title': title, 'panels': drawn, 'body': body})
   images = {panel.name: _image(folder / f'{panel.name}.svg') for drawn in panels.values() for panel in drawn}
-  return templates.get_template('page.html').render(sections=sections, images=images) + '\n'
+  first = {'question': words.question(s), 'evidence': words.evidence(s), 'lead': lead}
+  return templates.get_template('page.html').render(sections=sections, images=images, **first) + '\n'
+
+
+def _lead(s: Study, panels: dict[str, list[Panel]]) -> Panel | None:
+  """The figure of the first screen, which answers the question: the law, or the gap where there is none."""
+  drawn = {panel.name: panel for some in panels.values() for panel in some}
+  names = LEADS if s.fit else LEADS[::-1]
+  return next((drawn[name] for name in names if name in drawn), None)
 
 
 def _templates() -> jinja2.Environment:
@@ -78,9 +88,14 @@ def _templates() -> jinja2.Environment:
   out.policies['json.dumps_kwargs'] = {}  # keeps the order of keys
   filters = (words.number, words.loss, words.big, words.whole, words.percent, words.known)
   out.filters |= {function.__name__: function for function in filters}
-  out.globals |= {'words': words, 'PARAMS': PARAMS, 'RULES': RULES}
-  out.globals['asset'] = lambda name: markupsafe.Markup((HERE / name).read_text())
+  out.globals |= {'words': words, 'shown': shown, 'PARAMS': PARAMS, 'RULES': RULES}
+  out.globals['asset'] = _asset
   return out
+
+
+def _asset(name: str) -> markupsafe.Markup:
+  """A file of this folder for a script or style element, which its text cannot end."""
+  return markupsafe.Markup(re.sub(r'</(?=script|style)', r'<\\/', (HERE / name).read_text(), flags=re.I))
 
 
 def _image(path: Path) -> str:
@@ -100,7 +115,7 @@ def _fields(s: Study) -> dict[str, dict]:
 
 
 def _curves(s: Study) -> dict[str, object]:
-  """What curves.js draws: every run that logged curves, thinned."""
+  """What curves.js draws: every run that logged curves, thinned; shown first: the largest size."""
   runs = []
   for _, row in s.table[s.table['axis'].isna()].iterrows():
     run = s.sweep.runs[row['run_id']]
@@ -121,5 +136,9 @@ def _curves(s: Study) -> dict[str, object]:
       y = dict(zip(*curve(run, metric), strict=True))
       one[metric] = [float(f'{y[x[k]]:.5g}') if x[k] in y else None for k in keep]
     runs.append(one)
-  arms = {arm: (look['color'], DASH[look['linestyle']]) for arm, look in looks(s.arms).items()}
-  return {'metrics': METRICS, 'arms': arms, 'runs': runs}
+  arms = {
+    arm: (look['color'], DASH[look['linestyle']], look['linewidth']) for arm, look in looks(s.arms).items()
+  }
+  sizes = {'all': 'all'} | {run['size']: run['size'] for run in runs}
+  largest = s.largest['size'].iloc[0] if len(s.largest) else 'all'
+  return {'metrics': METRICS, 'arms': arms, 'sizes': sizes, 'size': largest, 'runs': runs}
