@@ -32,57 +32,106 @@ class Gap:
     return float(np.exp(self.log_flops))
 
 
+DIFFERS = 0.05  # p-value below which spreads differ by arm, or with compute
+SLOPE_FREEDOM = 4  # degrees of freedom below which a trend of the spread is not tried
+
+
 @dataclasses.dataclass(frozen=True)
-class Spread:
-  """Standard deviation of paired differences and ratios at one size, with its freedom."""
+class Pairs:
+  """Paired losses (own, other) of the seeds of one arm at one size, with its log FLOPs."""
 
-  difference: float
-  ratio: float
-  freedom: int
+  arm: str
+  log_flops: float
+  losses: tuple[np.ndarray, np.ndarray]
+
+  @property
+  def freedom(self) -> int:
+    return len(self.losses[0]) - 1
 
 
-def pooled_spread(groups: list[tuple[np.ndarray, np.ndarray]]) -> Spread | None:
-  """Pools the within-group variance of own - other and own / other over groups of paired losses.
+def spreads(groups: list[Pairs], values: list[np.ndarray]) -> list[tuple[float, float]] | None:
+  """(standard deviation, its degrees of freedom) of a paired value in each group; None without two seeds anywhere.
 
-  A group is one arm at one size: its seeds. None when no group has two seeds.
+  One spread for all, unless the data tell that it differs by arm (one may depend on rounding) or with compute:
+  a gamma regression of the groups' variances, with the terms that a likelihood ratio finds at DIFFERS.
   """
-  freedom = sum(len(own) - 1 for own, _ in groups)
-  if not freedom:
+  freedom_G = np.array([g.freedom for g in groups], float)
+  if not freedom_G.sum():
     return None
+  square_G = np.array([((v - v.mean()) ** 2).sum() for v in values])
+  pooled = square_G.sum() / freedom_G.sum()
+  square_G = np.maximum(square_G, 1e-4 * pooled * freedom_G)  # equal to all digits is luck, not exactness
+  log_c_G = np.array([g.log_flops for g in groups])
+  arm_G = np.array([g.arm for g in groups])
+  told = [arm for arm in dict.fromkeys(arm_G.tolist()) if freedom_G[arm_G == arm].sum() > 0]
+  arms_GA = np.stack([arm_G == arm for arm in told[1:]] or [np.zeros(len(groups))], 1).astype(float)
+  terms = {'arm': arms_GA} if len(told) > 1 else {}
+  if np.ptp(log_c_G[freedom_G > 0]) > 0 and freedom_G.sum() >= SLOPE_FREEDOM:
+    terms['compute'] = (log_c_G - log_c_G.mean())[:, None]
+  own = {arm: freedom_G[arm_G == arm].sum() for arm in told}
+  # Bartlett's correction: with few degrees of freedom to an arm the ratio is too large.
+  bartlett = 1 + (sum(1 / f for f in own.values()) - 1 / freedom_G.sum()) / (3 * max(len(told) - 1, 1))
+  basis_GK, chosen = np.ones((len(groups), 1)), []
+  best, variance_G = _variances(square_G, freedom_G, basis_GK)
+  while terms:
+    tried = {k: _variances(square_G, freedom_G, np.hstack([basis_GK, x])) for k, x in terms.items()}
+    p_values = {
+      k: stats.chi2.sf(2 * (tried[k][0] - best) / (bartlett if k == 'arm' else 1.0), x.shape[1])
+      for k, x in terms.items()
+    }
+    name = min(p_values, key=p_values.get)
+    if p_values[name] > DIFFERS:
+      break
+    basis_GK, (best, variance_G) = np.hstack([basis_GK, terms.pop(name)]), tried[name]
+    chosen.append(name)
+  # A log variance with error v is worth 2 / v degrees of freedom: fewer for an arm of its own, and at the ends.
+  half_GK = np.sqrt(freedom_G / 2)[:, None] * basis_GK
+  error_G = np.einsum('gk,kl,gl->g', basis_GK, np.linalg.pinv(half_GK.T @ half_GK), basis_GK)
+  free_G = np.maximum(2 / error_G, 1.0)
+  if 'arm' in chosen:  # an arm without repeats has the spread of all
+    alone_G = ~np.isin(arm_G, told)
+    variance_G, free_G = np.where(alone_G, pooled, variance_G), np.where(alone_G, freedom_G.sum(), free_G)
+  return list(zip(np.sqrt(variance_G).tolist(), free_G.tolist(), strict=True))
 
-  def deviation(values: list[np.ndarray]) -> float:
-    return float(np.sqrt(sum(((v - v.mean()) ** 2).sum() for v in values) / freedom))
 
-  return Spread(
-    deviation([own - other for own, other in groups]),
-    deviation([own / other for own, other in groups]),
-    freedom,
-  )
+def _variances(
+  square_G: np.ndarray, freedom_G: np.ndarray, basis_GK: np.ndarray
+) -> tuple[float, np.ndarray]:
+  """(log likelihood, variance of each group), log variance linear in the basis, of sums of squares."""
+  gamma_K = np.zeros(basis_GK.shape[1])
+  gamma_K[0] = np.log(max(square_G.sum() / freedom_G.sum(), 1e-300))
+  root_G1 = np.sqrt(freedom_G / 2)[:, None]
+  mean_G = square_G / np.maximum(freedom_G, 1)
+  for _ in range(100):
+    variance_G = np.exp(np.clip(basis_GK @ gamma_K, -200, 200))
+    ratio_G = mean_G / np.maximum(variance_G, 1e-300)
+    step_K = np.linalg.lstsq(root_G1 * basis_GK, root_G1[:, 0] * (ratio_G - 1))[0]
+    gamma_K = gamma_K + np.clip(step_K, -2, 2)
+    if np.abs(step_K).max() < 1e-8:
+      break
+  return -0.5 * float(freedom_G @ (np.log(np.maximum(variance_G, 1e-300)) + ratio_G)), variance_G
 
 
 def paired_gap(
-  arm: str,
+  pairs: Pairs,
   size: str,
-  losses: tuple[np.ndarray, np.ndarray],
-  flops: np.ndarray,
   costs: tuple[np.ndarray, np.ndarray],
-  spread: Spread | None,
+  spread: tuple[tuple[float, float], tuple[float, float]] | None,
   level: float = LEVEL,
 ) -> Gap:
-  """Gap of one arm at one size from the paired losses (own, other) of its seeds.
+  """Gap of one arm at one size from the paired losses of its seeds.
 
-  The interval is Student's t with the pooled spread; without a spread there is none.
-  costs: (FLOPs, tokens) of the arm over the reference's, per pair.
+  The interval is Student's t with the spreads of difference and ratio (deviation, degrees of freedom); without
+  them there is none. costs: (FLOPs, tokens) of the arm over the reference's, per pair.
   """
-  own, other = losses
+  own, other = pairs.losses
   gap, ratio = float((own - other).mean()), float((own / other).mean())
   ends = [None] * 4
   if spread is not None:
-    quantile = float(stats.t.ppf(0.5 + level / 2, spread.freedom)) / np.sqrt(len(own))
-    ends = [gap - quantile * spread.difference, gap + quantile * spread.difference]
-    ends += [ratio - quantile * spread.ratio, ratio + quantile * spread.ratio]
+    halves = [float(stats.t.ppf(0.5 + level / 2, free)) * sd / np.sqrt(len(own)) for sd, free in spread]
+    ends = [gap - halves[0], gap + halves[0], ratio - halves[1], ratio + halves[1]]
   cost = [float(np.exp(np.log(c).mean())) for c in costs]
-  return Gap(arm, size, float(np.log(flops).mean()), len(own), gap, ratio, *ends, *cost)
+  return Gap(pairs.arm, size, pairs.log_flops, len(own), gap, ratio, *ends, *cost)
 
 
 def seed_spread(grid: pd.DataFrame) -> float | None:
@@ -95,21 +144,21 @@ def seed_spread(grid: pd.DataFrame) -> float | None:
 
 
 def gaps(table: pd.DataFrame, reference: str | None) -> list[Gap]:
-  """Paired gaps to the reference of every arm, smallest size first; the spread of the paired
-  differences is pooled over all arms and sizes, since one arm has too few seeds for its own.
+  """Paired gaps to the reference of every arm, smallest size first; their spread is that of `spreads`, since one
+  arm at one size has too few seeds for its own.
   """
   if reference is None:
     return []
-  groups = []
-  for arm, pairs in pair_up(table, reference).items():
-    groups += [(arm, size, rows) for size, rows in pairs.groupby(['size', 'duration'], sort=False)]
-  losses = [_both(rows, 'validation_loss') for *_, rows in groups]
-  spread = pooled_spread(losses)
-  out = []
-  for (arm, (size, _), rows), loss in zip(groups, losses, strict=True):
-    flops, tokens = _both(rows, 'flops'), _both(rows, 'tokens')
-    costs = (flops[0] / flops[1], tokens[0] / tokens[1])
-    out.append(paired_gap(arm, size, loss, flops[0], costs, spread))
+  groups, rest = [], []
+  for arm, paired in pair_up(table, reference).items():
+    for (size, _), rows in paired.groupby(['size', 'duration'], sort=False):
+      flops, tokens = _both(rows, 'flops'), _both(rows, 'tokens')
+      groups.append(Pairs(arm, float(np.log(flops[0]).mean()), _both(rows, 'validation_loss')))
+      rest.append((size, (flops[0] / flops[1], tokens[0] / tokens[1])))
+  differences = spreads(groups, [g.losses[0] - g.losses[1] for g in groups]) if groups else None
+  ratios = spreads(groups, [g.losses[0] / g.losses[1] for g in groups]) if groups else None
+  known = [None] * len(groups) if differences is None else list(zip(differences, ratios, strict=True))
+  out = [paired_gap(g, *more, spread) for g, more, spread in zip(groups, rest, known, strict=True)]
   return sorted(out, key=lambda g: (g.arm, g.log_flops))
 
 
