@@ -224,6 +224,9 @@ def fit_law(a: argparse.Namespace) -> tuple[dict[str, object], object]:
   asked = [parse_point(text) for text in a.predict]
   fitted = fit(points, law, arms, a.loss, width)
   out = document(fitted, a.resamples, progress=True, seed=a.seed, level=a.level)
+  for name, value in finite(fitted.parameters).items():  # parameters are keys beside the others
+    if out[name] != value and not (out[name] is None and name in out['verdicts']):
+      raise ConfigError(f'--law: {name!r} means something else in the JSON: call the parameter otherwise')
   out['optimum'] = finite(fitted.parameters)  # also where `verdicts` forbids quoting it
   out['excluded'], out['notes'] = excluded, notes + chosen
   out['rollout'] = finite(rollout(fitted, width))
