@@ -229,6 +229,9 @@ def fit_law(a: argparse.Namespace) -> tuple[dict[str, object], object]:
   candidates = nested(fitted, width)
   changes = gains(fitted, candidates)
   out = document(fitted, a.resamples, True, a.seed, a.level, refused(changes))
+  for name, value in finite(fitted.parameters).items():  # parameters are keys beside the others
+    if out[name] != value and not (out[name] is None and name in out['verdicts']):
+      raise ConfigError(f'--law: {name!r} means something else in the JSON: call the parameter otherwise')
   out['gains'] = finite(changes)
   out['optimum'] = finite(fitted.parameters)  # also where `verdicts` forbids quoting it
   out['excluded'], out['notes'] = excluded, notes + chosen + out['notes']

@@ -21,7 +21,8 @@ def classify(table: pd.DataFrame) -> pd.DataFrame:
 
   arm: runs at a rank take that of the grid runs that have their connection. size; cluster: size and seed.
   axis: the rank sweep that a run belongs to, or None. excluded: why it is not in the law, or None. best_rate:
-  runs at the learning rate that stays for their arm, size, rank and budget. on_grid: runs of the grid of
+  runs at the learning rate that stays for their arm, size, rank, budget and seed; rates: how many were tried
+  there, rate_seeds: on how many seeds. on_grid: runs of the grid of
   sizes, however they ended. paired: those that may enter paired gaps, which need no fit.
   """
   known = table['width'].notna() & table['depth'].notna()
@@ -37,13 +38,15 @@ def classify(table: pd.DataFrame) -> pd.DataFrame:
   excluded = pd.Series([_reason(row, home) for _, row in t.iterrows()], t.index, object)
   other_corpus = _other_corpora(t, excluded)
   excluded = excluded.mask(other_corpus.notna(), other_corpus)
-  best_rate, other_rate = _best_rates(t, excluded)
+  best_rate, other_rate, tried = _best_rates(t, excluded)
   excluded = excluded.mask(other_rate.notna(), other_rate)
   paired = excluded.isna()
   small = _small_arms(t[paired])
   return t.assign(
     excluded=excluded.mask(paired, t['arm'].map(small)),
     best_rate=best_rate,
+    rates=tried['rates'],
+    rate_seeds=tried['rate_seeds'],
     on_grid=t['axis'].isna() & t['flops'].notna() & other_corpus.isna() & best_rate,
     paired=paired,
   )
@@ -114,23 +117,64 @@ def _other_corpora(t: pd.DataFrame, excluded: pd.Series) -> pd.Series:
   return reasons
 
 
-def _best_rates(t: pd.DataFrame, excluded: pd.Series) -> tuple[pd.Series, pd.Series]:
-  """Of several learning rates for one arm, size, rank and budget that of lowest mean loss stays.
+def _best_rates(t: pd.DataFrame, excluded: pd.Series) -> tuple[pd.Series, pd.Series, pd.DataFrame]:
+  """Of several learning rates for one arm, size, rank and budget the best stays, chosen for each seed on the others.
 
-  True where it does, and the reason for finished runs where it does not. A diverged run counts as infinitely
-  bad, so that no rate wins by the seeds that survived it.
+  The lowest of noisy losses is too low: a rate chosen on the run that is then compared makes an arm better by
+  chance. With one seed there is no other choice, which `rate_problems` judges. A diverged run counts as
+  infinitely bad, so that no rate wins by the seeds that survived it.
+
+  Returns whether each run stays, the reason for finished runs that do not, and columns `rates` (how many were
+  tried beside the run) and `rate_seeds` (seeds to choose on).
   """
   stays, reasons = pd.Series(True, t.index), pd.Series(None, t.index, object)
+  tried = pd.DataFrame({'rates': 1, 'rate_seeds': 0}, t.index)
   finished = excluded.isna() | (t['axis'].notna() & (t['state'] == 'finished'))
   for _, rows in t.groupby(['arm', 'size', 'duration', *AXIS_FIELD], dropna=False):
-    losses = rate_losses(rows[finished[rows.index] | (rows['state'] == 'diverged')])
-    if len(losses) > 1:
-      worse = rows.index[rows['lr'] != losses.idxmin()]
+    ended = rows[finished[rows.index] | (rows['state'] == 'diverged')]
+    if ended['lr'].nunique() < 2:
+      continue
+    tried.loc[rows.index, ['rates', 'rate_seeds']] = ended['lr'].nunique(), ended['seed'].nunique()
+    for seed, own in rows.groupby('seed', dropna=False):
+      others = ended[ended['seed'] != seed]
+      losses = rate_losses(others if len(others) else ended)
+      losses = losses[losses.index.isin(ended.loc[ended['seed'] == seed, 'lr'])]
+      if losses.empty:
+        continue
+      best = losses.idxmin()
+      worse = own.index[own['lr'] != best]
       stays[worse] = False
-      reasons[worse[finished[worse]]] = (
-        f'learning-rate sweep: lr = {losses.idxmin():g} is better at this size'
-      )
-  return stays, reasons
+      on = 'by its other seeds ' if len(others) else ''
+      reasons[worse[finished[worse]]] = f'learning-rate sweep: lr = {best:g} is better at this size {on}'.strip()
+  return stays, reasons, tried
+
+
+def rate_problems(t: pd.DataFrame, reference: str | None) -> dict[str, str]:
+  """Arm -> why it cannot be compared: its rate was chosen on the compared runs, among more than the reference's."""
+  grid = t[t['paired']]
+  base = grid[grid['arm'] == reference].groupby(['size', 'duration'])['rates'].max()
+  out = {}
+  for arm, own in grid[grid['arm'] != reference].groupby('arm', sort=False):
+    for key, rows in own.groupby(['size', 'duration'], sort=False):
+      ours, theirs = int(rows['rates'].max()), int(base.get(key, 1))
+      if ours != theirs and rows['rate_seeds'].max() < 2 and key in base.index:
+        out[arm] = (
+          f'at {key[0]} its learning rate is the best of {ours} on the one seed compared, that of {reference} of '
+          f'{theirs}: give both as many, or choose on other seeds'
+        )
+        break
+  return out
+
+
+def rate_notes(t: pd.DataFrame) -> list[str]:
+  """How learning rates were chosen, in a sentence per kind; none where every arm has one."""
+  several = t[t['paired'] & (t['rates'] > 1)]
+  out = []
+  for chosen, rows in several.groupby(several['rate_seeds'] > 1):
+    counts = ', '.join(f'{arm} {int(own["rates"].max())}' for arm, own in rows.groupby('arm', sort=False))
+    how = 'for each seed on the other seeds' if chosen else 'on the compared runs themselves, which flatters'
+    out.append(f'learning rates were chosen {how}; tried: {counts}')
+  return out
 
 
 def rate_losses(rows: pd.DataFrame) -> pd.Series:

@@ -39,6 +39,7 @@ def comma(value):
 SAME = {
   'semicolons': PLAIN.replace(',', ';'),
   'tabs': PLAIN.replace(',', '\t'),
+  'bars': PLAIN.replace(',', '|'),
   'decimal commas': cells('{:.0f}'.format, '{:.0f}'.format, comma, ';'),
   'decimal commas, quoted': cells('{:.0f}'.format, '{:.0f}'.format, lambda v: f'"{comma(v)}"'),
   'thousands': cells(lambda v: f'"{v:,.0f}"', lambda v: f'"{v:,.0f}"', repr),

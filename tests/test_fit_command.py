@@ -176,6 +176,8 @@ def test_rows_can_be_picked_and_units_are_checked(tmp_path, capsys):
   [
     (['--law', 'magic'], 'choose from compute, chinchilla'),
     (['--law', 'E + A*N'], 'not ^-exponent'),
+    (['--law', 'E + A*N^-alpha + B*D^-delta'], "'delta' means something else"),
+    (['--law', 'E + A*N^-alpha + loss*D^-beta'], "'loss' means something else"),
     (['--pin', 'E'], 'write it like --pin E=1.69'),
     (['--pin', 'E=low'], "'low' is no number"),
     (['--pin', 'gamma=1'], 'the parameters are E, A, B, alpha, beta'),

@@ -111,12 +111,12 @@ LAWS = {
     ),
     Law(
       'width_depth_params',
-      'L = E + A W^-alpha + B H^-beta + G N^-gamma + K D^-delta',  # McLeish et al. 2502.06857
+      'L = E + A W^-alpha + B H^-beta + G N^-gamma + K D^-kappa',  # McLeish et al. 2502.06857
       (
         Term('A', 'alpha', (('W', 1.0),), 0.25),
         Term('B', 'beta', (('H', 1.0),), 0.25),
         Term('G', 'gamma', (('N', 1.0),), 0.75),  # width^2 x depth
-        Term('K', 'delta', (('D', 1.0),), 0.25),
+        Term('K', 'kappa', (('D', 1.0),), 0.25),
       ),
     ),
     Law(

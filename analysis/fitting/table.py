@@ -16,7 +16,7 @@ import pandas as pd
 
 from mhc_jax.errors import ConfigError
 
-SEPARATORS = {',': 'a comma', ';': 'a semicolon', '\t': 'a tab'}
+SEPARATORS = {',': 'a comma', ';': 'a semicolon', '\t': 'a tab', '|': 'a bar'}
 MARKS = {  # the longer first: UTF-32's begins like UTF-16's
   codecs.BOM_UTF8: 'utf-8',
   codecs.BOM_UTF32_LE: 'utf-32',
