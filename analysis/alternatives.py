@@ -7,7 +7,7 @@ import dataclasses
 
 import pandas as pd
 
-from .compare import Errors, errors
+from .compare import NO_ERRORS, Errors, errors
 from .conventions import PARAMS
 from .fitting.estimate import Fit, fit
 from .fitting.identify import Choice, choose_law, shape_law, verdicts
@@ -24,7 +24,7 @@ class Alternative:
   formula: str
   problem: str | None
   parameters: int | None = None
-  errors: Errors | None = None
+  errors: Errors = NO_ERRORS
   exponents: dict[str, tuple[float, list[float]] | str] = dataclasses.field(default_factory=dict)
 
 

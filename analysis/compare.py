@@ -129,9 +129,12 @@ class Errors:
   None where the rest cannot carry the fit.
   """
 
-  in_sample_error: float
+  in_sample_error: float | None
   held_out_error: float | None
   left_out_error: float | None
+
+
+NO_ERRORS = Errors(None, None, None)
 
 
 def restriction(big: Fit, small: Fit) -> np.ndarray:

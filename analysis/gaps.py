@@ -1,6 +1,7 @@
 """Paired gaps to the reference: equal size and seed, equal budget, tokens or FLOPs."""
 
 import dataclasses
+from collections.abc import Collection
 
 import numpy as np
 import pandas as pd
@@ -94,9 +95,7 @@ def spreads(groups: list[Pairs], values: list[np.ndarray]) -> list[tuple[float, 
   return list(zip(np.sqrt(variance_G).tolist(), free_G.tolist(), strict=True))
 
 
-def _variances(
-  square_G: np.ndarray, freedom_G: np.ndarray, basis_GK: np.ndarray
-) -> tuple[float, np.ndarray]:
+def _variances(square_G: np.ndarray, freedom_G: np.ndarray, basis_GK: np.ndarray) -> tuple[float, np.ndarray]:
   """(log likelihood, variance of each group), log variance linear in the basis, of sums of squares."""
   gamma_K = np.zeros(basis_GK.shape[1])
   gamma_K[0] = np.log(max(square_G.sum() / freedom_G.sum(), 1e-300))
@@ -143,9 +142,10 @@ def seed_spread(grid: pd.DataFrame) -> float | None:
   return float(np.sqrt(sum(((g - g.mean()) ** 2).sum() for g in groups) / freedom))
 
 
-def gaps(table: pd.DataFrame, reference: str | None) -> list[Gap]:
+def gaps(table: pd.DataFrame, reference: str | None, unequal_rates: Collection[str] = ()) -> list[Gap]:
   """Paired gaps to the reference of every arm, smallest size first; their spread is that of `spreads`, since one
-  arm at one size has too few seeds for its own.
+  arm at one size has too few seeds for its own. unequal_rates: arms whose rate was chosen among more on the runs
+  compared: their gaps have no interval.
   """
   if reference is None:
     return []
@@ -158,6 +158,7 @@ def gaps(table: pd.DataFrame, reference: str | None) -> list[Gap]:
   differences = spreads(groups, [g.losses[0] - g.losses[1] for g in groups]) if groups else None
   ratios = spreads(groups, [g.losses[0] / g.losses[1] for g in groups]) if groups else None
   known = [None] * len(groups) if differences is None else list(zip(differences, ratios, strict=True))
+  known = [None if g.arm in unequal_rates else one for g, one in zip(groups, known, strict=True)]
   out = [paired_gap(g, *more, spread) for g, more, spread in zip(groups, rest, known, strict=True)]
   return sorted(out, key=lambda g: (g.arm, g.log_flops))
 

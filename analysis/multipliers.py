@@ -4,6 +4,7 @@ Where: the fitted law -> here -> study.py. Every number passes the rules of iden
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -12,6 +13,7 @@ from .fitting.estimate import Fit, fit
 from .fitting.identify import verdicts
 from .fitting.intervals import delta_method
 from .fitting.laws import ArmModel
+from .gain import Gain, Multiple
 
 UNITS = ('equal_tokens', 'seconds')
 
@@ -21,7 +23,8 @@ class Multiplier:
   """Compute multiplier of an arm over the reference in three currencies; or why there is none.
 
   equal_tokens: at equal sizes and tokens, the connection's own cost left out. seconds: of training at the
-  speeds measured. Intervals: 95 %.
+  speeds measured. Intervals: 95 %. trend, smallest, largest: how m changes with compute (gain.py), in FLOPs; where
+  one m would be wrong `flops` is None and the two ends stand for it.
   """
 
   arm: str
@@ -34,10 +37,17 @@ class Multiplier:
   seconds: float | None = None
   seconds_interval: list[float] | None = None
   seconds_problem: str | None = None
+  trend: str | None = None
+  smallest: Multiple | None = None
+  largest: Multiple | None = None
 
 
 def multipliers(
-  fitted: Fit | None, doc: dict | None, inside: pd.DataFrame, reference: str | None
+  fitted: Fit | None,
+  doc: dict | None,
+  inside: pd.DataFrame,
+  reference: str | None,
+  changes: Sequence[Gain] = (),
 ) -> list[Multiplier]:
   """m per arm: FLOPs, work (N x D: equal sizes and tokens) and seconds the reference needs, over
   the arm's own, for equal loss.
@@ -50,11 +60,13 @@ def multipliers(
   both, others = fitted.law.name == 'chinchilla', {}
   if not both:
     others = {unit: _in_currency(fitted, inside, reference, unit) for unit in UNITS}
-  out = []
+  out, change = [], {g.arm: g for g in changes}
   for arm in (arm for arm in fitted.points.arms if arm != reference):
     name = f'm[{arm}]'
+    trend = _trend(change.get(arm), cost_ratios(inside, arm, reference)[0] if both else 1.0)
     if name in doc['verdicts']:
-      out.append(Multiplier(arm, doc['verdicts'][name]))
+      varies = doc['verdicts'][name] == (change[arm].reason if arm in change else None)
+      out.append(Multiplier(arm, doc['verdicts'][name], **(trend if varies else {})))
       continue
     value, ends = doc[name], np.array(doc['intervals'][name])
     if both:
@@ -72,8 +84,19 @@ def multipliers(
         fields[f'{unit}_problem'] = one if isinstance(one, str) else 'no speed was measured'
       else:
         fields |= {unit: float(one[0]), f'{unit}_interval': [float(v) for v in one[1]]}
-    out.append(Multiplier(arm, None, **fields))
+    out.append(Multiplier(arm, None, **fields, **trend))
   return out
+
+
+def _trend(gain: Gain | None, cost: float) -> dict[str, object]:
+  """Fields of a multiplier from the gain of its arm, over what the arm costs more at equal size and tokens."""
+  if gain is None:
+    return {}
+  ends = {
+    name: one if one is None else Multiple(one.flops, one.value / cost, [v / cost for v in one.interval])
+    for name, one in (('smallest', gain.smallest), ('largest', gain.largest))
+  }
+  return {'trend': gain.trend} | ends
 
 
 def _in_currency(

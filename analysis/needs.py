@@ -37,13 +37,9 @@ def need(m: Multiplier, unit: str = 'flops') -> Need | None:
 
 def ends(m: Multiplier) -> tuple[Need, Need] | None:
   """Those at the smallest and at the largest size where the gain is not the same at all sizes, else None."""
-  # A multiplier knows its trend where the runs can tell one.
-  if getattr(m, 'trend', None) not in ('fades', 'grows'):
+  if m.trend not in ('fades', 'grows') or m.smallest is None:
     return None
-  small, large = getattr(m, 'smallest', None), getattr(m, 'largest', None)
-  if small is None or large is None:
-    return None
-  return tuple(_turned(at.value, at.interval, at.flops) for at in (small, large))
+  return tuple(_turned(at.value, at.interval, at.flops) for at in (m.smallest, m.largest))
 
 
 def needs(m: Multiplier) -> list[Need]:

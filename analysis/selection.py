@@ -145,7 +145,9 @@ def _best_rates(t: pd.DataFrame, excluded: pd.Series) -> tuple[pd.Series, pd.Ser
       worse = own.index[own['lr'] != best]
       stays[worse] = False
       on = 'by its other seeds ' if len(others) else ''
-      reasons[worse[finished[worse]]] = f'learning-rate sweep: lr = {best:g} is better at this size {on}'.strip()
+      reasons[worse[finished[worse]]] = (
+        f'learning-rate sweep: lr = {best:g} is better at this size {on}'.strip()
+      )
   return stays, reasons, tried
 
 

@@ -20,6 +20,7 @@ from .fitting.document import document
 from .fitting.estimate import Fit, fit
 from .fitting.identify import RULES, Choice, choose_law
 from .fitting.laws import ArmModel, Points
+from .gain import gains, refused
 from .gaps import Gap, gaps, seed_spread
 from .law_curves import LawCurve, arrows, at_equal_flops, law_curves
 from .multipliers import Multiplier, multipliers
@@ -28,7 +29,7 @@ from .ranks import RankSweep, rank_sweeps
 from .rates import RateSweep, rate_sweeps
 from .router import Loads, loads
 from .runs import Sweep
-from .selection import classify, largest, reference_arm, to_points
+from .selection import classify, largest, rate_notes, rate_problems, reference_arm, to_points
 from .stability import Stability, stability
 from .tables import ablation, final_losses, summary
 
@@ -56,6 +57,7 @@ class Study:
   other_choices: list[dict]
   alternatives: list[Alternative]
   nested: list[Candidate]
+  rate_notes: list[str]
   rollout: list[RolloutStep]
   residuals: pd.DataFrame
   curves: dict[str, LawCurve]
@@ -105,9 +107,12 @@ def study(
   inside, grid = table[table['excluded'].isna()], table[table['paired']]
   reference = reference_arm(table, reference)
   choice, fitted = fit_law(to_points(inside, params), reference)
-  doc = None if fitted is None else document(fitted, resamples, progress)
-  spread, paired = seed_spread(grid), gaps(table, reference)
-  own = multipliers(fitted, doc, inside, reference)
+  candidates, unequal_rates = nested(fitted), rate_problems(table, reference)
+  changes = gains(fitted, candidates)
+  no_multiplier = refused(changes) | {f'm[{arm}]': reason for arm, reason in unequal_rates.items()}
+  doc = None if fitted is None else document(fitted, resamples, progress, refused=no_multiplier)
+  spread, paired = seed_spread(grid), gaps(table, reference, unequal_rates)
+  own = multipliers(fitted, doc, inside, reference, changes)
   curves = law_curves(fitted, doc, inside, params)
   losses, shown = final_losses(table, paired), largest(table, reference)
   return Study(
@@ -123,7 +128,8 @@ def study(
     lack_of_fit=lack_of_fit(fitted, spread),
     other_choices=other_choices(fitted, inside, params),
     alternatives=alternatives(fitted, WIDTH),
-    nested=nested(fitted),
+    nested=candidates,
+    rate_notes=rate_notes(table),
     rollout=rollout(fitted, WIDTH),
     residuals=residuals(fitted),
     curves=curves,
@@ -175,6 +181,7 @@ def fits_json(s: Study) -> dict[str, object]:
       'lack_of_fit': s.lack_of_fit,
       'other_choices': s.other_choices,
       'other_laws': s.alternatives,
+      'rate_notes': s.rate_notes,
       'nested': [c.as_json() for c in s.nested],
       'rollout': s.rollout,
       'seed_standard_deviation': s.seed_spread,

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 
 from ..alternatives import Alternative
+from ..compare import Candidate
 from ..multipliers import Multiplier
 from ..needs import Need, ends, need, needs
 from ..study import Study
@@ -153,7 +154,7 @@ def _need_sentence(reference: str, m: Multiplier) -> str:
 
 
 def _trend_unknown(m: Multiplier) -> bool:
-  return getattr(m, 'trend', None) == 'cannot tell'
+  return m.trend == 'cannot tell'
 
 
 def _gap_sentence(s: Study, arm: str, m: Multiplier | None) -> str | None:
@@ -221,6 +222,11 @@ def lack_of_fit(s: Study) -> str:
   if lack.beyond_seeds:
     out += ' The law misses more than seeds explain: sizes differ by more than their compute.'
   return out
+
+
+def test(c: Candidate) -> str:
+  """F with its degrees of freedom."""
+  return '–' if c.f_statistic is None else f'{c.f_statistic:.2f} ({c.degrees[0]}, {c.degrees[1]:.0f})'
 
 
 def alternative(a: Alternative) -> str:

@@ -30,7 +30,15 @@ METRICS = {
 LEADS = ('loss_vs_flops', 'paper_gap_flops')
 MOST_POINTS = 150  # per curve in the page; the files of the run hold all of them
 DASH = {'-': [], '--': [7, 4], '-.': [7, 3, 2, 3], ':': [2, 3]}  # pixels on and off
-INTERNAL = ['cluster', 'paired', 'best_rate', 'rates', 'rate_seeds', 'on_grid', 'variant']  # columns that results.csv does without
+INTERNAL = [
+  'cluster',
+  'paired',
+  'best_rate',
+  'rates',
+  'rate_seeds',
+  'on_grid',
+  'variant',
+]  # columns that results.csv does without
 
 
 def write_report(s: Study, folder: Path, command: str) -> tuple[int, list[str]]:
