@@ -14,7 +14,7 @@ from .fitting.intervals import Band, band
 from .fitting.laws import Points
 from .multipliers import Multiplier
 
-EXTRAPOLATE = 4.0  # how far past the largest run a curve goes where E is identified, as a factor of compute
+EXTRAPOLATE = 4.0  # how far past the largest run a curve goes where E is known, as a factor of compute
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +63,7 @@ def law_curves(
   both = fitted.law.name == 'chinchilla'
   if both and set(fitted.law.exponents) & set(doc['verdicts']):
     return {}
-  beyond = 1.0 if 'E' in doc['verdicts'] else EXTRAPOLATE
+  beyond = 1.0 if doc['floor_unknown'] else EXTRAPOLATE
   curves = {}
   for arm in fitted.points.arms:
     own = inside[inside['arm'] == arm]

@@ -8,7 +8,7 @@ import numpy as np
 from mhc_jax.storage import finite
 
 from .estimate import Fit
-from .identify import doubts, verdicts
+from .identify import doubts, unknown_floor, verdicts
 from .intervals import (
   LEVEL,
   bootstrap,
@@ -49,7 +49,8 @@ def document(
 
   by_method, redrawn = intervals(level), {name: sample.redrawn for name, sample in samples.items()}
   method = preferred(fitted, tuple(by_method))
-  reasons = verdicts(fitted, intervals(LEVEL)[method])
+  judged = intervals(LEVEL)[method]
+  reasons = verdicts(fitted, judged)
   reasons |= {name: reasons[name] or reason for name, reason in refused.items()}
   show = {name: reasons.get(name) is None for name in values}  # a pinned value has no interval
   shown = {name: {k: v if show[k] else None for k, v in ends.items()} for name, ends in by_method.items()}
@@ -62,6 +63,7 @@ def document(
       'flags': list(fitted.flags),
       'doubts': doubts(fitted),
       'notes': [*fitted.points.notes, *fitted.noise.notes],
+      'floor_unknown': unknown_floor(fitted, reasons, judged),
       'verdicts': {k: v for k, v in reasons.items() if v is not None},
       'law': fitted.law.name,
       'formula': fitted.law.formula,

@@ -18,9 +18,12 @@ MIN_SIZES = 4  # a constant plus a power has 3 numbers: with 3 sizes every curve
 MIN_RANGE = 8.0  # largest over smallest compute
 MAX_CORRELATION = 0.95  # of a term's log covariate with the best mixture of the other terms'
 MIN_LEVELS = 3  # of N, and of D at like N
-MAX_FACTOR = 4.0  # upper over lower end of a 95 % interval, for E, exponents and multipliers
-MAX_COEFFICIENT_FACTOR = 1e3  # A and B are extrapolations to one parameter, one token, one FLOP
-TIGHT = 1.1  # a floor known this well may be printed though runs have reached it
+MAX_FACTOR = (
+  4.0  # upper over lower end of a 95 % interval, of a multiplier, and of E where a law is extrapolated
+)
+NOTHING = {'constant': 1e3, 'coefficient': 1e9}  # factor of an interval that says nothing
+TIGHT = 1.1  # a floor known this well may be used though runs have reached it
+NO_EXPONENT = 2.0  # width of an exponent's interval that says nothing
 
 RULES = (
   f'A law is fitted only to at least {MIN_SIZES} model sizes whose compute spans a factor of '
@@ -32,11 +35,12 @@ RULES = (
   'the Jacobian. What varies with another or never is named.',
   'A fit whose optimiser did not converge, or whose best objective was reached from too few '
   'starts, prints no numbers; nor does one whose noise cannot be told.',
-  f'E, exponents and compute multipliers are printed when their 95 % interval is narrower than a '
-  f'factor of {MAX_FACTOR:g} and they are not at a boundary (E -> 0, exponent -> 0); coefficients '
-  f'(A, B) within a factor of {MAX_COEFFICIENT_FACTOR:g}. E must also have its interval below the '
-  f'smallest measured loss, or be known within {TIGHT - 1:.0%}. E at its boundary takes the exponents and '
-  'coefficients with it, which would take its place.',
+  'Every parameter that the runs tell is printed, however wide its interval: to print only what looks narrow '
+  'would make intervals cover too seldom. Not at a boundary (E -> 0, exponent -> 0); E at its boundary takes '
+  'exponents and coefficients with it, which would take its place.',
+  f'A compute multiplier is printed when its 95 % interval is narrower than a factor of {MAX_FACTOR:g}. A law is '
+  'drawn or read beyond the runs only if E is known as well, below the smallest measured loss or within '
+  f'{TIGHT - 1:.0%}.',
   'A multiplier is a horizontal shift inside the range of the data, so it can be printed even '
   'where E or an exponent, which are extrapolations, cannot.',
 )
@@ -183,11 +187,26 @@ def _verdict(fit: Fit, kind: str, ends: list[float]) -> str | None:
   if kind in ('axis', 'slope'):
     return None  # an exponent of rank or of the gain may be zero or negative: the interval says all
   low, high = ends
-  limit = MAX_COEFFICIENT_FACTOR if kind == 'coefficient' else MAX_FACTOR
+  if kind in ('exponent', 'derived'):
+    vague = not high - low < NO_EXPONENT
+    return f'not identified: its 95 % interval is {low:.2g} to {high:.2g}' if vague else None
+  limit = NOTHING.get(kind, MAX_FACTOR)
   if not np.isfinite(high) or low <= 0 or high / low > limit:
     return f'not identified: its 95 % interval is wider than a factor of {limit:g}'
-  if kind == 'constant' and high >= fit.points.loss.min() and high / low > TIGHT:
-    return 'not identified: its 95 % interval reaches the smallest measured loss'
+  return None
+
+
+def unknown_floor(fit: Fit, reasons: dict[str, str | None], intervals: dict[str, list[float]]) -> str | None:
+  """Why the law must not be read beyond its runs, where E decides, or None.
+
+  reasons: verdicts.
+  """
+  for label in (p.label for p in natural_map(fit.design)[0] if p.kind == 'constant'):
+    low, high = intervals[label]
+    if reasons[label]:
+      return reasons[label]
+    if high / low > MAX_FACTOR or (high >= fit.points.loss.min() and high / low > TIGHT):
+      return f'known only as {low:.3g} to {high:.3g}'
   return None
 
 

@@ -80,7 +80,10 @@ def derived(fit: Fit, theta_P: np.ndarray) -> dict[str, float]:
 
 
 def delta_method(fit: Fit, level: float = LEVEL) -> dict[str, list[float]]:
-  """Delta-method intervals with Student's t, on the log scale for E, coefficients and multipliers."""
+  """Delta-method intervals with Student's t, on the log scale for E, coefficients and multipliers.
+
+  E cannot lie above what runs have reached: its interval ends two standard deviations above the smallest loss.
+  """
   parameters, map_ = natural_map(fit.design)
   centre = map_ @ fit.theta_P
   extra = derived(fit, fit.theta_P)
@@ -94,6 +97,9 @@ def delta_method(fit: Fit, level: float = LEVEL) -> dict[str, list[float]]:
     shown = [*parameters, *(Parameter('derived', name) for name in extra)]
     for p, c, h in zip(shown, [*centre, *extra.values()], half, strict=True):
       out[p.label] = [float(np.exp(v) if p.in_log else v) for v in (c - h, c + h)]
+      if p.kind == 'constant':
+        reached = float(fit.points.loss.min() * np.exp(2 * np.sqrt(residual_variance(fit))))
+        out[p.label][1] = max(min(out[p.label][1], reached), float(np.exp(c)))
   return out
 
 

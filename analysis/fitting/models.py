@@ -8,7 +8,7 @@ import numpy as np
 
 DERIVED = 5e-3  # N = C / 6D carries the rounding of two columns: so close in log are one model
 NEAR = 0.5  # of the gap to the next size: closer to an arm's size another arm's is the same model
-MOST = np.log(1.5)  # what an arm may cost more at every size
+MOST = np.log(1.5)  # by which matched sizes may differ: what an arm costs more than another
 UNITS = 2.0  # factor between C and 6 N D above which units are doubted (attention adds some tens of percent)
 
 
@@ -69,7 +69,8 @@ def _partners(values: np.ndarray, home: np.ndarray) -> dict[int, int]:
   for k, value in enumerate(moved):
     near = int(np.argmin(np.abs(home - value)))
     back = int(np.argmin(np.abs(moved - home[near])))
-    if back == k and abs(home[near] - value) <= NEAR * min(_gap(moved, k), _gap(home, near)):
+    close = abs(home[near] - values[k]) <= MOST
+    if close and back == k and abs(home[near] - value) <= NEAR * min(_gap(moved, k), _gap(home, near)):
       out[k] = near
   return out
 

@@ -8,8 +8,8 @@ import numpy as np
 from mhc_jax.errors import ConfigError
 
 from .estimate import Fit
-from .identify import doubts, verdicts
-from .intervals import LEVEL, band
+from .identify import doubts, unknown_floor, verdicts
+from .intervals import LEVEL, band, delta_method
 from .laws import Points, natural_map
 from .points import AXIS, COVARIATES, completed
 from .table import number
@@ -101,11 +101,12 @@ def _problem(fit: Fit, log_x: dict[str, np.ndarray]) -> str | None:
   own = fit.points.log_x
   beyond = [name for name in fit.law.covariates if log_x[name][0] > own[name].max() + 1e-9]
   below = {name for name in fit.law.covariates if log_x[name][0] < own[name].min() - 1e-9}
-  reasons = verdicts(fit)
+  ends = delta_method(fit)
+  reasons = verdicts(fit, ends)
+  floor = unknown_floor(fit, reasons, ends)
+  if beyond and floor:
+    return f'beyond the largest {" and ".join(beyond)} the floor E decides, and it is {floor}'
   parameters = natural_map(fit.design)[0]
-  floors = [p.label for p in parameters if p.kind == 'constant' and reasons[p.label]]
-  if beyond and floors:
-    return f'beyond the largest {" and ".join(beyond)} the floor E decides, and it is {reasons[floors[0]]}'
   for term in fit.law.terms:
     names = sorted(below & {name for name, _ in term.covariates})
     unknown = [p.label for p in parameters if p.base == term.exponent and reasons[p.label]]
