@@ -186,7 +186,9 @@ def arm_models(law: Law, points: Points) -> list[tuple[str, Points, ArmModel, st
   return out
 
 
-def nested(whole: Fit | None, width: float | str | None = None) -> list[Candidate]:
+def nested(
+  whole: Fit | None, width: float | str | None = None, start_count: int = 9
+) -> list[Candidate]:
   """Fits each arm model to a fit's runs; its errors, and the F test against the simpler one.
 
   Empty for one arm without an axis, too. width: of Huber's loss, None that of the fit.
@@ -198,7 +200,7 @@ def nested(whole: Fit | None, width: float | str | None = None) -> list[Candidat
   for name, runs, arms, against in arm_models(whole.law, whole.points):
     arms = dataclasses.replace(arms, reference=whole.design.arms.reference)
     try:
-      fitted = fit(runs, whole.law, arms, whole.problem.kind, width, start_count=9)
+      fitted = fit(runs, whole.law, arms, whole.problem.kind, width, start_count)
     except ConfigError:
       continue
     test = nested_f(fitted, done[against].fit) if against in done else None
