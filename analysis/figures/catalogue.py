@@ -119,4 +119,4 @@ def draw_all(s: Study, folder: Path) -> tuple[dict[str, list[Panel]], list[str]]
         absent.append(drawn)
       elif drawn is not None:
         panels[section.key].append(save(drawn, folder, name))
-  return panels, absent
+  return panels, list(dict.fromkeys(absent))  # the figures of one question lack the same
