@@ -21,6 +21,7 @@ from .fitting.laws import HUBER_WIDTH, ArmModel, Design, Law, Points, design, lo
 from .fitting.noise import wald
 
 ONE, OWN_EXPONENTS, OWN_E = 'one multiplier m per arm', 'm and own exponents per arm', 'm and own E per arm'
+MANY = 200  # runs
 FOLDS = 10  # at most so many groups of sizes are held out in turn
 
 
@@ -80,6 +81,11 @@ def rollout(whole: Fit | None, width: float | str = HUBER_WIDTH) -> list[Rollout
   return out
 
 
+def starts_for(points: Points) -> int:
+  """Starts of a refit: with many runs the start by variable projection is at the optimum's foot."""
+  return 9 if len(points) < MANY else 0
+
+
 def _fit_or_reason(k: int, small: Points, held_out: int, whole: Fit, width: float | str) -> Fit | str:
   """The fit to the k smallest sizes, or why there is none."""
   if k < 3:
@@ -87,7 +93,7 @@ def _fit_or_reason(k: int, small: Points, held_out: int, whole: Fit, width: floa
   if not held_out:
     return 'no arm has runs on both sides'
   try:
-    fitted = fit(small, whole.law, whole.design.arms, whole.problem.kind, width, start_count=9)
+    fitted = fit(small, whole.law, whole.design.arms, whole.problem.kind, width, starts_for(small))
   except ConfigError as error:  # too few runs for the parameters
     return str(error)
   if fitted.degrees_of_freedom < 1:
@@ -186,7 +192,9 @@ def arm_models(law: Law, points: Points) -> list[tuple[str, Points, ArmModel, st
   return out
 
 
-def nested(whole: Fit | None, width: float | str | None = None) -> list[Candidate]:
+def nested(
+  whole: Fit | None, width: float | str | None = None, start_count: int | None = None
+) -> list[Candidate]:
   """Fits each arm model to a fit's runs; its errors, and the F test against the simpler one.
 
   Empty for one arm without an axis, too. width: of Huber's loss, None that of the fit.
@@ -194,11 +202,12 @@ def nested(whole: Fit | None, width: float | str | None = None) -> list[Candidat
   if whole is None or (len(whole.points.arms) < 2 and not whole.points.axes):
     return []
   width = whole.problem.width if width is None else width
+  count = starts_for(whole.points) if start_count is None else start_count
   done: dict[str, Candidate] = {}
   for name, runs, arms, against in arm_models(whole.law, whole.points):
     arms = dataclasses.replace(arms, reference=whole.design.arms.reference)
     try:
-      fitted = fit(runs, whole.law, arms, whole.problem.kind, width, start_count=9)
+      fitted = fit(runs, whole.law, arms, whole.problem.kind, width, count)
     except ConfigError:
       continue
     test = nested_f(fitted, done[against].fit) if against in done else None

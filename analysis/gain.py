@@ -6,7 +6,6 @@ matters, at the largest run.
 """
 
 import dataclasses
-from collections.abc import Callable
 
 import numpy as np
 from scipy import stats
@@ -101,19 +100,17 @@ def _gain(whole: Fit, arm: str, one: Candidate, rich: list[Candidate]) -> Gain:
   needed = any(_needed(p_values[c.name], c, one) for c in sound)
   tests = (p_values.get(OWN_EXPONENTS), p_values.get(OWN_E), not needed)
 
-  def log_m(fit: Fit, theta_P: np.ndarray, size: object) -> float:
-    return _log_multiplier(theta_P, fit, points, arm, size)
-
-  ends = []
-  for size in (common[0], common[-1]):
-    found = _averaged(sound, lambda fit, theta_P, size=size: log_m(fit, theta_P, size))
-    if found is None:
-      problem = 'no compute of the reference is enough for the loss of this arm, as far as the law says'
-      return Gain(arm, None, problem, *tests)
-    ends.append(Multiple(_compute(points, arm, size), found[0], list(found[1:])))
-  change, low, high = _averaged(
-    sound, lambda fit, theta_P: log_m(fit, theta_P, common[-1]) - log_m(fit, theta_P, common[0])
+  ends, found = (
+    [],
+    [[_log_multiplier(c.fit, points, arm, size) for size in (common[0], common[-1])] for c in sound],
   )
+  if any(one is None for pair in found for one in pair):
+    problem = 'no compute of the reference is enough for the loss of this arm, as far as the law says'
+    return Gain(arm, None, problem, *tests)
+  for k, size in enumerate((common[0], common[-1])):
+    value, *interval = _averaged(sound, [pair[k] for pair in found])
+    ends.append(Multiple(_compute(points, arm, size), value, interval))
+  change, low, high = _averaged(sound, [(b[0] - a[0], b[1] - a[1]) for a, b in found])
   trend = 'cannot tell'
   if needed:
     trend = 'grows' if change > 1 else 'fades'
@@ -151,10 +148,9 @@ def _p_value(fit: Fit, arm: str) -> float | None:
   return None if test is None else test[2]
 
 
-def _log_multiplier(theta_P: np.ndarray, fit: Fit, points: Points, arm: str, size: object) -> float:
-  """log m at an arm's mean point of one size: the reference has its loss with that much more compute.
-
-  nan where no compute of the reference is enough.
+def _log_multiplier(fit: Fit, points: Points, arm: str, size: object) -> tuple[float, np.ndarray] | None:
+  """log m at an arm's mean point of one size, and its gradient in theta: so much more compute gives the reference
+  the arm's loss. None where no compute is enough.
   """
   own = points.take((points.arm == arm) & (points.size == size))
   log_x = {name: np.array([v.mean()]) for name, v in own.log_x.items()}
@@ -163,17 +159,21 @@ def _log_multiplier(theta_P: np.ndarray, fit: Fit, points: Points, arm: str, siz
   def built(name: str) -> Design:
     return at_points(fit, Points(log_x, np.ones(1), np.array([name]), *[np.zeros(1)] * 3, axes=axes))
 
-  target = float(log_loss(theta_P, built(arm))[0][0])
+  target_R, target_RP = log_loss(fit.theta_P, built(arm))
   base = built(fit.design.arms.reference)
   share_J1 = np.array([[term.share] for term in fit.law.terms])
 
+  def reached(log_m: float) -> tuple[np.ndarray, np.ndarray]:
+    return log_loss(fit.theta_P, dataclasses.replace(base, cov_JR=base.cov_JR + share_J1 * log_m))
+
   def missing(log_m: float) -> float:
-    moved = dataclasses.replace(base, cov_JR=base.cov_JR + share_J1 * log_m)
-    return float(log_loss(theta_P, moved)[0][0]) - target
+    return float(reached(log_m)[0][0] - target_R[0])
 
   if missing(-FARTHEST) < 0 or missing(FARTHEST) > 0:
-    return np.nan
-  return float(brentq(missing, -FARTHEST, FARTHEST, xtol=1e-10))
+    return None
+  log_m = float(brentq(missing, -FARTHEST, FARTHEST, xtol=1e-10))
+  slope = (missing(log_m + 1e-5) - missing(log_m - 1e-5)) / 2e-5  # negative: more compute, less loss
+  return log_m, (target_RP[0] - reached(log_m)[1][0]) / slope  # of the implicit function
 
 
 def _compute(points: Points, arm: str, size: object) -> float:
@@ -182,25 +182,17 @@ def _compute(points: Points, arm: str, size: object) -> float:
   return float(np.exp(log_x_R[(points.arm == arm) & (points.size == size)].mean()))
 
 
-def _averaged(
-  models: list[Candidate], function: Callable[[Fit, np.ndarray], float]
-) -> tuple[float, float, float] | None:
-  """exp of a function of the parameters with its 95 % interval, averaged over models that fit about as well.
+def _averaged(models: list[Candidate], found: list[tuple[float, np.ndarray]]) -> tuple[float, float, float]:
+  """exp of a number with its 95 % interval, averaged over models that fit about as well.
 
-  Own exponent and own floor have as many parameters and are seldom told apart, yet differ at the ends. Each gives a
-  Student's t by the delta method; a model's weight is its likelihood, objective^-freedom/2. None where
-  a model has no value.
+  found: the number and its gradient in the parameters, by model. Own exponent and own floor have as many parameters
+  and are seldom told apart, yet differ at the ends. Each gives a Student's t by the delta method; a model's weight is
+  its likelihood, objective^-freedom/2.
   """
   parts = []
-  for c in models:
-    value, gradient_P = function(c.fit, c.fit.theta_P), []
-    for step_P in 1e-4 * np.eye(len(c.fit.theta_P)):
-      ahead, behind = (function(c.fit, c.fit.theta_P + sign * step_P) for sign in (1, -1))
-      gradient_P.append((ahead - behind) / 2e-4)
-    variance, freedom = variances(c.fit.noise, np.array(gradient_P)[None])
+  for c, (value, gradient_P) in zip(models, found, strict=True):
+    variance, freedom = variances(c.fit.noise, gradient_P[None])
     parts.append((value, float(np.sqrt(variance[0])), float(freedom[0]), c.fit.objective))
-  if not np.isfinite([part[:2] for part in parts]).all():
-    return None
   freedom = models[0].fit.degrees_of_freedom
   weight = np.array([-0.5 * freedom * np.log(max(part[3], 1e-300)) for part in parts])
   weight = np.exp(weight - weight.max()) / np.exp(weight - weight.max()).sum()

@@ -139,7 +139,7 @@ def test_marks_of_one_arm_leave_those_of_another_visible(tmp_path):
   assert not is_ladder([g for g in s.gaps if g.arm == 'mhc'])
   assert is_ladder([g for g in s.gaps if g.arm == 'mhc' and g.size != '32x4'])
   # Labels of arrows are in the legend of their axes: they cannot leave them.
-  _, near = compute_arrows(s).fig.axes
+  (near,) = compute_arrows(s).fig.axes
   assert len(near.get_legend().get_texts()) == 3 and not [t for t in near.texts if t.get_text()]
   low, high = near.get_xlim()
   assert all(

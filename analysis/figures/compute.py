@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 from ..needs import Need, need, needs, shown
 from ..study import Study
 from . import grids
-from .draw import WIDE, Drawing, by_arm, explain, figure, hollow, legend, line, log_axis, looks
+from .draw import Drawing, by_arm, explain, figure, hollow, legend, line, log_axis, looks
 
 BAND = {'linestyle': '-', 'linewidth': 0.4}
 BEYOND = {'alpha': 0.45}
@@ -132,17 +132,16 @@ def multiplier_plot(s: Study) -> Drawing | str | None:
 
 
 def compute_arrows(s: Study) -> Drawing | str | None:
-  """Loss against compute, whole and near the largest runs, with an arrow per arm from the reference."""
+  """Loss against compute near the largest runs, with an arrow per arm from the reference."""
   if not (grids.arms(s) and grids.sizes(s)):
     return None
   if not s.arrows:
     return 'Arrows to equal loss: no compute multiplier is identified.'
   style, known = looks(s.arms), {m.arm: need(m) for m in s.multipliers}
-  with figure(WIDE, 3.2, ncols=2) as (fig, (whole, near)):
-    rows = _draw_runs_and_law(whole, s)
-    _draw_runs_and_law(near, s)
-    _explain(whole, s)
-    legend(fig, whole)
+  with figure(height=3.0) as (fig, near):
+    rows = _draw_runs_and_law(near, s)
+    _explain(near, s)
+    legend(fig, near)
     ends = [arrow['flops'] * m for arrow in s.arrows for m in (1, arrow['multiplier'])]
     largest = float(s.grid['flops'].max())
     window = np.array([min(0.25 * largest, 0.8 * min(ends)), max(2 * largest, 1.25 * max(ends))])
@@ -154,10 +153,11 @@ def compute_arrows(s: Study) -> Drawing | str | None:
       _draw_arrow(near, arrow, style[arrow['arm']], known[arrow['arm']])
       for arrow in sorted(s.arrows, key=lambda arrow: s.arms.index(arrow['arm']))
     ]
-    near.legend(handles=entries, loc='upper right', title=f"compute over {s.reference}'s (95 %)")
+    box = {'frameon': True, 'edgecolor': 'none', 'framealpha': 0.85}
+    near.legend(handles=entries, loc='upper right', title=f"compute over {s.reference}'s (95 %)", **box)
   caption = (
-    f'Loss against compute with the joint fit; right: near the largest runs. Arrows: from the compute that '
-    f'{s.reference} needs to that which the arm needs for the same loss.'
+    f'Near the largest runs. Arrows: from the compute that {s.reference} needs to that which the arm needs '
+    'for the same loss, by the joint fit.'
   )
   rows += [
     arrow | {'needed': n.value, 'needed_low': n.low, 'needed_high': n.high}

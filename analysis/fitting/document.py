@@ -39,9 +39,9 @@ def document(
   values = fitted.parameters | derived(fitted, fitted.theta_P)
   samples = {}
   if resamples:
-    kinds = ('case', 'cluster') if groups(fitted) < len(fitted.points) else ('case',)
-    for kind in kinds:
-      samples[f'{kind}_bootstrap'] = bootstrap(fitted, resamples, kind == 'cluster', seed, progress)
+    clustered = groups(fitted) < len(fitted.points)
+    name = 'cluster_bootstrap' if clustered else 'case_bootstrap'
+    samples[name] = bootstrap(fitted, resamples, clustered, seed, progress)
 
   def intervals(level: float) -> dict[str, dict[str, list[float]]]:
     drawn = {name: percentile(fitted, sample, level) for name, sample in samples.items()}
@@ -51,7 +51,8 @@ def document(
   method = preferred(fitted, tuple(by_method))
   judged = intervals(LEVEL)[method]
   reasons = verdicts(fitted, judged)
-  reasons |= {name: reasons[name] or reason for name, reason in refused.items()}
+  if not doubts(fitted):
+    reasons |= refused
   show = {name: reasons.get(name) is None for name in values}  # a pinned value has no interval
   shown = {name: {k: v if show[k] else None for k, v in ends.items()} for name, ends in by_method.items()}
   return finite(

@@ -21,6 +21,7 @@ from .solve import descend, residuals, score
 
 LEVEL = 0.95
 FEW = 40
+BOOTSTRAP_TOLERANCE = 2e-2  # of the whitened gradient: 2e-4 of a half residual of the width, nothing to sampling
 CAVEAT = (
   f'fewer than {FEW} runs or groups of runs of one size and seed: intervals are approximate (simulated '
   'coverage of nominal 95 %, mhc coverage: delta method 94-98 %, bootstrap 93-100 %)'
@@ -141,7 +142,7 @@ def bootstrap(
       if present.sum() >= len(fit.theta_P) and used_RP[present].any(0).all():
         break
       redrawn += 1
-    theta_BP[b], _ = descend(fit.theta_P, dataclasses.replace(p, count_R=count_R))
+    theta_BP[b], _ = descend(fit.theta_P, dataclasses.replace(p, count_R=count_R), BOOTSTRAP_TOLERANCE)
   return Resamples(theta_BP, redrawn, 'clusters' if clustered else 'runs')
 
 

@@ -298,7 +298,8 @@ def design(law: Law, points: Points, arms: ArmModel, centre_J: np.ndarray | None
   e_R, (a_JR, x_JR) = np.zeros(runs[1]), np.zeros((2, *runs))
   with np.errstate(divide='ignore'):  # E = 0
     log_pinned = {name: np.log(value) for name, value in pinned.items()}
-  for r, arm in enumerate(points.arm.tolist()):
+  for arm in points.arms:
+    r = np.flatnonzero(points.arm == arm)
     if 'E' in pinned:
       e_R[r] = log_pinned['E']
     else:

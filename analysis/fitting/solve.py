@@ -14,7 +14,8 @@ from scipy.optimize import minimize, nnls
 from .laws import Design, log_loss
 
 SAME_OPTIMUM = 1e-6  # relative difference of objectives below which two starts agree
-MAX_EXPONENT = 4.0  # a steeper term touches only the smallest runs: it is noise
+THINNED = 500  # runs that the grid of variable projection looks at
+MAX_EXPONENT = 4.0  # of starts only: a descent may go beyond
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +143,18 @@ def linear_solve(theta_P: np.ndarray, p: Problem) -> tuple[np.ndarray, float, np
   return out_P, 0.5 * float(residual_R @ residual_R), (residual_R * weight_R) @ slope_RP
 
 
+def _thinned(p: Problem) -> Problem:
+  """At most about THINNED of its runs, evenly spaced in loss: enough to find the basin of the optimum."""
+  step = len(p.loss_R) // THINNED
+  if step < 2:
+    return p
+  rows = np.argsort(p.loss_R, kind='stable')[::step]
+  by_run = {name: getattr(p.design, name)[rows] for name in ('e_RP', 'e_R')}
+  by_term = ('a_JRP', 'x_JRP', 'm_JRP', 'cov_JR', 'a_JR', 'x_JR')
+  d = dataclasses.replace(p.design, **by_run, **{name: getattr(p.design, name)[:, rows] for name in by_term})
+  return Problem(d, p.loss_R[rows], p.weight_R[rows], p.count_R[rows], p.kind, p.width)
+
+
 def variable_projection(p: Problem) -> np.ndarray:
   """Start from the separable least-squares problem (Golub & Pereyra 1973; 2603.22339).
 
@@ -151,12 +164,12 @@ def variable_projection(p: Problem) -> np.ndarray:
   d = p.design
   groups = tuple(name for name in d.law.exponents if name not in dict(d.law.pinned))
   grid = np.geomspace(0.05, 1.2, {1: 40, 2: 12}.get(len(groups), 6))
-  best, best_value = None, np.inf
+  best, best_value, few = None, np.inf, _thinned(p)
   for speeds in itertools.product(grid, repeat=len(groups)):
     theta_P = np.zeros(len(d.names))
     for q in np.flatnonzero(d.is_exponent):
       theta_P[q] = speeds[groups.index(d.parameters[q].base)]
-    _, value, _ = linear_solve(theta_P, p)
+    _, value, _ = linear_solve(theta_P, few)
     if value < best_value:
       best, best_value = theta_P, value
   free = ~d.linear
@@ -204,7 +217,9 @@ def whitener(theta_P: np.ndarray, p: Problem) -> np.ndarray:
 GRADIENT_TOLERANCE = 1e-3
 
 
-def descend(theta_P: np.ndarray, p: Problem) -> tuple[np.ndarray, float]:
+def descend(
+  theta_P: np.ndarray, p: Problem, tolerance: float = GRADIENT_TOLERANCE
+) -> tuple[np.ndarray, float]:
   """One local minimisation: BFGS in whitened coordinates; returns (theta, scaled objective)."""
   white_PP = whitener(theta_P, p)
 
@@ -218,7 +233,7 @@ def descend(theta_P: np.ndarray, p: Problem) -> tuple[np.ndarray, float]:
       np.zeros_like(theta_P),
       jac=True,
       method='BFGS',
-      options={'gtol': GRADIENT_TOLERANCE, 'maxiter': 500},
+      options={'gtol': tolerance, 'maxiter': 500},
     )
   value, _ = objective(theta_P, p)
   if not np.isfinite(optimum.fun) or optimum.fun > value:

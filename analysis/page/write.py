@@ -14,7 +14,7 @@ import markupsafe
 
 from ..conventions import PARAMS
 from ..figures.catalogue import SECTIONS, draw_all
-from ..figures.draw import SUFFIXES, Panel, looks
+from ..figures.draw import SUFFIXES, Panel, by_arm, looks
 from ..fitting.identify import RULES
 from ..needs import shown
 from ..runs import curve, flat
@@ -125,7 +125,9 @@ def _fields(s: Study) -> dict[str, dict]:
 def _curves(s: Study) -> dict[str, object]:
   """What curves.js draws: every run that logged curves, thinned; shown first: the largest size."""
   runs = []
-  for _, row in s.table[s.table['axis'].isna()].iterrows():
+  inside = s.table[s.table['axis'].isna()]
+  # By arm, so that thinner lines come later.
+  for row in (row for _, own in by_arm(inside, s.arms) for _, row in own.iterrows()):
     run = s.sweep.runs[row['run_id']]
     x, flops = curve(run, 'tokens')[0], curve(run, 'flops', 'tokens')[1]
     if len(x) < 2 or len(x) != len(flops):
