@@ -9,11 +9,12 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
+from .compare import nested
 from .fitting.estimate import Fit, fit
 from .fitting.identify import verdicts
 from .fitting.intervals import delta_method
 from .fitting.laws import ArmModel
-from .gain import Gain, Multiple
+from .gain import Gain, Multiple, gains, refused
 
 UNITS = ('equal_tokens', 'seconds')
 
@@ -64,11 +65,12 @@ def multipliers(
   for arm in (arm for arm in fitted.points.arms if arm != reference):
     name = f'm[{arm}]'
     trend = _trend(change.get(arm), cost_ratios(inside, arm, reference)[0] if both else 1.0)
-    if name in doc['verdicts']:
-      varies = doc['verdicts'][name] == (change[arm].reason if arm in change else None)
-      out.append(Multiplier(arm, doc['verdicts'][name], **(trend if varies else {})))
+    problem = doc['verdicts'].get(name)
+    varies = problem is not None and problem == (change[arm].reason if arm in change else None)
+    if problem and not (varies and not both):
+      out.append(Multiplier(arm, problem, **(trend if varies else {})))
       continue
-    value, ends = doc[name], np.array(doc['intervals'][name])
+    value, ends = doc[name], np.array(doc['intervals'][name] or [np.nan, np.nan])
     if both:
       cost, speed = cost_ratios(inside, arm, reference)
       if not np.isfinite(cost):
@@ -77,14 +79,15 @@ def multipliers(
       by_unit = {'flops': (value / cost, ends / cost), 'equal_tokens': (value, ends)}
       by_unit['seconds'] = (value * speed / cost, ends * speed / cost)
     else:
-      by_unit = {'flops': (value, ends)} | {unit: others[unit].get(arm, 'no common size') for unit in UNITS}
+      by_unit = {unit: others[unit].get(arm, 'no common size') for unit in UNITS}
+      by_unit |= {} if varies else {'flops': (value, ends)}  # it may vary with compute in one currency only
     fields = {}
     for unit, one in by_unit.items():
       if isinstance(one, str) or not np.isfinite(one[0]):
         fields[f'{unit}_problem'] = one if isinstance(one, str) else 'no speed was measured'
       else:
         fields |= {unit: float(one[0]), f'{unit}_interval': [float(v) for v in one[1]]}
-    out.append(Multiplier(arm, None, **fields, **trend))
+    out.append(Multiplier(arm, problem, **fields, **trend))
   return out
 
 
@@ -122,6 +125,7 @@ def _in_currency(
   again = fit(points, fitted.law, ArmModel('common', reference), width='auto')
   ends = delta_method(again)
   reasons = verdicts(again, ends)
+  reasons |= {k: reasons[k] or why for k, why in refused(gains(again, nested(again))).items()}
   names = {arm: f'm[{arm}]' for arm in left if arm != reference}
   return {arm: reasons[name] or (again.parameters[name], ends[name]) for arm, name in names.items()}
 

@@ -68,9 +68,15 @@ def test_arms_get_a_multiplier_and_nested_tests(tmp_path, capsys):
   assert found['n_points'] == 30 and found['reference'] == 'base'
   low, high = found['intervals']['m[new]']
   assert low < 1.2 < high and high / low < 1.2
-  assert len(found['nested']) == 4 and found['nested'][1]['p_value'] < 0.05
-  assert found['nested'][2]['name'] == 'rho_N and rho_D per arm'
-  assert set(found['intervals_by_method']) == {'delta', 'case_bootstrap', 'cluster_bootstrap'}
+  assert [c['name'] for c in found['nested']] == [
+    'no effect',
+    'one multiplier m per arm',
+    'rho_N and rho_D per arm',
+    'm and own exponents per arm',
+    'm and own E per arm',
+  ]
+  assert found['nested'][1]['p_value'] < 0.05
+  assert set(found['intervals_by_method']) == {'delta', 'case_bootstrap'}, 'these runs share no noise'
 
 
 def test_predictions_have_bands_or_a_reason(tmp_path, capsys):
@@ -140,7 +146,6 @@ def test_highest_losses_are_dropped_with_a_sentence(tmp_path, capsys):
     ({'loss': [np.nan]}, [], 'line 2: loss'),
     ({'tokens': [-5.0]}, [], 'line 2: D'),
     ({'params': ['many']}, [], "line 2: N (column 'params') is many"),
-    ({'params': [1e8] * 30, 'tokens': [1e9] * 30}, [], 'one model size'),
     ({}, ['--columns', 'N=params,D=tokens'], 'which column is the loss'),
     ({}, ['--columns', 'N=params,X=tokens,loss=loss'], "unknown role 'X'"),
     ({}, ['--columns', 'N,loss=loss'], 'is not ROLE=COLUMN'),
@@ -171,6 +176,15 @@ def test_bad_input_ends_in_one_line(tmp_path, capsys, change, options, words):
   error = capsys.readouterr().err
   assert error.startswith('error: ') and error.count('\n') == 1 and words in error
   assert not (tmp_path / 'o').exists()
+
+
+def test_one_model_size_prints_no_number(tmp_path, capsys):
+  path = write_points(tmp_path / 'p.csv')
+  pd.read_csv(path).assign(params=1e8, tokens=1e9).to_csv(path, index=False)
+  assert fit.main([str(path), '--columns', COLUMNS, '--resamples', '0', '--out', '-']) == 0
+  found = json.loads(capsys.readouterr().out)
+  assert all(found[name] is None and name in found['verdicts'] for name in (*TRUE, 'a'))
+  assert 'only 1 model size (at least 4' in found['doubts'][0]
 
 
 def test_bad_files(tmp_path, capsys):

@@ -251,8 +251,8 @@ def test_width_and_depth_have_exponents(tmp_path):
     'overtraining',
     'width_depth',
   ]
-  best = min((a for a in s.alternatives), key=lambda a: a.left_out_error)
-  assert best.law == 'width_depth' and best.left_out_error < 1e-3
+  best = min((a for a in s.alternatives), key=lambda a: a.errors.left_out_error)
+  assert best.law == 'width_depth' and best.errors.left_out_error < 1e-3
 
 
 def test_shape_terms_that_the_grid_cannot_tell_are_left_out(tmp_path):

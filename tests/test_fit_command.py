@@ -68,9 +68,10 @@ def test_levels_change_intervals_and_no_verdict(tmp_path, capsys):
   assert wide['verdicts'] == narrow['verdicts'] and wide['alpha'] == narrow['alpha']
   one, two = (d['predictions'][0] for d in (wide, narrow))
   assert np.log(one['high'] / one['low']) / np.log(two['high'] / two['low']) == pytest.approx(ratio, rel=1e-6)
-  loud = write_points(tmp_path / 'q.csv', noise=0.05)
-  strict = [run(capsys, *plain(loud, '--level', v))['verdicts'] for v in ('0.95', '0.01')]
-  assert strict[0] == strict[1] and 'wider than a factor' in strict[0]['alpha']
+  loud = write_points(tmp_path / 'q.csv', (('base', 1.0), ('new', 1.2)), noise=0.1)
+  argv = [loud, '--columns', f'{COLUMNS},arm=model', '--resamples', '0', '--level']
+  strict = [run(capsys, *argv, v)['verdicts'] for v in ('0.95', '0.01')]
+  assert strict[0] == strict[1] and 'wider than a factor' in strict[0]['m[new]']
 
 
 def test_predictions_take_noise_and_what_was_measured(tmp_path, capsys):
@@ -118,15 +119,18 @@ def test_far_predictions_are_marked(tmp_path, capsys):
 
 
 def test_below_the_runs_an_unknown_exponent_forbids_a_prediction(tmp_path, capsys):
-  points = write_points(tmp_path / 'p.csv', noise=0.05)
+  """At the boundary of E the exponents are what noise makes them."""
+  points = write_points(tmp_path / 'p.csv')
+  table = pd.read_csv(points)
+  table.assign(loss=table['loss'] - TRUE['E']).to_csv(points, index=False)
   argv = plain(points, '--predict', 'N=1e7,D=1e10', '--predict', 'N=1e8,D=1e10')
   doc = run(capsys, *argv)
-  assert doc['alpha'] is None
+  assert doc['E'] is doc['alpha'] is doc['a'] is None and 'E -> 0' in doc['verdicts']['alpha']
   below, inside = doc['predictions']
   assert below['loss'] is None and below['problem'].startswith(
     'below the smallest N alpha decides, and it is not'
   )
-  assert inside['problem'] is None and inside['loss'] == pytest.approx(loss_of(1e8, 1e10), rel=0.05)
+  assert inside['problem'] is None and inside['loss'] == pytest.approx(loss_of(1e8, 1e10) - TRUE['E'], rel=0.05)
 
 
 def test_pins_ties_and_terms(tmp_path, capsys):
@@ -168,7 +172,7 @@ def test_rows_can_be_picked_and_units_are_checked(tmp_path, capsys):
   table = pd.read_csv(points)
   table.assign(flops=1e3 * table['flops']).to_csv(points, index=False)
   doc = run(capsys, points, '--columns', f'{COLUMNS},C=flops', '--resamples', '0')
-  assert doc['notes'] == ['C is 1e+03 times 6 N D in the median run: check the units of N, D and C']
+  assert doc['notes'][0] == 'C is 1e+03 times 6 N D: are the units of C, N and D the same?'
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,7 @@ def test_one_size_says_so_and_its_ranks_have_their_own_law(tmp_path, blank_image
     for r in (2, 4, 8):
       config = config_of('mhc', 32, 4, seed, projected=r) | {'arm': f'mhc, W projected to rank {r}'}
       planned.append(write_run(tmp_path, config, bonus=r / 16))
-  for lr in (0.002, 0.008):  # another rate of one rank: worse, and better
+  for lr in (0.002, 0.008):  # another rate of one rank: worse, and better, on one seed
     config = config_of('mhc', 32, 4, 0, rank=8, lr=lr)
     planned.append(write_run(tmp_path, config, noise=0.0, wanted=2 + 0.5 * 8**-0.8 + 0.004 - lr))
   write_plan(tmp_path, planned)
@@ -133,8 +133,9 @@ def test_one_size_says_so_and_its_ranks_have_their_own_law(tmp_path, blank_image
   low, high = ranks['connection_rank']['phi_interval']
   assert low < 0.8 < high < 1.2 and ranks['connection_rank']['form'] == 'L = a + b r^-phi'
   best = results[results['connection_rank'] == 8].set_index('lr')
-  assert best.loc[[0.002, 0.004], 'excluded'].str.contains('lr = 0.008 is better').all()
-  assert len(ranks['connection_rank']['runs']) == 10, 'every rank at its best rate'
+  reason = 'lr = 0.004 is better at this size by its other seeds'
+  assert best.loc[[0.002, 0.008], 'excluded'].str.contains(reason).all()
+  assert len(ranks['connection_rank']['runs']) == 12, 'every rank at the rate of its other seeds'
   projected = ranks['projected_rank']
   assert projected['arm'] == 'mhc' and len(projected['runs']) == 9 == 3 * len(projected['full_rank_runs'])
   assert projected['phi'] is None and '3 values cannot test' in projected['problem']
@@ -162,9 +163,11 @@ def test_parameters_that_are_not_identified_are_words(tmp_path, no_figures):
   sizes = ((32, 2), (32, 3), (48, 2), (48, 3))  # 12-fold compute: E cannot be seen in the noise
   write_sweep(tmp_path, sizes=sizes, ranks=False, noise=0.02)
   fits, _, page = report(tmp_path)
-  assert fits['fit']['E'] is None and fits['fit']['intervals']['E'] is None
-  assert fits['fit']['verdicts']['E'].startswith('not identified')
-  assert fits['fit']['verdicts']['E'] in words(page)
+  assert fits['fit']['alpha'] is None and fits['fit']['intervals']['alpha'] is None
+  assert fits['fit']['verdicts']['alpha'].startswith('not identified: its 95 % interval is -')
+  assert fits['fit']['verdicts']['alpha'] in words(page)
+  low, high = fits['fit']['intervals']['E']
+  assert low < 1.2 < high and f'known only as {low:.3g} to {high:.3g}' in words(page)
 
 
 def test_nothing_finished(tmp_path, blank_images):
@@ -214,7 +217,9 @@ def test_arms_of_equal_losses_are_equal_at_equal_size_and_tokens(tmp_path, no_fi
   write_plan(tmp_path, planned)
   fits, _, page = report(tmp_path)
   (m,) = fits['multipliers']
-  assert fits['law'] == 'compute' and m['flops'] < 0.9
+  # Over 500-fold compute the overhead is no one number of FLOPs, and none at all at equal tokens.
+  assert fits['law'] == 'compute' and m['flops'] is None and m['trend'] == 'grows'
+  assert m['smallest']['value'] < 0.9 < m['largest']['value']
   assert m['equal_tokens'] == pytest.approx(1, abs=1e-3)
   # The synthetic trainer's speed is the same for every run.
   assert m['seconds'] == pytest.approx(1, abs=1e-3)

@@ -124,4 +124,4 @@ def draw_all(s: Study, folder: Path) -> tuple[dict[str, list[Panel]], list[str]]
           panels[section.key].append(save(drawn, folder, name))
   finally:
     gc.enable()
-  return panels, absent
+  return panels, list(dict.fromkeys(absent))  # the figures of one question lack the same

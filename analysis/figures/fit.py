@@ -36,7 +36,7 @@ def fitted_curve(fit: Fit, level: float) -> Drawing:
       for at in _lines(own, law.covariates, x):
         b = band(fit, at, level)
         at_x = np.exp(at.log_x[x])
-        ax.plot(at_x, b.loss, **plain, lw=0.9)
+        ax.plot(at_x, b.loss, **plain | {'linewidth': 0.9})
         ax.fill_between(at_x, b.low, b.high, color=plain['color'], alpha=0.15, lw=0)
         numbers = zip(at_x, b.loss, b.low, b.high, strict=True)
         rows += [

@@ -134,7 +134,7 @@ def doubts(fit: Fit) -> list[str]:
   out = []
   sizes = _sizes(fit)
   if sizes < MIN_SIZES:
-    out.append(f'only {sizes} model sizes (at least {MIN_SIZES} are needed)')
+    out.append(f'only {sizes} model size{"s" * (sizes != 1)} (at least {MIN_SIZES} are needed)')
   name = 'C' if 'C' in fit.points.log_x else fit.law.covariates[0]
   span = float(np.exp(np.ptp(fit.points.log_x[name])))
   if name == 'C' and span < MIN_RANGE:
