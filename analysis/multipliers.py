@@ -122,7 +122,7 @@ def _in_currency(
   left = points.arms
   if reference not in left or len(left) < 2 or len(points) <= len(left) + 1 + 2 * len(fitted.law.terms):
     return dict.fromkeys(fitted.points.arms, 'too few runs have a cost in this unit')
-  again = fit(points, fitted.law, ArmModel('common', reference), width='auto')
+  again = fit(points, fitted.law, ArmModel('common', reference), width='auto', start_count=9)
   ends = delta_method(again)
   reasons = verdicts(again, ends)
   reasons |= {k: reasons[k] or why for k, why in refused(gains(again, nested(again))).items()}

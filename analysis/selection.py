@@ -40,6 +40,9 @@ def classify(table: pd.DataFrame) -> pd.DataFrame:
   excluded = excluded.mask(other_corpus.notna(), other_corpus)
   best_rate, other_rate, tried = _best_rates(t, excluded)
   excluded = excluded.mask(other_rate.notna(), other_rate)
+  # Runs whose rates were chosen on one another do not stand alone.
+  chosen = (tried['rates'] > 1) & (tried['rate_seeds'] > 1)
+  t = t.assign(cluster=t['cluster'].mask(chosen, t['size'] + '|' + t['arm'].astype(str)))
   paired = excluded.isna()
   small = _small_arms(t[paired])
   return t.assign(

@@ -21,7 +21,7 @@ MIN_LEVELS = 3  # of N, and of D at like N
 MAX_FACTOR = (
   4.0  # upper over lower end of a 95 % interval, of a multiplier, and of E where a law is extrapolated
 )
-NOTHING = {'constant': 1e3, 'coefficient': 1e9}  # factor of an interval that says nothing
+NOTHING = {'constant': np.inf, 'coefficient': 1e9}  # factor of an interval that says nothing
 TIGHT = 1.1  # a floor known this well may be used though runs have reached it
 NO_EXPONENT = 2.0  # width of an exponent's interval that says nothing
 

@@ -18,8 +18,11 @@ from .solve import Problem, residuals, score
 
 NULL = 1e-9  # singular value, relative to the largest, of a direction that no run sees
 DEAD = 1e-6  # share of the Jacobian below which a parameter has no effect left (E -> 0)
-POOL = 0.25  # p-value above which a stratum is pooled with the finer one (Bancroft's rule)
+# p-value above which a stratum is pooled with the finer one: Bancroft's rule for model sizes, of which there are few;
+# one that is declared is pooled only where it is no louder.
+POOL = {'model size': 0.25, 'cluster': 0.5, 'arm and point': 0.25}
 TOLD = 0.5  # degrees of freedom below which a mean square says nothing
+SURE = 0.01  # p-value below which the finer one is taken as quiet as it looks
 UNEQUAL = {'loss': 0.005, 'arm': 0.05}  # p-value below which noise is modelled as unequal
 LEAST = 6  # runs of an arm, or repeats, that tell of its noise
 MOST_POINTS = 500  # of which repeats are looked at one by one
@@ -69,6 +72,12 @@ def robust_scale(residual_R: np.ndarray, parameters: int) -> float:
   """Standard deviation of a normal core: median |r| / 0.6745 without the `parameters` smallest."""
   largest = np.sort(np.abs(residual_R))[min(parameters, len(residual_R) - 1) :]
   return float(np.median(largest) / 0.6745)
+
+
+def _core(residual_R: np.ndarray, parameters: int) -> float:
+  """Standard deviation of the noise: the robust scale, or the plain one where that is smaller (no outliers)."""
+  plain = np.sqrt(residual_R @ residual_R / max(len(residual_R) - parameters, 1))
+  return min(robust_scale(residual_R, parameters), float(plain))
 
 
 def spectrum(jac_RP: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -121,7 +130,7 @@ def noise(theta_P: np.ndarray, p: Problem, points: Points) -> Noise:
   scale_R, notes, arms = unequal(residual_R, jac_RP, points, log_loss(theta_P, p.design)[0])
 
   def analysed(relative_R: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, list]:
-    core = robust_scale(residual_R / relative_R, rank(jac_RP))
+    core = _core(residual_R / relative_R, rank(jac_RP))
     robust, spread_R = p.robust and core > 0, max(core, 1e-300) * relative_R
     slope_R = special.erf(p.width / (np.sqrt(2) * spread_R)) if robust else np.ones_like(relative_R)
     deviation_R = np.sqrt(_clipped_square(spread_R, p.width)) if robust else spread_R
@@ -155,7 +164,7 @@ def labels(points: Points) -> list[tuple[str, np.ndarray]]:
   )
   point_R = np.unique(alike, axis=1, return_inverse=True)[1].ravel()
   out = [('model size', size_R), ('cluster', cluster_R), ('arm and point', point_R)]
-  if _finer(size_R, cluster_R) and not _finer(cluster_R, size_R):
+  if not _finer(cluster_R, size_R):  # clusters across sizes shift whole curves
     out[:2] = out[1::-1]
   return [(name, label_R) for name, label_R in out if label_R.max() + 1 < len(points)]
 
@@ -244,8 +253,11 @@ def _pooled(
     finer = kept[-1]
     told = min(one.freedom, finer.freedom) > TOLD
     p_value = stats.f.sf(one.mean_square / max(finer.mean_square, 1e-300), one.freedom, finer.freedom)
-    apart = told and p_value < (0.5 if one.name == 'cluster' else POOL)
+    apart = told and p_value < POOL[one.name]
     if apart if keep is None else one.name in keep:
+      if p_value > SURE:
+        # Perhaps the finer one is quiet by chance: what rests on it must not gain by that.
+        kept[-1] = dataclasses.replace(finer, mean_square=_joint(finer, one)[1])
       kept.append(one)
       label_R = own_R
       if p_value < 0.01:
@@ -254,14 +266,17 @@ def _pooled(
     if one.name == 'cluster' and not told:
       count = 'one cluster' if one.groups == 1 else f'{one.groups} clusters'
       problem = f'{count} cannot tell how much noise runs of a cluster share'
-    freedom = max(finer.freedom, 0.0) + max(one.freedom, 0.0)
-    square = sum(max(s.freedom, 0.0) * s.mean_square for s in (finer, one))
+    freedom, mean_square = _joint(finer, one)
     whole_PP = finer.covariance_PP + one.covariance_PP
-    kept[-1] = dataclasses.replace(
-      finer, freedom=freedom, mean_square=square / max(freedom, 1e-9), covariance_PP=whole_PP
-    )
+    kept[-1] = dataclasses.replace(finer, freedom=freedom, mean_square=mean_square, covariance_PP=whole_PP)
   strata = [dataclasses.replace(s, covariance_PP=s.mean_square * s.covariance_PP) for s in reversed(kept)]
   return tuple(strata), label_R, notes, problem
+
+
+def _joint(*parts: Stratum) -> tuple[float, float]:
+  """Degrees of freedom and mean square of strata taken together."""
+  freedom = sum(max(s.freedom, 0.0) for s in parts)
+  return freedom, sum(max(s.freedom, 0.0) * s.mean_square for s in parts) / max(freedom, 1e-9)
 
 
 def covariance(n: Noise, rows_QP: np.ndarray) -> np.ndarray:
