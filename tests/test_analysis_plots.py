@@ -195,9 +195,7 @@ def test_intervals_of_each_design_hold_the_truth(design):
 
 @pytest.mark.parametrize('design', ['gain', 'floor', 'rates', 'gap'])
 def test_every_design_is_simulated_and_what_is_refused_is_not_counted(design):
-  rows = [
-    row for case in coverage.cases() if case.design == design for row in coverage.simulated(case, 2, 0)
-  ]
+  rows = [row for case in coverage.cases() if case.design == design for row in coverage.simulated(case, 2, 0)]
   assert all((row['value'] is None) == (row['printed'] == 0) for row in rows)
   fades = [row for row in rows if (row['case'], row['quantity']) == ('fades', 'm')]
   assert all(row['value'] is None for row in fades), 'no one number stands for a gain that fades'
