@@ -15,7 +15,7 @@ from scipy import linalg
 
 from mhc_jax.errors import ConfigError
 
-from .fitting.estimate import Fit, fit
+from .fitting.estimate import E_GONE, Fit, fit
 from .fitting.intervals import band, influence, predicted, residual_variance
 from .fitting.laws import HUBER_WIDTH, ArmModel, Design, Law, Points, design, log_loss
 from .fitting.noise import wald
@@ -159,7 +159,9 @@ def restriction(big: Fit, small: Fit) -> np.ndarray:
 
 def nested_f(big: Fit, small: Fit) -> tuple[float, tuple[int, float], float] | None:
   """Wald F of the restrictions by the strata of the big fit's noise: (F, (q, degrees of freedom), p) or None."""
-  return None if big.noise.problem else wald(big.noise, restriction(big, small), big.theta_P)
+  # Of a floor that ran to zero nothing can be tested.
+  unknown = big.noise.problem or any(why == E_GONE for why in big.boundaries.values())
+  return None if unknown else wald(big.noise, restriction(big, small), big.theta_P)
 
 
 def split_levels(points: Points, axis: str) -> Points:

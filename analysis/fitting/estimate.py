@@ -25,6 +25,9 @@ from .solve import (
 )
 
 
+E_GONE = 'E -> 0'  # the boundary of a floor
+
+
 @dataclasses.dataclass(frozen=True)
 class Fit:
   """A fitted law with all that is needed to judge it.
@@ -165,7 +168,7 @@ def _boundaries(theta_P: np.ndarray, p: Problem) -> dict[str, str]:
   for parameter in natural_map(p.design)[0]:
     value = values[parameter.label]
     if parameter.kind == 'constant' and value < 1e-3 * p.loss_R.min():
-      out[parameter.label] = 'E -> 0'
+      out[parameter.label] = E_GONE
     if parameter.kind == 'exponent' and value < 0.01:
       out[parameter.label] = 'exponent -> 0'
   return out

@@ -20,7 +20,9 @@ NULL = 1e-9  # singular value, relative to the largest, of a direction that no r
 DEAD = 1e-6  # share of the Jacobian below which a parameter has no effect left (E -> 0)
 POOL = 0.25  # p-value above which a stratum is pooled with the finer one (Bancroft's rule)
 TOLD = 0.5  # degrees of freedom below which a mean square says nothing
-UNEQUAL = 0.005  # p-value below which noise is modelled as unequal
+UNEQUAL = {'loss': 0.005, 'arm': 0.05}  # p-value below which noise is modelled as unequal
+LEAST = 6  # runs of an arm, or repeats, that tell of its noise
+MOST_POINTS = 500  # of which repeats are looked at one by one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,21 +118,31 @@ def _clipped_square(deviation: np.ndarray, width: float) -> np.ndarray:
 def noise(theta_P: np.ndarray, p: Problem, points: Points) -> Noise:
   """The noise of a fit's runs, with the strata that the data show."""
   residual_R, jac_RP = residuals(theta_P, p)
-  scale_R, notes = unequal(residual_R, jac_RP, points, log_loss(theta_P, p.design)[0])
-  core = robust_scale(residual_R / scale_R, rank(jac_RP))
-  if p.robust and core > 0:
-    slope_R = special.erf(p.width / (np.sqrt(2) * core * scale_R))
-    deviation_R = np.sqrt(_clipped_square(core * scale_R, p.width))
-  else:
-    slope_R, deviation_R = np.ones_like(scale_R), scale_R * max(core, 1e-300)
-  inverse_PP = normal_inverse(jac_RP * np.sqrt(slope_R)[:, None])
-  strata, label_R, found, problem = _strata(
-    score(residual_R, p) / deviation_R,
-    (slope_R / deviation_R)[:, None] * (jac_RP @ inverse_PP),
-    jac_RP * deviation_R[:, None],
-    inverse_PP,
-    points,
-  )
+  scale_R, notes, arms = unequal(residual_R, jac_RP, points, log_loss(theta_P, p.design)[0])
+
+  def analysed(relative_R: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, list]:
+    core = robust_scale(residual_R / relative_R, rank(jac_RP))
+    robust, spread_R = p.robust and core > 0, max(core, 1e-300) * relative_R
+    slope_R = special.erf(p.width / (np.sqrt(2) * spread_R)) if robust else np.ones_like(relative_R)
+    deviation_R = np.sqrt(_clipped_square(spread_R, p.width)) if robust else spread_R
+    inverse_PP = normal_inverse(jac_RP * np.sqrt(slope_R)[:, None])
+    left_RP = (slope_R / deviation_R)[:, None] * (jac_RP @ inverse_PP)
+    right_RP = jac_RP * deviation_R[:, None]
+    raw = _strata(score(residual_R, p) / deviation_R, left_RP, right_RP, inverse_PP, points)
+    return slope_R, inverse_PP, right_RP @ inverse_PP, raw
+
+  slope_R, inverse_PP, _, raw = analysed(scale_R)
+  strata, label_R, found, problem = _pooled(raw)
+  if notes and len(strata) > 1:
+    # What groups share is not the noise of their runs, and has one size however loud these are: all runs have
+    # the typical noise, loud ones what is theirs beyond it, known from their own repeats only.
+    loud = strata[-1]
+    slope_R, inverse_PP, weight_RP, raw = analysed(np.ones_like(scale_R))
+    strata, label_R, found, problem = _pooled(raw, {s.name for s in strata})
+    beyond_R1 = np.maximum(scale_R**2 - 1, 0)[:, None]
+    beyond_PP = loud.mean_square * (weight_RP * beyond_R1).T @ weight_RP
+    freedom = loud.freedom / max(arms, 1)
+    strata = (*strata, dataclasses.replace(loud, covariance_PP=beyond_PP, freedom=freedom))
   return Noise(scale_R, slope_R, strata, label_R, (*notes, *found), problem, inverse_PP, jac_RP)
 
 
@@ -191,11 +203,8 @@ def _dimension(groups: tuple[np.ndarray, ...]) -> int:
 
 def _strata(
   e_R: np.ndarray, left_RP: np.ndarray, right_RP: np.ndarray, inverse_PP: np.ndarray, points: Points
-) -> tuple[tuple[Stratum, ...], np.ndarray, list[str], str | None]:
-  """Mean squares by stratum of standardised scores e = (I - left right') of the true ones; pooled where alike.
-
-  Returns the strata, the groups of the coarsest, notes and the problem.
-  """
+) -> list[tuple[Stratum, np.ndarray]]:
+  """Mean squares by stratum of standardised scores e = (I - left right') of the true ones, with their groups."""
   spans, groups = [], ()
   for name, label_R in labels(points):
     joined = _joined(groups, label_R)
@@ -218,20 +227,25 @@ def _strata(
     own_PP = weight_own_RP.T @ weight_own_RP
     raw.append((Stratum(name, int(label_R.max()) + 1, float(freedom), mean_square, own_PP), label_R))
     before_RK, dimension = after_RK, _dimension(span)
-  return _pooled(raw)
+  return raw
 
 
 def _pooled(
-  raw: list[tuple[Stratum, np.ndarray]],
+  raw: list[tuple[Stratum, np.ndarray]], keep: set[str] | None = None
 ) -> tuple[tuple[Stratum, ...], np.ndarray, list[str], str | None]:
-  """From fine to coarse: a stratum that is not noisier than the finer one, or cannot be told, joins it."""
+  """From fine to coarse: a stratum that is not noisier than the finer one, or cannot be told, joins it.
+
+  keep: names of those that do not, whatever they show. Returns the strata, the groups of the coarsest, notes and
+  the problem.
+  """
   (*coarser, finest), notes, problem = raw, [], None
   kept, label_R = [finest[0]], finest[1]
   for one, own_R in reversed(coarser):
     finer = kept[-1]
     told = min(one.freedom, finer.freedom) > TOLD
     p_value = stats.f.sf(one.mean_square / max(finer.mean_square, 1e-300), one.freedom, finer.freedom)
-    if told and p_value < (0.5 if one.name == 'cluster' else POOL):
+    apart = told and p_value < (0.5 if one.name == 'cluster' else POOL)
+    if apart if keep is None else one.name in keep:
       kept.append(one)
       label_R = own_R
       if p_value < 0.01:
@@ -278,33 +292,45 @@ def wald(n: Noise, rows_QP: np.ndarray, theta_P: np.ndarray) -> tuple[float, tup
 
 def unequal(
   residual_R: np.ndarray, jac_RP: np.ndarray, points: Points, log_R: np.ndarray
-) -> tuple[np.ndarray, list[str]]:
+) -> tuple[np.ndarray, list[str], int]:
   """Noise of each run relative to the typical one (geometric mean 1): what grows with the loss, and by arm.
 
+  Also notes, and the number of arms whose noise is their own (0: it is one).
+
   A gamma regression of squared residuals, each freed of what the fit took from it (restricted likelihood, Smyth
-  1989). A term is used where it is significant at UNEQUAL; otherwise noise is equal.
+  1989). A term is used where it is significant at UNEQUAL; otherwise noise is equal. Where there are repeats they
+  alone speak: what the law misses is no noise.
   """
   n, equal = len(residual_R), np.ones(len(residual_R))
-  if n - rank(jac_RP) < 8 or np.ptp(log_R) == 0 or not np.any(residual_R):
-    return equal, []
-  slope_R1 = ((log_R - log_R.mean()) / log_R.std())[:, None]
-  big = [arm for arm in points.arms if (points.arm == arm).sum() >= 6]
-  arms_RA = np.stack([(points.arm == arm) - np.mean(points.arm == arm) for arm in big[1:]] or [equal[:0]], 1)
-  terms = {'the loss': slope_R1} | ({'the arm': arms_RA} if len(big) > 1 else {})
-  chosen, basis_RK, best, notes = equal, np.ones((n, 1)), None, []
-  best, chosen = _dispersion(residual_R, jac_RP, basis_RK)
+  seen_RP = _with_repeats(jac_RP, points)
+  if n - rank(seen_RP) < LEAST or np.ptp(log_R) == 0 or not np.any(residual_R):
+    return equal, [], 0
+  big = [arm for arm in points.arms if (points.arm == arm).sum() >= LEAST]
+  terms = {'loss': ((log_R - log_R.mean()) / log_R.std())[:, None]}
+  if len(big) > 1:
+    terms['arm'] = np.stack([(points.arm == arm) - np.mean(points.arm == arm) for arm in big[1:]], 1)
+  basis_RK, notes = np.ones((n, 1)), []
+  best, variance_R = _dispersion(residual_R, seen_RP, basis_RK)
   while terms:
-    tried = {name: _dispersion(residual_R, jac_RP, np.hstack([basis_RK, x])) for name, x in terms.items()}
+    tried = {name: _dispersion(residual_R, seen_RP, np.hstack([basis_RK, x])) for name, x in terms.items()}
     p_values = {
       name: float(stats.chi2.sf(2 * (tried[name][0] - best), x.shape[1])) for name, x in terms.items()
     }
-    name = min(p_values, key=p_values.get)
-    if p_values[name] > UNEQUAL:
+    name = min(p_values, key=lambda k: p_values[k] / UNEQUAL[k])
+    if p_values[name] > UNEQUAL[name]:
       break
-    basis_RK, (best, chosen) = np.hstack([basis_RK, terms.pop(name)]), tried[name]
-    notes.append(f'noise differs with {name} (p = {p_values[name]:.1g}): intervals use its own size')
-  scale_R = np.sqrt(chosen)
-  return scale_R / np.exp(np.log(scale_R).mean()), notes
+    basis_RK, (best, variance_R) = np.hstack([basis_RK, terms.pop(name)]), tried[name]
+    notes.append(f'noise differs with the {name} (p = {p_values[name]:.1g}): intervals use its own size')
+  scale_R = np.sqrt(variance_R)
+  return scale_R / np.exp(np.log(scale_R).mean()), notes, 0 if 'arm' in terms else len(big)
+
+
+def _with_repeats(jac_RP: np.ndarray, points: Points) -> np.ndarray:
+  """The Jacobian, with an indicator of every arm and point where enough runs repeat one."""
+  label_R = dict(labels(points)).get('arm and point')
+  if label_R is None or not LEAST <= len(label_R) - label_R.max() - 1 or label_R.max() >= MOST_POINTS:
+    return jac_RP
+  return np.eye(label_R.max() + 1)[label_R]  # it spans what the law can say
 
 
 def _dispersion(residual_R: np.ndarray, jac_RP: np.ndarray, basis_RK: np.ndarray) -> tuple[float, np.ndarray]:
