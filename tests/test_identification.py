@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from synthetic_runs import write_sweep
 
 from analysis import fit
+from analysis.fitting.models import matched
 from analysis.runs import read_sweep
 from analysis.study import study
 
@@ -202,6 +203,17 @@ def test_sizes_matched_by_order_are_those_of_a_size_column(fitted):
     np.testing.assert_allclose(found[0]['intervals'][name], found[1]['intervals'][name], rtol=1e-9)
   low, high = found[0]['intervals']['m[b]']
   assert low < 1.16 < high < 1.1 * low and found[0]['within_group_correlation'] > 0.5, 'pairs are seen'
+
+
+@pytest.mark.parametrize('dearer', [1.0, 1.05, 1.3, 1 / 1.3])
+def test_arms_that_cost_more_at_every_size_are_matched_in_order(dearer):
+  """By 30 % at sizes that are 60 % apart the nearest size would be another model."""
+  log_n = np.log(1e6 * 1.6 ** np.tile(np.arange(5), 2) * np.repeat([1, dearer], 5))
+  label, notes = matched(log_n, np.repeat(['a', 'b'], 5), 0.0, 'N')
+  assert label[:5].tolist() == label[5:].tolist() and len(set(label.tolist())) == 5
+  assert len(notes) == (dearer != 1)
+  far, notes = matched(log_n + np.repeat([0, np.log(30)], 5), np.repeat(['a', 'b'], 5), 0.0, 'N')
+  assert len(set(far.tolist())) == 10 and 'b shares no model size' in notes[-1]
 
 
 def test_twelve_shapes_in_three_widths_are_twelve_models(fitted):

@@ -124,6 +124,15 @@ def test_projection_on_two_labels_is_least_squares(rows, seed):
   np.testing.assert_allclose(projected(x_RQ, (one,)), span(one) @ x_RQ, atol=1e-12)
 
 
+def test_models_that_meet_at_one_compute_are_no_repeats():
+  """Two sizes at one C are two points; rows of one size, arm and C are one, however logs are rounded."""
+  log_c = np.array([1.0, 1.0, 2.0, 2.0 + 4e-16, 2.0])
+  arm, size = np.array(list('aaaab')), np.array([0, 1, 1, 1, 1])
+  points = Points({'C': log_c}, np.ones(5), arm, np.arange(5), size, np.arange(5))
+  label = dict(labels(points))['arm and point']
+  assert label[2] == label[3] and len(set(label.tolist())) == 4
+
+
 def test_twenty_thousand_rows_take_seconds_and_no_square_of_them():
   rows = 20000
   rng = np.random.default_rng(0)
