@@ -58,6 +58,8 @@ class Gain:
     """Why one m must not be quoted, or None."""
     if self.one:
       return None
+    if self.smallest is None:
+      return f'not one number: {self.problem}'
     ends = [
       f'{m.value:.2f} [{m.interval[0]:.2f}, {m.interval[1]:.2f}]' for m in (self.smallest, self.largest)
     ]

@@ -153,15 +153,15 @@ def test_coverage_is_measured_and_judged(tmp_path, capsys, monkeypatch):
   """Intervals shrunk to a fiftieth of their width are reported as missed; those of the code are not."""
   out = tmp_path / 'new' / 'coverage.json'
   monkeypatch.setattr(coverage, 'RESAMPLES', 10)
-  monkeypatch.setattr(
-    coverage, 'WANTED', {name: (0.5, 1.0) for name in coverage.WANTED}
-  )  # of six simulations
-  argv = ['--simulations', 6, '--seed', 1, '--out', out]
-  assert command(coverage.main, *argv) == 0 and 'MISSED' not in capsys.readouterr().out
+  monkeypatch.setattr(coverage, 'WANTED', (0.5, 1.0))  # of six simulations
+  argv = ['--simulations', 6, '--seed', 1, '--out', out, '--only']
+  assert command(coverage.main, *argv, 'single') == 0 and 'MISSED' not in capsys.readouterr().out
   rows = pd.DataFrame(json.loads(out.read_text())['rows'])
-  assert set(rows['design']) == {'single', 'resampled', 'paired', 'power'}
-  assert rows.loc[rows['design'] == 'resampled', 'met'].isna().all()
-  spread = rows[rows['quantity'] == 'sd(log m)']
+  assert set(rows['design']) == {'single'} and rows['met'].all() and (rows['printed'] > 0).all()
+  assert command(coverage.main, *argv, 'resampled') == 0
+  assert all(row['met'] is None for row in json.loads(out.read_text())['rows']), 'no target'
+  command(coverage.main, *argv, 'power')
+  spread = pd.DataFrame(json.loads(out.read_text())['rows']).query("quantity == 'sd(log m)'")
   assert spread['delta'].tolist() == [0.001, 'auto'] and spread['value'].between(1e-3, 0.1).all()
 
   def shrunk(fitted, real=coverage.delta_method):
@@ -171,21 +171,33 @@ def test_coverage_is_measured_and_judged(tmp_path, capsys, monkeypatch):
     }
 
   monkeypatch.setattr(coverage, 'delta_method', shrunk)
-  assert command(coverage.main, *argv) == 1 and 'MISSED' in capsys.readouterr().out
+  assert command(coverage.main, *argv, 'single') == 1 and 'MISSED' in capsys.readouterr().out
   assert command(coverage.main, '--simulations', 0) == 2
 
 
-@pytest.mark.parametrize('width', [1e-3, 'auto'])
-def test_intervals_of_each_design_hold_the_truth(width, monkeypatch):
+def test_a_false_saving_is_a_miss():
+  case = coverage.Case('rates', 'x', lambda rng, width: {'false saves compute': rng.random() < 0.5}, ())
+  (row,) = coverage.simulated(case, 40, 0)
+  assert row['met'] is False and 0.2 < row['value'] < 0.8
+  never = coverage.Case('rates', 'x', lambda rng, width: {'false saves compute': None}, ())
+  assert coverage.simulated(never, 3, 0)[0]['met'] is None, 'nothing is printed, so nothing is wrong'
+
+
+@pytest.mark.parametrize('design', ['single', 'trunks', 'paired', 'clusters', 'isoflop'])
+def test_intervals_of_each_design_hold_the_truth(design):
   """At least two thirds of twelve nominal 95 % intervals: less has probability 2e-4."""
-  monkeypatch.setattr(coverage, 'RESAMPLES', 20)
-  rng = np.random.default_rng(0)
-  designs = {
-    'single': (lambda: coverage.single(rng, 0.002, width), {'E', 'alpha', 'beta', 'loss at 10x'}),
-    'paired': (lambda: coverage.paired(rng, 0.7, width), {'E', 'alpha', 'm[b]', 'm[c]', 'm[d]'}),
-    'resampled': (lambda: coverage.resampled(rng, 0.002, width), {'E', 'alpha', 'beta'}),
-  }
-  for name, (simulate, quantities) in designs.items():
-    hits = pd.DataFrame([simulate() for _ in range(12)])
-    assert set(hits) == quantities and (hits.mean() >= 2 / 3).all(), (name, hits.mean())
-  assert coverage.power(rng, width) == pytest.approx(np.log(1.2), abs=0.15)
+  for case in coverage.cases():
+    if case.design == design:
+      rows = coverage.simulated(case, 12, 0)
+      assert all(row['value'] >= 2 / 3 for row in rows if row['printed'] == 1), (case, rows)
+      assert any(row['printed'] == 1 for row in rows)
+
+
+@pytest.mark.parametrize('design', ['gain', 'floor', 'rates', 'gap'])
+def test_every_design_is_simulated_and_what_is_refused_is_not_counted(design):
+  rows = [row for case in coverage.cases() if case.design == design for row in coverage.simulated(case, 2, 0)]
+  assert all((row['value'] is None) == (row['printed'] == 0) for row in rows)
+  fades = [row for row in rows if (row['case'], row['quantity']) == ('fades', 'm')]
+  assert all(row['value'] is None for row in fades), 'no one number stands for a gain that fades'
+  chosen = [row for row in rows if row['case'] == '5 against 1, 1 seeds']
+  assert all(row['value'] is None for row in chosen), 'the best of five against one says nothing'

@@ -258,7 +258,7 @@ def test_weights_are_relative_noise_in_every_loss():
 
 
 def test_a_term_without_effect_is_not_printed():
-  """Without an effect of D its exponent runs away to fit noise, in whatever direction: not a stuck optimiser."""
+  """Without an effect of D its exponent runs away to fit noise: a boundary, not a stuck optimiser."""
   n, d = grid()
   noise = np.exp(0.002 * np.random.default_rng(0).standard_normal(len(n)))
   found = fit(points_nd(n, d, (1.8 + 470 * n**-0.35) * noise), CHINCHILLA)

@@ -241,7 +241,7 @@ def confounding(fit: Fit) -> dict[str, str]:
   unseen = [p.kind != 'constant' for p in fit.design.parameters] & (
     length_P < DEAD * np.linalg.norm(length_P)
   )
-  length_P = np.maximum(length_P, 1e-300)
+  length_P = np.maximum(length_P, 1e-100)  # its inverse squared must stay finite
   null_KP = np.vstack([null_space(fit.noise.jac_RP), np.diag(1 / length_P)[unseen]])
   if not len(null_KP):
     return {}

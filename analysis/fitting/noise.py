@@ -159,9 +159,8 @@ def labels(points: Points) -> list[tuple[str, np.ndarray]]:
   """(name, number of the group of each run) of everything that runs may share, coarse to fine."""
   size_R = np.unique(points.size, return_inverse=True)[1]
   cluster_R = np.unique(points.cluster, return_inverse=True)[1]
-  alike = np.stack(
-    [np.unique(points.arm, return_inverse=True)[1], *points.log_x.values(), *points.axes.values()]
-  )
+  at_R = [np.round(v, 9) for v in (*points.log_x.values(), *points.axes.values())]  # logs carry rounding
+  alike = np.stack([np.unique(points.arm, return_inverse=True)[1], size_R, *at_R])
   point_R = np.unique(alike, axis=1, return_inverse=True)[1].ravel()
   out = [('model size', size_R), ('cluster', cluster_R), ('arm and point', point_R)]
   if not _finer(cluster_R, size_R):  # clusters across sizes shift whole curves
