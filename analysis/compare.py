@@ -44,7 +44,7 @@ class RolloutStep:
 
 
 def folded(points: Points) -> Points:
-  """The points with sizes numbered from the smallest mean compute up, neighbours joined to at most FOLDS groups."""
+  """The points with sizes numbered by mean compute from 0 up, neighbours joined to at most FOLDS groups."""
   key_R = points.log_x['C'] if 'C' in points.log_x else sum(points.log_x.values())
   size_R = np.unique(points.size, return_inverse=True)[1]
   order_G = np.argsort(np.argsort(np.bincount(size_R, key_R) / np.bincount(size_R)))
@@ -158,7 +158,7 @@ def restriction(big: Fit, small: Fit) -> np.ndarray:
 
 
 def nested_f(big: Fit, small: Fit) -> tuple[float, tuple[int, float], float] | None:
-  """Wald F of the restrictions by the strata of the big fit's noise: (F, (q, degrees of freedom), p) or None."""
+  """Wald F of the restrictions by the big fit's noise: (F, (q, degrees of freedom), p) or None."""
   # Of a floor that ran to zero nothing can be tested.
   unknown = big.noise.problem or any(why == E_GONE for why in big.boundaries.values())
   return None if unknown else wald(big.noise, restriction(big, small), big.theta_P)

@@ -1,10 +1,10 @@
 """`mhc coverage`: do nominal 95 % intervals cover, among what is printed, and what can a sweep resolve?
 
-Where: evidence, by simulation, for the rules of fitting/identify.py, noise.py, gain.py, gaps.py and selection.py.
-What is refused is not counted; `printed` is the share that is not. Each design is a function below, with its truth;
-its cases are in CASES. Exit code 1 when a target is missed: coverage among what is printed outside WANTED (where it
-is printed in 5 % of the simulations or more), a false "saves compute" in more than FALSE, or a spread of log m
-above WANTED_SPREAD.
+Where: evidence, by simulation, for the rules of fitting/identify.py, noise.py, gain.py, gaps.py and
+selection.py. What is refused is not counted; `printed` is the share that is not. Each design is a function
+below, with its truth; its cases are in `cases`. Exit code 1 when a target is missed: coverage among what is
+printed outside WANTED (where it is printed in 5 % of the simulations or more), a false "saves compute" in
+more than FALSE, or a spread of log m above WANTED_SPREAD.
 """
 
 import argparse
@@ -97,7 +97,7 @@ def resampled(rng: np.random.Generator, width: float | str, noise: float) -> Hit
 
 
 def trunks(rng: np.random.Generator, width: float | str, checkpoints: int, column: bool) -> Hits:
-  """Five trunks of L(N, D) whose rows share 70 % of the variance of their noise; with a cluster column or not."""
+  """Five trunks of L(N, D) whose rows share 70 % of the variance of their noise; column: of clusters."""
   n = np.repeat(GRID[0], checkpoints)
   d = n * np.tile(np.geomspace(5, 80, checkpoints), 5)
   trunk = np.repeat(np.arange(5), checkpoints)
@@ -109,7 +109,7 @@ def trunks(rng: np.random.Generator, width: float | str, checkpoints: int, colum
 
 
 def clusters(rng: np.random.Generator, width: float | str, count: int) -> Hits:
-  """`count` clusters of eight runs of L(C) over the same sizes, which share 70 % of the variance of their noise."""
+  """`count` clusters of eight runs of L(C) over the same sizes, which share 70 % of their variance."""
   c, cluster = np.tile(np.geomspace(1, 100, 8), count), np.repeat(np.arange(count), 8)
   shared, own = rng.standard_normal(count)[cluster], rng.standard_normal(len(c))
   loss = (1.5 + 1.2 * c**-0.25) * np.exp(0.004 * (np.sqrt(0.7) * shared + np.sqrt(0.3) * own))
@@ -139,7 +139,7 @@ def _quick(
   span: float = 300.0,
   sizes: int = 6,
 ) -> Points:
-  """The quick sweep's layout: four arms, two seeds. loss_of(arm, C); spread: sd that runs of a size share, and own."""
+  """The quick sweep's layout: four arms, two seeds. loss_of(arm, C); spread: sd shared by a size, and own."""
   a, size, seed = (v.ravel() for v in np.meshgrid(range(4), range(sizes), range(2), indexing='ij'))
   arm, c = np.array(list('abcd'))[a], np.geomspace(1, span, sizes)[size]
   shared, paired = rng.standard_normal(sizes)[size], rng.standard_normal((sizes, 2))[size, seed]
@@ -151,7 +151,7 @@ def _quick(
 
 
 def gain(rng: np.random.Generator, width: float | str, kind: str) -> Hits:
-  """Arm b at the quick layout: its gain holds at 1.3, fades from 1.5 to 1.04, or it has an E or an exponent of its own.
+  """Arm b at the quick layout: its gain holds, fades from 1.5 to 1.04, or it has its own E or exponent.
 
   'm': one multiplier, against that at the largest size. 'false saves compute': of arm c, which has m = 1.
   """
@@ -227,7 +227,7 @@ def _run(arm: str, size: int, c: float, seed: int, rate: int, loss: float) -> di
 
 
 def isoflop(rng: np.random.Generator, width: float | str, noise: float) -> Hits:
-  """N* by parabolas at four budgets of seven sizes each, D = C / 6N of L(N, D); the law's exponent b/(a + b)."""
+  """N* by parabolas at four budgets of seven sizes each, D = C / 6N; the law's exponent b/(a + b)."""
   c = np.repeat(np.geomspace(1e19, 1e21, 4), 7)
   a = TRUE['beta'] / (TRUE['alpha'] + TRUE['beta'])
   scale = (TRUE['alpha'] * TRUE['A'] / (TRUE['beta'] * TRUE['B'])) ** (1 / (TRUE['alpha'] + TRUE['beta']))
@@ -239,7 +239,7 @@ def isoflop(rng: np.random.Generator, width: float | str, noise: float) -> Hits:
 
 
 def gap(rng: np.random.Generator, width: float | str, kind: str) -> Hits:
-  """Paired gaps of three arms at five sizes, two seeds: equal spreads, one arm tenfold, or falling twentyfold."""
+  """Paired gaps of three arms at five sizes, two seeds: equal spreads, one arm tenfold, falling twentyfold."""
   groups = []
   for arm in 'abc':
     for size in range(5):
@@ -259,7 +259,7 @@ def gap(rng: np.random.Generator, width: float | str, kind: str) -> Hits:
 
 
 def power(rng: np.random.Generator, width: float | str) -> float:
-  """Two arms of L(C) at five budgets over a factor of 256, one seed, 0.01 nats: the fitted log m (true: log 1.2)."""
+  """Two arms of L(C) at five budgets over a factor of 256, one seed, 0.01 nats: log m (true: log 1.2)."""
   c = np.tile(np.geomspace(1, 256, 5), 2)
   m, rows = np.repeat([1.0, 1.2], 5), np.arange(10)
   loss = 1.9 + 2 * (m * c) ** -0.18 + 0.01 * rng.standard_normal(10)
@@ -270,7 +270,7 @@ def power(rng: np.random.Generator, width: float | str) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """One simulated design with its arguments, for one width of Huber's loss; judged: whether it has a target."""
+  """One simulated design with its arguments and width of Huber's loss; judged: whether it has a target."""
 
   design: str
   case: str

@@ -1,8 +1,8 @@
-"""Does an arm's gain fade, hold or grow with compute? The multiplier as a function m(C), and when one m will do.
+"""Does an arm's gain fade, hold or grow with compute? The multiplier m(C), and when one m will do.
 
-Where: the nested fits of compare.py -> here -> document and multipliers. An arm that differs in its exponent or its
-floor has another multiplier at every size; one number would be right in the middle of the data and wrong where it
-matters, at the largest run.
+Where: the nested fits of compare.py -> here -> document and multipliers. An arm that differs in its exponent
+or its floor has another multiplier at every size; one number would be right in the middle of the data and
+wrong where it matters, at the largest run.
 """
 
 import dataclasses
@@ -38,8 +38,8 @@ class Gain:
   """How the multiplier of an arm changes with compute.
 
   trend: 'fades' (m falls), 'grows', 'holds' (within a factor of HOLDS either way), 'cannot tell'; None where
-  nothing can be tested, for the reason in `problem`. p_exponent, p_floor: of the
-  arm's own exponent and E. one: whether one m is enough. change: of m over the data, as a factor, with interval.
+  nothing can be tested, for the reason in `problem`. p_exponent, p_floor: of the arm's own exponent and E.
+  one: whether one m is enough. change: of m over the data, as a factor, with interval.
   """
 
   arm: str
@@ -151,8 +151,9 @@ def _p_value(fit: Fit, arm: str) -> float | None:
 
 
 def _log_multiplier(fit: Fit, points: Points, arm: str, size: object) -> tuple[float, np.ndarray] | None:
-  """log m at an arm's mean point of one size, and its gradient in theta: so much more compute gives the reference
-  the arm's loss. None where no compute is enough.
+  """log m at an arm's mean point of one size, and its gradient in theta; None where no compute is enough.
+
+  With m times the compute the reference has the arm's loss.
   """
   own = points.take((points.arm == arm) & (points.size == size))
   log_x = {name: np.array([v.mean()]) for name, v in own.log_x.items()}
@@ -187,9 +188,9 @@ def _compute(points: Points, arm: str, size: object) -> float:
 def _averaged(models: list[Candidate], found: list[tuple[float, np.ndarray]]) -> tuple[float, float, float]:
   """exp of a number with its 95 % interval, averaged over models that fit about as well.
 
-  found: the number and its gradient in the parameters, by model. Own exponent and own floor have as many parameters
-  and are seldom told apart, yet differ at the ends. Each gives a Student's t by the delta method; a model's weight is
-  its likelihood, objective^-freedom/2.
+  found: the number and its gradient in the parameters, by model. Own exponent and own floor have as many
+  parameters and are seldom told apart, yet differ at the ends. Each gives a Student's t by the delta method;
+  a model's weight is its likelihood, objective^-freedom/2.
   """
   parts = []
   for c, (value, gradient_P) in zip(models, found, strict=True):

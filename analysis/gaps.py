@@ -51,10 +51,11 @@ class Pairs:
 
 
 def spreads(groups: list[Pairs], values: list[np.ndarray]) -> list[tuple[float, float]] | None:
-  """(standard deviation, its degrees of freedom) of a paired value in each group; None without two seeds anywhere.
+  """(standard deviation, degrees of freedom) of a paired value in each group; None without two seeds.
 
-  One spread for all, unless the data tell that it differs by arm (one may depend on rounding) or with compute:
-  a gamma regression of the groups' variances, with the terms that a likelihood ratio finds at DIFFERS.
+  One spread for all, unless the data tell that it differs by arm (one may depend on rounding) or with
+  compute: a gamma regression of the groups' variances, with the terms that a likelihood ratio finds at
+  DIFFERS.
   """
   freedom_G = np.array([g.freedom for g in groups], float)
   if not freedom_G.sum():
@@ -85,7 +86,8 @@ def spreads(groups: list[Pairs], values: list[np.ndarray]) -> list[tuple[float, 
       break
     basis_GK, (best, variance_G) = np.hstack([basis_GK, terms.pop(name)]), tried[name]
     chosen.append(name)
-  # A log variance with error v is worth 2 / v degrees of freedom: fewer for an arm of its own, and at the ends.
+  # A log variance with error v is worth 2 / v degrees of freedom: fewer for an arm of its own, and at the
+  # ends.
   half_GK = np.sqrt(freedom_G / 2)[:, None] * basis_GK
   error_G = np.einsum('gk,kl,gl->g', basis_GK, np.linalg.pinv(half_GK.T @ half_GK), basis_GK)
   free_G = np.maximum(2 / error_G, 1.0)
@@ -120,8 +122,8 @@ def paired_gap(
 ) -> Gap:
   """Gap of one arm at one size from the paired losses of its seeds.
 
-  The interval is Student's t with the spreads of difference and ratio (deviation, degrees of freedom); without
-  them there is none. costs: (FLOPs, tokens) of the arm over the reference's, per pair.
+  The interval is Student's t with the spreads of difference and ratio (deviation, degrees of freedom);
+  without them there is none. costs: (FLOPs, tokens) of the arm over the reference's, per pair.
   """
   own, other = pairs.losses
   gap, ratio = float((own - other).mean()), float((own / other).mean())
@@ -143,9 +145,10 @@ def seed_spread(grid: pd.DataFrame) -> float | None:
 
 
 def gaps(table: pd.DataFrame, reference: str | None, unequal_rates: Collection[str] = ()) -> list[Gap]:
-  """Paired gaps to the reference of every arm, smallest size first; their spread is that of `spreads`, since one
-  arm at one size has too few seeds for its own. unequal_rates: arms whose rate was chosen among more on the runs
-  compared: their gaps have no interval.
+  """Paired gaps to the reference of every arm, smallest size first.
+
+  Their spread is that of `spreads`: one arm at one size has too few seeds for its own. unequal_rates: arms whose rate was chosen among more on
+  the runs compared: their gaps have no interval.
   """
   if reference is None:
     return []

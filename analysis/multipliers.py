@@ -24,8 +24,8 @@ class Multiplier:
   """Compute multiplier of an arm over the reference in three currencies; or why there is none.
 
   equal_tokens: at equal sizes and tokens, the connection's own cost left out. seconds: of training at the
-  speeds measured. Intervals: 95 %. trend, smallest, largest: how m changes with compute (gain.py), in FLOPs; where
-  one m would be wrong `flops` is None and the two ends stand for it.
+  speeds measured. Intervals: 95 %. trend, smallest, largest: how m changes with compute (gain.py), in FLOPs;
+  where one m would be wrong `flops` is None and the two ends stand for it.
   """
 
   arm: str
@@ -92,7 +92,7 @@ def multipliers(
 
 
 def _trend(gain: Gain | None, cost: float) -> dict[str, object]:
-  """Fields of a multiplier from the gain of its arm, over what the arm costs more at equal size and tokens."""
+  """Fields of a multiplier from the gain of its arm, over its cost at equal size and tokens."""
   if gain is None:
     return {}
   ends = {

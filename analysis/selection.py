@@ -121,7 +121,7 @@ def _other_corpora(t: pd.DataFrame, excluded: pd.Series) -> pd.Series:
 
 
 def _best_rates(t: pd.DataFrame, excluded: pd.Series) -> tuple[pd.Series, pd.Series, pd.DataFrame]:
-  """Of several learning rates for one arm, size, rank and budget the best stays, chosen for each seed on the others.
+  """Of several learning rates for one arm, size, rank and budget: the best on the other seeds stays.
 
   The lowest of noisy losses is too low: a rate chosen on the run that is then compared makes an arm better by
   chance. With one seed there is no other choice, which `rate_problems` judges. A diverged run counts as
@@ -155,7 +155,7 @@ def _best_rates(t: pd.DataFrame, excluded: pd.Series) -> tuple[pd.Series, pd.Ser
 
 
 def rate_problems(t: pd.DataFrame, reference: str | None) -> dict[str, str]:
-  """Arm -> why it cannot be compared: its rate was chosen on the compared runs, among more than the reference's."""
+  """Arm -> why it cannot be compared: its rate was chosen on the compared runs, among more or fewer."""
   grid = t[t['paired']]
   base = grid[grid['arm'] == reference].groupby(['size', 'duration'])['rates'].max()
   out = {}
@@ -164,8 +164,8 @@ def rate_problems(t: pd.DataFrame, reference: str | None) -> dict[str, str]:
       ours, theirs = int(rows['rates'].max()), int(base.get(key, 1))
       if ours != theirs and rows['rate_seeds'].max() < 2 and key in base.index:
         out[arm] = (
-          f'at {key[0]} its learning rate is the best of {ours} on the one seed compared, that of {reference} of '
-          f'{theirs}: give both as many, or choose on other seeds'
+          f'at {key[0]} its learning rate is the best of {ours} on the one seed compared, that of '
+          f'{reference} of {theirs}: give both as many, or choose on other seeds'
         )
         break
   return out

@@ -127,7 +127,8 @@ def save(drawing: Drawing, folder: Path, name: str) -> Panel:
   fig = drawing.fig
   with matplotlib.rc_context(style()):
     write_png(fig, folder / f'{name}.png')
-    # The first save has laid the figure out; an engine, even that of no layout, would cost every save a second draw.
+    # The first save has laid the figure out; an engine, even that of no layout, would cost every save a
+    # second draw.
     with matplotlib.rc_context({'figure.constrained_layout.use': False}):
       fig.set_layout_engine(None)
     fig.savefig(folder / f'{name}.svg', metadata={'Date': None})

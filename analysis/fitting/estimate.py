@@ -24,7 +24,6 @@ from .solve import (
   variable_projection,
 )
 
-
 E_GONE = 'E -> 0'  # the boundary of a floor
 
 

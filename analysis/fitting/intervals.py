@@ -85,7 +85,8 @@ def derived(fit: Fit, theta_P: np.ndarray) -> dict[str, float]:
 def delta_method(fit: Fit, level: float = LEVEL) -> dict[str, list[float]]:
   """Delta-method intervals with Student's t, on the log scale for E, coefficients and multipliers.
 
-  E cannot lie above what runs have reached: its interval ends two standard deviations above the smallest loss.
+  E cannot lie above what runs have reached: its interval ends two standard deviations above the smallest
+  loss.
   """
   parameters, map_ = natural_map(fit.design)
   centre = map_ @ fit.theta_P

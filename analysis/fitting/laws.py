@@ -135,10 +135,11 @@ LAWS = {
 class ArmModel:
   """How arms may differ.
 
-  multiplier: 'none' (all arms equal), 'common' (one compute multiplier m per arm), 'N' or 'D'
-  (rho_N or rho_D alone), 'both' (rho_N and rho_D). axes: names of Points.axes; each adds
-  m = r^phi along that axis. slope_at: log C at which m is m; elsewhere it is m (C / that)^g, with g of each
-  arm's own (L(C): the same as an exponent of its own); None: m is the same at every C. free_e, free_exponents: one value per arm instead of a shared one.
+  multiplier: 'none' (all arms equal), 'common' (one compute multiplier m per arm), 'N' or 'D' (rho_N or rho_D
+  alone), 'both' (rho_N and rho_D). axes: names of Points.axes; each adds m = r^phi along that axis. slope_at:
+  log C at which m is m; elsewhere it is m (C / that)^g, with g of each arm's own (L(C): the same as an
+  exponent of its own); None: m is the same at every C. free_e, free_exponents: one value per arm instead of a
+  shared one.
   """
 
   multiplier: str = 'common'

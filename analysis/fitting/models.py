@@ -31,8 +31,8 @@ def matched(
 ) -> tuple[np.ndarray, tuple[str, ...]]:
   """Sizes by distinct log N within each arm; those of two arms are one where each is the other's nearest.
 
-  Nearest after what the arm costs more at all its sizes, and by less than NEAR of the gap to the next size. The
-  note says how far apart matched sizes lie.
+  Nearest after what the arm costs more at all its sizes, and by less than NEAR of the gap to the next size.
+  The note says how far apart matched sizes lie.
   """
   own = {a: _distinct(log_n[arm == a], tolerance) for a in dict.fromkeys(arm.tolist())}
   home = own[max(own, key=lambda a: len(own[a]))]  # of the first arm with most sizes
@@ -55,7 +55,8 @@ def matched(
   if alone:
     verb = 'shares' if len(alone) == 1 else 'share'
     notes.append(
-      f'{", ".join(alone)} {verb} no model size with the other arms: nothing is paired, and m rests on the law'
+      f'{", ".join(alone)} {verb} no model size with the other arms: nothing is paired, '
+      'and m rests on the law'
     )
   return label.astype(str), tuple(notes)
 

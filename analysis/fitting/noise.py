@@ -1,10 +1,10 @@
 """How the noise of runs is made up: what sizes, groups and repeats share, and whose noise is larger.
 
-Where: a fit (estimate.py) -> here -> intervals.py and the tests of compare.py. Analysis of variance in strata:
-runs of one model size share what the law misses there; runs of one seed or trunk their start and data; repeats
-of one arm at one point what the law misses for that arm. Each contrast of the parameters is known only as well
-as the strata that it is made of (Satterthwaite's degrees of freedom), so that many rows of few models do not
-pass for many measurements. All sums go over groups: O(R).
+Where: a fit (estimate.py) -> here -> intervals.py and the tests of compare.py. Analysis of variance in
+strata: runs of one model size share what the law misses there; runs of one seed or trunk their start and
+data; repeats of one arm at one point what the law misses for that arm. Each contrast of the parameters is
+known only as well as the strata that it is made of (Satterthwaite's degrees of freedom), so that many rows of
+few models do not pass for many measurements. All sums go over groups: O(R).
 """
 
 import dataclasses
@@ -18,8 +18,8 @@ from .solve import Problem, residuals, score
 
 NULL = 1e-9  # singular value, relative to the largest, of a direction that no run sees
 DEAD = 1e-6  # share of the Jacobian below which a parameter has no effect left (E -> 0)
-# p-value above which a stratum is pooled with the finer one: Bancroft's rule for model sizes, of which there are few;
-# one that is declared is pooled only where it is no louder.
+# p-value above which a stratum is pooled with the finer one: Bancroft's rule for model sizes, of which there
+# are few; one that is declared is pooled only where it is no louder.
 POOL = {'model size': 0.25, 'cluster': 0.5, 'arm and point': 0.25}
 TOLD = 0.5  # degrees of freedom below which a mean square says nothing
 SURE = 0.01  # p-value below which the finer one is taken as quiet as it looks
@@ -46,9 +46,9 @@ class Stratum:
 class Noise:
   """What is known of the noise of a fit's runs.
 
-  scale_R: each run's noise relative to the typical one. strata: coarse to fine, the last is single runs; label_R:
-  group of each run in the coarsest. notes: what was found, in words. problem: why the noise cannot be told, or
-  None. inverse_PP: of J' J, each run with the mean slope of its score; slope_R: that.
+  scale_R: each run's noise relative to the typical one. strata: coarse to fine, the last is single runs;
+  label_R: group of each run in the coarsest. notes: what was found, in words. problem: why the noise cannot
+  be told, or None. inverse_PP: of J' J, each run with the mean slope of its score; slope_R: that.
   """
 
   scale_R: np.ndarray
@@ -75,7 +75,7 @@ def robust_scale(residual_R: np.ndarray, parameters: int) -> float:
 
 
 def _core(residual_R: np.ndarray, parameters: int) -> float:
-  """Standard deviation of the noise: the robust scale, or the plain one where that is smaller (no outliers)."""
+  """Standard deviation of the noise: the robust scale, or the plain one where that is smaller."""
   plain = np.sqrt(residual_R @ residual_R / max(len(residual_R) - parameters, 1))
   return min(robust_scale(residual_R, parameters), float(plain))
 
@@ -212,7 +212,7 @@ def _dimension(groups: tuple[np.ndarray, ...]) -> int:
 def _strata(
   e_R: np.ndarray, left_RP: np.ndarray, right_RP: np.ndarray, inverse_PP: np.ndarray, points: Points
 ) -> list[tuple[Stratum, np.ndarray]]:
-  """Mean squares by stratum of standardised scores e = (I - left right') of the true ones, with their groups."""
+  """Mean squares by stratum of standardised scores e = (I - left right') true ones, with their groups."""
   spans, groups = [], ()
   for name, label_R in labels(points):
     joined = _joined(groups, label_R)
@@ -243,8 +243,8 @@ def _pooled(
 ) -> tuple[tuple[Stratum, ...], np.ndarray, list[str], str | None]:
   """From fine to coarse: a stratum that is not noisier than the finer one, or cannot be told, joins it.
 
-  keep: names of those that do not, whatever they show. Returns the strata, the groups of the coarsest, notes and
-  the problem.
+  keep: names of those that do not, whatever they show. Returns the strata, the groups of the coarsest, notes
+  and the problem.
   """
   (*coarser, finest), notes, problem = raw, [], None
   kept, label_R = [finest[0]], finest[1]
@@ -311,9 +311,9 @@ def unequal(
 
   Also notes, and the number of arms whose noise is their own (0: it is one).
 
-  A gamma regression of squared residuals, each freed of what the fit took from it (restricted likelihood, Smyth
-  1989). A term is used where it is significant at UNEQUAL; otherwise noise is equal. Where there are repeats they
-  alone speak: what the law misses is no noise.
+  A gamma regression of squared residuals, each freed of what the fit took from it (restricted likelihood,
+  Smyth 1989). A term is used where it is significant at UNEQUAL; otherwise noise is equal. Where there are
+  repeats they alone speak: what the law misses is no noise.
   """
   n, equal = len(residual_R), np.ones(len(residual_R))
   seen_RP = _with_repeats(jac_RP, points)
@@ -350,8 +350,8 @@ def _with_repeats(jac_RP: np.ndarray, points: Points) -> np.ndarray:
 def _dispersion(residual_R: np.ndarray, jac_RP: np.ndarray, basis_RK: np.ndarray) -> tuple[float, np.ndarray]:
   """(restricted log likelihood, variance of each run) with log variance linear in the basis.
 
-  The residuals are those of the fit that these variances would weigh (one linear step): at equal weights the noise
-  of loud runs would hide how quiet the others are.
+  The residuals are those of the fit that these variances would weigh (one linear step): at equal weights the
+  noise of loud runs would hide how quiet the others are.
   """
   gamma_K = np.zeros(basis_RK.shape[1])
   gamma_K[0] = np.log(np.mean(residual_R**2))
