@@ -239,7 +239,7 @@ def isoflop(rng: np.random.Generator, width: float | str, noise: float) -> Hits:
 
 
 def gap(rng: np.random.Generator, width: float | str, kind: str) -> Hits:
-  """Paired gaps of three arms at five sizes, two seeds: equal spreads, one arm tenfold, falling twentyfold."""
+  """Paired gaps of three arms at five sizes, two seeds: spreads equal, one tenfold, falling twentyfold."""
   groups = []
   for arm in 'abc':
     for size in range(5):

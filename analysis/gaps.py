@@ -147,8 +147,8 @@ def seed_spread(grid: pd.DataFrame) -> float | None:
 def gaps(table: pd.DataFrame, reference: str | None, unequal_rates: Collection[str] = ()) -> list[Gap]:
   """Paired gaps to the reference of every arm, smallest size first.
 
-  Their spread is that of `spreads`: one arm at one size has too few seeds for its own. unequal_rates: arms whose rate was chosen among more on
-  the runs compared: their gaps have no interval.
+  Their spread is that of `spreads`: one arm at one size has too few seeds for its own. unequal_rates: arms
+  whose rate was chosen among more on the runs compared; their gaps have no interval.
   """
   if reference is None:
     return []

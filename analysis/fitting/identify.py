@@ -39,7 +39,8 @@ RULES = (
   'would make intervals cover too seldom. Not at a boundary (E -> 0, exponent -> 0); E at its boundary takes '
   'exponents and coefficients with it, which would take its place.',
   f'A compute multiplier is printed when its 95 % interval is narrower than a factor of {MAX_FACTOR:g}. A '
-  'law is drawn or read beyond the runs only if E is known as well, below the smallest measured loss or within '
+  'law is drawn or read beyond the runs only if E is known as well, below the smallest measured loss or '
+  'within '
   f'{TIGHT - 1:.0%}.',
   'A multiplier is a horizontal shift inside the range of the data, so it can be printed even '
   'where E or an exponent, which are extrapolations, cannot.',
