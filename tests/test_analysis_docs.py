@@ -35,15 +35,15 @@ def test_every_figure_is_there_with_its_numbers():
 
 def test_multipliers_of_the_quick_sweep():
   arrows = read('quick/paper_compute').query("kind == 'arrow'").set_index('arm')
-  m, low, high = (f'{arrows.loc["mhc", name]:.2f}' for name in ('multiplier', 'low', 'high'))
-  assert f'residual reaches its loss with {m} times the FLOPs ({low} to {high})' in README
-  hc, mhc, identity = (
-    f'({row["low"]:.2f} to {row["high"]:.2f})' for _, row in arrows.loc[['hc', 'mhc', 'identity']].iterrows()
-  )
-  values = {arm: f'{m:.2f}' for arm, m in arrows['multiplier'].items()}
+  needs = {
+    arm: (f'{row["needed"]:.2f}', f'{row["needed_low"]:.2f} to {row["needed_high"]:.2f}')
+    for arm, row in arrows.iterrows()
+  }
+  value, ends = needs['mhc']
+  assert f"mhc needs {value} times residual's compute for the same loss (95 %: {ends})" in README
   assert (
-    f'residual needs {values["hc"]} times the compute of hc (95 % {hc[1:]}, {values["mhc"]} of mhc {mhc}, '
-    f'{values["identity"]} of identity {identity}.'
+    f"hc needs {needs['hc'][0]} times residual's compute (95 % {needs['hc'][1]}), mhc {value} ({ends}), "
+    f'identity {needs["identity"][0]} ({needs["identity"][1]}).'
   ) in LOG
   losses = read('quick/final_losses').query("size == '64x4'").set_index('arm')['validation_loss']
   words = ', '.join(f'{arm} {losses[arm]:.3f}' for arm in ('residual', 'identity', 'hc', 'mhc'))
