@@ -14,6 +14,7 @@ from mhc_jax.errors import ConfigError
 
 from .fitting.laws import HUBER_WIDTH, LAWS, LOSSES, ArmModel, Law, Points
 
+RESAMPLES, MOST_RESAMPLED = 1000, 2000
 EXAMPLES = """examples:
   mhc fit points.csv --law chinchilla --columns N=params,D=tokens,loss=loss
   mhc fit points.csv --law compute --columns C=flops,loss=loss,arm=model,seed=seed \\
@@ -64,7 +65,11 @@ def _parser() -> argparse.ArgumentParser:
   what.add_argument(
     '--anyway', action='store_true', help='predict also where the rules forbid it, marked as extrapolated'
   )
-  what.add_argument('--resamples', type=int, default=1000, help='bootstrap draws (default %(default)s)')
+  what.add_argument(
+    '--resamples',
+    type=int,
+    help=f'bootstrap draws (default {RESAMPLES}, and none above {MOST_RESAMPLED} rows)',
+  )
   what.add_argument('--seed', type=int, default=0, help='of the bootstrap')
   what.add_argument(
     '--out', metavar='FILE', help="every number as JSON; '-': on standard output, without the summary"
@@ -219,8 +224,11 @@ def fit_law(a: argparse.Namespace) -> tuple[dict[str, object], object]:
   points, excluded, notes = read(a)
   if a.reference is not None and a.reference not in points.arms:
     raise ConfigError(f'--reference {a.reference}: the arms are {", ".join(points.arms)}')
-  if a.resamples < 0 or a.seed < 0:
-    raise ConfigError(f'--resamples {a.resamples} --seed {a.seed}: neither may be negative')
+  resamples = a.resamples
+  if resamples is None:
+    resamples = RESAMPLES if len(points) <= MOST_RESAMPLED else 0
+  if resamples < 0 or a.seed < 0:
+    raise ConfigError(f'--resamples {resamples} --seed {a.seed}: neither may be negative')
   width = parse_delta(a.delta, len(points.arms))
   law, chosen = law_of(a, points)
   arms = ArmModel(a.arms, a.reference or points.arms[0], tuple(points.axes), **parse_free(a.free))
@@ -228,7 +236,7 @@ def fit_law(a: argparse.Namespace) -> tuple[dict[str, object], object]:
   fitted = fit(points, law, arms, a.loss, width)
   candidates = nested(fitted, width)
   changes = gains(fitted, candidates)
-  out = document(fitted, a.resamples, True, a.seed, a.level, refused(changes))
+  out = document(fitted, resamples, True, a.seed, a.level, refused(changes))
   for name, value in finite(fitted.parameters).items():  # parameters are keys beside the others
     if out[name] != value and not (out[name] is None and name in out['verdicts']):
       raise ConfigError(f'--law: {name!r} means something else in the JSON: call the parameter otherwise')

@@ -44,8 +44,7 @@ def matched(
       alone.append(str(a))
     index = {k: str(partner[k]) if k in partner else f'{a} {values[k]:.4g}' for k in range(len(values))}
     rows = np.flatnonzero(arm == a)
-    nearest = np.argmin(np.abs(log_n[rows][:, None] - values), 1)
-    label[rows] = [index[k] for k in nearest]
+    label[rows] = [index[k] for k in _nearest(log_n[rows], values).tolist()]
   notes = []
   if apart > max(tolerance, 1e-6):
     notes.append(
@@ -63,17 +62,20 @@ def matched(
 
 def _partners(values: np.ndarray, home: np.ndarray) -> dict[int, int]:
   """Index of each size of an arm -> that of its partner among the sizes of another."""
-  exact = np.isclose(values[:, None], home, rtol=0, atol=1e-9).any()
+  exact = (np.abs(home[_nearest(values, home)] - values) < 1e-9).any()
   dearer = float(np.mean(values - home)) if len(values) == len(home) and not exact else 0.0
   moved = values - (dearer if abs(dearer) < MOST else 0.0)
-  out = {}
-  for k, value in enumerate(moved):
-    near = int(np.argmin(np.abs(home - value)))
-    back = int(np.argmin(np.abs(moved - home[near])))
-    close = abs(home[near] - values[k]) <= MOST
-    if close and back == k and abs(home[near] - value) <= NEAR * min(_gap(moved, k), _gap(home, near)):
+  out, there, back = {}, _nearest(moved, home), _nearest(home, moved)
+  for k, (value, near) in enumerate(zip(moved, there.tolist(), strict=True)):
+    close = abs(home[near] - values[k]) <= MOST and back[near] == k
+    if close and abs(home[near] - value) <= NEAR * min(_gap(moved, k), _gap(home, near)):
       out[k] = near
   return out
+
+
+def _nearest(values: np.ndarray, among: np.ndarray) -> np.ndarray:
+  """Index of the nearest of some ascending numbers to each value."""
+  return np.searchsorted((among[1:] + among[:-1]) / 2, values)
 
 
 def _distinct(log_n: np.ndarray, tolerance: float) -> np.ndarray:

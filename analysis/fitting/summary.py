@@ -28,6 +28,7 @@ def summary(doc: dict) -> str:
   notes += [doc['caveat']] if doc['caveat'] else []
   notes += [f'excluded: {sentence}' for sentence in doc['excluded']]
   notes += _held_out(doc['rollout'])
+  notes += map(_gain, doc.get('gains', ()))
   notes += [
     f'{c["name"]}, against {c["against"]}: F = {c["f_statistic"]:.3g}, p = {c["p_value"]:.2g}'
     for c in doc.get('nested', ())
@@ -77,6 +78,20 @@ def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
     '  '.join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in (head, *rows)
   ]
   return [lines[0], *(line for line in lines[1:])]
+
+
+def _gain(g: dict) -> str:
+  """How the multiplier of an arm changes with compute."""
+  if g['trend'] is None:
+    return f'whether the gain of {g["arm"]} changes with compute cannot be tested: {g["problem"]}'
+  what = {'cannot tell': 'may change with compute, these runs cannot tell', 'holds': 'holds'}
+  at = [
+    f'{short(m["value"], 3)} ({short(m["interval"][0], 3)} to {short(m["interval"][1], 3)}) at C = '
+    f'{short(m["flops"], 3)}'
+    for m in (g['smallest'], g['largest'])
+  ]
+  trend = what.get(g['trend'], f'{g["trend"]} with compute')
+  return f'the gain of {g["arm"]} {trend}: m = {at[0]}, {at[1]}'
 
 
 def _row(doc: dict, name: str) -> tuple[str, str, str]:
