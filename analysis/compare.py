@@ -159,9 +159,11 @@ def restriction(big: Fit, small: Fit) -> np.ndarray:
 
 def nested_f(big: Fit, small: Fit) -> tuple[float, tuple[int, float], float] | None:
   """Wald F of the restrictions by the big fit's noise: (F, (q, degrees of freedom), p) or None."""
+  rows = restriction(big, small)
   # Of a floor that ran to zero nothing can be tested.
-  unknown = big.noise.problem or any(why == E_GONE for why in big.boundaries.values())
-  return None if unknown else wald(big.noise, restriction(big, small), big.theta_P)
+  gone = [p.kind == 'constant' and big.boundaries.get(p.label) == E_GONE for p in big.design.parameters]
+  unknown = big.noise.problem or np.abs(rows[:, gone]).max(initial=0) > 1e-9
+  return None if unknown else wald(big.noise, rows, big.theta_P)
 
 
 def split_levels(points: Points, axis: str) -> Points:
