@@ -36,7 +36,7 @@ def gap_and_ratio(s: Study) -> Drawing | str | None:
     f'{_cost_words(s)} Arms stand side by side at each size. '
   )
   caption += (
-    'Intervals from the spread of paired differences, pooled over arms and sizes.'
+    'Intervals from the spread of paired differences, by arm and compute where the data tell them apart.'
     if with_interval
     else 'No interval: no size has two seeds.'
   )
