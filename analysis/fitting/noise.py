@@ -151,7 +151,7 @@ def noise(theta_P: np.ndarray, p: Problem, points: Points) -> Noise:
     beyond_R1 = np.maximum(scale_R**2 - 1, 0)[:, None]
     beyond_PP = loud.mean_square * (weight_RP * beyond_R1).T @ weight_RP
     freedom = loud.freedom / max(arms, 1)
-    strata = (*strata, dataclasses.replace(loud, covariance_PP=beyond_PP, freedom=freedom))
+    strata = (*strata, dataclasses.replace(loud, name='loud run', covariance_PP=beyond_PP, freedom=freedom))
   return Noise(scale_R, slope_R, strata, label_R, (*notes, *found), problem, inverse_PP, jac_RP)
 
 
