@@ -107,10 +107,22 @@ def test_slopes_of_the_coordinate_check():
 def test_coverage_of_the_intervals():
   rows = pd.DataFrame(json.loads((RESULTS / 'coverage.json').read_text())['rows'])
   auto = rows[rows['delta'] == 'auto']
-  one = auto[auto['design'] == 'single']['value']
+
+  def span(values):
+    return f'{100 * values.min():.1f} to {100 * values.max():.1f} %'
+
+  falling = rows['case'].str.contains('falling') & (rows['design'] == 'single')
+  assert f'in {span(auto[(auto["design"] == "single") & ~falling]["value"])} of simulations' in PAGE
+  assert f'falls twentyfold in {span(rows[falling]["value"])}' in PAGE
+  assert f'cluster column, in {span(rows[rows["design"] == "trunks"]["value"])}' in PAGE
   pairs = auto[(auto['design'] == 'paired') & auto['quantity'].str.contains(r'm\[')]['value']
-  assert f'in {100 * one.min():.1f} to {100 * one.max():.1f} % of simulations' in PAGE
-  assert f'multipliers of paired arms in {100 * pairs.min():.1f} to {100 * pairs.max():.1f} %' in PAGE
+  assert f'multipliers of paired arms in {span(pairs)}' in PAGE
+  ends = auto[(auto['design'] == 'gain') & auto['quantity'].str.contains('size')]['value']
+  assert f'an E or an exponent of its own, in {span(ends)}' in PAGE
+  false = auto[auto['quantity'].str.startswith('false')]['value'].dropna()
+  assert f'False "saves compute": {span(false)}' in PAGE
+  judged = rows['met'].dropna()
+  assert f'{int(judged.astype(bool).sum())} of {len(judged)} targets' in PAGE
   spread, mean = (auto[auto['quantity'] == name]['value'].item() for name in ('sd(log m)', 'exp(mean log m)'))
   assert f'mean {mean:.4f}, sd(log m) {spread:.3f}' in PAGE
 

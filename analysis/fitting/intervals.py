@@ -25,8 +25,8 @@ BOOTSTRAP_TOLERANCE = (
   2e-2  # of the whitened gradient: 2e-4 of a half residual of the width, nothing to sampling
 )
 CAVEAT = (
-  f'fewer than {FEW} runs or groups of runs of one size and seed: intervals are approximate (simulated '
-  'coverage of nominal 95 %, mhc coverage: delta method 94-98 %, bootstrap 93-100 %)'
+  f'fewer than {FEW} runs or groups of runs that share noise: intervals are approximate (simulated '
+  'coverage of nominal 95 %, mhc coverage: 91 to 99 %)'
 )
 
 
