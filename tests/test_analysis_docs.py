@@ -112,10 +112,8 @@ def test_coverage_of_the_intervals():
     return f'{100 * values.min():.1f} to {100 * values.max():.1f} %'
 
   falling = rows['case'].str.contains('falling') & (rows['design'] == 'single')
-  assert (
-    f'in {span(rows.loc[(rows["delta"] == "auto") & (rows["design"] == "single") & ~falling, "value"])} of simulations'
-    in PAGE
-  )
+  equal = (rows['delta'] == 'auto') & (rows['design'] == 'single') & ~falling
+  assert f'in {span(rows[equal]["value"])} of simulations' in PAGE
   assert f'falls twentyfold in {span(rows[falling]["value"])}' in PAGE
   assert f'cluster column, in {span(rows.loc[rows["design"] == "trunks", "value"])}' in PAGE
   pairs = auto[(auto['design'] == 'paired') & auto['quantity'].str.contains(r'm\[')]['value']
