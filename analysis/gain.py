@@ -18,8 +18,8 @@ from .fitting.intervals import LEVEL, at_points
 from .fitting.laws import Design, Points, log_loss
 from .fitting.noise import variances, wald
 
-NEEDED = 0.005  # p-value of an arm's own exponent or floor below which one m is not enough
-MAYBE, BETTER = 0.02, 0.9  # or a p-value below MAYBE where it also takes a tenth off the held-out error
+NEEDED = 0.01  # p-value of an arm's own exponent or floor below which one m is not enough
+MAYBE, BETTER = 0.05, 0.9  # or a p-value below MAYBE where it also takes a tenth off the held-out error
 HOLDS = 1.25  # change of m over the data, as a factor, within which a gain is said to hold
 FARTHEST = 10.0  # log m beyond which there is none
 

@@ -42,7 +42,8 @@ def classify(table: pd.DataFrame) -> pd.DataFrame:
   excluded = excluded.mask(other_rate.notna(), other_rate)
   # Runs whose rates were chosen on one another do not stand alone.
   chosen = (tried['rates'] > 1) & (tried['rate_seeds'] > 1)
-  t = t.assign(cluster=t['cluster'].mask(chosen, t['size'] + '|' + t['arm'].astype(str)))
+  cells = [f'{size}|{arm}' for size, arm in zip(t['size'], t['arm'], strict=True)]
+  t = t.assign(cluster=t['cluster'].mask(chosen, pd.Series(cells, t.index, object)))
   paired = excluded.isna()
   small = _small_arms(t[paired])
   return t.assign(
