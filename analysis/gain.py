@@ -67,10 +67,12 @@ class Gain:
 
 
 def gains(whole: Fit | None, nested: list[Candidate]) -> list[Gain]:
-  """Per arm but the reference; empty for one arm, or multipliers other than common ones."""
+  """Per arm but the reference; empty for one arm, along an axis, or without common multipliers."""
   if whole is None or len(whole.points.arms) < 2 or whole.design.arms.multiplier != 'common':
     return []
   found = {c.name: c for c in nested}
+  if whole.points.axes:  # a rank may stand for the gain of its arm, or hide it
+    return []
   one, rich = found.get(ONE), [found[n] for n in (OWN_EXPONENTS, OWN_E) if n in found]
   arms = [arm for arm in whole.points.arms if arm != whole.design.arms.reference]
   if one is None or not rich:
