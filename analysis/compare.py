@@ -43,9 +43,14 @@ class RolloutStep:
   coverage: float | None = None
 
 
+def log_compute(points: Points) -> np.ndarray:
+  """log C of every run, or the sum of its log covariates where there is no C: what sizes are ordered by."""
+  return points.log_x['C'] if 'C' in points.log_x else sum(points.log_x.values())
+
+
 def folded(points: Points) -> Points:
   """The points with sizes numbered by mean compute from 0 up, neighbours joined to at most FOLDS groups."""
-  key_R = points.log_x['C'] if 'C' in points.log_x else sum(points.log_x.values())
+  key_R = log_compute(points)
   size_R = np.unique(points.size, return_inverse=True)[1]
   order_G = np.argsort(np.argsort(np.bincount(size_R, key_R) / np.bincount(size_R)))
   count = len(order_G)

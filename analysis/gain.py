@@ -11,7 +11,7 @@ import numpy as np
 from scipy import stats
 from scipy.optimize import brentq
 
-from .compare import ONE, OWN_E, OWN_EXPONENTS, Candidate
+from .compare import ONE, OWN_E, OWN_EXPONENTS, Candidate, log_compute
 from .fitting.estimate import Fit
 from .fitting.identify import doubts
 from .fitting.intervals import LEVEL, at_points
@@ -70,9 +70,9 @@ def gains(whole: Fit | None, nested: list[Candidate]) -> list[Gain]:
   """Per arm but the reference; empty for one arm, along an axis, or without common multipliers."""
   if whole is None or len(whole.points.arms) < 2 or whole.design.arms.multiplier != 'common':
     return []
-  found = {c.name: c for c in nested}
   if whole.points.axes:  # a rank may stand for the gain of its arm, or hide it
     return []
+  found = {c.name: c for c in nested}
   one, rich = found.get(ONE), [found[n] for n in (OWN_EXPONENTS, OWN_E) if n in found]
   arms = [arm for arm in whole.points.arms if arm != whole.design.arms.reference]
   if one is None or not rich:
@@ -86,7 +86,7 @@ def refused(changes: list[Gain]) -> dict[str, str]:
 
 
 def _gain(whole: Fit, arm: str, one: Candidate, rich: list[Candidate]) -> Gain:
-  """The verdict on one arm, from the better-fitting of the models with a changing gain."""
+  """The verdict on one arm; m at the ends is averaged over the models with a changing gain."""
   points, reference = whole.points, whole.design.arms.reference
   common = [s for s in _sizes_of(points, arm) if s in _sizes_of(points, reference)]
   if len(common) < 3:
@@ -104,14 +104,13 @@ def _gain(whole: Fit, arm: str, one: Candidate, rich: list[Candidate]) -> Gain:
   needed = any(_needed(p_values[c.name], c, one) for c in sound)
   tests = (p_values.get(OWN_EXPONENTS), p_values.get(OWN_E), not needed)
 
-  ends, found = (
-    [],
-    [[_log_multiplier(c.fit, points, arm, size) for size in (common[0], common[-1])] for c in sound],
-  )
+  sizes = (common[0], common[-1])
+  found = [[_log_multiplier(c.fit, points, arm, size) for size in sizes] for c in sound]
   if any(one is None for pair in found for one in pair):
     problem = 'no compute of the reference is enough for the loss of this arm, as far as the law says'
     return Gain(arm, None, problem, *tests)
-  for k, size in enumerate((common[0], common[-1])):
+  ends = []
+  for k, size in enumerate(sizes):
     value, *interval = _averaged(sound, [pair[k] for pair in found])
     ends.append(Multiple(_compute(points, arm, size), value, interval))
   change, low, high = _averaged(sound, [(b[0] - a[0], b[1] - a[1]) for a, b in found])
@@ -136,7 +135,7 @@ def _needed(p_value: float | None, c: Candidate, one: Candidate) -> bool:
 def _sizes_of(points: Points, arm: str) -> list:
   """Model sizes of an arm, smallest mean compute first."""
   own = points.take(points.arm == arm)
-  key = own.log_x['C'] if 'C' in own.log_x else sum(own.log_x.values())
+  key = log_compute(own)
   return sorted(dict.fromkeys(own.size.tolist()), key=lambda s: float(key[own.size == s].mean()))
 
 
@@ -204,12 +203,8 @@ def _averaged(models: list[Candidate], found: list[tuple[float, np.ndarray]]) ->
 
   def quantile(level: float) -> float:
     def above(x: float) -> float:
-      return (
-        sum(
-          w * stats.t.cdf((x - v) / max(s, 1e-12), f) for w, (v, s, f, _) in zip(weight, parts, strict=True)
-        )
-        - level
-      )
+      below = [stats.t.cdf((x - v) / max(s, 1e-12), f) for v, s, f, _ in parts]
+      return float(weight @ below) - level
 
     each = [v + s * stats.t.ppf(level, f) for v, s, f, _ in parts]
     return each[0] if np.ptp(each) < 1e-9 else float(brentq(above, min(each), max(each)))
