@@ -18,6 +18,11 @@ from mhc_jax import storage
 from mhc_jax.storage import finite
 
 
+def say(line: str) -> None:
+  """One line for the user, on stderr."""
+  print(line, file=sys.stderr, flush=True)
+
+
 class MetricsLog:
   """Appends rows to metrics.jsonl and, if asked for, to TensorBoard, from a step on."""
 
