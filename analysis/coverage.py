@@ -15,7 +15,6 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -23,6 +22,7 @@ from tqdm import tqdm
 
 from mhc_jax.command import end_with_message
 from mhc_jax.errors import require
+from mhc_jax.paths import user_path
 
 from .compare import nested
 from .fitting.estimate import Fit, fit
@@ -370,7 +370,7 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument('--seed', type=int, default=0)
   parser.add_argument('--only', choices=designs, help='one design')
   parser.add_argument('--workers', type=int, default=1, help='processes (default %(default)s)')
-  parser.add_argument('--out', type=Path, help='also write the rows as JSON')
+  parser.add_argument('--out', type=user_path, help='also write the rows as JSON')
   a = parser.parse_args(argv)
   require(a.simulations >= 1, f'--simulations {a.simulations}: at least 1 is needed')
   require(a.workers >= 1, f'--workers {a.workers}: at least 1 is needed')

@@ -9,8 +9,9 @@ import sys
 import warnings
 from pathlib import Path
 
-from mhc_jax.command import check_folder, end_with_message
+from mhc_jax.command import end_with_message
 from mhc_jax.errors import ConfigError
+from mhc_jax.paths import check_folder, user_path
 
 from .fitting.laws import HUBER_WIDTH, LAWS, LOSSES, ArmModel, Law, Points
 
@@ -35,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     epilog=EXAMPLES,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  p.add_argument('points', type=Path, help='CSV with one row per run')
+  p.add_argument('points', type=user_path, help='CSV with one row per run')
   p.add_argument(
     '--columns',
     default='N=N,D=D,loss=loss',
@@ -75,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     '--out', metavar='FILE', help="every number as JSON; '-': on standard output, without the summary"
   )
   what.add_argument(
-    '--figure', type=Path, metavar='FILE.png', help='runs and law; FILE.svg and FILE.csv beside it'
+    '--figure', type=user_path, metavar='FILE.png', help='runs and law; FILE.svg and FILE.csv beside it'
   )
   return p
 

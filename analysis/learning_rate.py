@@ -10,13 +10,13 @@ what a rate drawn from the grid's range costs on average (Wortsman et al. 2309.1
 
 import argparse
 import sys
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from mhc_jax.command import end_with_message
 from mhc_jax.errors import require
+from mhc_jax.paths import user_path
 
 from .rates import RateSweep, rate_sweeps
 from .runs import read_sweep
@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  parser.add_argument('runs', type=Path, help='folder of a sweep over learning rates')
+  parser.add_argument('runs', type=user_path, help='folder of a sweep over learning rates')
   folder = parser.parse_args(argv).runs
   sweeps = rate_sweeps(classify(read_sweep(folder).table))
   require(bool(sweeps), f'{folder}: no arm has ended at three learning rates of one size')

@@ -8,8 +8,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from mhc_jax.command import check_folder, end_with_message
+from mhc_jax.command import end_with_message
 from mhc_jax.errors import ConfigError
+from mhc_jax.paths import check_folder, user_path
 
 from .conventions import PARAMS
 
@@ -31,8 +32,12 @@ def main(argv: list[str] | None = None) -> int:
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   parser.add_argument('what', choices=('paper', 'coordinates', 'router'), help='the set of figures')
-  parser.add_argument('runs', type=Path, help='folder of a sweep, like runs/quick, or of a coordinate check')
-  parser.add_argument('--out', type=Path, help='folder for the figures (default: RUNS/paper, RUNS/figures)')
+  parser.add_argument(
+    'runs', type=user_path, help='folder of a sweep, like runs/quick, or of a coordinate check'
+  )
+  parser.add_argument(
+    '--out', type=user_path, help='folder for the figures (default: RUNS/paper, RUNS/figures)'
+  )
   parser.add_argument(
     '--params', choices=tuple(PARAMS), default='matmul', help='what N counts (default %(default)s)'
   )

@@ -17,6 +17,7 @@ import pandas as pd
 
 from mhc_jax.command import end_with_message
 from mhc_jax.errors import ConfigError
+from mhc_jax.paths import user_path
 
 from .fitting.estimate import fit
 from .fitting.intervals import bootstrap, derived, percentile
@@ -166,8 +167,8 @@ def main(argv: list[str] | None = None) -> int:
     epilog=EXAMPLES,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  parser.add_argument('points', type=Path, help='CSV with one row per run')
-  parser.add_argument('--expect', type=Path, required=True, metavar='FILE')
+  parser.add_argument('points', type=user_path, help='CSV with one row per run')
+  parser.add_argument('--expect', type=user_path, required=True, metavar='FILE')
   a = parser.parse_args(argv)
   spec = read_expectation(a.expect)
   lines = (check_law if spec['method'] == 'law' else check_isoflop)(a.points, spec)

@@ -18,7 +18,9 @@ import pandas as pd
 from ml_collections import ConfigDict
 
 from mhc_jax.command import end_with_message
-from mhc_jax.errors import ConfigError
+from mhc_jax.errors import FULL_DISK, ConfigError
+from mhc_jax.log import say
+from mhc_jax.paths import expand
 from mhc_jax.plan import Run, resolve
 from mhc_jax.sharding import make_mesh
 from mhc_jax.storage import write_json
@@ -118,18 +120,20 @@ def warn_of_mixtures(planned: list[Run], folder: str) -> None:
       then = {'git revision': status['git_revision'], 'versions': status['versions']}
       for what, value in then.items():
         if value != now[what]:
-          print(
+          say(
             f'warning: {folder}/{run.run_id} and maybe more were made by another {what} ({value}) than '
-            f'this one ({now[what]}); delete them to run again',
-            file=sys.stderr,
+            f'this one ({now[what]}); delete them to run again'
           )
           return
 
 
 def select(
-  planned: list[Run], folder: str, only: str | None, shard: str | None, retry: bool
+  planned: list[Run], folder: str, only: str | None, shard: str | None, again: tuple[str, ...]
 ) -> tuple[list[int], list[int]]:
-  """Indices of the runs asked for, and of those to do now; ConfigError for an unknown arm or shard."""
+  """Indices of the runs asked for, and of those to do now; ConfigError for an unknown arm or shard.
+
+  again: states, of failed and diverged, whose runs are to do too.
+  """
   arms = {run.resolved['arm'] for run in planned}
   if only is not None and only not in arms:
     raise ConfigError(f'no arm {only!r} in this experiment; there are {", ".join(sorted(arms))}')
@@ -139,7 +143,7 @@ def select(
     state = read_status(os.path.join(folder, run.run_id))['state']
     if i % count == index and only in (None, run.resolved['arm']):
       asked.append(i)
-      if state not in ENDED and (state != 'failed' or retry):
+      if state not in (*ENDED, 'failed') or state in again:
         chosen.append(i)
   return asked, chosen
 
@@ -163,6 +167,11 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument('--dry-run', action='store_true', help='print the plan and stop')
   parser.add_argument('--only', metavar='ARM', help='only the runs of one arm')
   parser.add_argument('--retry-failed', action='store_true', help='also runs that failed before')
+  parser.add_argument(
+    '--continue-diverged',
+    action='store_true',
+    help='also runs that were called diverged, from their last checkpoints; only NaN and inf end them then',
+  )
   parser.add_argument('--shard', metavar='i/k', help='only every k-th planned run, from the i-th on')
   parser.add_argument('--workers', type=int, default=1, help='processes on this machine (default 1)')
   parser.add_argument('--out', default='runs', help='folder above the sweep (default runs)')
@@ -171,30 +180,32 @@ def main(argv: list[str] | None = None) -> int:
     raise ConfigError(f'--workers must be at least 1, got {args.workers}')
   if '://' in args.out:
     raise ConfigError(f'--out {args.out} must be a local folder: copy it to the store after the sweep')
-  folder = os.path.join(args.out, args.name.replace(':', '-'))
+  folder = os.path.join(expand(args.out), args.name.replace(':', '-'))
   configs, planned = plan(args.name)
-  asked, chosen = select(planned, folder, args.only, args.shard, args.retry_failed)
+  again = ('failed',) * args.retry_failed + ('diverged',) * args.continue_diverged
+  asked, chosen = select(planned, folder, args.only, args.shard, again)
   if args.dry_run:
     print(table(planned, folder))
     return 0
   warn_of_mixtures(planned, folder)
   try:
     os.makedirs(folder, exist_ok=True)
-  except (FileExistsError, NotADirectoryError, PermissionError) as error:
+  except OSError as error:
+    if error.errno in FULL_DISK:
+      raise
     raise ConfigError(f'--out {args.out} cannot hold runs: {error.strerror}') from None
   runs = [{'run_id': run.run_id, 'arm': run.resolved['arm']} for run in planned]
   write_json(os.path.join(folder, 'plan.json'), {'sweep': args.name, 'runs': runs})
-  print(f'{args.name}: {len(chosen)} of {len(planned)} runs to do, in {folder}', file=sys.stderr)
+  say(f'{args.name}: {len(chosen)} of {len(planned)} runs to do, in {folder}')
+  ended = []
   if chosen:
-    execute([configs[i] for i in chosen], [planned[i] for i in chosen], folder, args.workers)
+    todo = [configs[i] for i in chosen], [planned[i] for i in chosen]
+    ended = execute(*todo, folder, args.workers, args.continue_diverged)
   states = [read_status(os.path.join(folder, planned[i].run_id))['state'] for i in asked]
-  print(
-    ', '.join(f'{states.count(s)} {s}' for s in sorted(set(states))),
-    '; --retry-failed tries failed runs again' if 'failed' in states else '',
-    sep='',
-    file=sys.stderr,
-  )
-  return 130 if 'interrupted' in states else int(any(state not in ENDED for state in states))
+  hint = '; --retry-failed tries failed runs again' if 'failed' in states else ''
+  say(', '.join(f'{states.count(s)} {s}' for s in sorted(set(states))) + hint)
+  stopped = 'interrupted' in {*states, *(state for _, state in ended)}
+  return 130 if stopped else int(any(state not in ENDED for state in states))
 
 
 if __name__ == '__main__':

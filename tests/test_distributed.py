@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import pytest
 import yaml
 
@@ -204,8 +205,24 @@ def test_processes_are_found_in_flags_or_environment(monkeypatch):
   port = 7 + 65535 - 2**12 + 1  # JAX's rule
   assert distributed.find(flags()) == Cluster(f'node03:{port}', 16, 9, (1,))
   assert distributed.find(explicit) == Cluster('host:12', 4, 3)
+  monkeypatch.setenv('SLURM_STEP_NUM_TASKS', '1')
+  assert distributed.find(flags()) is None, 'an interactive step of a job of 16 tasks'
+  monkeypatch.delenv('SLURM_STEP_NUM_TASKS')
+  monkeypatch.setenv('SLURM_PROCID', 'nine')
+  with pytest.raises(ConfigError, match=r"wrongly: .*'nine'"):
+    distributed.find(flags())
   monkeypatch.setenv('SLURM_NTASKS', '1')
+  monkeypatch.setenv('SLURM_PROCID', '0')
   assert distributed.find(flags()) is None
+
+
+def test_a_wait_for_others_is_said(monkeypatch, capsys):
+  monkeypatch.setattr(distributed, '_WORD_SECONDS', 0.02)
+  monkeypatch.setattr(jax.distributed, 'initialize', lambda *_, **options: time.sleep(0.2))
+  monkeypatch.setattr(jax.config, 'update', lambda *_: None)
+  distributed.initialize(Cluster('host:12', 4, 3), flags('--join-timeout', '9'))
+  said = capsys.readouterr().err.splitlines()
+  assert len(said) > 2 and 'the other 3 of 4 processes at host:12, for 9 s at most' in said[0]
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import time
 import pytest
 
 from experiments import sweep, workers
+from mhc_jax.checkpoint import Checkpoints
 from mhc_jax.config_file import parse
 from mhc_jax.errors import ConfigError
 
@@ -95,13 +96,13 @@ def test_a_run_in_use_is_left_to_its_process(experiment, tmp_path):
 
 def test_shards_are_disjoint_and_cover_the_plan(experiment, tmp_path):
   _, planned = sweep.plan(experiment)
-  shards = [sweep.select(planned, str(tmp_path), None, f'{i}/2', False) for i in range(2)]
+  shards = [sweep.select(planned, str(tmp_path), None, f'{i}/2', ()) for i in range(2)]
   assert shards == [([0, 2], [0, 2]), ([1], [1])]
   for bad in ('2/2', 'x', '-1/2', '1'):
     with pytest.raises(ConfigError, match='--shard'):
-      sweep.select(planned, str(tmp_path), None, bad, False)
+      sweep.select(planned, str(tmp_path), None, bad, ())
   with pytest.raises(ConfigError, match='residual'):
-    sweep.select(planned, str(tmp_path), 'nobody', None, False)
+    sweep.select(planned, str(tmp_path), 'nobody', None, ())
 
 
 def test_runs_of_equal_shapes_form_one_group():
@@ -222,3 +223,18 @@ def test_mixed_code_is_warned_of(experiment, tmp_path, capsys):
   (folder / 'status.json').write_text(json.dumps(status))
   sweep.warn_of_mixtures(planned, str(tmp_path))
   assert 'another git revision (other)' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('number', (signal.SIGUSR1, signal.SIGINT, signal.SIGHUP))
+def test_a_stop_in_the_last_cleanup_of_a_run_ends_its_group(experiment, tmp_path, monkeypatch, number):
+  real, sent = Checkpoints.remove_all_but_last, []
+
+  def cleanup(checkpoints):
+    if not sent:
+      sent.append(os.kill(os.getpid(), number))
+    real(checkpoints)
+
+  monkeypatch.setattr(Checkpoints, 'remove_all_but_last', cleanup)
+  configs, _ = sweep.plan(experiment)
+  ended = workers.run_group(configs, str(tmp_path), quiet=True)
+  assert [state for _, state in ended] == ['finished', 'interrupted'] and len(list(tmp_path.iterdir())) == 1
