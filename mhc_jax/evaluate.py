@@ -115,7 +115,7 @@ def sample(
   began = time.monotonic()
   said = began - 20
   for index in range(length):
-    if (now := time.monotonic()) > said + 30:
+    if index and (now := time.monotonic()) > said + 30:
       said = now
       left_s = (now - began) / index * (length - index)
       say(f'sample: {index:,} of {length:,} tokens, about {left_s:,.0f} s left')

@@ -83,6 +83,8 @@ def read(folder: Path, tokenizer: Tokenizer) -> tuple[str, dict[str, np.ndarray]
 
 def _map(path: Path) -> tuple[np.ndarray, str]:
   """A stream and the SHA-256 of its bytes; ValueError for an empty file or half a token, OSError."""
+  if not path.is_file():  # to open a pipe would wait for its other end
+    raise FileNotFoundError(path)
   with open(path, 'rb') as file:
     status = os.fstat(file.fileno())
     version = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
