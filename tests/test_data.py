@@ -45,6 +45,8 @@ def test_tokenizer_round_trip():
   assert BYTES.decode(BYTES.encode(text)) == text
   assert BYTES.encode(text).dtype == np.uint16
   np.testing.assert_array_equal(BYTES.encode(b'\x00\xff'), [0, 255])
+  np.testing.assert_array_equal(BYTES.encode('\udcff'), [255])  # an argument that is no UTF-8
+  assert len(BYTES.encode('\ud800')) == 3
   assert BYTES.decode([BYTES.bos, 65, BYTES.bos, 0xFF, 66]) == 'A\ufffdB'
   with pytest.raises(ValueError, match='257'):
     BYTES.decode([65, 257])
