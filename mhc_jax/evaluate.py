@@ -9,6 +9,7 @@ import functools
 import math
 import os
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -28,7 +29,8 @@ from mhc_jax.data import (
   validation_batches,
   windows,
 )
-from mhc_jax.errors import ConfigError
+from mhc_jax.errors import ConfigError, require
+from mhc_jax.log import say
 from mhc_jax.model import Transformer
 from mhc_jax.model_config import ModelConfig
 from mhc_jax.plan import rebuild_model
@@ -96,7 +98,10 @@ def sample(
   temperature: float,
   seed: int,
 ) -> str:
-  """prompt continued by `length` tokens; the model sees the last `window` tokens. Temperature 0 is greedy."""
+  """prompt continued by `length` tokens; the model sees the last `window` tokens. Temperature 0 is greedy.
+
+  Says after 10 seconds, and then every 30, how long the rest will take.
+  """
 
   @jax.jit
   def next_token(params: Any, tokens_1T: jax.Array, last: jax.Array, key: jax.Array) -> jax.Array:
@@ -107,7 +112,13 @@ def sample(
     return jnp.where(temperature > 0, drawn, greedy)
 
   tokens = [tokenizer.bos, *(int(token) for token in tokenizer.encode(prompt))]
+  began = time.monotonic()
+  said = began - 20
   for index in range(length):
+    if index and (now := time.monotonic()) > said + 30:
+      said = now
+      left_s = (now - began) / index * (length - index)
+      say(f'sample: {index:,} of {length:,} tokens, about {left_s:,.0f} s left')
     seen = tokens[-window:]
     padded = jnp.asarray([seen + [0] * (window - len(seen))], jnp.int32)
     key = jax.random.fold_in(jax.random.key(seed), index)
@@ -128,6 +139,10 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument('--temperature', type=float, default=0.8, help='0 is greedy (default 0.8)')
   parser.add_argument('--seed', type=int, default=0)
   args = parser.parse_args(argv)
+  bounds = {'bytes': (0, 2**31 - 1), 'temperature': (0, 1e6), 'seed': (0, 2**31 - 1)}
+  for name, (low, high) in bounds.items():
+    value = getattr(args, name)
+    require(low <= value <= high, f'--{name} {value}: must lie between {low} and {high:.10g}')
   resolved, model, step, params = load(args.workdir)
   data = resolved['data']
   tokenizer = tokenizer_of(data.get('tokenizer'))  # runs of before it was a field have bytes
