@@ -43,9 +43,11 @@ class Section(ConfigDict):
   """A ConfigDict that refuses a bool for a number, where ConfigDict makes 1 or 1.0 of it."""
 
   def __setitem__(self, key: str, value: Any) -> None:
-    kind = self.get_type(key) if isinstance(value, bool) and key in self else None
-    if kind in (int, float):
+    kind = self.get_type(key) if key in self else None
+    if isinstance(value, bool) and kind in (int, float):
       raise TypeError(f'{key} takes {kind.__name__}, got {value}')
+    if kind is Section and isinstance(value, ConfigDict):
+      value = Section(value)  # ConfigDict wants the very type
     super().__setitem__(key, value)
 
 

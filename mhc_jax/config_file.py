@@ -42,8 +42,8 @@ def parse(path: str, overrides: list[str]) -> ConfigDict:
       raise ConfigError(what) from None
     raise ConfigError(f'{filename} does not work: {type(error).__name__}: {what}') from None
   require(isinstance(config, ConfigDict), f'{filename}: get_config must return a ConfigDict')
-  locked, values, config = config.is_locked, check_fields(config).to_dict(), base_config()
-  config.update(values)
+  locked, checked_fields, config = config.is_locked, check_fields(config), base_config()
+  config.update(checked_fields)
   if locked:
     config.lock()
   for override in overrides:
@@ -120,27 +120,28 @@ def check_fields(config: ConfigDict) -> ConfigDict:
   Raises ConfigError unless its fields are those of base_config(), each of its kind (values.checked), with
   None only where it is allowed.
   """
-  return ConfigDict(_plain(config, _kinds(), [])).lock()
+  return _plain(config, _kinds(), []).lock()
 
 
-def _plain(given: Any, kinds: dict[str, Any], path: list[str], whole: bool = True) -> dict[str, Any]:
+def _plain(given: Any, kinds: dict[str, Any], path: list[str], whole: bool = True) -> ConfigDict:
   """A section in plain values; where it need not be whole, fields of no kind are left out."""
   require(isinstance(given, ConfigDict | dict), f'{".".join(path) or "a configuration"} must be a section')
-  given = dict(given.items())
+  given, plain = dict(given.items()), ConfigDict()
   if path and path[-1] == _FREE:
-    return {key: checked('.'.join([*path, str(key)]), value, Any) for key, value in given.items()}
+    kinds = dict.fromkeys(given, Any)
   if whole:
     for key in [*given, *(key for key in kinds if key not in given)]:
       if key not in kinds:  # the search for a near one is slow
         raise ConfigError(f'unknown config field {".".join([*path, str(key)])}{_nearest(path, key, kinds)}')
       require(key in given, f'config field {".".join([*path, key])} is missing')
-  return {
-    key: _plain(given[key], kind, [*path, key], whole)
-    if isinstance(kind, dict)
-    else checked('.'.join([*path, key]), given[key], kind)
-    for key, kind in kinds.items()
-    if key in given
-  }
+  for key, kind in kinds.items():
+    if key in given and isinstance(kind, dict):
+      plain[key] = _plain(given[key], kind, [*path, key], whole)
+    elif key in given:
+      name = '.'.join([*path, str(key)])
+      require(isinstance(key, str) and '.' not in key, f'{name} is no name of a field')
+      plain[key] = checked(name, given[key], kind)
+  return plain
 
 
 def complete(resolved: Any) -> ConfigDict:

@@ -73,7 +73,7 @@ def resolve(config: ConfigDict, digest: str, constraint: Constraint | None = Non
   resolved['model'] |= derive_sizes(config)
   spec = build_connection(config.model.connection, config.model.depth, constraint)
   model = model_of(resolved['model'], resolved['transfer'], spec)
-  _check_size(model, config.data.batch_size * config.data.seq_len, config.optimizer.microbatches or 1)
+  check_size(model, config)
   check_connection(spec, config.model.width)
   resolved['model']['connection'] = _resolved_connection(resolved['model']['connection'], spec)
   optimizer = build_optimizer(config)
@@ -96,8 +96,9 @@ def resolve(config: ConfigDict, digest: str, constraint: Constraint | None = Non
   return Run(run_id(resolved), resolved, model, optimizer, derived)
 
 
-def _check_size(model: ModelConfig, tokens: int, parts: int) -> None:
+def check_size(model: ModelConfig, config: ConfigDict) -> None:
   """Raises ConfigError for what no machine holds, or what int32 cannot count."""
+  tokens = config.data.batch_size * config.data.seq_len
   sizes = {
     'data.batch_size * data.seq_len': tokens,
     'streams * width': model.connection.streams * model.width,
@@ -106,7 +107,7 @@ def _check_size(model: ModelConfig, tokens: int, parts: int) -> None:
   }
   for name, size in sizes.items():
     require(size <= INT32, f'{name} = {size}: at most {INT32}')
-  needed = cost.least_bytes(model, tokens, parts)
+  needed = cost.least_bytes(model, tokens, config.optimizer.microbatches or 1)
   require(
     needed <= MOST_BYTES,
     f'the model has {cost.parameters(model)["total"]} parameters and needs {needed / 2**40:.0f} TiB at the '
@@ -171,7 +172,7 @@ def rebuild_model(resolved: dict[str, Any], constraint: Constraint | None = None
       raise
     raise ConfigError(f'model.connection: {type(error).__name__}: {error}') from None
   rebuilt = model_of(model, config.transfer.to_dict(), spec)
-  _check_size(rebuilt, config.data.batch_size * config.data.seq_len, config.optimizer.microbatches or 1)
+  check_size(rebuilt, config)
   check_connection(spec, rebuilt.width)
   return rebuilt
 
@@ -186,7 +187,13 @@ def _rebuild_connection(given: dict[str, Any], constraint: Constraint | None) ->
     if (constraint.name, json.loads(json.dumps(constraint.params))) != trained:
       raise ConfigError(f'the run was trained with the constraint {trained[0]} of {trained[1]}')
     connection['constraint'] = constraint
-  return connection_spec(**connection, init=Init(**init))
+  spec = connection_spec(**connection, init=Init(**init))
+  for key, value in connection.items():  # None would be the preset's
+    require(
+      value is not None or getattr(spec, key, None) is None,
+      f'model.connection.{key} must have a value, got None',
+    )
+  return spec
 
 
 def steps_of(duration: ConfigDict, tokens_per_step: int, flops_per_token: float, params: int) -> int:

@@ -36,53 +36,59 @@ def checked(name: str, value: Any, kind: Any) -> Any:
   are taken for; Any: whatever of these the value is. An int will do for a float, a bool for a bool alone, and
   NumPy's as Python's where they are the same number. Ints fit int32, floats are finite in float32.
   """
-  origin, inner = typing.get_origin(kind), typing.get_args(kind)
-  if origin in (typing.Union, types.UnionType):
-    if value is None and types.NoneType in inner:
-      return None
-    return checked(name, value, next(each for each in inner if each is not types.NoneType))
-  require(value is not None or kind is Any, f'{name} must have a value, got None')
-  if origin is typing.Annotated:
-    value, limits = checked(name, value, inner[0]), inner[1]
-    wanted = f'{name} must lie between {limits.low} and {limits.high}, got {value}'
-    require(limits.low <= value <= limits.high, wanted)
-    return value
+  none, limits, kind = _parts(kind)
+  if value is None:
+    require(none, f'{name} must have a value, got None')
+    return None
+  many = isinstance(value, list | tuple)
   if kind is Any:
-    if isinstance(value, list | tuple):
-      return [checked(name, each, _kind_of(name, each)) for each in value]
-    return None if value is None else checked(name, value, _kind_of(name, value))
-  if origin is tuple:
-    require(isinstance(value, list | tuple), f'{name} takes a list, got {shown(value)}')
-    kinds = (inner[0],) * len(value) if inner[1:] == (...,) else inner
-    require(len(kinds) == len(value), f'{name} takes {len(kinds)} values, got {shown(value)}')
-    return tuple(checked(name, each, kind) for each, kind in zip(value, kinds, strict=True))
-  return _plain(name, value, kind)
+    plain = [_plain(name, each, _kind_of(name, each)) for each in (value if many else [value])]
+    return plain if many else plain[0]
+  if isinstance(kind, type):
+    return _plain(name, value, kind, limits)
+  inner = typing.get_args(kind)
+  inner = inner[:1] * len(value) if many and inner[1:] == (...,) else inner
+  require(many and len(inner) == len(value), f'{name} takes a list of {len(inner)}, got {shown(value)}')
+  return tuple(checked(name, each, kind) for each, kind in zip(value, inner, strict=True))
 
 
-def _plain(name: str, value: Any, kind: type) -> bool | int | float | str:
-  require(_is(value, kind), f'{name} takes {kind.__name__}, got {shown(value)}')
-  if kind is int:
-    require(value <= INT32, f'{name}={shown(value)}: at most {INT32}')
-    require(value >= -INT32, f'{name}={shown(value)}: at least -{INT32}')
-  if kind is float:
-    require(abs(value) <= FLOAT32, f'{name} must be finite and at most {FLOAT32:.1e}, got {shown(value)}')
-  if kind is str:
-    require('\0' not in value, f'{name} holds a character 0')
-    require(len(value) <= LONGEST_TEXT, f'{name} has {len(value)} characters; at most {LONGEST_TEXT}')
+@functools.cache
+def _parts(kind: Any) -> tuple[bool, Within | None, Any]:
+  """(whether None is of the kind, its limits, the kind without the two)."""
+  inner = typing.get_args(kind)
+  if types.NoneType in inner:
+    return True, *_parts(next(each for each in inner if each is not types.NoneType))[1:]
+  if typing.get_origin(kind) is typing.Annotated:
+    return False, inner[1], inner[0]
+  return kind is Any, None, kind
+
+
+def _plain(name: str, value: Any, kind: type, limits: Within | None = None) -> bool | int | float | str:
+  if not _is(value, kind):
+    raise ConfigError(f'{name} takes {kind.__name__}, got {shown(value)}')
+  if kind is int and abs(value) > INT32:
+    raise ConfigError(f'{name}={shown(value)}: {"at most " if value > 0 else "at least -"}{INT32}')
+  if kind is float and not abs(value) <= FLOAT32:
+    raise ConfigError(f'{name} must be finite and at most {FLOAT32:.1e}, got {shown(value)}')
+  if kind is str and (len(value) > LONGEST_TEXT or '\0' in value):
+    raise ConfigError(f'{name} takes up to {LONGEST_TEXT} characters, none of code 0, got {shown(value)}')
+  if limits and not limits.low <= value <= limits.high:
+    raise ConfigError(f'{name} must lie between {limits.low} and {limits.high}, got {value}')
   return kind(value)
 
 
 def _is(value: Any, kind: type) -> bool:
-  if kind is bool:
-    return isinstance(value, bool | np.bool_)
-  whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+  if isinstance(value, bool | np.bool_):
+    return kind is bool
+  whole = isinstance(value, numbers.Integral)
   return whole if kind is int else isinstance(value, kind) or (kind is float and whole)
 
 
 def _kind_of(name: str, value: Any) -> type:
-  kind = next((kind for kind in (bool, int, float, str) if _is(value, kind)), None)
-  require(kind is not None, f'{name} takes numbers, texts and lists of them, got {shown(value)}')
-  return kind
+  for kind in (bool, int, float, str):
+    if _is(value, kind):
+      return kind
+  raise ConfigError(f'{name} takes numbers, texts and lists of them, got {shown(value)}')
 
 
 def shown(value: Any) -> str:
@@ -106,15 +112,19 @@ def check_dataclass(name: str, given: Any) -> None:
       checked(f'{name}.{field}', getattr(given, field), kind)
 
 
+@functools.cache
+def _parameters(of: Callable) -> Mapping[str, inspect.Parameter]:
+  return inspect.signature(of).parameters
+
+
 def checked_arguments(name: str, function: Callable, given: Mapping[str, Any]) -> dict[str, Any]:
   """Arguments for a function, of the kinds that its signature states.
 
   Raises ConfigError for unknown names, which tells the known ones, and for values of another kind.
   """
-  known = inspect.signature(function).parameters
-  free = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in known.values())
+  known = _parameters(function)
   unknown = [key for key in given if key not in known]
-  if unknown and not free:
+  if unknown and inspect.Parameter.VAR_KEYWORD not in {parameter.kind for parameter in known.values()}:
     takes = f'it takes {", ".join(known)}' if known else 'it takes none'
     raise ConfigError(f'{name}: unknown parameters {shown(unknown)}; {takes}')
   hints = _hints(function)
