@@ -189,10 +189,8 @@ def _rebuild_connection(given: dict[str, Any], constraint: Constraint | None) ->
     connection['constraint'] = constraint
   spec = connection_spec(**connection, init=Init(**init))
   for key, value in connection.items():  # None would be the preset's
-    require(
-      value is not None or getattr(spec, key, None) is None,
-      f'model.connection.{key} must have a value, got None',
-    )
+    lost = value is None and getattr(spec, key, None) is not None
+    require(not lost, f'model.connection.{key} must have a value, got None')
   return spec
 
 

@@ -247,7 +247,10 @@ def test_what_this_machine_cannot_hold_is_refused_and_nothing_else(monkeypatch):
   check_memory(resolve(changed('model.width=16'), 'd'))
 
 
-@pytest.mark.parametrize('manifold,pattern', zip(MANIFOLDS, ('.*', '.*alpha.*', '.*norm') * 3, strict=False))
+PATTERNS = dict(zip(MANIFOLDS, ('.*', '.*alpha.*', '.*norm') * 3, strict=False))
+
+
+@pytest.mark.parametrize('manifold,pattern', PATTERNS.items())
 def test_patterns_that_match_no_matrix_name_the_parameter(manifold, pattern):
   said = refused(
     f'optimizer.manifold={manifold} optimizer.manifold_pattern={pattern} optimizer.manifold_value=2'
