@@ -291,18 +291,23 @@ def run(a: argparse.Namespace) -> dict[str, object]:
     if a.figure is not None:
       from .figures.draw import save
       from .figures.fit import fitted_curve, isoflop_curves
+      from .output import staged
 
       drawing = isoflop_curves(*shown) if a.isoflop else fitted_curve(shown, a.level)
-      save(drawing, a.figure.parent, a.figure.stem)
+      with staged(a.figure.parent, lambda _: False, '--figure') as new:
+        save(drawing, new, a.figure.stem)
   return doc
 
 
 def main(argv: list[str] | None = None) -> int:
   """Command line; returns the exit code. Raises ConfigError for bad input; nothing is written then."""
   a = _parser().parse_args(argv)
+  from .output import check_file, write_file
+
   for option, path in (('--out', a.out), ('--figure', a.figure)):
     if path is not None and path != '-':  # before the work, whose result would be lost
       check_folder(Path(path).parent, option)
+      check_file(Path(path), option)
   doc = run(a)
   text = json.dumps(doc, indent=1)
   if a.out == '-':
@@ -312,9 +317,7 @@ def main(argv: list[str] | None = None) -> int:
 
   print((isoflop_summary if a.isoflop else summary)(doc))
   if a.out is not None:
-    out = Path(a.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(text + '\n')
+    write_file(Path(a.out), text + '\n', '--out')
     print(f'wrote {a.out}')
   if a.figure is not None:
     print(f'wrote {a.figure}, and its numbers as .csv')

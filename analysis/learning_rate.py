@@ -18,6 +18,7 @@ import pandas as pd
 from mhc_jax.command import end_with_message
 from mhc_jax.errors import require
 
+from .output import csv_text, write_file
 from .rates import RateSweep, rate_sweeps
 from .runs import read_sweep
 from .selection import classify
@@ -74,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
   sweeps = rate_sweeps(classify(read_sweep(folder).table))
   require(bool(sweeps), f'{folder}: no arm has ended at three learning rates of one size')
   table = summary(sweeps)
-  table.to_csv(folder / 'learning_rates.csv', index=False)
+  write_file(folder / 'learning_rates.csv', csv_text(table), 'table:')
   print(table.to_string(index=False, na_rep='-', float_format='%.4g'))
   for arm, steps in shifts(sweeps).items():
     moved = 'cannot be told' if steps is None else f'{steps:.2f} grid steps'

@@ -86,7 +86,7 @@ def _streams_axis(row: pd.Series, home: dict[str, float]) -> str | None:
 def _reason(row: pd.Series, home: dict[str, float]) -> str | None:
   state = row['state']
   if state == 'missing':
-    return 'missing: planned, but never started'
+    return 'missing: ' + (row['error'] if pd.notna(row['error']) else 'planned, but never started')
   if state == 'diverged':
     at = row['diverged_at']
     return 'diverged' + (f' at step {at:.0f}' if pd.notna(at) else '')

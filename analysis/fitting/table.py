@@ -16,6 +16,8 @@ import pandas as pd
 
 from mhc_jax.errors import ConfigError
 
+from ..output import unescaped
+
 SEPARATORS = {',': 'a comma', ';': 'a semicolon', '\t': 'a tab', '|': 'a bar'}
 MARKS = {  # the longer first: UTF-32's begins like UTF-16's
   codecs.BOM_UTF8: 'utf-8',
@@ -95,7 +97,8 @@ def read_table(path: Path) -> pd.DataFrame:
         f'{SEPARATORS[separator]}'
       )
   width = len(header)
-  cells = [(cells + [''] * width)[:width] for _, cells in rows]
+  header = [unescaped(name) for name in header]
+  cells = [[unescaped(cell) for cell in (cells + [''] * width)[:width]] for _, cells in rows]
   return pd.DataFrame(cells, [line for line, _ in rows], header, dtype=object)
 
 
