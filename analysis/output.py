@@ -1,4 +1,4 @@
-"""What the analysis writes: files and folders that are always whole, and CSV that no spreadsheet computes with.
+"""What the analysis writes: files and folders that are always whole, CSV that no spreadsheet computes with.
 
 Where: under report.py, plots.py, fit.py and page/write.py.
 """

@@ -133,8 +133,6 @@ def save(drawing: Drawing, folder: Path, name: str) -> Panel:
   folder.mkdir(parents=True, exist_ok=True)
   fig = drawing.fig
   with matplotlib.rc_context(style()):
-    for axis in (axis for ax in fig.axes for axis in (ax.xaxis, ax.yaxis)):
-      axis.get_offset_text().set_parse_math(True)  # matplotlib's own formula, of a power of ten
     write_png(fig, folder / f'{name}.png')
     # The first save has laid the figure out; an engine, even that of no layout, would cost every save a
     # second draw.
