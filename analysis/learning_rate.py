@@ -31,11 +31,18 @@ def summary(sweeps: list[RateSweep]) -> pd.DataFrame:
       {'arm': r.arm, 'size': r.size, 'budget': r.budget}
       | {'best_lr': r.losses.idxmin() if np.isfinite(r.losses.min()) else None, 'optimal_lr': r.best}
       | {'problem': r.problem, 'sensitivity': r.sensitivity}
+      | {name.replace(' ', '_'): _rates(r, name) for name in ('too low', 'diverged', 'not learned')}
       | {'lowest_lr': r.losses.index.min(), 'highest_lr': r.losses.index.max()}
       | {f'loss at {lr:g}': value for lr, value in r.losses.items()}
       for r in sweeps
     ]
   )
+
+
+def _rates(r: RateSweep, outcome: str) -> str | None:
+  """The rates at which a run ended so."""
+  rates = sorted(set(r.rows.loc[r.rows['outcome'] == outcome, 'lr']))
+  return ' '.join(f'{lr:g}' for lr in rates) or None
 
 
 def shifts(sweeps: list[RateSweep]) -> dict[str, float | None]:
