@@ -125,6 +125,8 @@ def parse_delta(text: str | None, arms: int = 1) -> float | str:
     value = -1.0
   if not value > 0:
     raise ConfigError(f"--delta {text}: give a positive number or 'auto'")
+  if not 1e-9 <= value <= 1e9:
+    raise ConfigError(f'--delta {text}: give a number between 1e-9 and 1e9')
   return value
 
 
@@ -284,10 +286,15 @@ def run(a: argparse.Namespace) -> dict[str, object]:
     raise ConfigError(f'--level {a.level:g}: give a number between 0 and 1, like 0.95')
   if a.figure is not None and a.figure.suffix != '.png':
     raise ConfigError(f'--figure {a.figure}: name a .png file')
+  import numpy as np
+
   with warnings.catch_warnings():
     # What overflows or divides by zero is judged, and said in words, by the rules of what may be printed.
     warnings.simplefilter('ignore', RuntimeWarning)
-    doc, shown = (fit_isoflop if a.isoflop else fit_law)(a)
+    try:
+      doc, shown = (fit_isoflop if a.isoflop else fit_law)(a)
+    except (ArithmeticError, np.linalg.LinAlgError) as error:
+      raise ConfigError(f'no fit: {error}; some number of the file or the options is too extreme') from None
     if a.figure is not None:
       from .figures.draw import save
       from .figures.fit import fitted_curve, isoflop_curves

@@ -53,7 +53,9 @@ def written(path: Path, option: str) -> Iterator[None]:
 
 def check_file(path: Path, option: str) -> None:
   """Raises ConfigError where a file cannot be: before the work, whose result would be lost."""
-  if path.is_dir():
+  with written(path, option):
+    folder = path.is_dir()  # raises for a name that is too long
+  if folder:
     raise ConfigError(f'{option} {path} is a folder: name a file')
 
 

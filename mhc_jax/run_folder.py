@@ -97,8 +97,8 @@ def _load_object(path: str) -> tuple[dict[str, Any] | None, str | None]:
 
 
 def is_number(value: Any) -> bool:
-  """Whether it is a finite number; True and False are none."""
-  return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+  """Whether it is a number that can be computed with: finite, not beyond 1e50; True and False are none."""
+  return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= 1e50
 
 
 def _number(value: Any) -> bool:
