@@ -55,6 +55,9 @@ def check_file(path: Path, option: str) -> None:
   """Raises ConfigError where a file cannot be: before the work, whose result would be lost."""
   with written(path, option):
     folder = path.is_dir()  # raises for a name that is too long
+    nearest = next(parent for parent in path.absolute().parents if parent.exists())
+    if not path.exists():
+      tempfile.TemporaryFile(dir=nearest).close()  # what permissions say is not all: /proc has no new files
   if folder:
     raise ConfigError(f'{option} {path} is a folder: name a file')
 

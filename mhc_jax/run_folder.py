@@ -67,6 +67,8 @@ def _parsed(content: bytes) -> Any:
 
   try:
     value = json.loads(content.decode(), parse_int=whole, parse_constant=lambda _: None)
+    if value is None:  # what no file is, not what one holds
+      raise _DamagedError('is not an object')
     return _bounded(value, MOST_DEPTH)
   except _DamagedError:
     raise
