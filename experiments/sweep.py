@@ -90,7 +90,7 @@ def table(planned: list[Run], folder: str) -> str:
         'tokens': f'{run.derived["tokens"]:,}',
         'FLOPs': f'{run.derived["flops"]:.2e}',
         'seconds': f'{run.derived["flops"] / rate:.0f}',
-        'state': read_status(os.path.join(folder, run.run_id))['state'],
+        'state': state_of(run, folder),
       }
     )
   minutes = sum(run.derived['flops'] for run in planned) / rate / 60
@@ -102,11 +102,18 @@ def table(planned: list[Run], folder: str) -> str:
   )
 
 
+def state_of(run: Run, folder: str) -> str:
+  """A run's state; 'damaged' also where it has ended and its config.json is gone."""
+  workdir = os.path.join(folder, run.run_id)
+  state = read_status(workdir)['state']
+  return 'damaged' if state in ENDED and not os.path.exists(os.path.join(workdir, 'config.json')) else state
+
+
 def _flops_per_second(planned: list[Run], folder: str) -> float:
   flops = seconds = 0.0
   for run in planned:
     status = read_status(os.path.join(folder, run.run_id))
-    if status['state'] == 'finished':
+    if status['state'] == 'finished' and (status.get('seconds') or 0) > 0:
       flops, seconds = flops + run.derived['flops'], seconds + status['seconds']
   return flops / seconds if seconds else ASSUMED_FLOPS_PER_SECOND
 
@@ -117,7 +124,7 @@ def warn_of_mixtures(planned: list[Run], folder: str) -> None:
   for run in planned:
     status = read_status(os.path.join(folder, run.run_id))
     if status['state'] in ENDED:
-      then = {'git revision': status['git_revision'], 'versions': status['versions']}
+      then = {'git revision': status.get('git_revision'), 'versions': status.get('versions')}
       for what, value in then.items():
         if value != now[what]:
           say(
@@ -140,7 +147,7 @@ def select(
   index, count = _parse_shard(shard)
   asked, chosen = [], []
   for i, run in enumerate(planned):
-    state = read_status(os.path.join(folder, run.run_id))['state']
+    state = state_of(run, folder)
     if i % count == index and only in (None, run.resolved['arm']):
       asked.append(i)
       if state not in (*ENDED, 'failed') or state in again:
@@ -201,7 +208,7 @@ def main(argv: list[str] | None = None) -> int:
   if chosen:
     todo = [configs[i] for i in chosen], [planned[i] for i in chosen]
     ended = execute(*todo, folder, args.workers, args.continue_diverged)
-  states = [read_status(os.path.join(folder, planned[i].run_id))['state'] for i in asked]
+  states = [state_of(planned[i], folder) for i in asked]
   hint = '; --retry-failed tries failed runs again' if 'failed' in states else ''
   say(', '.join(f'{states.count(s)} {s}' for s in sorted(set(states))) + hint)
   stopped = 'interrupted' in {*states, *(state for _, state in ended)}

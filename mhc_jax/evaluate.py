@@ -69,7 +69,12 @@ def load(workdir: str, constraint: Constraint | None = None) -> tuple[dict[str, 
   resolved = read_config(workdir)
   if resolved is None:
     raise ConfigError(f'{workdir} holds no run (no config.json)')
-  model = rebuild_model(resolved, constraint)
+  try:
+    model = rebuild_model(resolved, constraint)
+  except ConfigError:
+    raise
+  except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+    raise ConfigError(f'{workdir}/config.json is not the configuration of a run: {error!r}') from None
   tokens = jnp.zeros((1, 2), jnp.int32)
   init = functools.partial(Transformer(model).init, jax.random.key(0), tokens, tokens)
   with Checkpoints(os.path.join(workdir, 'checkpoints')) as checkpoints:
