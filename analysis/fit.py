@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mhc_jax.command import end_with_message
 from mhc_jax.errors import ConfigError
-from mhc_jax.paths import check_folder, user_path
+from mhc_jax.paths import check_folder, expand, user_path
 
 from .fitting.laws import HUBER_WIDTH, LAWS, LOSSES, ArmModel, Law, Points
 
@@ -310,6 +310,7 @@ def run(a: argparse.Namespace) -> dict[str, object]:
 def main(argv: list[str] | None = None) -> int:
   """Command line; returns the exit code. Raises ConfigError for bad input; nothing is written then."""
   a = _parser().parse_args(argv)
+  a.out = a.out and expand(a.out)
   from .output import check_file, write_file
 
   for option, path in (('--out', a.out), ('--figure', a.figure)):

@@ -21,7 +21,7 @@ from mhc_jax.command import end_with_message
 from mhc_jax.errors import FULL_DISK, ConfigError
 from mhc_jax.log import say
 from mhc_jax.paths import expand
-from mhc_jax.plan import Run, resolve
+from mhc_jax.plan import Run, resolve, warnings_of
 from mhc_jax.sharding import make_mesh
 from mhc_jax.storage import write_json
 from mhc_jax.train import load_data
@@ -93,10 +93,12 @@ def table(planned: list[Run], folder: str) -> str:
         'state': state_of(run, folder),
       }
     )
+  hardly_meant = [line for run in planned for line in warnings_of(run)]
   minutes = sum(run.derived['flops'] for run in planned) / rate / 60
   known = 'measured on finished runs' if rate != ASSUMED_FLOPS_PER_SECOND else 'assumed'
   return (
-    f'{pd.DataFrame(rows).to_string(index=False)}\n'
+    ''.join(f'warning: {line} ({hardly_meant.count(line)} runs)\n' for line in dict.fromkeys(hardly_meant))
+    + f'{pd.DataFrame(rows).to_string(index=False)}\n'
     f'{len(planned)} runs, about {minutes:.0f} minutes for one worker without compilation, '
     f'at {rate / 1e9:.1f} GFLOP/s ({known})'
   )

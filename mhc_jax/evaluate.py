@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from mhc_jax import settings
 from mhc_jax.checkpoint import Checkpoints
 from mhc_jax.command import end_with_message
 from mhc_jax.constraints.base import Constraint
@@ -33,6 +34,7 @@ from mhc_jax.errors import ConfigError, require
 from mhc_jax.log import say
 from mhc_jax.model import Transformer
 from mhc_jax.model_config import ModelConfig
+from mhc_jax.paths import expand
 from mhc_jax.plan import rebuild_model
 from mhc_jax.sharding import local_rows, make_mesh, put_batch
 from mhc_jax.train_step import Batch, evaluate_sums
@@ -69,6 +71,7 @@ def load(workdir: str, constraint: Constraint | None = None) -> tuple[dict[str, 
   resolved = read_config(workdir)
   if resolved is None:
     raise ConfigError(f'{workdir} holds no run (no config.json)')
+  settings.check_precision(resolved['model']['dtype'])
   try:
     model = rebuild_model(resolved, constraint)
   except ConfigError:
@@ -131,6 +134,7 @@ def sample(
   return tokenizer.decode(tokens[1:])
 
 
+@settings.held()
 def main(argv: list[str] | None = None) -> int:
   """The command line; returns the exit code."""
   parser = argparse.ArgumentParser(
@@ -138,7 +142,7 @@ def main(argv: list[str] | None = None) -> int:
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  parser.add_argument('workdir', help='folder of a run')
+  parser.add_argument('workdir', type=expand, help='folder of a run')
   parser.add_argument('--prompt', default='import ', help='start of the sample')
   parser.add_argument('--bytes', type=int, default=200, help='length of the sample (default 200)')
   parser.add_argument('--temperature', type=float, default=0.8, help='0 is greedy (default 0.8)')

@@ -404,7 +404,7 @@ def test_nothing_saved_is_none_without_importing_orbax_or_creating_anything(tmp_
 
 
 def test_a_reader_beside_a_writer_is_not_alarmed(tmp_path, monkeypatch, capsys):
-  """With one step kept, the step that was listed is gone when it is read; a damaged one stays, and is said."""
+  """With one step kept, the one that was listed is gone when it is read; a damaged one stays, and is said."""
   save(tmp_path, 1)
   real, between = Checkpoints._read, [True]
 
