@@ -20,9 +20,9 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from mhc_jax.command import check_folder, end_with_message
+from mhc_jax.command import end_with_message
 from mhc_jax.errors import require
-from mhc_jax.paths import user_path
+from mhc_jax.paths import check_folder, user_path
 
 from .compare import nested
 from .fitting.estimate import Fit, fit
