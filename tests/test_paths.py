@@ -1,10 +1,14 @@
 """Paths as users give them: home folders, names that no file here can have."""
 
+import shutil
+
 import pytest
 
+from configs import laptop
 from mhc_jax import evaluate
 from mhc_jax.__main__ import main
 from mhc_jax.checkpoint import Checkpoints
+from mhc_jax.config_file import parse
 from mhc_jax.errors import ConfigError
 from mhc_jax.paths import expand
 
@@ -16,6 +20,12 @@ def test_a_home_folder_that_nobody_knows_is_named_by_every_command(capsys):
     except SystemExit as ended:  # argparse's way
       code = ended.code
     assert code == 2 and 'no home folder is known for ~nosuchuser' in capsys.readouterr().err
+
+
+def test_a_config_file_may_lie_in_a_home_folder(tmp_path, monkeypatch):
+  monkeypatch.setenv('HOME', str(tmp_path))
+  shutil.copy(laptop.__file__, tmp_path / 'mine.py')
+  assert parse('~/mine.py:smoke', ['--config.seed=3']).seed == 3
 
 
 @pytest.mark.parametrize('name', ('a\udcff', 'a\0b'))
