@@ -47,8 +47,6 @@ def main(argv: list[str] | None = None) -> int:
       command += f' --{name} {getattr(a, name)}'
   folder = a.runs / 'report'
   drawn, absent = write_report(s, folder, command)
-  if len(s.diagnostics.by_arm):
-    s.diagnostics.by_arm.to_csv(folder / 'diagnostics.csv', index=False)
   for line in (*headlines(s), *(f'warning: {w}' for w in s.sweep.warnings), *absent):
     print(line)
   print(f'wrote {a.runs / "results.csv"}, {folder / "fits.json"}, {drawn} figures, {folder / "index.html"}')

@@ -21,7 +21,7 @@ from mhc_jax.command import end_with_message
 from mhc_jax.errors import FULL_DISK, ConfigError
 from mhc_jax.log import say
 from mhc_jax.paths import expand
-from mhc_jax.plan import Run, resolve
+from mhc_jax.plan import Run, resolve, warnings_of
 from mhc_jax.sharding import make_mesh
 from mhc_jax.storage import write_json
 from mhc_jax.train import load_data
@@ -90,23 +90,32 @@ def table(planned: list[Run], folder: str) -> str:
         'tokens': f'{run.derived["tokens"]:,}',
         'FLOPs': f'{run.derived["flops"]:.2e}',
         'seconds': f'{run.derived["flops"] / rate:.0f}',
-        'state': read_status(os.path.join(folder, run.run_id))['state'],
+        'state': state_of(run, folder),
       }
     )
+  hardly_meant = [line for run in planned for line in warnings_of(run)]
   minutes = sum(run.derived['flops'] for run in planned) / rate / 60
   known = 'measured on finished runs' if rate != ASSUMED_FLOPS_PER_SECOND else 'assumed'
   return (
-    f'{pd.DataFrame(rows).to_string(index=False)}\n'
+    ''.join(f'warning: {line} ({hardly_meant.count(line)} runs)\n' for line in dict.fromkeys(hardly_meant))
+    + f'{pd.DataFrame(rows).to_string(index=False)}\n'
     f'{len(planned)} runs, about {minutes:.0f} minutes for one worker without compilation, '
     f'at {rate / 1e9:.1f} GFLOP/s ({known})'
   )
+
+
+def state_of(run: Run, folder: str) -> str:
+  """A run's state; 'damaged' also where it has ended and its config.json is gone."""
+  workdir = os.path.join(folder, run.run_id)
+  state = read_status(workdir)['state']
+  return 'damaged' if state in ENDED and not os.path.exists(os.path.join(workdir, 'config.json')) else state
 
 
 def _flops_per_second(planned: list[Run], folder: str) -> float:
   flops = seconds = 0.0
   for run in planned:
     status = read_status(os.path.join(folder, run.run_id))
-    if status['state'] == 'finished':
+    if status['state'] == 'finished' and (status.get('seconds') or 0) > 0:
       flops, seconds = flops + run.derived['flops'], seconds + status['seconds']
   return flops / seconds if seconds else ASSUMED_FLOPS_PER_SECOND
 
@@ -117,7 +126,7 @@ def warn_of_mixtures(planned: list[Run], folder: str) -> None:
   for run in planned:
     status = read_status(os.path.join(folder, run.run_id))
     if status['state'] in ENDED:
-      then = {'git revision': status['git_revision'], 'versions': status['versions']}
+      then = {'git revision': status.get('git_revision'), 'versions': status.get('versions')}
       for what, value in then.items():
         if value != now[what]:
           say(
@@ -140,7 +149,7 @@ def select(
   index, count = _parse_shard(shard)
   asked, chosen = [], []
   for i, run in enumerate(planned):
-    state = read_status(os.path.join(folder, run.run_id))['state']
+    state = state_of(run, folder)
     if i % count == index and only in (None, run.resolved['arm']):
       asked.append(i)
       if state not in (*ENDED, 'failed') or state in again:
@@ -201,7 +210,7 @@ def main(argv: list[str] | None = None) -> int:
   if chosen:
     todo = [configs[i] for i in chosen], [planned[i] for i in chosen]
     ended = execute(*todo, folder, args.workers, args.continue_diverged)
-  states = [read_status(os.path.join(folder, planned[i].run_id))['state'] for i in asked]
+  states = [state_of(planned[i], folder) for i in asked]
   hint = '; --retry-failed tries failed runs again' if 'failed' in states else ''
   say(', '.join(f'{states.count(s)} {s}' for s in sorted(set(states))) + hint)
   stopped = 'interrupted' in {*states, *(state for _, state in ended)}

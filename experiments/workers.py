@@ -6,7 +6,6 @@ What is to run comes from sweep.py; every run's outcome is in its status.json.
 import concurrent.futures
 import contextlib
 import functools
-import json
 import multiprocessing
 import os
 import signal
@@ -26,6 +25,7 @@ from mhc_jax.data import Corpus, load_corpus, tokenizer_of
 from mhc_jax.errors import FULL_DISK, BusyError
 from mhc_jax.log import say, tolerant_streams
 from mhc_jax.plan import Run, resolve
+from mhc_jax.run_folder import last_flops
 from mhc_jax.storage import write_json
 from mhc_jax.train_step import without_traced
 from mhc_jax.workdir import ENDED, read_status
@@ -214,13 +214,4 @@ def _flops_done(run: Run, folder: str) -> float:
   status = read_status(os.path.join(folder, run.run_id))
   if status['state'] in (*ENDED, 'failed'):
     return run.derived['flops']
-  path = os.path.join(folder, run.run_id, 'metrics.jsonl')
-  if not os.path.exists(path):
-    return 0.0
-  with open(path, 'rb') as file:
-    file.seek(max(0, os.path.getsize(path) - 20000))
-    lines = [line for line in file.read().split(b'\n')[:-1] if line.endswith(b'}')]
-  try:
-    return json.loads(lines[-1])['flops'] if lines else 0.0
-  except ValueError:
-    return 0.0
+  return min(last_flops(os.path.join(folder, run.run_id)), run.derived['flops'])

@@ -159,7 +159,7 @@ class Checkpoints:
     CheckpointError if all are damaged, and ConfigError if the state is of another structure.
     """
     self.wait()
-    while True:
+    for _ in range(100):  # more often than steps can vanish while they are read
       steps = self.steps()
       found, refused = self._newest_undamaged(steps, abstract_state, only_part)
       if not (refused and only_part and self._changed(steps)):

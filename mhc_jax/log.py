@@ -89,6 +89,7 @@ class Progress:
   """A bar with loss, tokens/s and time left on a terminal; elsewhere a plain line every few seconds."""
 
   def __init__(self, name: str, start: int, total: int, quiet: bool):
+    name = ''.join(letter if letter.isprintable() else '?' for letter in name)  # a terminal obeys others
     self._name, self._total, self._start = name, total, start
     self._began = self._printed = time.monotonic()
     self._plain = not sys.stderr.isatty() and not quiet

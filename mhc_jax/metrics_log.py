@@ -15,18 +15,24 @@ import numpy as np
 
 from mhc_jax import storage
 from mhc_jax.log import say
+from mhc_jax.run_folder import rows_until
 from mhc_jax.storage import finite
 
 
 class MetricsLog:
   """Appends rows to metrics.jsonl and, if asked for, to TensorBoard, from a step on."""
 
-  def __init__(self, workdir: str, last_step: int | None, tensorboard: bool):
-    """Drops rows after last_step (None: all), which a killed process wrote after its checkpoint."""
+  def __init__(self, workdir: str, last_step: int | None, tensorboard: bool, every: int = 1):
+    """Drops rows after last_step (None: all), which a killed process wrote after its checkpoint.
+
+    Says what of the rows before, due `every` so many updates, is damaged or gone.
+    """
     self._workdir, folder = workdir, storage.scratch(workdir)
     storage.download('metrics.jsonl', workdir)
     path = os.path.join(folder, 'metrics.jsonl')
-    kept = [] if last_step is None else _rows_until(path, last_step)
+    kept, lost = ([], None) if last_step is None else rows_until(path, last_step, every)
+    if lost:
+      say(f'warning: {lost}')
     partial = f'{path}.partial'
     with open(partial, 'w', encoding='utf-8') as file:
       file.writelines(kept)
@@ -104,15 +110,3 @@ class _TensorBoard:
   def upload(self, workdir: str) -> '_TensorBoard':
     storage.upload(self.name, workdir)
     return self
-
-
-def _rows_until(path: str, last_step: int) -> list[str]:
-  if not os.path.exists(path):
-    return []
-  kept = []
-  with open(path, encoding='utf-8') as file:
-    for line in file:
-      if not line.endswith('\n') or json.loads(line)['step'] > last_step:
-        break  # a half-written line is always the last
-      kept.append(line)
-  return kept

@@ -52,7 +52,8 @@ class Recorder:
     self._divergence = Divergence(c['divergence']['patience'], warmup, at.divergence)
     at.divergence = self._divergence.saved
     if self._writes:
-      self._log = MetricsLog(self._workdir, at.step if resumed else None, c['log']['tensorboard'])
+      last_step, every = at.step if resumed else None, c['log']['every_steps']
+      self._log = MetricsLog(self._workdir, last_step, c['log']['tensorboard'], every)
     self._progress = Progress(c['arm'], at.step, self._plan.num_steps, quiet or not self._writes)
     self.start_clock(at.step)
 

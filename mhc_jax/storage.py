@@ -21,7 +21,7 @@ from typing import Any
 import fsspec
 from etils import epath
 
-from mhc_jax.errors import ConfigError, StorageError
+from mhc_jax.errors import FULL_DISK, ConfigError, StorageError
 from mhc_jax.paths import expand
 
 _STALE_SECONDS = 600  # no write of a small file takes as long
@@ -62,7 +62,7 @@ def errors_of(path: str | os.PathLike[str]) -> Iterator[None]:
   except ConfigError:
     raise
   except Exception as error:  # every client has classes of its own
-    if not is_remote(path):
+    if not is_remote(path) or (isinstance(error, OSError) and error.errno in FULL_DISK):  # a copy's disk here
       raise
     reason = ' '.join(f'{type(error).__name__}: {error}'.split())[:300]
     raise StorageError(f'{os.fspath(path)}: {reason}') from error

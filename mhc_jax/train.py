@@ -39,8 +39,9 @@ from mhc_jax.diagnostics import with_spectra
 from mhc_jax.errors import FULL_DISK, require
 from mhc_jax.evaluate import validation_arrays, validation_loss
 from mhc_jax.log import say, tolerant_streams
+from mhc_jax.memory import check_memory
 from mhc_jax.paths import expand
-from mhc_jax.plan import Run, resolve
+from mhc_jax.plan import Run, resolve, warnings_of
 from mhc_jax.recorder import Position, Recorder
 from mhc_jax.sharding import local_rows, make_mesh, put_batch
 from mhc_jax.train_step import Batch, Programs, programs
@@ -91,9 +92,10 @@ def run(
   """
   workdir = expand(workdir)
   storage.to_path(workdir)  # these refuse mistakes before a corpus is prepared
-  resolve(config, '', constraint)
+  planned = resolve(config, '', constraint)
   mesh = make_mesh(config.mesh.to_dict())
   settings.check_precision(config.model.dtype)
+  check_memory(planned)
   corpus = corpus or load_corpus(config.data.name, config.data.dir, tokenizer_of(config.data.tokenizer))
   plan = resolve(config, corpus.digest, constraint)
   train, validation = load_data(plan, corpus)
@@ -104,6 +106,9 @@ def run(
     goes_on = continue_diverged and status['state'] == 'diverged'
     if status['state'] in ENDED and not goes_on:
       return status
+    if not quiet and jax.process_index() == 0:
+      for line in warnings_of(plan):
+        say(f'warning: {line}')
     at = Position(step=status.get('step', 0))
     record = Recorder(plan, workdir, mesh, status.get('git_revision'))
     stop = contextlib.nullcontext(stops_at) if stops_at else distributed.stop_on_signal()
@@ -250,7 +255,7 @@ def main(argv: list[str] | None = None) -> int:
   distributed.initialize(cluster, args)
   status = run(config, args.workdir, continue_diverged=args.continue_diverged)
   interrupted = status['state'] == 'interrupted'
-  final = ', '.join(f'{name} {value:.4f}' for name, value in (status['final'] or {}).items())
+  final = ', '.join(f'{name} {value:.4f}' for name, value in (status.get('final') or {}).items())
   if jax.process_index() > 0:
     pass
   elif interrupted:

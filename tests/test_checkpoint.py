@@ -401,3 +401,33 @@ def test_nothing_saved_is_none_without_importing_orbax_or_creating_anything(tmp_
   process = _child(script, tmp_path, tmp_path / 'none')
   assert process.communicate(timeout=60) == ('', '') and process.returncode == 0
   assert not any(tmp_path.iterdir())
+
+
+def test_a_reader_beside_a_writer_is_not_alarmed(tmp_path, monkeypatch, capsys):
+  """With one step kept, the one that was listed is gone when it is read; a damaged one stays, and is said."""
+  save(tmp_path, 1)
+  real, between = Checkpoints._read, [True]
+
+  def read(checkpoints, step, *rest):
+    if between.pop():
+      with Checkpoints(tmp_path, keep=1) as writer:
+        writer.save(2, make_state(2), {})
+    between.append(False)
+    return real(checkpoints, step, *rest)
+
+  monkeypatch.setattr(Checkpoints, '_read', read)
+  part = {'step': jnp.int32(0)}
+  assert Checkpoints(tmp_path).restore_latest(part, only_part=True)[0] == 2
+  assert not capsys.readouterr().err
+  (tmp_path / '2' / 'manifest' / 'metadata').unlink()
+  with pytest.raises(CheckpointError, match='all 1 checkpoints'):
+    Checkpoints(tmp_path).restore_latest(part, only_part=True)
+  assert 'step 2' in capsys.readouterr().err
+
+
+def test_a_step_of_the_wall_clock_ends_no_save(tmp_path, monkeypatch):
+  """Each look at it is an hour later: orbax waits by it for ten minutes at most."""
+  clock = iter(range(0, 10**9, 3600))
+  monkeypatch.setattr(time, 'time', lambda: float(next(clock)))
+  save(tmp_path, 1)
+  assert Checkpoints(tmp_path).steps() == [1]

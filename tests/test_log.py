@@ -147,6 +147,7 @@ def test_tensorboard_fails_once_and_the_rows_go_on(tmp_path, capsys):
   again = tmp_path / 'again'
   again.mkdir()
   metrics = MetricsLog(str(again), None, tensorboard=True)
+  metrics._board.close()
   metrics._board._records = Broken()
   for step in range(3):
     metrics.write({'step': step, 'train/loss': 1.0})

@@ -195,14 +195,14 @@ def fed(losses, patience=2, warmup=2, saved=None):
 
 
 def test_divergence_smooths_the_losses_after_warmup():
-  quiet = [5.0] * 4
-  assert fed([*quiet, 4.0, 6.0, 6.0])[0] == [False] * 6 + [True]
-  assert fed([*quiet, 9.0, 3.0, 9.0, 3.0], patience=3)[0] == [False] * 7 + [False], 'spikes'
+  quiet = [5.0] * 20
+  assert fed([*quiet, 4.0, 6.0, 6.0])[0] == [False] * 22 + [True]
+  assert fed([*quiet, 9.0, 3.0, 3.0, 9.0], patience=3)[0] == [False] * 24, 'spikes'
   assert fed([5.0, 9.0, 9.0, 5.0])[0] == [False] * 4, 'warmup counts, or an equal loss'
   assert fed([5.0, math.nan])[0] == [False, True] and fed([math.inf])[0] == [True]
   saved = fed([*quiet, 6.0])[1].saved
   resumed = Divergence(2, 2, json.loads(json.dumps(saved)))
-  assert resumed.diverged(6, {'loss': 6.0})
+  assert resumed.diverged(22, {'loss': 6.0})
   older = Divergence(2, 2, {'initial_loss': 5.0, 'above': 1})
   assert [older.diverged(step, {'loss': loss}) for step, loss in ((7, 5.5), (8, 5.5))] == [False, True]
 
