@@ -152,7 +152,7 @@ class Session:
   """A command in a process group of its own."""
 
   def __init__(self, command: list[str], environment: dict[str, str], workdir: Path):
-    pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True, 'errors': 'replace'}
+    pipes = {'stdin': subprocess.PIPE, 'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True, 'errors': 'replace'}
     self.workdir, self.began = workdir, time.time()
     self.process = subprocess.Popen(command, env=environment, cwd=ROOT, start_new_session=True, **pipes)
 
