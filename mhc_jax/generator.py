@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from mhc_jax.connection import ConnectionSpec
+from mhc_jax.derivatives import with_backward
 
 # Float32 products of the generator take at least tf32's accuracy on accelerators (paper: phi in tf32).
 PRECISION = lax.Precision.HIGH
@@ -84,7 +85,6 @@ def _raw_product(phi_NDK: jax.Array, x_NBTD: jax.Array) -> jax.Array:
   return lax.optimization_barrier(functools.reduce(jnp.add, products)).T
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _normed_product(phi_NDK: jax.Array, x_NBTD: jax.Array, inverse: Callable) -> jax.Array:
   """phi^T (x / rms(x)) over (n, C), as (phi^T x) / rms(x) (mHC eq. 14-16): (K, B, T).
 
@@ -116,7 +116,7 @@ def _normed_product_backward(inverse, saved, g_KBT):
   return jnp.stack(d_phi), jnp.stack(d_x)
 
 
-_normed_product.defvjp(_normed_product_forward, _normed_product_backward)
+_normed_product = with_backward(_normed_product, _normed_product_forward, _normed_product_backward, (2,))
 
 
 def project(params: dict[str, jax.Array], x_NBTD: jax.Array, spec: ConnectionSpec) -> jax.Array:

@@ -20,6 +20,7 @@ from jax import lax
 
 from mhc_jax import generator
 from mhc_jax.connection import ConnectionSpec, Gate
+from mhc_jax.derivatives import with_backward
 
 
 class Coefficients(NamedTuple):
@@ -141,7 +142,6 @@ def _inner(a_BTD: jax.Array, b_BTD: jax.Array) -> jax.Array:
   return jnp.sum(a_BTD.astype(wide) * b_BTD.astype(wide), -1)
 
 
-@jax.custom_vjp
 def _read(pre_NBT: jax.Array, x_NBTD: jax.Array) -> jax.Array:
   return _weighted_sum(lax.optimization_barrier(pre_NBT), x_NBTD).astype(x_NBTD.dtype)
 
@@ -155,7 +155,7 @@ def _read_backward(saved, g_BTD):
   return d_pre.astype(pre_NBT.dtype), d_x.astype(x_NBTD.dtype)
 
 
-_read.defvjp(lambda pre_NBT, x_NBTD: (_read(pre_NBT, x_NBTD), (pre_NBT, x_NBTD)), _read_backward)
+_read = with_backward(_read, lambda *args: (_read(*args), args), _read_backward)
 
 
 def read(pre_NBT: jax.Array | None, x_NBTD: jax.Array) -> jax.Array:
@@ -170,7 +170,6 @@ def read(pre_NBT: jax.Array | None, x_NBTD: jax.Array) -> jax.Array:
   return _read(pre_NBT, x_NBTD)
 
 
-@jax.custom_vjp
 def _write(res_NMBT: jax.Array | None, post_NBT: jax.Array, x_NBTD: jax.Array, y_BTD: jax.Array) -> jax.Array:
   wide = jnp.promote_types(x_NBTD.dtype, jnp.float32)
   res_NMBT, post_NBT = lax.optimization_barrier((res_NMBT, post_NBT))
@@ -193,7 +192,7 @@ def _write_backward(saved, g_NBTD):
   return d_res.astype(res_NMBT.dtype), d_post, jnp.stack(columns).astype(x_NBTD.dtype), d_y
 
 
-_write.defvjp(lambda *inputs: (_write(*inputs), inputs), _write_backward)
+_write = with_backward(_write, lambda *args: (_write(*args), args), _write_backward)
 
 
 def write(

@@ -221,14 +221,14 @@ def loro(factors: optax.GradientTransformation, lr: jax.Array, every: int) -> op
     return LoroState(jnp.zeros((), jnp.int32), factors.init(params))
 
   def update(updates: Any, state: LoroState, params: Any) -> tuple[Any, LoroState]:
-    def riemannian():
-      return exact(updates, params), factors.init(params)
+    def riemannian(_):
+      return False, exact(updates, params), factors.init(params)
 
-    def plain():
-      return factors.update(updates, state.factors, params)
-
+    # A loop of one iteration or none: exact has loops of its own, and a lax.cond round these can hang XLA:CPU
+    # of jaxlib 0.10.2 (constraints/birkhoff_dual.py).
     due = (state.count + 1) % every == 0
-    new, inner = lax.cond(due, riemannian, plain)
+    start = (due, *factors.update(updates, state.factors, params))
+    _, new, inner = lax.while_loop(lambda carry: carry[0], riemannian, start)
     return new, LoroState(state.count + 1, inner)
 
   return optax.GradientTransformation(init, update)

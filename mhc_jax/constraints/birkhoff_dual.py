@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from mhc_jax.constraints.base import Constraint, log_near_identity, materialise, promote, stochastic_defect
+from mhc_jax.derivatives import with_backward
 from mhc_jax.values import Within
 
 WARM_UP = 6  # Sinkhorn iterations before Newton's; each costs a fifth of one of those
@@ -187,7 +188,6 @@ def _sinkhorn(k_NMX: jax.Array) -> tuple[jax.Array, jax.Array]:
   return lax.fori_loop(0, WARM_UP, iteration, (_row_factors(k_NMX, one_MX), one_MX))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def project(logits_NMX: jax.Array, max_iterations: int) -> jax.Array:
   """The entropic projection of exp(logits) (n, n, *X), float32 or float64, onto the Birkhoff polytope.
 
@@ -245,7 +245,7 @@ def _project_backward(max_iterations, h_NMX, g_NMX):
   return (h_NMX * (g_NMX - b_MX[None] + means_NX[:, None]),)
 
 
-project.defvjp(_project_forward, _project_backward)
+project = with_backward(project, _project_forward, _project_backward, (1,))
 
 
 def birkhoff_dual(max_iterations: Annotated[int, Within(1, 10_000)] = 50) -> Constraint:

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from mhc_jax.constraints.base import Constraint, log_near_identity, materialise, promote, stochastic_defect
+from mhc_jax.derivatives import with_backward
 from mhc_jax.values import Within
 
 # order: 'columns' first (rows last) or 'rows' first. eps_mode 'add': x / (sum + eps), 'clamp':
@@ -118,7 +119,6 @@ def _iteration(count: jax.Array, m_NMX: jax.Array, steps: _Steps) -> tuple[jax.A
   return m_NMX * first * second, (first, second)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _iterate(logits_NMX: jax.Array, iterations: int, steps: _Steps) -> jax.Array:
   m_NMX = _first_iteration(logits_NMX, steps)[1]
   return lax.fori_loop(0, iterations - 1, lambda count, m_NMX: _iteration(count, m_NMX, steps)[0], m_NMX)
@@ -162,7 +162,7 @@ def _iterate_backward(iterations, steps, logits_NMX, g_NMX):
   return (u_NMX - p_NMX * _sum(u_NMX, steps.axis),)
 
 
-_iterate.defvjp(_iterate_forward, _iterate_backward)
+_iterate = with_backward(_iterate, _iterate_forward, _iterate_backward, (1, 2))
 
 
 def _steps(order: str, eps: float, eps_mode: str, softmax_eps: float) -> _Steps:

@@ -10,6 +10,7 @@ from jax import lax
 
 from mhc_jax.constraints.base import Constraint, linear_map, materialise, product, promote
 from mhc_jax.constraints.spectra import determinant
+from mhc_jax.derivatives import with_backward
 from mhc_jax.values import Within
 
 
@@ -57,7 +58,6 @@ def _cayley_and_inverse(a_NMX: jax.Array) -> tuple[jax.Array, jax.Array]:
   return product(q_NMX, 1.5 * _eye(a_NMX) - 0.5 * gram_NMX), b_NMX
 
 
-@jax.custom_vjp
 def cayley(a_NMX: jax.Array) -> jax.Array:
   """(I - A)(I + A)^-1 of skew-symmetric A (n, n, *X): orthogonal, no eigenvalue -1."""
   return _cayley_and_inverse(a_NMX)[0]
@@ -68,7 +68,7 @@ def _cayley_backward(b_NMX, g_NMX):
   return (-2 * product(product(b_MNX, g_NMX), b_MNX),)
 
 
-cayley.defvjp(_cayley_and_inverse, _cayley_backward)
+cayley = with_backward(cayley, _cayley_and_inverse, _cayley_backward)
 
 
 def cayley_flops(n: int) -> int:

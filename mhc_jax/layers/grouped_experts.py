@@ -16,6 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from mhc_jax.derivatives import with_backward
 from mhc_jax.errors import ConfigError
 from mhc_jax.sharding import BATCH
 
@@ -76,7 +77,6 @@ def _add_up(y_RD: jax.Array, weight_SA: jax.Array, rows: _Rows) -> jax.Array:
   return functools.reduce(jnp.add, terms).astype(y_RD.dtype)
 
 
-@jax.custom_vjp
 def _spread(x_SD: jax.Array, rows: _Rows) -> jax.Array:
   """Every row's token, (R, D); zeros in unused rows."""
   return jnp.where(rows.used_R[:, None], _take(x_SD, rows.slot_R // rows.row_SA.shape[1]), 0)
@@ -86,10 +86,9 @@ def _spread_backward(rows: _Rows, g_RD: jax.Array) -> tuple[jax.Array, None]:
   return _add_up(g_RD, jnp.ones(rows.row_SA.shape, g_RD.dtype), rows), None
 
 
-_spread.defvjp(lambda x_SD, rows: (_spread(x_SD, rows), rows), _spread_backward)
+_spread = with_backward(_spread, lambda x_SD, rows: (_spread(x_SD, rows), rows), _spread_backward)
 
 
-@jax.custom_vjp
 def _collect(y_RD: jax.Array, weight_SA: jax.Array, rows: _Rows) -> jax.Array:
   """Each token's weighted sum over its rows, (S, D); rows in no group are never looked at."""
   return _add_up(y_RD, weight_SA, rows)
@@ -108,10 +107,10 @@ def _collect_backward(saved, g_SD: jax.Array) -> tuple[jax.Array, jax.Array, Non
   return jnp.where(rows.used_R[:, None], g_RD, 0).astype(y_RD.dtype), g_weight_SA, None
 
 
-_collect.defvjp(lambda *args: (_collect(*args), args), _collect_backward)
+_collect = with_backward(_collect, lambda *args: (_collect(*args), args), _collect_backward)
 
 
-@jax.custom_vjp
+@jax.custom_batching.sequential_vmap  # JAX batches a ragged product only where all three are batched
 def _grouped_product(x_RD: jax.Array, w_EDF: jax.Array, size_E: jax.Array) -> jax.Array:
   """Each row times its expert's matrix, (R, F); what is in rows of no expert is undefined.
 
@@ -122,17 +121,34 @@ def _grouped_product(x_RD: jax.Array, w_EDF: jax.Array, size_E: jax.Array) -> ja
 
 def _grouped_product_backward(saved, g_RF: jax.Array) -> tuple[jax.Array, jax.Array, None]:
   x_RD, w_EDF, size_E = saved
-  d_x_RD = lax.ragged_dot(g_RF, w_EDF.swapaxes(1, 2), size_E)
-  kernel = _weight_gradient if x_RD.dtype == jnp.float64 else _weight_gradient_on_tpu  # no TPU has float64
-  d_w_EDF = lax.platform_dependent(x_RD, g_RF, size_E, tpu=kernel, default=_weight_gradient)
-  return d_x_RD, d_w_EDF, None
+  d_x_RD = _grouped_product(g_RF, w_EDF.swapaxes(1, 2), size_E)
+  return d_x_RD, _weight_gradient(x_RD, g_RF, size_E), None
 
 
-_grouped_product.defvjp(lambda *args: (_grouped_product(*args), args), _grouped_product_backward)
+_grouped_product = with_backward(
+  _grouped_product, lambda *args: (_grouped_product(*args), args), _grouped_product_backward
+)
 
 
+@jax.custom_batching.sequential_vmap
 def _weight_gradient(x_RD: jax.Array, g_RF: jax.Array, size_E: jax.Array) -> jax.Array:
-  """sum over an expert's rows of x g^T, (E, D, F)."""
+  """sum over an expert's rows of x g^T, (E, D, F). No TPU has float64."""
+  kernel = _weight_gradient_anywhere if x_RD.dtype == jnp.float64 else _weight_gradient_on_tpu
+  return lax.platform_dependent(x_RD, g_RF, size_E, tpu=kernel, default=_weight_gradient_anywhere)
+
+
+def _weight_gradient_backward(saved, d_EDF: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+  x_RD, g_RF, size_E = saved
+  d_x_RD = _grouped_product(g_RF, d_EDF.swapaxes(1, 2), size_E)
+  return d_x_RD, _grouped_product(x_RD, d_EDF, size_E), None
+
+
+_weight_gradient = with_backward(
+  _weight_gradient, lambda *args: (_weight_gradient(*args), args), _weight_gradient_backward
+)
+
+
+def _weight_gradient_anywhere(x_RD: jax.Array, g_RF: jax.Array, size_E: jax.Array) -> jax.Array:
   rows = lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
   return lax.ragged_dot_general(x_RD, g_RF, size_E, rows, preferred_element_type=x_RD.dtype)
 
