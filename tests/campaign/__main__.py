@@ -16,11 +16,11 @@ import tempfile
 import time
 from pathlib import Path
 
+from mhc_jax.workdir import revision
 from tests.campaign import trials
+from tests.campaign.parts import PARTS
 from tests.campaign.table import markdown, write_into
 from tests.campaign.tiny import ROOT, Tiny
-from tests.campaign.parts import PARTS
-from mhc_jax.workdir import revision
 
 
 def main() -> int:

@@ -104,7 +104,7 @@ def corpus(tiny: Tiny, folder: Path, rng: random.Random) -> tuple[str, str]:
   name = f'text_files:{tiny.text}'
   expected = load_corpus(name, str(tiny.data))
   data = damage.copy(tiny.data, folder)
-  path, what = hurt(data, rng, [path for path in files_below(data) if path.suffix != '.lock'])
+  _, what = hurt(data, rng, [path for path in files_below(data) if path.suffix != '.lock'])
   if rng.random() < 0.3:
     for facts in data.rglob('corpus.json'):
       os.remove(facts) if facts.is_file() or facts.is_symlink() else None

@@ -1,4 +1,4 @@
-"""A disk that fills up at a random moment, of the run, of its corpus or of its log; then there is room again."""
+"""A disk that is full sooner or later, under the run, its corpus or its log; then there is room again."""
 
 import random
 import subprocess
@@ -51,8 +51,8 @@ def inside(folder: Path, disk: Path, rng: random.Random) -> str:
     tiny.text = disk.with_name('text')
     write_text(tiny.text)
     fields = (f'data.dir={disk}/data',)
-  filler = disk / 'filler'
-  room = int(rng.choice((0, 4, 20, 50, 200, 1200, 1800, 3000)) * rng.uniform(500, 1500))  # bytes that are free
+  filler = disk / 'filler'  # leaves so many bytes free:
+  room = int(rng.choice((0, 4, 20, 50, 200, 1200, 1800, 3000)) * rng.uniform(500, 1500))
   with open(filler, 'wb', buffering=0) as file:
     file.write(bytes(max(0, (24 << 20) - room - 8192)))
   out = [f'--config.{field}' for field in fields]

@@ -27,12 +27,20 @@ from tests.campaign.tiny import SMOKE, Tiny, command, unfit
 
 OVERRIDES = 100  # of one trial
 SOON = 20  # seconds that a refusal may take
+NUMBERS = '0 1 -1 2 3 7 8 0.5 1.5 -0.0 1e-30 1e308 -1e308 1e309 nan -inf 1j 0x10 3000000000 1000000000000'
+TEXTS = '[] [1,2] {} () "a" True False None x ~ * [ ü (a+)+$ $\\frac{1$ __import__("os")'
 ODD = (
-  *('0', '1', '-1', '2', '3', '7', '8', '0.5', '1.5', '1e-30', '-0.0', '1e308', '-1e308', '1e309', 'nan', '-inf'),
-  *('True', 'False', 'None', '', ' ', 'x', '[]', '[1, 2]', '{}', '{"a": 1}', '()', '"a"', "b'x'", '1j', '0x10'),
-  *('3000000000', '1000000000000', '9' * 30, '9' * 5000, '-9223372036854775809', '[' * 3000, '(' * 300 + ')' * 300),
-  *('~', '*', 'ü', '\udcff', '\x00', 'a\nb', '$\\frac{1$', '__import__("os")', '(a+)+$', '['),
+  *NUMBERS.split(),
+  *TEXTS.split(),
+  '',
+  ' ',
+  '\udcff',
+  '\x00',
+  'a\nb',
+  '{"a": 1}',
+  '-9223372036854775809',
 )
+ODD = (*ODD, '9' * 30, '9' * 5000, '-9223372036854775809', '[' * 3000, '(' * 300 + ')' * 300)
 NAMES = {
   'name': tuple(PRESETS),
   'preset': tuple(name for presets in PRESETS.values() for name in presets),
@@ -128,7 +136,7 @@ def runs(tiny: Tiny, folder: Path, rng: random.Random, number: int) -> tuple[int
     said = command(lambda given: train.resolve(tiny.config(*given), '') and 0, *some)
     if said.code == 0 and 'Traceback' not in said.err:
       break
-  fixed = 'duration.steps=2', 'log.diagnostics_every_steps=2', 'evaluation.every_steps=2', 'log.tensorboard=False'
+  fixed = 'duration.steps=2', 'log.diagnostics_every_steps=2', 'evaluation.every_steps=2'
   said = tiny.train(folder / 'run', *some, *fixed)
   jax.clear_caches()
   failure = unfit(said)
@@ -190,17 +198,30 @@ def line(tiny: Tiny, place: Path, rng: random.Random) -> tuple[str, Callable[[li
 
 
 # None names a device or a file of the system: a command that writes there would replace it.
-LINES = ('file', 'file/x', 'loop', 'gone', 'gone/x', 'x' * 300, '/proc/x', '~nobody/x', 'ftp://x', 's3:/', '.', '-')
-TRAIN = ('--config', '--workdir', '--workdir', '--workdir', '--coordinator', '--processes', '--process', '--heartbeat')
+LINES = (
+  'file',
+  'file/x',
+  'loop',
+  'gone',
+  'gone/x',
+  'x' * 300,
+  '/proc/x',
+  '~nobody/x',
+  'ftp://x',
+  's3:/',
+  '.',
+)
+TRAIN = ('--config', '--workdir', '--workdir', '--coordinator', '--processes', '--process', '--heartbeat')
 TRAIN = (*TRAIN, '--join-timeout', '--continue-diverged', '--config.data.name', '--config.data.dir')
 EVALUATE = ('--prompt', '--bytes', '--temperature', '--seed')
 SWEEP = ('--only', '--shard', '--workers', '--out', '--retry-failed', '--continue-diverged')
 REPORT = ('--resamples', '--params', '--reference')
 PLOTS = ('--out', '--reference', '--params')
-FIT = ('--resamples', '--law', '--delta', '--out', '--seed')
+FIT = ('--resamples', '--law', '--delta', '--out', '--seed', '--level', '--pin', '--tie', '--drop-highest')
 COUNTS = ('--bytes', '--resamples')
+GRID = [(n, d, 1.5 + 400 / n**0.34 + 410 / d**0.28) for n in (1e6, 1e7, 1e8) for d in (1e8, 1e9)]
 POINTS = (
-  'N,D,loss\n' + ''.join(f'{n},{d},{1.5 + 400 / n**0.34 + 410 / d**0.28}\n' for n in (1e6, 1e7, 1e8) for d in (1e8, 1e9)),
+  '\n'.join(['N,D,loss', *(f'{n},{d},{loss}' for n, d, loss in GRID)]),
   'N,D,loss\n1,2,3\n',
   'N,D,loss\n' + 'x,y,z\n' * 9,
   'N,D,loss\n' + '1e308,1e308,1e308\n-1,0,nan\n' * 5,

@@ -1,4 +1,4 @@
-"""One run, killed and stopped again and again, from its start to its last cleanup; then the same command ends it."""
+"""A run killed and stopped again and again, from its start to its last cleanup, and ended by its command."""
 
 import random
 import signal
@@ -17,6 +17,7 @@ SIGNALS = {
   (signal.SIGTERM, signal.SIGKILL): 1,
   (signal.SIGINT, signal.SIGINT): 1,
 }
+MOMENTS = {'time': 3, 'row': 3, 'save': 2, 'end': 2}
 START = 2.0  # seconds of a process before its run begins, about
 
 
@@ -29,7 +30,8 @@ def trial(tiny: Tiny, folder: Path, rng: random.Random, number: int) -> tuple[in
     while kills < KILLS and not failure and not ended:
       session = tiny.start(workdir)
       signals = pick(rng, SIGNALS)
-      met = wait(session, rng, signals != (signal.SIGKILL,))
+      moment = pick(rng, MOMENTS) if kills else 'save'
+      met = wait(session, moment, rng, signals != (signal.SIGKILL,))
       said = session.end(*signals) if met else session.end()
       failure = wrong_end(said, workdir, signals if met else ())
       kills, ended = kills + met, said.code == 0
@@ -40,9 +42,8 @@ def trial(tiny: Tiny, folder: Path, rng: random.Random, number: int) -> tuple[in
   return kills, [failure] if failure else []
 
 
-def wait(session: Session, rng: random.Random, python: bool) -> bool:
-  """Until a random moment; False where the process ended before. python: not before Python handles signals."""
-  moment = pick(rng, {'time': 3, 'row': 3, 'save': 3, 'end': 2})
+def wait(session: Session, moment: str, rng: random.Random, python: bool) -> bool:
+  """Until that moment; False where the process ended before. python: not before it handles signals."""
   checkpoints = session.workdir / 'checkpoints'
   rows = rng.randrange(STEPS)
   met = True

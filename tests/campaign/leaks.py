@@ -47,7 +47,12 @@ def runs(tiny: Tiny, folder: Path, rng: random.Random, number: int) -> tuple[int
 
 def updates(tiny: Tiny, folder: Path, rng: random.Random, number: int) -> tuple[int, list[str]]:
   """UPDATES updates of one run, with checkpoints, evaluations and rows all along."""
-  fields = (f'duration.steps={UPDATES}', 'data.repeat=True', 'checkpoint.every_steps=500', 'log.every_steps=10')
+  fields = (
+    f'duration.steps={UPDATES}',
+    'data.repeat=True',
+    'checkpoint.every_steps=500',
+    'log.every_steps=10',
+  )
   seen = {}
 
   def look(step: int) -> bool:

@@ -13,7 +13,9 @@ PARTS: dict[str, Part] = {
   'corpus': Part('damages of a prepared corpus, then loading it', 12, 600, trials_of(damaged.corpus)),
   'evaluation': Part('damages of a finished run, then evaluating', 6, 600, trials_of(damaged.evaluated)),
   'sweep': Part('damages of a sweep, then planning and doing it', 6, 600, trials_of(damaged.swept)),
-  'reports': Part('damages and hostile values of a sweep, then reporting', 8, 900, trials_of(reports.reported)),
+  'reports': Part(
+    'damages and hostile values of a sweep, then reporting', 8, 900, trials_of(reports.reported)
+  ),
   'disks': Part('full disks, under the run, the corpus or the log', 10, 900, disks.trial),
   'preparations': Part('two preparations of one corpus, one killed', 16, 300, races.preparations),
   'trainings': Part('two trainings of one run, one killed', 6, 900, races.trainings),

@@ -1,6 +1,5 @@
-"""Two processes of one run: one is killed, stopped, told to stop or never comes; the other ends and says so."""
+"""Two processes of one run: one is killed, stopped or told to stop, or never comes; the other ends."""
 
-import os
 import random
 import signal
 import socket
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.campaign.tiny import ROOT, STEPS, Said, Session, Tiny, logged, pick, status, unfit
+from tests.campaign.tiny import STEPS, Said, Session, Tiny, logged, pick, status, unfit
 
 HEARTBEAT = 10  # seconds, the least that JAX bears beside other work on two cores
 FIELDS = ('mesh.data=4', 'mesh.fsdp=2', 'log.tensorboard=False')
@@ -24,11 +23,15 @@ class Pair:
     with socket.create_server(('localhost', 0)) as free:
       port = free.getsockname()[1]
     fields = [f'--config.{field}' for field in FIELDS]
-    flags = ['--local-devices=4', f'--coordinator=localhost:{port}', '--processes=2', f'--heartbeat={HEARTBEAT}', '--join-timeout=40']
-    self.workdir = workdir
-    self.sessions = [
-      tiny.start(workdir, *fields, *flags, f'--process={index}', *more) for index in range(2)
+    flags = [
+      '--local-devices=4',
+      f'--coordinator=localhost:{port}',
+      '--processes=2',
+      f'--heartbeat={HEARTBEAT}',
+      '--join-timeout=40',
     ]
+    self.workdir = workdir
+    self.sessions = [tiny.start(workdir, *fields, *flags, f'--process={index}', *more) for index in range(2)]
 
   def wait_for_rows(self, count: int) -> bool:
     """Whether there were so many rows before one of the two ended."""
@@ -87,7 +90,11 @@ def disturb(pair: Pair, victim: int, how: str) -> str:
   if how == 'signal':
     codes = said.code, first.code
     early = -signal.SIGTERM in codes or 1 in codes  # before they had joined
-    return '' if early or set(codes) in ({130}, {0}) else f'unfit end: codes {codes} after SIGTERM: {said.err[-300:]}'
+    return (
+      ''
+      if early or set(codes) in ({130}, {0})
+      else f'unfit end: codes {codes} after SIGTERM: {said.err[-300:]}'
+    )
   if said.code == 0:  # it had done its last update
     return ''
   return unfit(said)

@@ -57,13 +57,15 @@ def preparations(tiny: Tiny, folder: Path, rng: random.Random, number: int) -> t
     failures.append('' if said.out.strip() == whole.digest else f'wrong number: {said.out!r}')
   if not (np.array_equal(corpus.train, whole.train) and corpus.digest == whole.digest):
     failures.append('wrong number: the tokens prepared in a race')
-  left = [path.name for path in data.rglob('*incomplete*')] + [path.name for path in data.rglob('*unfinished*')]
+  left = [path.name for path in data.rglob('*incomplete*')] + [
+    path.name for path in data.rglob('*unfinished*')
+  ]
   failures.append(f'unfit end: {left} are left' if left else '')
   return 1, [failure for failure in failures if failure]
 
 
 def trainings(tiny: Tiny, folder: Path, rng: random.Random, number: int) -> tuple[int, list[str]]:
-  """Two processes train one run at once: one does it, the other is told so; whoever is killed, it ends right."""
+  """Two processes train one run at once, and one may be killed: the other is told so, or does it."""
   workdir = folder / 'run'
   sessions = [tiny.start(workdir) for _ in range(2)]
   kill = rng.random() < 0.5
@@ -81,7 +83,7 @@ def trainings(tiny: Tiny, folder: Path, rng: random.Random, number: int) -> tupl
 
 
 def sweeps(tiny: Tiny, folder: Path, rng: random.Random, number: int) -> tuple[int, list[str]]:
-  """Two sweeps into one folder, and one of them may be killed with its workers; then the same command once more."""
+  """Two sweeps into one folder, and one may be killed, with its workers or not; then the command again."""
   script = folder / 'race.py'
   script.write_text(SWEEP)
   environment = tiny.environment | {'PYTHONPATH': '.'}

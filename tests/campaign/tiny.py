@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from mhc_jax import train
 from mhc_jax.checkpoint import Checkpoints
@@ -152,7 +151,13 @@ class Session:
   """A command in a process group of its own."""
 
   def __init__(self, command: list[str], environment: dict[str, str], workdir: Path):
-    pipes = {'stdin': subprocess.PIPE, 'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True, 'errors': 'replace'}
+    pipes = {
+      'stdin': subprocess.PIPE,
+      'stdout': subprocess.PIPE,
+      'stderr': subprocess.PIPE,
+      'text': True,
+      'errors': 'replace',
+    }
     self.workdir, self.began = workdir, time.time()
     self.process = subprocess.Popen(command, env=environment, cwd=ROOT, start_new_session=True, **pipes)
 

@@ -1,4 +1,4 @@
-"""Parts of the campaign: how a trial is run, bounded in time and written down, so that a second call goes on."""
+"""How a trial is run, bounded in time and written down, so that a second call of the campaign goes on."""
 
 import dataclasses
 import faulthandler
