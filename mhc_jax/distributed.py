@@ -30,7 +30,7 @@ from mhc_jax.errors import ConfigError, require
 from mhc_jax.log import say
 
 _DETECT_SECONDS = 300  # that JAX's detection may wait for the names of other hosts
-_WORD_SECONDS = 20  # between words about a wait
+_WORD_SECONDS = 10  # between words about a wait
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 _END_SECONDS = 20  # that a process which ends, by a mistake for example, waits for the others to end too
 _CHILD = 'MHC_JAX_PROCESS'  # environment variable in which `supervise` tells its child who it is
