@@ -97,5 +97,8 @@ def test_mistakes_are_refused(mistake):
 
 def test_settings_of_jax_are_those_of_training(run, monkeypatch):
   monkeypatch.setitem(bench.BENCHES, 'step', lambda args: {'sum': float(jnp.int32(1) + jnp.float32(0.5))})
-  with jax.numpy_dtype_promotion('strict'):
+  jax.config.update('jax_numpy_dtype_promotion', 'strict')
+  try:
     assert run('step') == {'sum': 1.5}
+  finally:
+    jax.config.update('jax_numpy_dtype_promotion', 'standard')
