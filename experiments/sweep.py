@@ -17,6 +17,7 @@ from collections.abc import Callable
 import pandas as pd
 from ml_collections import ConfigDict
 
+from mhc_jax import settings
 from mhc_jax.command import end_with_message
 from mhc_jax.errors import FULL_DISK, ConfigError
 from mhc_jax.log import say
@@ -59,6 +60,7 @@ def plan(name: str) -> tuple[list[ConfigDict], list[Run]]:
   planned, seen = [], {}
   for config in configs:
     make_mesh(config.mesh.to_dict())  # refuses what the devices do not fit
+    settings.check_precision(config.model.dtype)
     corpus = corpus_of(config.data.name, config.data.dir, config.data.tokenizer)
     run = resolve(config, corpus.digest)
     load_data(run, corpus)  # refuses what the corpus is too small for, before anything starts

@@ -30,7 +30,8 @@ from mhc_jax.errors import ConfigError, require
 from mhc_jax.log import say
 
 _DETECT_SECONDS = 300  # that JAX's detection may wait for the names of other hosts
-_WORD_SECONDS = 20  # between words about a wait
+_MOST_PROCESSES = 2**20  # far above any machine; the runtime takes 32 bits
+_WORD_SECONDS = 10  # between words about a wait
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 _END_SECONDS = 20  # that a process which ends, by a mistake for example, waits for the others to end too
 _CHILD = 'MHC_JAX_PROCESS'  # environment variable in which `supervise` tells its child who it is
@@ -94,10 +95,12 @@ def find(args: argparse.Namespace) -> Cluster | None:
     return _detect()
   if None in given:
     raise ConfigError('--coordinator, --processes and --process need each other')
+  if not 1 <= args.processes <= _MOST_PROCESSES:
+    raise ConfigError(f'--processes must lie between 1 and {_MOST_PROCESSES:,}, got {args.processes}')
   if not 0 <= args.process < args.processes:
     raise ConfigError(f'--process must lie between 0 and {args.processes - 1}, got {args.process}')
   host, _, port = args.coordinator.rpartition(':')
-  if not host or not port.isdecimal():
+  if not host or not re.fullmatch('[0-9]{1,5}', port) or not 0 < int(port) < 2**16:
     raise ConfigError(f'--coordinator takes HOST:PORT, got {args.coordinator!r}')
   return Cluster(*given) if args.processes > 1 else None
 
@@ -115,8 +118,9 @@ def _detect() -> Cluster | None:
     with warnings.catch_warnings(), _words('looks for the other processes of this job'):
       warnings.simplefilter('ignore')  # in any pod: that the package kubernetes is not installed
       cluster = ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, _DETECT_SECONDS)
-  except ValueError as error:
-    raise ConfigError(f'the environment names the processes of a job wrongly: {error}') from None
+  except (LookupError, ValueError) as error:  # half of a job's variables, or odd ones
+    what = f'{error} is missing' if isinstance(error, KeyError) else error
+    raise ConfigError(f'the environment names the processes of a job wrongly: {what}') from None
   except RuntimeError as error:
     if 'JOB_COMPLETION_INDEX' not in os.environ:
       return None  # a pod by itself, no indexed job
@@ -124,6 +128,11 @@ def _detect() -> Cluster | None:
   coordinator, processes, process, local_device_ids = cluster
   if None in (coordinator, processes, process) or processes == 1:
     return None
+  require(
+    0 <= process < processes <= _MOST_PROCESSES and all(0 <= i < 2**15 for i in local_device_ids or ()),
+    f'the environment names the processes of a job wrongly: this is process {process} of {processes}, '
+    f'with devices {local_device_ids or "of its own"}',
+  )
   return Cluster(coordinator, processes, process, local_device_ids and tuple(local_device_ids))
 
 

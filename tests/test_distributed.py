@@ -131,6 +131,26 @@ def test_processes_are_found_in_flags_or_environment(monkeypatch):
   assert distributed.find(flags()) is None
 
 
+@pytest.mark.parametrize(
+  'odd,message',
+  (
+    ({'OMPI_COMM_WORLD_SIZE': None}, 'OMPI_COMM_WORLD_SIZE.* is missing'),
+    ({'OMPI_COMM_WORLD_RANK': '2'}, 'process 2 of 2'),
+    ({'OMPI_COMM_WORLD_SIZE': '99999999999'}, 'process 0 of 99999999999'),
+    ({'OMPI_COMM_WORLD_LOCAL_RANK': '-1'}, 'with devices'),
+  ),
+)
+def test_a_job_that_is_half_described_is_refused(monkeypatch, odd, message):
+  job = {'OMPI_MCA_orte_hnp_uri': '1531576320.0;tcp://10.96.0.1:34911'}
+  job |= {
+    f'OMPI_COMM_WORLD_{name}': value for name, value in (('SIZE', '2'), ('RANK', '0'), ('LOCAL_RANK', '0'))
+  }
+  for name, value in (job | odd).items():
+    monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+  with pytest.raises(ConfigError, match=f'wrongly: .*{message}'):
+    distributed.find(flags())
+
+
 def test_a_wait_for_others_is_said(monkeypatch, capsys):
   monkeypatch.setattr(distributed, '_WORD_SECONDS', 0.02)
   monkeypatch.setattr(jax.distributed, 'initialize', lambda *_, **options: time.sleep(0.2))
@@ -146,6 +166,8 @@ def test_a_wait_for_others_is_said(monkeypatch, capsys):
     (('--process', '0'), 'need each other'),
     (('--coordinator', 'host:12', '--processes', '2', '--process', '2'), 'between 0 and 1, got 2'),
     (('--coordinator', 'host', '--processes', '2', '--process', '0'), "HOST:PORT, got 'host'"),
+    (('--coordinator', 'host:1', '--processes', '9999999', '--process', '0'), 'between 1 and 1,048,576'),
+    (('--coordinator', 'host:70000', '--processes', '2', '--process', '0'), "HOST:PORT, got 'host:70000'"),
   ),
 )
 def test_flags_that_do_not_fit_are_refused(given, message):

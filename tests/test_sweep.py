@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 
+import jax
 import pytest
 
 from experiments import sweep, workers
@@ -213,6 +214,12 @@ def test_folders_that_cannot_be_written_are_refused(experiment, tmp_path):
   (tmp_path / 'file').write_text('')
   with pytest.raises(ConfigError, match='cannot hold runs'):
     sweep.main([experiment, '--out', str(tmp_path / 'file')])
+
+
+def test_settings_that_no_run_can_have_end_the_sweep_before_it_begins(experiment, tmp_path):
+  with jax.enable_x64(True), pytest.raises(ConfigError, match='JAX_ENABLE_X64=1 would change'):
+    sweep.main(['tiny', '--out', str(tmp_path / 'out')])
+  assert not (tmp_path / 'out').exists()
 
 
 def test_mixed_code_is_warned_of(experiment, tmp_path, capsys):
