@@ -85,7 +85,11 @@ class Checkpoints:
       return sorted(int(folder.name) for folder in self._folders() if self._is_step(folder))
 
   def _folders(self) -> list[epath.Path]:
-    return list(self._directory.iterdir()) if self._directory.is_dir() else []
+    if self._directory.is_dir():
+      return list(self._directory.iterdir())
+    if not self._remote and os.path.lexists(self._directory):
+      raise ConfigError(f'{self._directory} is not a folder: move it away, checkpoints go there')
+    return []
 
   def _is_step(self, folder: epath.Path) -> bool:
     return folder.name.isdecimal() and (not self._remote or (folder / _COMMITTED).exists())

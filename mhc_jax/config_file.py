@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from mhc_jax.config import base_config
 from mhc_jax.errors import ConfigError, require
+from mhc_jax.paths import expand
 from mhc_jax.values import checked
 
 
@@ -23,6 +24,7 @@ def parse(path: str, overrides: list[str]) -> ConfigDict:
   Raises ConfigError for an unknown field (naming the nearest), a value of the wrong type, or a bad file.
   """
   name, _, argument = path.partition(':')
+  name = expand(name)
   filename = name if os.path.isfile(name) else os.path.join(_configs(), f'{name}.py')
   if not os.path.isfile(filename):
     files = sorted(Path(_configs()).glob('*.py'))

@@ -142,7 +142,7 @@ def main(argv: list[str] | None = None) -> int:
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  parser.add_argument('workdir', type=expand, help='folder of a run')
+  parser.add_argument('workdir', help='folder of a run')
   parser.add_argument('--prompt', default='import ', help='start of the sample')
   parser.add_argument('--bytes', type=int, default=200, help='length of the sample (default 200)')
   parser.add_argument('--temperature', type=float, default=0.8, help='0 is greedy (default 0.8)')
@@ -152,6 +152,7 @@ def main(argv: list[str] | None = None) -> int:
   for name, (low, high) in bounds.items():
     value = getattr(args, name)
     require(low <= value <= high, f'--{name} {value}: must lie between {low} and {high:.10g}')
+  args.workdir = expand(args.workdir)
   resolved, model, step, params = load(args.workdir)
   data = resolved['data']
   tokenizer = tokenizer_of(data.get('tokenizer'))  # runs of before it was a field have bytes

@@ -1,5 +1,6 @@
 """Paths as users give them."""
 
+import argparse
 import os
 from pathlib import Path
 
@@ -10,8 +11,11 @@ def expand(path: str | os.PathLike[str]) -> str:
   """A path as its user meant it: ~ and ~user are home folders; ConfigError where there is no such user.
 
   The shell leaves them alone after an equals sign and in quotes; a folder called ~ is the next accident.
+  Also refused is a name that is not UTF-8, which the files of checkpoints cannot have.
   """
   path = os.fspath(path)
+  strange = '\0' in path or any('\ud800' <= letter <= '\udfff' for letter in path)
+  require(not strange, f'{path!a}: the name of a path must be UTF-8')
   if not path.startswith('~'):
     return path
   expanded = os.path.expanduser(path)
@@ -21,7 +25,10 @@ def expand(path: str | os.PathLike[str]) -> str:
 
 def user_path(text: str) -> Path:
   """The type of a command's path argument."""
-  return Path(expand(text))
+  try:
+    return Path(expand(text))
+  except ConfigError as error:  # argparse has words of its own for a ValueError
+    raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def check_folder(folder: Path, option: str) -> None:
