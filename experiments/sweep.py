@@ -215,7 +215,7 @@ def main(argv: list[str] | None = None) -> int:
   states = [state_of(planned[i], folder) for i in asked]
   hint = '; --retry-failed tries failed runs again' if 'failed' in states else ''
   say(', '.join(f'{states.count(s)} {s}' for s in sorted(set(states))) + hint)
-  stopped = 'interrupted' in {*states, *(state for _, state in ended)}
+  stopped = 'interrupted' in {state for _, state in ended}  # now, not before
   return 130 if stopped else int(any(state not in ENDED for state in states))
 
 

@@ -168,37 +168,37 @@ def line(tiny: Tiny, place: Path, rng: random.Random) -> tuple[str, Callable[[li
   (place / 'file').write_text('x')
   (place / 'loop').symlink_to('loop')
   (place / 'gone').symlink_to('nowhere')
-  (place / 'points.csv').write_text(rng.choice(POINTS))
+  (place / 'points.csv').write_text(rng.choice((*POINTS[:1] * 9, *POINTS[1:])))
   synthetic, _ = reports.sweep(tiny.folder / 'synthetic')
   sweep.EXPERIMENTS['campaign'] = lambda argument: [tiny.config('duration.steps=1')]
+  workdir, plan = str(tiny.undisturbed), ['campaign', '--out', str(place), '--dry-run']
   name, main, arguments, flags = rng.choice(
     (
       ('train', train.main, tiny.arguments(place / 'run', 'duration.steps=2'), TRAIN),
-      ('evaluate', evaluate.main, [str(tiny.undisturbed), '--bytes', '1'], EVALUATE),
-      ('sweep', sweep.main, ['campaign', '--out', str(place), '--dry-run'], SWEEP),
+      ('evaluate', evaluate.main, [workdir, '--bytes', '1'], EVALUATE),
+      ('sweep', sweep.main, plan, SWEEP),
       ('report', report.main, [str(synthetic), '--resamples', '2'], REPORT),
       ('plots', plots.main, ['paper', str(synthetic), '--out', str(place / 'plots')], PLOTS),
       ('fit', fit.main, [str(place / 'points.csv'), '--resamples', '2'], FIT),
-      ('env', environment.main, [], ('--json',)),
+      ('fit', fit.main, [str(place / 'points.csv'), '--isoflop', '--resamples', '2'], FIT),
+      ('env', environment.main, [], {'--help': ()}),
     )
   )
   for _ in range(rng.choice((1, 1, 2))):
-    change, flag = rng.random(), rng.choice(flags)
-    # Whoever asks for a billion bytes or draws waits for them.
-    odd = [value for value in (*LINES, *ODD) if flag not in COUNTS or len(value) < 5]
-    if change < 0.6:
-      arguments += [flag, rng.choice(odd)]
-    elif change < 0.75 and arguments:
-      arguments[rng.randrange(len(arguments))] = rng.choice(LINES)
-    elif change < 0.85 and arguments:
+    change, flag = rng.random(), rng.choice(list(flags))
+    if change < 0.8:
+      values = flags[flag] if rng.random() < 0.85 else (*PLACES, *ODD)[:60]
+      value = [rng.choice(values)] if values else []
+      arguments += [f'{flag}={value[0]}'] if value and flag.startswith('--config.') else [flag, *value]
+    elif change < 0.9 and arguments:
+      arguments[rng.randrange(len(arguments))] = rng.choice(PLACES)
+    elif arguments:
       del arguments[rng.randrange(len(arguments))]
-    else:
-      arguments.insert(rng.randrange(len(arguments) + 1), rng.choice((*LINES, flag)))
   return name, main, [argument.replace('\x00', '?') for argument in arguments]
 
 
 # None names a device or a file of the system: a command that writes there would replace it.
-LINES = (
+PLACES = (
   'file',
   'file/x',
   'loop',
@@ -207,18 +207,51 @@ LINES = (
   'x' * 300,
   '/proc/x',
   '~nobody/x',
+  '~/x',
   'ftp://x',
-  's3:/',
   '.',
+  '',
 )
-TRAIN = ('--config', '--workdir', '--workdir', '--coordinator', '--processes', '--process', '--heartbeat')
-TRAIN = (*TRAIN, '--join-timeout', '--continue-diverged', '--config.data.name', '--config.data.dir')
-EVALUATE = ('--prompt', '--bytes', '--temperature', '--seed')
-SWEEP = ('--only', '--shard', '--workers', '--out', '--retry-failed', '--continue-diverged')
-REPORT = ('--resamples', '--params', '--reference')
-PLOTS = ('--out', '--reference', '--params')
-FIT = ('--resamples', '--law', '--delta', '--out', '--seed', '--level', '--pin', '--tie', '--drop-highest')
-COUNTS = ('--bytes', '--resamples')
+PLACES = (*PLACES, 's3:/', 'a/b/c', 'ü', '\udcff', 'a\nb', '-x')
+GLOBS = (*PLACES, '**', '/proc/self/fd/*', 'file*')
+SOURCES = (*(f'text_files:{place}' for place in GLOBS), '', 'nobody/x:1')
+SOME = ('0', '1', '-1', '2', '7', '0.5', 'nan', 'x', '')  # of what costs as much as is asked for
+REFERENCES = ('mhc', 'residual', 'nobody', '', 'ü')
+TRAIN = {
+  '--config': (*PLACES, 'laptop:x', 'paper:', 'base_config'),
+  '--workdir': PLACES,
+  '--continue-diverged': (),
+}
+TRAIN |= {'--config.data.name': SOURCES, '--config.data.dir': PLACES, '--config.arm': tuple(TEXTS.split())}
+TRAIN |= {'--coordinator': PLACES, '--processes': SOME, '--join-timeout': tuple(NUMBERS.split())}
+TRAIN |= {
+  '--config.topology': (*PLACES, 'v5p:4x4x4', 'v5p:0x1'),
+  '--config.model.dtype': ('float64', 'int8', ''),
+}
+EVALUATE = {
+  '--prompt': ODD,
+  '--bytes': SOME,
+  '--temperature': tuple(NUMBERS.split()),
+  '--seed': tuple(NUMBERS.split()),
+}
+SWEEP = {
+  '--only': REFERENCES,
+  '--shard': ('0/1', '1/1', '0/0', '-1/2', '1', 'x/y', '0/9999999999'),
+  '--out': PLACES,
+}
+SWEEP |= {'--workers': SOME, '--retry-failed': (), '--continue-diverged': ()}
+REPORT = {'--resamples': SOME, '--params': ('total', 'matmul', 'x'), '--reference': REFERENCES}
+PLOTS = {'--out': PLACES, '--reference': REFERENCES, '--params': ('total', 'non_embedding', 'x')}
+FIT = {'--resamples': SOME, '--out': (*PLACES, '-'), '--figure': (*PLACES, 'a.png', 'a.pdf', 'a.xyz')}
+FIT |= dict.fromkeys(('--delta', '--level', '--drop-highest', '--seed'), tuple(NUMBERS.split()))
+FIT |= {
+  '--law': ('chinchilla', 'additive', 'x', ''),
+  '--pin': ('E=1.69', 'E=nan', 'E=-1', 'x=1', 'E', 'alpha=0'),
+}
+FIT |= {
+  '--tie': ('alpha=beta', 'alpha=alpha', 'x=y', 'E=alpha'),
+  '--columns': ('N=D', 'N=N,D=D,loss=loss', 'x'),
+}
 GRID = [(n, d, 1.5 + 400 / n**0.34 + 410 / d**0.28) for n in (1e6, 1e7, 1e8) for d in (1e8, 1e9)]
 POINTS = (
   '\n'.join(['N,D,loss', *(f'{n},{d},{loss}' for n, d, loss in GRID)]),

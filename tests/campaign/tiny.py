@@ -222,7 +222,7 @@ def unfit(said: Said) -> str:
     return f'traceback: {said.err.strip().splitlines()[-1][:300]} ({where[-1] if where else "?"})'
   if said.code == 124:
     return f'hang: {said.err[-300:]}'
-  errors = [line for line in said.err.splitlines() if 'error: ' in line]
+  errors = [line for line in said.err.splitlines() if 'error: ' in line or ' failed: ' in line]  # of a sweep
   if said.code == 0 or (said.code in (1, 2) and len(errors) == 1):
     return ''
   return f'unfit end: code {said.code}, {len(errors)} lines with an error: {said.err[-300:]}'
