@@ -7,7 +7,7 @@ from mhc_jax.log import say, tolerant_streams
 
 
 def end_with_message(main: Callable[[], int]) -> int:
-  """Runs a command. One line for mistakes (2), full disks, lost files or stores (1), Ctrl-C (130)."""
+  """Runs a command. One line for mistakes (2), full disks or memory, lost files, stores (1), Ctrl-C (130)."""
   with tolerant_streams():
     try:
       return main()
@@ -24,4 +24,9 @@ def end_with_message(main: Callable[[], int]) -> int:
       where = f'{error.filename}: ' if error.filename else ''
       again = ': free some space and run the same command again, it goes on from the last checkpoint'
       say(f'error: {where}{reason}{again if error.errno in FULL_DISK else ""}')
+    except (MemoryError, RuntimeError) as error:  # XLA's is a RuntimeError, and JAX may not be imported here
+      if not isinstance(error, MemoryError) and 'RESOURCE_EXHAUSTED' not in str(error):
+        raise
+      what = ' '.join(f'{error}'.split())[:200]
+      say(f'error: out of memory ({what}): lower data.batch_size, or set optimizer.microbatches')
     return 1

@@ -59,6 +59,12 @@ class _Tolerant:
   def flush(self) -> None:
     self._attempt(self._stream.flush)
 
+  def isatty(self) -> bool:
+    try:
+      return self._stream.isatty()
+    except (OSError, ValueError):  # it was closed
+      return False
+
   def let_go(self) -> None:
     """Leaves the stream so that Python's own flush of it, when the process ends, cannot fail."""
     self.flush()

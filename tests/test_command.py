@@ -11,6 +11,7 @@ import pytest
 
 from mhc_jax import __main__ as mhc
 from mhc_jax import environment
+from mhc_jax.command import end_with_message
 
 
 def test_every_command_is_listed_with_what_it_does(capsys):
@@ -35,6 +36,18 @@ def test_mistakes_end_in_one_line(capsys):
   assert capsys.readouterr().err == "error: no command 'tarin'; did you mean train?\n"
   assert mhc.main(['train', '--config', 'laptob', '--workdir', 'x']) == 2
   assert re.match(r"error: no config file 'laptob'; by name there are laptop, .*\n$", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+  'error', (MemoryError(), RuntimeError('RESOURCE_EXHAUSTED: Out of memory\nof 9 GiB'))
+)
+def test_memory_that_is_full_is_one_line(error, capsys):
+  def main():
+    raise error
+
+  assert end_with_message(main) == 1
+  (line,) = capsys.readouterr().err.splitlines()
+  assert line.startswith('error: out of memory')
 
 
 @pytest.mark.parametrize('arguments', ('', '--version', 'tarin'))

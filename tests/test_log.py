@@ -108,6 +108,16 @@ def test_streams_that_fail_are_said_once_on_the_other(monkeypatch):
   assert sys.stderr is err, 'left as they were'
 
 
+def test_a_closed_stream_is_no_terminal(monkeypatch):
+  closed = io.StringIO()
+  closed.close()
+  monkeypatch.setattr(sys, 'stderr', closed)
+  with log.tolerant_streams():
+    progress = Progress('mhc', 0, 1, quiet=False)
+    progress.update(1, 2.0, None)
+    progress.close()
+
+
 def test_what_the_terminal_lacks_becomes_a_question_mark(monkeypatch):
   raw = io.BytesIO()
   monkeypatch.setattr(sys, 'stdout', io.TextIOWrapper(raw, 'ascii'))
