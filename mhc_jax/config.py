@@ -128,7 +128,14 @@ def base_config() -> ConfigDict:
     }
   )
   # Width and depth transfer (CompleteP); None is off. The base is the size at which lr was tuned.
-  c.transfer = ConfigDict({'base_width': optional(int), 'base_depth': optional(int)})
+  c.transfer = ConfigDict(
+    {
+      'base_width': optional(int),
+      'base_depth': optional(int),
+      # weights.rank at the base width. None: it grows as the width; where it does not, weights.rank itself.
+      'base_rank': optional(float),
+    }
+  )
   c.optimizer = ConfigDict(
     {
       'lr': 4e-3,

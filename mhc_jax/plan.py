@@ -22,7 +22,14 @@ from mhc_jax.connection import ConnectionSpec, Gate, Init
 from mhc_jax.constraints.base import Constraint
 from mhc_jax.data import BYTES
 from mhc_jax.errors import ConfigError
-from mhc_jax.model_config import ModelConfig, build_connection, check_connection, derive_sizes, model_of
+from mhc_jax.model_config import (
+  ModelConfig,
+  build_connection,
+  check_connection,
+  derive_sizes,
+  derive_transfer,
+  model_of,
+)
 from mhc_jax.presets import PRESETS, connection_spec
 from mhc_jax.sharding import check_mesh
 from mhc_jax.train_step import init_state
@@ -65,6 +72,7 @@ def resolve(config: ConfigDict, digest: str, constraint: Constraint | None = Non
   if config.data.tokenizer == BYTES.name:
     resolved['data']['tokenizer'] = None  # the same run
   resolved['model'] |= derive_sizes(config)
+  resolved['transfer'] = derive_transfer(config)
   spec = build_connection(config.model.connection, config.model.depth, constraint)
   check_connection(spec, config.model.width)
   model = model_of(resolved['model'], resolved['transfer'], spec)
