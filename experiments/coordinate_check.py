@@ -7,7 +7,8 @@
 Every arm makes a few updates at a large learning rate on one batch of random tokens, at four widths and
 four depths, with the rules of CompleteP (arXiv 2505.01618) and without. The coordinates: the mean absolute
 change of the logits since initialisation, and the root mean square of the streams after the last layer's two
-sublayers.
+sublayers. For low_rank, a residual model with maps W = U V of rank width / 4, also the change of W: its
+largest singular value times sqrt(fan-in / fan-out), the mean over maps.
 """
 
 import argparse
@@ -36,8 +37,9 @@ VOCAB, B, T = 32, 4, 8
 UPDATES = 4
 BASE = (16, 2)  # width, depth
 SIZES = {'width': (BASE, (32, 2), (64, 2), (128, 2)), 'depth': (BASE, (16, 4), (16, 8), (16, 16))}
-ARMS = ('residual', 'hc', 'mhc', 'identity')
+ARMS = ('residual', 'hc', 'mhc', 'identity', 'low_rank')
 NAMES = ('change of the logits', 'streams after attention', 'streams after feed-forward')
+CHANGE = 'change of the maps'  # of low_rank alone
 TOKENS = np.random.default_rng(0).integers(0, VOCAB, (B, T + 1)).astype(np.int32)
 
 
@@ -57,7 +59,8 @@ def coordinates(arm: str, size: tuple[int, int], base: tuple[int, int], lr: floa
   """
   c = base_config()
   c.model.update({'width': size[0], 'depth': size[1], 'heads': size[0] // 8})
-  c.model.connection.update({'name': arm, 'streams': 2})
+  c.model.connection.update({'name': 'residual' if arm == 'low_rank' else arm, 'streams': 2})
+  c.model.weights.rank = size[0] // 4 if arm == 'low_rank' else None
   c.transfer.base_width, c.transfer.base_depth = base
   c.optimizer.warmup_steps = 0
   model, optimizer = dataclasses.replace(build_model(c), vocab_size=VOCAB), build_optimizer(c)
@@ -67,16 +70,33 @@ def coordinates(arm: str, size: tuple[int, int], base: tuple[int, int], lr: floa
     (_, sizes), grads = jax.value_and_grad(_loss_and_sizes, has_aux=True)(params, model)
     transform = optim.transform(optimizer, model, jnp.float32(lr), jnp.float32(0))
     updates, opt_state = transform.update(grads, opt_state, params)
-    return (jax.tree.map(jnp.add, params, updates), opt_state), sizes
+    return (jax.tree.map(jnp.add, params, updates), opt_state), (*sizes, _factors(params))
 
   @jax.jit
   def run(key):
     state = init_state(key, model, optimizer)
     return jax.lax.scan(update, (state.params, state.opt_state), length=UPDATES + 1)[1]
 
-  logits, streams = run(jax.random.key(0))
+  logits, streams, factors = run(jax.random.key(0))
   change = jnp.abs(logits - logits[:1]).mean(axis=(1, 2, 3))
-  return dict(zip(NAMES, map(np.asarray, (change, *streams)), strict=True))
+  found = dict(zip(NAMES, map(np.asarray, (change, *streams)), strict=True))
+  return found | ({CHANGE: _natural_change(factors)} if factors else {})
+
+
+def _factors(params: Any) -> list[tuple[jax.Array, jax.Array]]:
+  """U (L, in, R) and V (L, R, *out) of every map of the scanned layers that has factors."""
+  maps = [p for sublayer in params['layers'].values() for p in sublayer.values() if isinstance(p, dict)]
+  return [(p['u'], p['v']) for p in maps if 'u' in p]
+
+
+def _natural_change(factors: list[tuple[jax.Array, jax.Array]]) -> np.ndarray:
+  """How far W = U V has moved, from rms to rms: the mean over maps, of factors (updates, L, ...)."""
+  norms = []
+  for u, v in factors:
+    w = np.einsum('klir,klro->klio', u, v.reshape(*v.shape[:3], -1))
+    largest = np.linalg.norm(w - w[:1], 2, axis=(2, 3)).mean(1)
+    norms.append(largest * (w.shape[2] / w.shape[3]) ** 0.5)
+  return np.mean(norms, 0)
 
 
 def table(arms: list[str], lr: float, progress: bool = False) -> pd.DataFrame:

@@ -141,7 +141,14 @@ def base_config() -> ConfigDict:
     }
   )
   # Width and depth transfer (CompleteP); None is off. The base is the size at which lr was tuned.
-  c.transfer = Section({'base_width': optional(int), 'base_depth': optional(int)})
+  c.transfer = Section(
+    {
+      'base_width': optional(int),
+      'base_depth': optional(int),
+      # weights.rank at the base width. None: it grows as the width; where it does not, weights.rank itself.
+      'base_rank': optional(float),
+    }
+  )
   c.optimizer = Section(
     {
       'lr': 4e-3,

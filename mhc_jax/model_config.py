@@ -67,6 +67,7 @@ class ModelConfig:
   norm_eps: float
   base_width: int | None  # of the width transfer; None is off
   base_depth: int | None
+  base_rank: float | None  # what weights_rank is at the base width; None is off
   mla: MLAConfig | None  # None: grouped-query attention
   moe: MoEConfig | None  # None: every layer is dense
   dense_layers: int  # leading layers outside the scan, with a dense feed-forward sublayer; 0 without moe
@@ -80,6 +81,16 @@ class ModelConfig:
   def depth_ratio(self) -> float:
     """m_L = depth / base depth, 1 without transfer."""
     return 1.0 if self.base_depth is None else self.depth / self.base_depth
+
+  @property
+  def rank_ratio(self) -> float:
+    """m_R = weights_rank / its value at the base width, 1 without transfer."""
+    return 1.0 if self.base_rank is None else self.weights_rank / self.base_rank
+
+  @property
+  def factor_gain(self) -> float:
+    """Of U in W = U V at the start, sqrt(m_R / m_N): see optimizer.py."""
+    return (self.rank_ratio / self.width_ratio) ** 0.5 if self.weights_rank else 1.0
 
   @property
   def attention_scale(self) -> float:
@@ -114,7 +125,7 @@ def build_model(config: ConfigDict, constraint: Constraint | None = None) -> Mod
   derived = derive_sizes(config)
   spec = build_connection(config.model.connection, config.model.depth, constraint)
   check_connection(spec, config.model.width)
-  return model_of(config.model.to_dict() | derived, config.transfer.to_dict(), spec)
+  return model_of(config.model.to_dict() | derived, derive_transfer(config), spec)
 
 
 def derive_sizes(config: ConfigDict) -> dict[str, Any]:
@@ -155,6 +166,14 @@ def derive_sizes(config: ConfigDict) -> dict[str, Any]:
   }
 
 
+def derive_transfer(config: ConfigDict) -> dict[str, Any]:
+  """transfer with the base rank written out: by default the rank grows as the width."""
+  given, width, rank = config.transfer.to_dict(), config.model.width, config.model.weights.rank
+  if given['base_rank'] is None and rank is not None and given['base_width'] not in (None, width):
+    given['base_rank'] = rank * given['base_width'] / width
+  return given
+
+
 def model_of(m: dict[str, Any], transfer: dict[str, Any], connection: ConnectionSpec) -> ModelConfig:
   """The ModelConfig of a resolved configuration's section `model`: fresh from derive_sizes or of config.json.
 
@@ -170,6 +189,7 @@ def model_of(m: dict[str, Any], transfer: dict[str, Any], connection: Connection
       'dtype': DTYPES[m['dtype']],
       'base_width': transfer['base_width'],
       'base_depth': transfer['base_depth'],
+      'base_rank': transfer.get('base_rank'),  # not there in older runs
       'mla': _section(MLAConfig, m.get('mla')),
       'moe': _section(MoEConfig, m.get('moe')),
       'dense_layers': m.get('dense_layers') or 0,
@@ -205,6 +225,9 @@ def _check_values(config: ConfigDict) -> None:
   for name in ('base_width', 'base_depth'):
     base = config.transfer[name]
     require(base is None or base >= 1, f'transfer.{name} must be at least 1 or None, got {base}')
+  base = config.transfer.base_rank
+  require(base is None or 1e-3 <= base <= 1e9, f'transfer.base_rank must be a rank or None, got {base}')
+  require(base is None or c.weights.rank is not None, 'transfer.base_rank needs model.weights.rank')
   for section, switch in (('mla', 'kv_rank'), ('moe', 'experts')):
     given = [name for name, value in c[section].items() if value is not None]
     on = c[section][switch] is not None

@@ -7,6 +7,11 @@ decay with weight_decay * m_N; Adam's eps is divided by m_N m_L. The generator p
 infinite fan-in and finite fan-out, so it learns with lr / m_N too; alphas and biases are scalars and keep
 lr, but for those of H_res: the matrices of all layers multiply, so that what training changes in the product
 grows with depth unless b_res and alpha_res learn with lr / m_L.
+
+The factors of a map W = U V of rank r, with m_R = r / base rank, meet the spectral condition of arXiv
+2310.17813 (norms of a map and of its change as sqrt(fan-out / fan-in)) each for itself. V has the fan-in r:
+it starts with variance 1 / r, learns with lr / m_R and decays with weight_decay * m_R. U sums over width and
+learns with lr / m_N; it starts with variance m_R / (m_N width): where r does not grow, it is output-like.
 """
 
 import functools
@@ -93,9 +98,9 @@ def start(c: OptimizerConfig, params: Any) -> Any:
 def _adamw(
   c: OptimizerConfig, model: ModelConfig, lr: jax.Array, weight_decay: jax.Array
 ) -> optax.GradientTransformation:
-  m_n, m_l = model.width_ratio, model.depth_ratio
-  lr_of = {'hidden': 1 / m_n, 'plain': 1.0, 'scalar': 1.0, 'mixing': 1 / m_l, 'frozen': 0.0}
-  decay_of = {'hidden': m_n, 'plain': 1.0, 'scalar': 0.0, 'mixing': 0.0, 'frozen': 0.0}
+  m_n, m_l, m_r = model.width_ratio, model.depth_ratio, model.rank_ratio
+  lr_of = {'hidden': 1 / m_n, 'factor': 1 / m_r, 'mixing': 1 / m_l, 'plain': 1, 'scalar': 1, 'frozen': 0}
+  decay_of = {'hidden': m_n, 'factor': m_r, 'mixing': 0, 'plain': 1, 'scalar': 0, 'frozen': 0}
 
   def decay(updates: Any, params: Any) -> Any:
     return jax.tree.map(

@@ -12,8 +12,9 @@ import jax
 
 # (regular expression on the end of the path, letters of the last dimensions, kind); the first match counts.
 # Letters: see model.py; '' where fsdp alone splits it. Moments have the paths of their parameters.
-# Kinds: hidden learns with lr / m_N and decays with decay * m_N; plain with lr and decay; scalar with lr and
-# without decay; mixing with lr / m_L, without decay; frozen not at all (train_step moves a router's bias).
+# Kinds: hidden learns with lr / m_N and decays with decay * m_N, factor with lr / m_R and decay * m_R; plain
+# with lr and decay; scalar with lr and without decay; mixing with lr / m_L, without decay; frozen not at all
+# (train_step moves a router's bias).
 PARAMETERS: tuple[tuple[str, str, str], ...] = (
   (r'embedding', 'VD', 'plain'),
   (r'unembedding', 'DV', 'plain'),
@@ -22,21 +23,21 @@ PARAMETERS: tuple[tuple[str, str, str], ...] = (
   (r'attention/(key|value)/w', 'DGK', 'hidden'),
   (r'attention/output/w', 'HD', 'hidden'),
   (r'attention/kv_up/w', 'RHK', 'plain'),  # its fan-in is the latent's rank, whatever the width
-  (r'attention/kv_up/[uv]', '', 'plain'),
+  (r'attention/kv_up/u', '', 'plain'),
   (r'feed_forward/(shared_)?(gate|up)/w', 'DF', 'hidden'),
   (r'feed_forward/(shared_)?down/w', 'FD', 'hidden'),
   (r'feed_forward/router', '', 'plain'),  # output-like: see layers/moe.py
   (r'feed_forward/router_bias', '', 'frozen'),
   (r'feed_forward/expert_(gate|up)', 'EDF', 'hidden'),  # fan-in of one expert
   (r'feed_forward/expert_down', 'EFD', 'hidden'),
-  # Factors U V of maps with a rank.
-  (r'attention/query/v', 'RHK', 'plain'),
-  (r'attention/(key|value)/v', 'RGK', 'plain'),
+  # Factors U V of maps with a rank, which is V's fan-in.
+  (r'attention/query/v', 'RHK', 'factor'),
+  (r'attention/(key|value)/v', 'RGK', 'factor'),
   (r'attention/output/u', 'HR', 'hidden'),
-  (r'feed_forward/(gate|up)/v', 'RF', 'plain'),
+  (r'feed_forward/(gate|up)/v', 'RF', 'factor'),
   (r'feed_forward/down/u', 'FR', 'hidden'),
   (r'(attention|feed_forward)/\w+/[wu]', '', 'hidden'),
-  (r'(attention|feed_forward)/\w+/v', '', 'plain'),
+  (r'(attention|feed_forward)/\w+/v', '', 'factor'),
   # Connections, and the two ends of the streams.
   (r'\w+_connection/(b|alpha)_res', '', 'mixing'),
   (r'\w+_connection/((b|alpha)_\w+|norm_weight)', '', 'scalar'),

@@ -23,7 +23,14 @@ from mhc_jax.data import BYTES
 from mhc_jax.errors import ConfigError, require
 from mhc_jax.manifold_updates import check_matches
 from mhc_jax.model import Transformer
-from mhc_jax.model_config import ModelConfig, build_connection, check_connection, derive_sizes, model_of
+from mhc_jax.model_config import (
+  ModelConfig,
+  build_connection,
+  check_connection,
+  derive_sizes,
+  derive_transfer,
+  model_of,
+)
 from mhc_jax.patterns import check_pattern
 from mhc_jax.presets import PRESETS, connection_spec
 from mhc_jax.sharding import check_mesh, find_devices
@@ -71,6 +78,7 @@ def resolve(config: ConfigDict, digest: str, constraint: Constraint | None = Non
   if config.data.tokenizer == BYTES.name:
     resolved['data']['tokenizer'] = None  # the same run
   resolved['model'] |= derive_sizes(config)
+  resolved['transfer'] = derive_transfer(config)
   spec = build_connection(config.model.connection, config.model.depth, constraint)
   model = model_of(resolved['model'], resolved['transfer'], spec)
   check_size(model, config)

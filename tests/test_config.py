@@ -121,6 +121,8 @@ WRONG = {
   'model.connection.mixing=-1': 'mixing',
   'model.connection.mixing=2': 'mixing',
   'transfer.base_width=0': 'at least 1',
+  'transfer.base_rank=2': 'needs model.weights.rank',
+  'model.weights.rank=2 transfer.base_rank=0': 'must be a rank or None',
   'optimizer.lr=-1': 'not be negative',
   'optimizer.eps=0': 'positive',
   'optimizer.beta2=1': '[0, 1)',

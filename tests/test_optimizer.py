@@ -12,6 +12,7 @@ from mhc_jax.config import OptimizerConfig, base_config
 from mhc_jax.model import Transformer
 from mhc_jax.model_config import build_model
 from mhc_jax.parameters import kinds
+from mhc_jax.plan import resolve
 from mhc_jax.presets import PRESETS
 
 ARMS = [
@@ -52,7 +53,7 @@ def by_path(tree):
 @pytest.mark.parametrize('arm', ARMS, ids=lambda arm: ' '.join(map(str, arm.values())))
 def test_every_parameter_has_a_group(arm):
   kind_of = by_path(kinds(parameters(model(**arm))))
-  assert set(kind_of.values()) <= {'hidden', 'plain', 'scalar', 'mixing'}
+  assert set(kind_of.values()) <= {'hidden', 'factor', 'plain', 'scalar', 'mixing'}
   assert kind_of.keys() >= {'embedding', 'unembedding', 'final_norm'}
 
 
@@ -71,9 +72,9 @@ KINDS = {
   'collapse/b': 'scalar',
   **{f'layers/{name}/norm': 'scalar' for name in ('attention', 'feed_forward')},
   **{f'layers/attention/{m}/u': 'hidden' for m in ('query', 'key', 'value', 'output')},
-  **{f'layers/attention/{m}/v': 'plain' for m in ('query', 'key', 'value', 'output')},
+  **{f'layers/attention/{m}/v': 'factor' for m in ('query', 'key', 'value', 'output')},
   **{f'layers/feed_forward/{m}/u': 'hidden' for m in ('gate', 'up', 'down')},
-  **{f'layers/feed_forward/{m}/v': 'plain' for m in ('gate', 'up', 'down')},
+  **{f'layers/feed_forward/{m}/v': 'factor' for m in ('gate', 'up', 'down')},
   **{
     f'layers/{name}_connection/{leaf}': kind
     for name in ('attention', 'feed_forward')
@@ -115,7 +116,7 @@ def test_the_groups_of_experts_and_latent_attention_are_these():
 
 
 def adamw_by_hand(params, gradients, rates, c, weight_decay):
-  """Three updates of every leaf in float64; m_N = 2, m_L = 4."""
+  """Three updates of every leaf in float64; m_N = m_R = 2, m_L = 4."""
   params = {name: p.astype(np.float64) for name, p in params.items()}
   m = {name: np.zeros_like(p) for name, p in params.items()}
   v = {name: np.zeros_like(p) for name, p in params.items()}
@@ -126,10 +127,38 @@ def adamw_by_hand(params, gradients, rates, c, weight_decay):
       m[name] = c.beta1 * m[name] + (1 - c.beta1) * g
       v[name] = c.beta2 * v[name] + (1 - c.beta2) * g**2
       direction = m[name] / (1 - c.beta1**t) / (np.sqrt(v[name] / (1 - c.beta2**t)) + c.eps / 8)
-      rate = lr / {'hidden': 2, 'plain': 1, 'scalar': 1, 'mixing': 4}[KINDS[name]]
-      decay = {'hidden': 2, 'plain': 1, 'scalar': 0, 'mixing': 0}[KINDS[name]] * weight_decay
+      rate = lr / {'hidden': 2, 'factor': 2, 'plain': 1, 'scalar': 1, 'mixing': 4}[KINDS[name]]
+      decay = {'hidden': 2, 'factor': 2, 'plain': 1, 'scalar': 0, 'mixing': 0}[KINDS[name]] * weight_decay
       params[name] = params[name] - rate * (direction + decay * params[name])
   return params
+
+
+@pytest.mark.parametrize(
+  'transfer,ratio,gain',
+  (
+    ({}, 1, 1),  # of a rank of 4 at width 16
+    ({'base_width': 16}, 1, 1),
+    ({'base_width': 8}, 2, 1),  # the rank grows as the width
+    ({'base_width': 8, 'base_rank': 4}, 1, 0.5**0.5),  # it stays
+    ({'base_width': 4, 'base_rank': 2}, 2, 0.5**0.5),
+    ({'base_rank': 1}, 4, 2),  # it grows alone
+  ),
+)
+def test_factors_follow_width_and_rank(transfer, ratio, gain):
+  """The rank at the base width is written out where width and rank differ from it: it decides the numbers."""
+  c = base_config()
+  c.model.update({'width': 16, 'depth': 1, 'heads': 2})
+  c.model.weights.rank, c.optimizer.warmup_steps, c.duration.steps = 4, 0, 1
+  c.transfer.update(transfer)
+  run = resolve(c, 'digest')
+  assert (run.model.rank_ratio, run.model.factor_gain) == pytest.approx((ratio, gain), rel=1e-12)
+  grown = transfer.get('base_width') == 8 and 2
+  assert run.resolved['transfer']['base_rank'] == (transfer.get('base_rank') or grown or None)
+  tokens = np.zeros((1, 2), np.int32)
+  params = jax.jit(Transformer(run.model).init)(jax.random.key(0), tokens, tokens)['params']
+  factors = params['layers']['attention']['query']
+  assert np.std(factors['u']) == pytest.approx(gain * 16**-0.5, rel=0.2)  # of 64 numbers
+  assert np.std(factors['v']) == pytest.approx(4**-0.5, rel=0.2)
 
 
 def test_three_updates_are_adamw_by_hand(rng):

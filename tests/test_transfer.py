@@ -48,6 +48,19 @@ def test_coordinates_of_hyper_connections_transfer_less_well_in_depth(axis, limi
 
 
 @pytest.mark.slow
+def test_factors_of_a_rank_that_grows_with_width_transfer():
+  """Streams as the other arms'; the change of W = U V falls towards its limit, by less than half.
+
+  With V's rate as it is at the base, streams grow with slope 0.7 and the change by a factor of 1.4.
+  """
+  found = [coordinates('low_rank', size, BASE, LR) for size in SIZES['width']]
+  ratio = {name: values[-1] / found[0][name][-1] for name, values in found[1].items()}
+  for name in coordinate_check.NAMES:
+    assert abs(np.log(ratio[name]) / np.log(4)) < 0.35, ratio
+  assert 0.5 < ratio[coordinate_check.CHANGE] < 1.1, ratio
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize('arm,axis', (('residual', 'width'), ('residual', 'depth'), ('mhc', 'width')))
 def test_streams_grow_in_proportion_without_transfer(arm, axis):
   """Every size its own base, which turns the rules off and leaves the smallest model as it is."""

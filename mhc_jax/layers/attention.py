@@ -1,13 +1,11 @@
 """Causal attention within documents: heads in groups that share keys and values (GQA, arXiv 2305.13245)."""
 
-import functools
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from mhc_jax.layers.parts import Linear, Output, ones, rms_norm
+from mhc_jax.layers.parts import Output, linear_of, ones, rms_norm
 from mhc_jax.model_config import ModelConfig
 from mhc_jax.sharding import constrain
 
@@ -48,7 +46,7 @@ class Attention(nn.Module):
   @nn.compact
   def __call__(self, x_BTD: jax.Array, mask_BTS: jax.Array) -> Output:
     c = self.config
-    linear = functools.partial(Linear, rank=c.weights_rank, dtype=c.dtype, mesh=self.mesh)
+    linear = linear_of(c, self.mesh)
     x_BTD = rms_norm(x_BTD, self.param('norm', ones, (c.width,)), c.norm_eps)
     x_BTD = constrain(x_BTD, 'BSD', self.mesh)  # every time step on every device of `tensor`, in one gather
     q_BTHK = linear((c.width, c.heads, c.head_dim), name='query')(x_BTD)

@@ -1,19 +1,17 @@
 """The dense feed-forward sublayer: SwiGLU."""
 
-import functools
-
 import flax.linen as nn
 import jax
 from jax.sharding import Mesh
 
-from mhc_jax.layers.parts import Linear, Output, ones, rms_norm
+from mhc_jax.layers.parts import Output, linear_of, ones, rms_norm
 from mhc_jax.model_config import ModelConfig
 from mhc_jax.sharding import constrain
 
 
 def swiglu(x_BTD: jax.Array, width: int, c: ModelConfig, mesh: Mesh | None, prefix: str = '') -> jax.Array:
   """SwiGLU (arXiv 2002.05202) of that width; its maps belong to the calling module."""
-  linear = functools.partial(Linear, rank=c.weights_rank, dtype=c.dtype, mesh=mesh)
+  linear = linear_of(c, mesh)
   gate_BTF = linear((c.width, width), name=f'{prefix}gate')(x_BTD)
   up_BTF = linear((c.width, width), name=f'{prefix}up')(x_BTD)
   hidden_BTF = constrain(jax.nn.silu(gate_BTF) * up_BTF, 'BTF', mesh)

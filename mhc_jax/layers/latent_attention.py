@@ -1,14 +1,12 @@
 """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434)."""
 
-import functools
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from mhc_jax.layers.attention import attention, rope
-from mhc_jax.layers.parts import Linear, Output, ones, rms_norm
+from mhc_jax.layers.parts import Output, linear_of, ones, rms_norm
 from mhc_jax.model_config import ModelConfig
 from mhc_jax.sharding import constrain
 
@@ -27,7 +25,7 @@ class LatentAttention(nn.Module):
   @nn.compact
   def __call__(self, x_BTD: jax.Array, mask_BTS: jax.Array) -> Output:
     c, m = self.config, self.config.mla
-    linear = functools.partial(Linear, rank=c.weights_rank, dtype=c.dtype, mesh=self.mesh)
+    linear = linear_of(c, self.mesh)
     x_BTD = rms_norm(x_BTD, self.param('norm', ones, (c.width,)), c.norm_eps)
     x_BTD = constrain(x_BTD, 'BSD', self.mesh)
     latent_norm_R = self.param('latent_norm', ones, (m.kv_rank,))
@@ -36,7 +34,8 @@ class LatentAttention(nn.Module):
     latent_BSR = linear((c.width, m.kv_rank + m.rope_dim), name='kv_down')(x_BTD)
     latent_BSR, k_rope_BSK = jnp.split(latent_BSR, [m.kv_rank], -1)
     latent_BSR = rms_norm(latent_BSR, latent_norm_R, c.norm_eps)
-    kv_BSHK = linear((m.kv_rank, c.heads, m.head_dim + m.value_dim), name='kv_up')(latent_BSR)
+    kv_up = linear((m.kv_rank, c.heads, m.head_dim + m.value_dim), factor_gain=1.0, name='kv_up')
+    kv_BSHK = kv_up(latent_BSR)
     k_BSHK, v_BSHK = jnp.split(constrain(kv_BSHK, 'BSHK', self.mesh), [m.head_dim], -1)
     k_rope_BSHK = jnp.broadcast_to(rope(k_rope_BSK[:, :, None], c.rope_theta), q_rope_BTHK.shape)
     q_BTHK = jnp.concatenate([q_BTHK, rope(q_rope_BTHK, c.rope_theta)], -1)

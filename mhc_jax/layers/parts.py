@@ -3,6 +3,8 @@
 A sublayer is a module Sublayer(config, mesh, record)(x_BTD, mask_BTS) -> Output, with its own pre-norm.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -11,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh
 
+from mhc_jax.model_config import ModelConfig
 from mhc_jax.sharding import splits_time
 
 # A sublayer's result F(x), (B, T, D), and what it records: {}, or by name what all layers of its kind record.
@@ -39,6 +42,7 @@ class Linear(nn.Module):
   rank: int | None
   dtype: Any
   gain: float = 1.0  # multiplies the standard deviation at the start
+  factor_gain: float = 1.0  # the same for U alone
   mesh: Mesh | None = None
 
   @nn.compact
@@ -51,10 +55,15 @@ class Linear(nn.Module):
       w = self.param('w', normal(self.gain * inputs**-0.5), self.shape)
       y = y @ w.astype(self.dtype).reshape(inputs, -1)
     else:
-      u = self.param('u', normal(self.gain * inputs**-0.5), (inputs, self.rank))
+      u = self.param('u', normal(self.factor_gain * self.gain * inputs**-0.5), (inputs, self.rank))
       v = self.param('v', normal(self.rank**-0.5), (self.rank, *outputs))
       y = (y @ u.astype(self.dtype)) @ v.astype(self.dtype).reshape(self.rank, -1)
     return y.reshape(*x.shape[:-1], *outputs)
+
+
+def linear_of(c: ModelConfig, mesh: Mesh | None) -> Callable[..., Linear]:
+  """Linear as the model has it: Linear's other fields are left to the caller."""
+  return functools.partial(Linear, rank=c.weights_rank, dtype=c.dtype, factor_gain=c.factor_gain, mesh=mesh)
 
 
 def rms_norm(x_BTD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
