@@ -1,6 +1,8 @@
 """JAX's settings that decide numbers, held at what a run id stands for whatever the environment says."""
 
 import contextlib
+import os
+import re
 from collections.abc import Iterator
 
 import jax
@@ -23,6 +25,8 @@ HELD = {
   'jax_softmax_custom_jvp': False,
   'jax_high_dynamic_range_gumbel': False,
 }
+# Flags of XLA that trade exactness for speed.
+_LOOSE = re.compile(r'--xla\w*(?:fast_math|excess_precision)\w*(?:=true|=1)?(?!\S)')
 
 
 @contextlib.contextmanager
@@ -34,6 +38,8 @@ def held() -> Iterator[None]:
   for name, value in changed.items():
     say(f'warning: {name.upper()}={value} would change the numbers of a run id: {HELD[name]} is used')
     jax.config.update(name, HELD[name])
+  for flag in _LOOSE.findall(os.environ.get('XLA_FLAGS', '')):  # read once, when JAX starts: not to be held
+    say(f'warning: {flag} in XLA_FLAGS changes the numbers of a run id: unset it where runs are compared')
   try:
     yield
   finally:

@@ -28,6 +28,16 @@ def test_start_weights_do_not_depend_on_the_settings_of_the_process(capsys):
     assert f'warning: {name.upper()}={value} would change' in capsys.readouterr().err
 
 
+def test_flags_of_xla_that_loosen_the_arithmetic_are_said(monkeypatch, capsys):
+  flags = (
+    '--xla_cpu_enable_fast_math=true --xla_gpu_enable_fast_min_max=true --xla_gpu_enable_fast_math=false'
+  )
+  monkeypatch.setenv('XLA_FLAGS', flags)
+  with settings.held():
+    pass
+  assert capsys.readouterr().err.count('warning') == 1
+
+
 @pytest.mark.parametrize('x64,dtype,words', ((True, 'float32', 'unset it'), (False, 'float64', 'needs the')))
 def test_x64_goes_with_float64_alone(x64, dtype, words):
   with jax.enable_x64(x64):
