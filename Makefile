@@ -22,7 +22,7 @@ PIP := $(RUN) -m pip --disable-pip-version-check
 WHAT := -r $(PINS) -e '.$(EXTRA:%=[%])'
 COMPILE := $(UV) pip compile --quiet --python-platform x86_64-manylinux_2_31 pyproject.toml
 
-.PHONY: install sweep report test lint pins check-pins python clean
+.PHONY: install sweep report test campaign lint pins check-pins python clean
 
 install: $(INSTALLED)
 
@@ -43,6 +43,10 @@ report: install
 
 test: install
 	$(RUN) -m pytest -n auto
+
+# Everything that may happen to a run, at random: see docs/reliability.md. A second call does what is missing.
+campaign: install
+	$(RUN) -m tests.campaign
 
 lint: install
 	$(RUN) -m ruff check .

@@ -15,7 +15,6 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -23,6 +22,7 @@ from tqdm import tqdm
 
 from mhc_jax.command import end_with_message
 from mhc_jax.errors import require
+from mhc_jax.paths import check_folder, user_path
 
 from .compare import nested
 from .fitting.estimate import Fit, fit
@@ -32,6 +32,7 @@ from .fitting.laws import HUBER_WIDTH, LAWS, ArmModel, Points
 from .gain import Gain, gains, refused
 from .gaps import Pairs, paired_gap, spreads
 from .minima import minima_by_budget, power_law
+from .output import check_file, write_file
 from .selection import classify, rate_problems, to_points
 
 EXAMPLES = """examples:
@@ -370,19 +371,21 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument('--seed', type=int, default=0)
   parser.add_argument('--only', choices=designs, help='one design')
   parser.add_argument('--workers', type=int, default=1, help='processes (default %(default)s)')
-  parser.add_argument('--out', type=Path, help='also write the rows as JSON')
+  parser.add_argument('--out', type=user_path, help='also write the rows as JSON')
   a = parser.parse_args(argv)
   require(a.simulations >= 1, f'--simulations {a.simulations}: at least 1 is needed')
   require(a.workers >= 1, f'--workers {a.workers}: at least 1 is needed')
+  if a.out is not None:  # before the work, whose result would be lost
+    check_folder(a.out.parent, '--out')
+    check_file(a.out, '--out')
   rows = simulate(a.simulations, a.seed, a.only, a.workers, progress=True)
   shown = pd.DataFrame(rows).assign(
     met=[{True: 'met', False: 'MISSED', None: ''}[row['met']] for row in rows]
   )
   print(shown.to_string(index=False))
   if a.out is not None:
-    a.out.parent.mkdir(parents=True, exist_ok=True)
     record = {'simulations': a.simulations, 'seed': a.seed, 'wanted': WANTED, 'false': FALSE, 'rows': rows}
-    a.out.write_text(json.dumps(record, indent=1) + '\n')
+    write_file(a.out, json.dumps(record, indent=1) + '\n', '--out')
   return 1 if any(row['met'] is False for row in rows) else 0
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 import pandas as pd
 
-from .runs import Run
+from .runs import Run, array
 
 PREFIX = 'diagnostics/'
 PRODUCT = 'composite_'  # of the product of H_res up to and with a sublayer
@@ -234,16 +234,17 @@ def _measures(line: dict) -> dict[str, np.ndarray]:
   """The diagnostics of a metrics row, () or (sublayers,), NaN for null; without those that hold no number."""
   out = {}
   for key, value in line.items():
-    if not key.startswith(PREFIX) or value is None:
+    if not key.startswith(PREFIX):
       continue
-    name, array = key.removeprefix(PREFIX), np.array(value, float)
+    name = key.removeprefix(PREFIX)
     if name.endswith('res_mean'):
-      prefix = name.removesuffix('res_mean')
-      out[f'{prefix}row_error'] = np.abs(array.sum(2) - 1).max(1)
-      out[f'{prefix}column_error'] = np.abs(array.sum(1) - 1).max(1)
-    else:
-      out[name] = array
-  return {name: array for name, array in out.items() if np.isfinite(array).any()}
+      prefix, res_SNM = name.removesuffix('res_mean'), array(value, 3)
+      if res_SNM is not None:
+        out[f'{prefix}row_error'] = np.abs(res_SNM.sum(2) - 1).max(1)
+        out[f'{prefix}column_error'] = np.abs(res_SNM.sum(1) - 1).max(1)
+    elif (measure := array(value, 1 if isinstance(value, list) else 0)) is not None:
+      out[name] = measure
+  return out
 
 
 def _summary(name: str, values: np.ndarray) -> dict[str, float]:

@@ -9,8 +9,9 @@ import sys
 import warnings
 from pathlib import Path
 
-from mhc_jax.command import check_folder, end_with_message
+from mhc_jax.command import end_with_message
 from mhc_jax.errors import ConfigError
+from mhc_jax.paths import check_folder, expand, user_path
 
 from .fitting.laws import HUBER_WIDTH, LAWS, LOSSES, ArmModel, Law, Points
 
@@ -35,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     epilog=EXAMPLES,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  p.add_argument('points', type=Path, help='CSV with one row per run')
+  p.add_argument('points', type=user_path, help='CSV with one row per run')
   p.add_argument(
     '--columns',
     default='N=N,D=D,loss=loss',
@@ -75,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     '--out', metavar='FILE', help="every number as JSON; '-': on standard output, without the summary"
   )
   what.add_argument(
-    '--figure', type=Path, metavar='FILE.png', help='runs and law; FILE.svg and FILE.csv beside it'
+    '--figure', type=user_path, metavar='FILE.png', help='runs and law; FILE.svg and FILE.csv beside it'
   )
   return p
 
@@ -125,6 +126,8 @@ def parse_delta(text: str | None, arms: int = 1) -> float | str:
     value = -1.0
   if not value > 0:
     raise ConfigError(f"--delta {text}: give a positive number or 'auto'")
+  if not 1e-9 <= value <= 1e9:
+    raise ConfigError(f'--delta {text}: give a number between 1e-9 and 1e9')
   return value
 
 
@@ -284,25 +287,36 @@ def run(a: argparse.Namespace) -> dict[str, object]:
     raise ConfigError(f'--level {a.level:g}: give a number between 0 and 1, like 0.95')
   if a.figure is not None and a.figure.suffix != '.png':
     raise ConfigError(f'--figure {a.figure}: name a .png file')
+  import numpy as np
+
   with warnings.catch_warnings():
     # What overflows or divides by zero is judged, and said in words, by the rules of what may be printed.
     warnings.simplefilter('ignore', RuntimeWarning)
-    doc, shown = (fit_isoflop if a.isoflop else fit_law)(a)
+    try:
+      doc, shown = (fit_isoflop if a.isoflop else fit_law)(a)
+    except (ArithmeticError, np.linalg.LinAlgError) as error:
+      raise ConfigError(f'no fit: {error}; some number of the file or the options is too extreme') from None
     if a.figure is not None:
       from .figures.draw import save
       from .figures.fit import fitted_curve, isoflop_curves
+      from .output import staged
 
       drawing = isoflop_curves(*shown) if a.isoflop else fitted_curve(shown, a.level)
-      save(drawing, a.figure.parent, a.figure.stem)
+      with staged(a.figure.parent, lambda _: False, '--figure') as new:
+        save(drawing, new, a.figure.stem)
   return doc
 
 
 def main(argv: list[str] | None = None) -> int:
   """Command line; returns the exit code. Raises ConfigError for bad input; nothing is written then."""
   a = _parser().parse_args(argv)
+  a.out = a.out and expand(a.out)
+  from .output import check_file, write_file
+
   for option, path in (('--out', a.out), ('--figure', a.figure)):
     if path is not None and path != '-':  # before the work, whose result would be lost
       check_folder(Path(path).parent, option)
+      check_file(Path(path), option)
   doc = run(a)
   text = json.dumps(doc, indent=1)
   if a.out == '-':
@@ -312,9 +326,7 @@ def main(argv: list[str] | None = None) -> int:
 
   print((isoflop_summary if a.isoflop else summary)(doc))
   if a.out is not None:
-    out = Path(a.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(text + '\n')
+    write_file(Path(a.out), text + '\n', '--out')
     print(f'wrote {a.out}')
   if a.figure is not None:
     print(f'wrote {a.figure}, and its numbers as .csv')

@@ -7,7 +7,7 @@ also of diverged runs.
 import numpy as np
 import pandas as pd
 
-from .runs import Run, last_list
+from .runs import Run, array, last_list
 
 GAINS = ('gain_forward', 'gain_backward', 'composite_gain_forward', 'composite_gain_backward')
 MATRICES = ('res_mean', 'composite_res_mean')
@@ -46,7 +46,7 @@ def matrices(shown: pd.DataFrame, runs: dict[str, Run]) -> list[tuple[str, str, 
 
 def _last_matrices(run: Run) -> dict[str, np.ndarray]:
   for row in reversed(run.rows):
-    if row.get('diagnostics/res_mean') is not None:
-      given = {name: row.get(f'diagnostics/{name}') for name in MATRICES}
-      return {name: np.array(v, float) for name, v in given.items() if v is not None}
+    given = {name: array(row.get(f'diagnostics/{name}'), 3) for name in MATRICES}
+    if given['res_mean'] is not None:
+      return {name: v for name, v in given.items() if v is not None}
   return {}

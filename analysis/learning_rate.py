@@ -10,14 +10,15 @@ what a rate drawn from the grid's range costs on average (Wortsman et al. 2309.1
 
 import argparse
 import sys
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from mhc_jax.command import end_with_message
 from mhc_jax.errors import require
+from mhc_jax.paths import user_path
 
+from .output import csv_text, write_file
 from .rates import RateSweep, rate_sweeps
 from .runs import read_sweep
 from .selection import classify
@@ -30,11 +31,18 @@ def summary(sweeps: list[RateSweep]) -> pd.DataFrame:
       {'arm': r.arm, 'size': r.size, 'budget': r.budget}
       | {'best_lr': r.losses.idxmin() if np.isfinite(r.losses.min()) else None, 'optimal_lr': r.best}
       | {'problem': r.problem, 'sensitivity': r.sensitivity}
+      | {name.replace(' ', '_'): _rates(r, name) for name in ('too low', 'diverged', 'not learned')}
       | {'lowest_lr': r.losses.index.min(), 'highest_lr': r.losses.index.max()}
       | {f'loss at {lr:g}': value for lr, value in r.losses.items()}
       for r in sweeps
     ]
   )
+
+
+def _rates(r: RateSweep, outcome: str) -> str | None:
+  """The rates at which a run ended so."""
+  rates = sorted(set(r.rows.loc[r.rows['outcome'] == outcome, 'lr']))
+  return ' '.join(f'{lr:g}' for lr in rates) or None
 
 
 def shifts(sweeps: list[RateSweep]) -> dict[str, float | None]:
@@ -69,12 +77,12 @@ def main(argv: list[str] | None = None) -> int:
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  parser.add_argument('runs', type=Path, help='folder of a sweep over learning rates')
+  parser.add_argument('runs', type=user_path, help='folder of a sweep over learning rates')
   folder = parser.parse_args(argv).runs
   sweeps = rate_sweeps(classify(read_sweep(folder).table))
   require(bool(sweeps), f'{folder}: no arm has ended at three learning rates of one size')
   table = summary(sweeps)
-  table.to_csv(folder / 'learning_rates.csv', index=False)
+  write_file(folder / 'learning_rates.csv', csv_text(table), 'table:')
   print(table.to_string(index=False, na_rep='-', float_format='%.4g'))
   for arm, steps in shifts(sweeps).items():
     moved = 'cannot be told' if steps is None else f'{steps:.2f} grid steps'

@@ -8,8 +8,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from mhc_jax.command import check_folder, end_with_message
+from mhc_jax.command import end_with_message
 from mhc_jax.errors import ConfigError
+from mhc_jax.paths import check_folder, user_path
 
 from .conventions import PARAMS
 
@@ -31,8 +32,12 @@ def main(argv: list[str] | None = None) -> int:
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   parser.add_argument('what', choices=('paper', 'coordinates', 'router'), help='the set of figures')
-  parser.add_argument('runs', type=Path, help='folder of a sweep, like runs/quick, or of a coordinate check')
-  parser.add_argument('--out', type=Path, help='folder for the figures (default: RUNS/paper, RUNS/figures)')
+  parser.add_argument(
+    'runs', type=user_path, help='folder of a sweep, like runs/quick, or of a coordinate check'
+  )
+  parser.add_argument(
+    '--out', type=user_path, help='folder for the figures (default: RUNS/paper, RUNS/figures)'
+  )
   parser.add_argument(
     '--params', choices=tuple(PARAMS), default='matmul', help='what N counts (default %(default)s)'
   )
@@ -52,9 +57,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _sweep(what: str, runs: Path, out: Path, params: str, reference: str | None) -> None:
-  from .figures.catalogue import draw_all
-  from .figures.draw import save
+  from .figures.catalogue import SECTIONS, draw_all
+  from .figures.draw import SUFFIXES, save
   from .figures.router import expert_loads
+  from .output import csv_text, staged
   from .router import METRIC
   from .runs import read_sweep
   from .study import study
@@ -64,27 +70,34 @@ def _sweep(what: str, runs: Path, out: Path, params: str, reference: str | None)
     drawn = expert_loads(s)
     if drawn is None or isinstance(drawn, str):
       raise ConfigError(f'{runs}: no run has logged {METRIC}; those of experiments/router.py do')
-    _say(out, [save(drawn, out, 'router_loads')])
+    with staged(out, lambda _: False, '--out') as new:
+      panel = save(drawn, new, 'router_loads')
+    _say(out, [panel])
     return
-  panels, absent = draw_all(s, out)
+  tables = {'final_losses': s.final_losses, 'ablation': s.ablation, 'diagnostics': s.diagnostics.by_arm}
+  tables = {name: table for name, table in tables.items() if len(table)}
+  stems = {'final_losses', 'ablation', 'diagnostics'} | {name for one in SECTIONS for name in one.figures}
+  # Figures of an earlier call must not outlive the runs that they show.
+  with staged(out, lambda path: path.stem in stems and path.suffix[1:] in SUFFIXES, '--out') as new:
+    panels, absent = draw_all(s, new)
+    for name, table in tables.items():
+      (new / f'{name}.csv').write_text(csv_text(table), 'utf-8')
   _say(out, [panel for drawn in panels.values() for panel in drawn])
   for sentence in absent:
     print(f'absent: {sentence}')
-  out.mkdir(parents=True, exist_ok=True)
-  tables = {'final_losses': s.final_losses, 'ablation': s.ablation, 'diagnostics': s.diagnostics.by_arm}
   for name, table in tables.items():
-    path = out / f'{name}.csv'
-    path.unlink(missing_ok=True)
-    if len(table):
-      table.to_csv(path, index=False)
-      print(f'{path}: {len(table)} rows')
+    print(f'{out / name}.csv: {len(table)} rows')
 
 
 def _coordinates(folder: Path, out: Path) -> None:
   from .figures.coordinates import coordinates, read
   from .figures.draw import save
+  from .output import staged
 
-  _say(out, [save(coordinates(read(folder)), out, 'coordinates')])
+  drawing = coordinates(read(folder))
+  with staged(out, lambda _: False, '--out') as new:
+    panel = save(drawing, new, 'coordinates')
+  _say(out, [panel])
 
 
 def _say(out: Path, panels: list) -> None:

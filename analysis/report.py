@@ -5,10 +5,10 @@ Where: the end of the main path. RUNS/results.csv has every planned run; RUNS/re
 
 import argparse
 import sys
-from pathlib import Path
 
 from mhc_jax.command import end_with_message
 from mhc_jax.errors import require
+from mhc_jax.paths import user_path
 
 from .conventions import PARAMS
 
@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     epilog=EXAMPLES,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  parser.add_argument('runs', type=Path, help='folder of a sweep, like runs/quick')
+  parser.add_argument('runs', type=user_path, help='folder of a sweep, like runs/quick')
   parser.add_argument('--resamples', type=int, default=500, help='bootstrap draws (default %(default)s)')
   parser.add_argument(
     '--params', choices=tuple(PARAMS), default='matmul', help='what N counts (default %(default)s)'
@@ -47,8 +47,6 @@ def main(argv: list[str] | None = None) -> int:
       command += f' --{name} {getattr(a, name)}'
   folder = a.runs / 'report'
   drawn, absent = write_report(s, folder, command)
-  if len(s.diagnostics.by_arm):
-    s.diagnostics.by_arm.to_csv(folder / 'diagnostics.csv', index=False)
   for line in (*headlines(s), *(f'warning: {w}' for w in s.sweep.warnings), *absent):
     print(line)
   print(f'wrote {a.runs / "results.csv"}, {folder / "fits.json"}, {drawn} figures, {folder / "index.html"}')

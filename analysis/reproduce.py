@@ -7,7 +7,6 @@ FILE (JSON) says how the answer was made and what it is; analysis/expected/ hold
 """
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
@@ -17,6 +16,8 @@ import pandas as pd
 
 from mhc_jax.command import end_with_message
 from mhc_jax.errors import ConfigError
+from mhc_jax.paths import user_path
+from mhc_jax.run_folder import load_json
 
 from .fitting.estimate import fit
 from .fitting.intervals import bootstrap, derived, percentile
@@ -119,16 +120,20 @@ def read_expectation(path: Path) -> dict:
   path = path if path.is_file() or not named.is_file() else named
   if not path.is_file():
     raise ConfigError(f'--expect {path}: no such file')
-  try:
-    spec = json.loads(path.read_text())
-  except json.JSONDecodeError as e:
-    raise ConfigError(f'--expect {path}: not JSON (line {e.lineno})') from e
+  spec, trouble = load_json(path)
+  if trouble:
+    raise ConfigError(f'--expect {path}: {trouble}')
   needed = {'law': ('law', 'columns', 'expect'), 'isoflop': ('columns', 'group_by', 'expect')}
   if not isinstance(spec, dict) or spec.get('method') not in needed:
     raise ConfigError(f"--expect {path}: 'method' must be 'law' or 'isoflop'")
   for key in needed[spec['method']]:
     if key not in spec:
       raise ConfigError(f'--expect {path}: {key!r} is missing')
+  kinds = {'columns': str, 'law': str, 'group_by': list, 'expect': dict if spec['method'] == 'law' else list}
+  kinds |= {'interpolation': str, 'loss': str, 'intervals': dict, 'drop_highest': int, 'resamples': int}
+  for key, kind in kinds.items():
+    if key in spec and not isinstance(spec[key], kind):
+      raise ConfigError(f'--expect {path}: {key!r} has the wrong type')
   if not spec['expect']:
     raise ConfigError(f"--expect {path}: 'expect' is empty")
   if spec.get('interpolation', 'akima') not in METHODS:
@@ -140,7 +145,10 @@ def read_expectation(path: Path) -> dict:
 def _check_wants(path: Path, spec: dict) -> None:
   if spec['method'] == 'isoflop':
     for want in spec['expect']:
-      if not _numbers(want, 'n_exponent') or len(want.get('group', ())) != len(spec['group_by']):
+      group = want.get('group', []) if isinstance(want, dict) else None
+      if not (
+        _numbers(want, 'n_exponent') and isinstance(group, list) and len(group) == len(spec['group_by'])
+      ):
         raise ConfigError(f'--expect {path}: {want} needs n_exponent and a group of {spec["group_by"]}')
     return
   for name, want in spec['expect'].items():
@@ -166,8 +174,8 @@ def main(argv: list[str] | None = None) -> int:
     epilog=EXAMPLES,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  parser.add_argument('points', type=Path, help='CSV with one row per run')
-  parser.add_argument('--expect', type=Path, required=True, metavar='FILE')
+  parser.add_argument('points', type=user_path, help='CSV with one row per run')
+  parser.add_argument('--expect', type=user_path, required=True, metavar='FILE')
   a = parser.parse_args(argv)
   spec = read_expectation(a.expect)
   lines = (check_law if spec['method'] == 'law' else check_isoflop)(a.points, spec)

@@ -7,7 +7,7 @@ import dataclasses
 
 import pandas as pd
 
-from .runs import Run
+from .runs import Run, array
 
 METRIC = 'train/load_max_over_mean'
 LAST = 20  # batches over which a load is averaged at the end of training
@@ -28,11 +28,11 @@ class Loads:
 def loads(runs: dict[str, Run]) -> Loads:
   """Empty where no run has logged loads."""
   rows = [
-    {'arm': run.arm, 'seed': run.config['seed'], 'run_id': run.run_id, 'step': row['step']}
-    | {f'layer_{layer}': value for layer, value in enumerate(row[METRIC], _first_layer(run))}
+    {'arm': run.arm, 'seed': run.config.get('seed'), 'run_id': run.run_id, 'step': row['step']}
+    | {f'layer_{layer}': value for layer, value in enumerate(loads_L, _first_layer(run))}
     for run in runs.values()
     for row in run.rows
-    if METRIC in row
+    if (loads_L := array(row.get(METRIC), 1)) is not None
   ]
   if not rows:
     return Loads(pd.DataFrame(), pd.DataFrame())
@@ -45,4 +45,4 @@ def loads(runs: dict[str, Run]) -> Loads:
 
 def _first_layer(run: Run) -> int:
   """Number, from 1 on, of the first layer with experts."""
-  return run.config['model']['dense_layers'] + 1
+  return (run.config['model'].get('dense_layers') or 0) + 1

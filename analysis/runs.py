@@ -5,14 +5,19 @@ nothing is inferred from names. A run that is missing or broken is a row, never 
 """
 
 import dataclasses
+import hashlib
 import json
 import math
+import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from mhc_jax.errors import ConfigError
+from mhc_jax.run_folder import ENDED, is_number, load_config, load_plan, load_rows, load_status
 
 # Columns of results.csv: a field of config.json or status.json each.
 MODEL = {name: f'model.{name}' for name in ('width', 'depth', 'heads', 'kv_heads', 'ffn_width', 'dtype')}
@@ -22,6 +27,7 @@ CONNECTION |= {f'connection_{gate}': f'model.connection.{gate}.kind' for gate in
 TRAINING = {'seed': 'seed', 'lr': 'optimizer.lr', 'schedule': 'optimizer.schedule'}
 TRAINING |= {'batch_size': 'data.batch_size', 'seq_len': 'data.seq_len', 'data': 'data.name'}
 DEVICE = {name: name for name in ('device_kind', 'device_count', 'git_revision')}
+LONGEST, LONGEST_NAME = 200, 48  # letters of a message, and of an arm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,57 +58,40 @@ class Sweep:
   warnings: list[str]
 
 
-def _json(path: Path) -> tuple[dict | None, str | None]:
-  """(content, None), or (None, what is wrong)."""
-  if not path.is_file():
-    return None, f'{path.name} is missing'
-  try:
-    value = json.loads(path.read_text())
-  except (json.JSONDecodeError, UnicodeDecodeError):
-    return None, f'{path.name} is not JSON'
-  return (value, None) if isinstance(value, dict) else (None, f'{path.name} is not an object')
-
-
-def _rows(path: Path) -> tuple[list[dict], str | None]:
-  """Rows of metrics.jsonl up to the first broken line (a killed run may leave half a line)."""
-  rows = []
-  if path.is_file():
-    for number, line in enumerate(path.read_text(errors='replace').splitlines(), 1):
-      try:
-        rows.append(json.loads(line))
-      except json.JSONDecodeError:
-        return rows, f'metrics.jsonl breaks off at line {number}'
-  return rows, None
+CURES = {
+  'config.json': 'restore it, or delete the folder and run the sweep again',
+  'status.json': 'run the sweep again: it goes on from the checkpoint and writes it anew',
+  'metrics.jsonl': 'final losses do not need it, its curves lack what is lost',
+}
 
 
 def read_run(folder: Path, run_id: str, arm: str) -> Run:
   """One run's files; a folder without config.json counts as missing."""
   path = folder / run_id
-  config, config_trouble = _json(path / 'config.json')
+  config, trouble = load_config(str(path))
+  status, status_trouble = load_status(str(path))
   if config is None:
-    absent = not (path / 'config.json').exists()
-    trouble = None if absent else config_trouble
-    return Run(run_id, arm, 'missing' if absent else 'failed', None, {}, [], trouble)
-  status, trouble = _json(path / 'status.json')
-  rows, rows_trouble = _rows(path / 'metrics.jsonl')
-  if status is None:
-    return Run(run_id, arm, 'failed', config, {}, rows, trouble)
-  state = status.get('state') or 'failed'
-  return Run(run_id, config.get('arm') or arm, state, config, status, rows, rows_trouble)
+    if status['state'] != 'missing':
+      trouble = trouble or 'config.json is missing'
+    state = 'missing' if trouble in (None, 'config.json is missing') else 'failed'
+    return Run(run_id, clean(arm, LONGEST_NAME), state, None, {}, [], trouble)
+  config, status, state = clean(config), clean(status), status['state']
+  last = status.get('step', 0)  # of the others the row of the last step may not have been written
+  last = last if state in ENDED else last - 1
+  every = (config.get('log') or {}).get('every_steps')
+  rows, trouble = load_rows(str(path), last, every, ended=state in (*ENDED, 'failed'))
+  if state in ('missing', 'damaged'):
+    trouble = status_trouble or ('status.json is missing' if rows else None)
+    state, status = 'failed' if trouble else 'running', {}  # it is written once a run has compiled
+  arm = clean(config.get('arm') or arm, LONGEST_NAME)
+  return Run(run_id, arm, state, config, status, rows, trouble)
 
 
 def read_sweep(folder: Path) -> Sweep:
   """The whole sweep; raises ConfigError when there is no plan to read."""
   if not folder.is_dir():
     raise ConfigError(f'{folder}: no such folder; give the folder of a sweep, like runs/quick')
-  plan, trouble = _json(folder / 'plan.json')
-  if plan is None or not isinstance(plan.get('runs'), list):
-    raise ConfigError(f'{folder}: {trouble or "plan.json lists no runs"}; a sweep writes it (mhc sweep NAME)')
-  if not all(isinstance(item, dict) and {'run_id', 'arm'} <= set(item) for item in plan['runs']):
-    raise ConfigError(f'{folder}: plan.json is broken: a run without run_id or arm')
-  planned = {item['run_id']: item['arm'] for item in plan['runs']}
-  if not planned:
-    raise ConfigError(f'{folder}: plan.json lists no runs')
+  name, planned = load_plan(str(folder))
   runs = {run_id: read_run(folder, run_id, arm) for run_id, arm in planned.items()}
   table = pd.DataFrame([row_of(run) for run in runs.values()])
   facts = _facts(runs.values())
@@ -111,11 +100,35 @@ def read_sweep(folder: Path) -> Sweep:
     for fact, counts in facts.items()
     if len(counts) > 1
   ]
-  warnings += [f'run {r.run_id} ({r.arm}): {r.trouble}' for r in runs.values() if r.trouble]
-  extra = sorted(p.parent.name for p in folder.glob('*/config.json') if p.parent.name not in planned)
+  for r in runs.values():
+    if r.trouble:
+      warnings.append(f'run {r.run_id} ({r.arm}): {r.trouble}: {CURES[r.trouble.split()[0]]}')
+  extra = sorted(clean(p.parent.name) for p in folder.glob('*/config.json') if p.parent.name not in planned)
   if extra:
     warnings.append(f'{len(extra)} run folders are not in plan.json and are left out: {_few(extra)}')
-  return Sweep(plan.get('sweep') or folder.name, folder, runs, table, facts, warnings)
+  return Sweep(clean(name or folder.name), folder, runs, table, facts, warnings)
+
+
+def clean(value: Any, longest: int = LONGEST) -> Any:
+  """The value with texts that can be shown anywhere: no control or format characters, not too many letters.
+
+  Texts that differ stay different: such a character is written as its escape, a cut text has a checksum.
+  """
+  if isinstance(value, dict):
+    return {clean(key): clean(item) for key, item in value.items()}
+  if isinstance(value, list):
+    return [clean(item) for item in value]
+  if not isinstance(value, str):
+    return value
+  text, hidden = value, ('Cc', 'Cf', 'Cs', 'Co', 'Cn', 'Zl', 'Zp')
+  if not (text.isascii() and text.isprintable()):
+    text = ''.join(
+      c.encode('unicode_escape').decode() if unicodedata.category(c) in hidden else c for c in text
+    )
+  if len(text) > longest:
+    checksum = hashlib.sha256(text.encode()).hexdigest()[:6]
+    text = f'{text[: longest - 8]}… {checksum}'
+  return text
 
 
 def _few(names: list[str], most: int = 6) -> str:
@@ -132,7 +145,7 @@ def flat(tree: dict | None, prefix: str = '') -> dict[str, object]:
 
 
 def _finite(value: object) -> float:
-  return float(value) if isinstance(value, int | float) and math.isfinite(value) else math.nan
+  return float(value) if is_number(value) else math.nan
 
 
 def row_of(run: Run) -> dict[str, object]:
@@ -213,10 +226,18 @@ def curve(run: Run, name: str, against: str = 'tokens') -> tuple[list[float], li
   return [p[0] for p in pairs], [p[1] for p in pairs]
 
 
+def array(value: object, axes: int) -> np.ndarray | None:
+  """A logged number, list or stack of square matrices, NaN for null; None where no number is in it."""
+  try:
+    out = np.array(value, float)
+  except (TypeError, ValueError):  # lists of unequal lengths
+    return None
+  if out.ndim != axes or (axes == 3 and out.shape[1] != out.shape[2]):
+    return None
+  return out if np.isfinite(out).any() else None
+
+
 def last_list(run: Run, name: str) -> list[float] | None:
   """The last logged list of a per-sublayer metric that holds a number, NaN for the others; or None."""
-  for row in reversed(run.rows):
-    values = [_finite(v) for v in row[name]] if isinstance(row.get(name), list) else []
-    if not all(map(math.isnan, values)):
-      return values
-  return None
+  values = (array(row.get(name), 1) for row in reversed(run.rows))
+  return next((one.tolist() for one in values if one is not None), None)

@@ -12,6 +12,7 @@ from mhc_jax.errors import ConfigError
 from .conventions import AXIS_FIELD, RANKS
 from .fitting.laws import Points
 from .fitting.points import completed
+from .fitting.table import SMALLEST
 
 MIN_ARM_SIZES = 2  # of an arm in the joint law: one multiplier from one size has no check at all
 
@@ -86,7 +87,7 @@ def _streams_axis(row: pd.Series, home: dict[str, float]) -> str | None:
 def _reason(row: pd.Series, home: dict[str, float]) -> str | None:
   state = row['state']
   if state == 'missing':
-    return 'missing: planned, but never started'
+    return 'missing: ' + (row['error'] if pd.notna(row['error']) else 'planned, but never started')
   if state == 'diverged':
     at = row['diverged_at']
     return 'diverged' + (f' at step {at:.0f}' if pd.notna(at) else '')
@@ -97,7 +98,7 @@ def _reason(row: pd.Series, home: dict[str, float]) -> str | None:
     progress = f' at step {done:.0f} of {of:.0f}' if pd.notna(done) and pd.notna(of) else ''
     return f'not finished: {state}{progress}'
   needed = ('validation_loss', 'params_matmul', 'tokens', 'flops')
-  absent = [name for name in needed if not (pd.notna(row[name]) and row[name] > 0)]
+  absent = [name for name in needed if not (pd.notna(row[name]) and row[name] >= SMALLEST)]
   if absent:
     return f'finished without {" and ".join(absent)}'
   if row['axis'] == 'connection_streams':

@@ -30,6 +30,7 @@ from mhc_jax.command import end_with_message
 from mhc_jax.config import base_config, build_optimizer
 from mhc_jax.model import Transformer, loss_sums
 from mhc_jax.model_config import build_model
+from mhc_jax.paths import user_path
 from mhc_jax.train_step import init_state
 
 VOCAB, B, T = 32, 4, 8
@@ -126,7 +127,7 @@ def main(argv: list[str] | None = None) -> int:
   )
   parser.add_argument('--arms', nargs='+', choices=ARMS, default=ARMS)
   parser.add_argument('--lr', type=float, default=1.6e-2, help='of the base size (default 0.016)')
-  parser.add_argument('--out', type=Path, default=Path('runs/coordinate_check'))
+  parser.add_argument('--out', type=user_path, default=Path('runs/coordinate_check'))
   a = parser.parse_args(argv)
   rows = table(list(a.arms), a.lr, progress=True)
   a.out.mkdir(parents=True, exist_ok=True)

@@ -17,9 +17,12 @@ from collections.abc import Callable
 import pandas as pd
 from ml_collections import ConfigDict
 
+from mhc_jax import settings
 from mhc_jax.command import end_with_message
-from mhc_jax.errors import ConfigError
-from mhc_jax.plan import Run, resolve
+from mhc_jax.errors import FULL_DISK, ConfigError
+from mhc_jax.log import say
+from mhc_jax.paths import expand
+from mhc_jax.plan import Run, resolve, warnings_of
 from mhc_jax.sharding import make_mesh
 from mhc_jax.storage import write_json
 from mhc_jax.train import load_data
@@ -57,6 +60,7 @@ def plan(name: str) -> tuple[list[ConfigDict], list[Run]]:
   planned, seen = [], {}
   for config in configs:
     make_mesh(config.mesh.to_dict())  # refuses what the devices do not fit
+    settings.check_precision(config.model.dtype)
     corpus = corpus_of(config.data.name, config.data.dir, config.data.tokenizer)
     run = resolve(config, corpus.digest)
     load_data(run, corpus)  # refuses what the corpus is too small for, before anything starts
@@ -88,23 +92,32 @@ def table(planned: list[Run], folder: str) -> str:
         'tokens': f'{run.derived["tokens"]:,}',
         'FLOPs': f'{run.derived["flops"]:.2e}',
         'seconds': f'{run.derived["flops"] / rate:.0f}',
-        'state': read_status(os.path.join(folder, run.run_id))['state'],
+        'state': state_of(run, folder),
       }
     )
+  hardly_meant = [line for run in planned for line in warnings_of(run)]
   minutes = sum(run.derived['flops'] for run in planned) / rate / 60
   known = 'measured on finished runs' if rate != ASSUMED_FLOPS_PER_SECOND else 'assumed'
   return (
-    f'{pd.DataFrame(rows).to_string(index=False)}\n'
+    ''.join(f'warning: {line} ({hardly_meant.count(line)} runs)\n' for line in dict.fromkeys(hardly_meant))
+    + f'{pd.DataFrame(rows).to_string(index=False)}\n'
     f'{len(planned)} runs, about {minutes:.0f} minutes for one worker without compilation, '
     f'at {rate / 1e9:.1f} GFLOP/s ({known})'
   )
+
+
+def state_of(run: Run, folder: str) -> str:
+  """A run's state; 'damaged' also where it has ended and its config.json is gone."""
+  workdir = os.path.join(folder, run.run_id)
+  state = read_status(workdir)['state']
+  return 'damaged' if state in ENDED and not os.path.exists(os.path.join(workdir, 'config.json')) else state
 
 
 def _flops_per_second(planned: list[Run], folder: str) -> float:
   flops = seconds = 0.0
   for run in planned:
     status = read_status(os.path.join(folder, run.run_id))
-    if status['state'] == 'finished':
+    if status['state'] == 'finished' and (status.get('seconds') or 0) > 0:
       flops, seconds = flops + run.derived['flops'], seconds + status['seconds']
   return flops / seconds if seconds else ASSUMED_FLOPS_PER_SECOND
 
@@ -115,31 +128,33 @@ def warn_of_mixtures(planned: list[Run], folder: str) -> None:
   for run in planned:
     status = read_status(os.path.join(folder, run.run_id))
     if status['state'] in ENDED:
-      then = {'git revision': status['git_revision'], 'versions': status['versions']}
+      then = {'git revision': status.get('git_revision'), 'versions': status.get('versions')}
       for what, value in then.items():
         if value != now[what]:
-          print(
+          say(
             f'warning: {folder}/{run.run_id} and maybe more were made by another {what} ({value}) than '
-            f'this one ({now[what]}); delete them to run again',
-            file=sys.stderr,
+            f'this one ({now[what]}); delete them to run again'
           )
           return
 
 
 def select(
-  planned: list[Run], folder: str, only: str | None, shard: str | None, retry: bool
+  planned: list[Run], folder: str, only: str | None, shard: str | None, again: tuple[str, ...]
 ) -> tuple[list[int], list[int]]:
-  """Indices of the runs asked for, and of those to do now; ConfigError for an unknown arm or shard."""
+  """Indices of the runs asked for, and of those to do now; ConfigError for an unknown arm or shard.
+
+  again: states, of failed and diverged, whose runs are to do too.
+  """
   arms = {run.resolved['arm'] for run in planned}
   if only is not None and only not in arms:
     raise ConfigError(f'no arm {only!r} in this experiment; there are {", ".join(sorted(arms))}')
   index, count = _parse_shard(shard)
   asked, chosen = [], []
   for i, run in enumerate(planned):
-    state = read_status(os.path.join(folder, run.run_id))['state']
+    state = state_of(run, folder)
     if i % count == index and only in (None, run.resolved['arm']):
       asked.append(i)
-      if state not in ENDED and (state != 'failed' or retry):
+      if state not in (*ENDED, 'failed') or state in again:
         chosen.append(i)
   return asked, chosen
 
@@ -163,6 +178,11 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument('--dry-run', action='store_true', help='print the plan and stop')
   parser.add_argument('--only', metavar='ARM', help='only the runs of one arm')
   parser.add_argument('--retry-failed', action='store_true', help='also runs that failed before')
+  parser.add_argument(
+    '--continue-diverged',
+    action='store_true',
+    help='also runs that were called diverged, from their last checkpoints; only NaN and inf end them then',
+  )
   parser.add_argument('--shard', metavar='i/k', help='only every k-th planned run, from the i-th on')
   parser.add_argument('--workers', type=int, default=1, help='processes on this machine (default 1)')
   parser.add_argument('--out', default='runs', help='folder above the sweep (default runs)')
@@ -171,30 +191,32 @@ def main(argv: list[str] | None = None) -> int:
     raise ConfigError(f'--workers must be at least 1, got {args.workers}')
   if '://' in args.out:
     raise ConfigError(f'--out {args.out} must be a local folder: copy it to the store after the sweep')
-  folder = os.path.join(args.out, args.name.replace(':', '-'))
+  folder = os.path.join(expand(args.out), args.name.replace(':', '-'))
   configs, planned = plan(args.name)
-  asked, chosen = select(planned, folder, args.only, args.shard, args.retry_failed)
+  again = ('failed',) * args.retry_failed + ('diverged',) * args.continue_diverged
+  asked, chosen = select(planned, folder, args.only, args.shard, again)
   if args.dry_run:
     print(table(planned, folder))
     return 0
   warn_of_mixtures(planned, folder)
   try:
     os.makedirs(folder, exist_ok=True)
-  except (FileExistsError, NotADirectoryError, PermissionError) as error:
+  except OSError as error:
+    if error.errno in FULL_DISK:
+      raise
     raise ConfigError(f'--out {args.out} cannot hold runs: {error.strerror}') from None
   runs = [{'run_id': run.run_id, 'arm': run.resolved['arm']} for run in planned]
   write_json(os.path.join(folder, 'plan.json'), {'sweep': args.name, 'runs': runs})
-  print(f'{args.name}: {len(chosen)} of {len(planned)} runs to do, in {folder}', file=sys.stderr)
+  say(f'{args.name}: {len(chosen)} of {len(planned)} runs to do, in {folder}')
+  ended = []
   if chosen:
-    execute([configs[i] for i in chosen], [planned[i] for i in chosen], folder, args.workers)
-  states = [read_status(os.path.join(folder, planned[i].run_id))['state'] for i in asked]
-  print(
-    ', '.join(f'{states.count(s)} {s}' for s in sorted(set(states))),
-    '; --retry-failed tries failed runs again' if 'failed' in states else '',
-    sep='',
-    file=sys.stderr,
-  )
-  return 130 if 'interrupted' in states else int(any(state not in ENDED for state in states))
+    todo = [configs[i] for i in chosen], [planned[i] for i in chosen]
+    ended = execute(*todo, folder, args.workers, args.continue_diverged)
+  states = [state_of(planned[i], folder) for i in asked]
+  hint = '; --retry-failed tries failed runs again' if 'failed' in states else ''
+  say(', '.join(f'{states.count(s)} {s}' for s in sorted(set(states))) + hint)
+  stopped = 'interrupted' in {*states, *(state for _, state in ended)}
+  return 130 if stopped else int(any(state not in ENDED for state in states))
 
 
 if __name__ == '__main__':

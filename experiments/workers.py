@@ -6,14 +6,13 @@ What is to run comes from sweep.py; every run's outcome is in its status.json.
 import concurrent.futures
 import contextlib
 import functools
-import json
 import multiprocessing
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
@@ -21,10 +20,12 @@ import filelock
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from mhc_jax import train
+from mhc_jax import distributed, train
 from mhc_jax.data import Corpus, load_corpus, tokenizer_of
 from mhc_jax.errors import FULL_DISK, BusyError
+from mhc_jax.log import say, tolerant_streams
 from mhc_jax.plan import Run, resolve
+from mhc_jax.run_folder import last_flops
 from mhc_jax.storage import write_json
 from mhc_jax.train_step import without_traced
 from mhc_jax.workdir import ENDED, read_status
@@ -44,22 +45,33 @@ def shapes(run: Run) -> tuple[Any, ...]:
   return run.model, without_traced(run.optimizer), data['batch_size'], data['seq_len']
 
 
-def run_group(configs: list[ConfigDict], folder: str, quiet: bool) -> list[tuple[str, str]]:
-  """Trains runs of equal shapes one after another; returns (run_id, state) of each."""
+@tolerant_streams()
+def run_group(
+  configs: list[ConfigDict], folder: str, quiet: bool, continue_diverged: bool = False
+) -> list[tuple[str, str]]:
+  """Trains runs one after another; returns (run_id, state) of each.
+
+  After a stop, which may come at any moment, the last is 'interrupted': the run that it stopped or kept from
+  beginning.
+  """
   ended = []
-  for config in configs:
-    corpus = corpus_of(config.data.name, config.data.dir, config.data.tokenizer)
-    run_id = resolve(config, corpus.digest).run_id
-    try:
-      state = train.run(config, os.path.join(folder, run_id), corpus, quiet)['state']
-    except Exception as error:  # recorded in status.json by the loop; the sweep goes on
-      if isinstance(error, OSError) and error.errno in FULL_DISK:
-        raise
-      state = 'busy' if isinstance(error, BusyError) else 'failed'
-      print(f'{run_id} {state}: {type(error).__name__}: {error}', file=sys.stderr, flush=True)
-    ended.append((run_id, state))
-    if state == 'interrupted':
-      break
+  with distributed.stop_on_signal() as stops_at:
+    for config in configs:
+      corpus = corpus_of(config.data.name, config.data.dir, config.data.tokenizer)
+      run_id = resolve(config, corpus.digest).run_id
+      options = {'continue_diverged': continue_diverged, 'stops_at': stops_at}
+      try:
+        stopped = stops_at(0)
+        status = {} if stopped else train.run(config, os.path.join(folder, run_id), corpus, quiet, **options)
+        state = status.get('state', 'interrupted')
+      except Exception as error:  # recorded in status.json by the loop; the sweep goes on
+        if isinstance(error, OSError) and error.errno in FULL_DISK:
+          raise
+        state = 'busy' if isinstance(error, BusyError) else 'failed'
+        say(f'{run_id} {state}: {type(error).__name__}: {error}')
+      ended.append((run_id, state))
+      if state == 'interrupted':
+        break
   parent = multiprocessing.parent_process()
   if parent is not None and not parent.is_alive():
     os._exit(130)  # nobody takes the answer
@@ -67,7 +79,11 @@ def run_group(configs: list[ConfigDict], folder: str, quiet: bool) -> list[tuple
 
 
 def _stop_with_parent() -> None:
-  """In a worker: the sweep's death, by whatever signal, ends its runs as Ctrl-C would, after a checkpoint."""
+  """In a worker: the sweep's death, by whatever signal, ends its runs as Ctrl-C would, after a checkpoint.
+
+  What a terminal that closes tells the sweep, the sweep tells its workers.
+  """
+  signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
   def watch() -> None:
     multiprocessing.parent_process().join()
@@ -77,21 +93,15 @@ def _stop_with_parent() -> None:
 
 
 def execute(
-  configs: list[ConfigDict], planned: list[Run], folder: str, workers: int
+  configs: list[ConfigDict], planned: list[Run], folder: str, workers: int, continue_diverged: bool = False
 ) -> list[tuple[str, str]]:
   """Trains all runs in `workers` processes, groups of equal shapes together and the longest first."""
   groups: dict[tuple[Any, ...], list[int]] = {}
   for index, run in enumerate(planned):
     groups.setdefault(shapes(run), []).append(index)
   ordered = sorted(groups.values(), key=lambda group: -sum(planned[i].derived['flops'] for i in group))
-  jobs = [[configs[i] for i in group] for group in ordered]
   if workers == 1:
-    ended = []
-    for job in jobs:
-      ended += run_group(job, folder, quiet=False)
-      if any(state == 'interrupted' for _, state in ended):
-        break
-    return ended
+    return run_group([configs[i] for group in ordered for i in group], folder, False, continue_diverged)
   # One thread per worker: small matrices do not feed two, and idle threads of XLA:CPU spin.
   os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {ONE_THREAD}'.strip()
   workdirs = [os.path.join(folder, run.run_id) for run in planned]
@@ -99,7 +109,8 @@ def execute(
   while todo:
     before = [_written(workdir) for workdir in workdirs]
     jobs = [[configs[i] for i in group if i in todo] for group in ordered]
-    now, broken = _in_workers([job for job in jobs if job], planned, folder, workers)
+    work = functools.partial(run_group, folder=folder, quiet=True, continue_diverged=continue_diverged)
+    now, broken = _in_workers(work, [job for job in jobs if job], planned, folder, workers)
     ended += now
     reached = [i for i in todo if _written(workdirs[i]) != before[i]]
     if not (broken and reached):
@@ -125,19 +136,23 @@ def _record_death(workdir: str) -> None:
     error = 'the process died (killed, or out of memory); --retry-failed goes on from its last checkpoint'
     status = read_status(workdir) | {'state': 'failed', 'error': error}
     write_json(os.path.join(workdir, 'status.json'), status)
-    print(f'{os.path.basename(workdir)} failed: {error}', file=sys.stderr, flush=True)
+    say(f'{os.path.basename(workdir)} failed: {error}')
 
 
 def _in_workers(
-  jobs: list[list[ConfigDict]], planned: list[Run], folder: str, workers: int
+  work: Callable[[list[ConfigDict]], list[tuple[str, str]]],
+  jobs: list[list[ConfigDict]],
+  planned: list[Run],
+  folder: str,
+  workers: int,
 ) -> tuple[list[tuple[str, str]], bool]:
   """Runs the jobs in a pool of processes; (what ended, whether a worker's death broke the pool).
 
-  Ctrl-C or SIGTERM: the workers are told, save and stop, and no new group starts.
+  Ctrl-C, SIGTERM or SIGHUP: the workers are told, save and stop, and no new group starts.
   """
   context, stopped = multiprocessing.get_context('spawn'), False
-  with concurrent.futures.ProcessPoolExecutor(workers, context, _stop_with_parent) as pool, _sigterm_stops():
-    futures = [pool.submit(run_group, job, folder, True) for job in jobs]
+  with concurrent.futures.ProcessPoolExecutor(workers, context, _stop_with_parent) as pool, _signals_stop():
+    futures = [pool.submit(work, job) for job in jobs]
     try:
       _watch(futures, planned, folder)
     except KeyboardInterrupt:
@@ -152,16 +167,15 @@ def _in_workers(
 
 
 @contextlib.contextmanager
-def _sigterm_stops() -> Iterator[None]:
-  """SIGTERM (a batch system's) is a Ctrl-C, in the main thread."""
-  if threading.current_thread() is not threading.main_thread():
+def _signals_stop() -> Iterator[None]:
+  """SIGTERM (a batch system's) and SIGHUP (a closed terminal's) are a Ctrl-C, in the main thread."""
+  with contextlib.ExitStack() as stack:
+    if threading.current_thread() is threading.main_thread():
+      for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+          before = signal.signal(number, lambda *_: signal.raise_signal(signal.SIGINT))
+          stack.callback(signal.signal, number, before)
     yield
-    return
-  before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
-  try:
-    yield
-  finally:
-    signal.signal(signal.SIGTERM, before)
 
 
 def _watch(futures: list[concurrent.futures.Future], planned: list[Run], folder: str) -> None:
@@ -186,11 +200,7 @@ def _watch(futures: list[concurrent.futures.Future], planned: list[Run], folder:
         printed = now
         left = (now - began) * (total - flops) / (flops - at_start) if flops > at_start else None
         text = 'compiling' if left is None else f'about {left:.0f} s left'
-        print(
-          f'sweep: {ended}/{len(planned)} runs, {flops / total:.0%} of the FLOPs, {text}',
-          file=sys.stderr,
-          flush=True,
-        )
+        say(f'sweep: {ended}/{len(planned)} runs, {flops / total:.0%} of the FLOPs, {text}')
       if not waiting:
         return
 
@@ -204,13 +214,4 @@ def _flops_done(run: Run, folder: str) -> float:
   status = read_status(os.path.join(folder, run.run_id))
   if status['state'] in (*ENDED, 'failed'):
     return run.derived['flops']
-  path = os.path.join(folder, run.run_id, 'metrics.jsonl')
-  if not os.path.exists(path):
-    return 0.0
-  with open(path, 'rb') as file:
-    file.seek(max(0, os.path.getsize(path) - 20000))
-    lines = [line for line in file.read().split(b'\n')[:-1] if line.endswith(b'}')]
-  try:
-    return json.loads(lines[-1])['flops'] if lines else 0.0
-  except ValueError:
-    return 0.0
+  return min(last_flops(os.path.join(folder, run.run_id)), run.derived['flops'])

@@ -74,7 +74,11 @@ def main_of(command: str) -> Callable[[list[str]], int]:
 
 def main(argv: list[str] | None = None) -> int:
   """The command line; returns the command's exit code, 2 for an unknown one."""
-  command, *rest = (sys.argv[1:] if argv is None else argv) or ['--help']
+  return end_with_message(lambda: _main((sys.argv[1:] if argv is None else argv) or ['--help']))
+
+
+def _main(argv: list[str]) -> int:
+  command, *rest = argv
   if command in ('-h', '--help', 'help'):
     print(HEAD, *(f'  {name:10} {words}' for name, words in COMMANDS.items()), EXAMPLES, sep='\n')
     return 0
@@ -83,7 +87,14 @@ def main(argv: list[str] | None = None) -> int:
 
     print(version('mhc_jax'))
     return 0
-  return end_with_message(lambda: main_of(command)(rest))
+  try:
+    run = main_of(command)
+  except ValueError as error:
+    if 'jax' in sys.modules or 'JAX' not in str(error):
+      raise
+    # JAX reads its settings while it is imported, and none of it is left where it takes one of them amiss.
+    raise ConfigError(f'the environment has a setting that JAX refuses: {error}') from None
+  return run(rest)
 
 
 if __name__ == '__main__':

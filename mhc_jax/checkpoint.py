@@ -20,7 +20,6 @@ import json
 import os
 import re
 import shutil
-import sys
 import time
 import warnings
 import zlib
@@ -34,7 +33,8 @@ from mhc_jax import storage
 from mhc_jax.checksum import leaf_checksums
 from mhc_jax.distributed import any_process, require_same
 from mhc_jax.errors import CheckpointError, ConfigError
-from mhc_jax.orbax_patches import quieten_orbax, teach_orbax_s3
+from mhc_jax.log import say
+from mhc_jax.orbax_patches import bear_clock_steps, quieten_orbax, teach_orbax_s3
 
 PyTree = Any
 
@@ -85,7 +85,11 @@ class Checkpoints:
       return sorted(int(folder.name) for folder in self._folders() if self._is_step(folder))
 
   def _folders(self) -> list[epath.Path]:
-    return list(self._directory.iterdir()) if self._directory.is_dir() else []
+    if self._directory.is_dir():
+      return list(self._directory.iterdir())
+    if not self._remote and os.path.lexists(self._directory):
+      raise ConfigError(f'{self._directory} is not a folder: move it away, checkpoints go there')
+    return []
 
   def _is_step(self, folder: epath.Path) -> bool:
     return folder.name.isdecimal() and (not self._remote or (folder / _COMMITTED).exists())
@@ -154,13 +158,35 @@ class Checkpoints:
     sharding: the first local device); any mesh will do, not only the one that saved. With
     `only_part` it may leave out subtrees, e.g. {'params': ...}, which are then not read.
 
-    Warns on stderr, one line each, for damaged steps; the next `save` removes them. Raises
+    Warns on stderr, one line each, for damaged steps; the next `save` removes them. With `only_part` a
+    training may write at the same time: a step that it deletes meanwhile is not damaged. Raises
     CheckpointError if all are damaged, and ConfigError if the state is of another structure.
     """
     self.wait()
-    steps = self.steps()
+    for _ in range(100):  # more often than steps can vanish while they are read
+      steps = self.steps()
+      found, refused = self._newest_undamaged(steps, abstract_state, only_part)
+      if not (refused and only_part and self._changed(steps)):
+        break
+    if jax.process_index() == 0:
+      for step, reason in refused.items():
+        name = f'warning: checkpoint of step {step} in {self._directory}'
+        say(f'{name} is damaged, trying the one before ({reason})')
+    if found:
+      self._refused, self._newest = list(refused), found[0]
+    elif steps:
+      raise CheckpointError(
+        f'all {len(steps)} checkpoints in {self._directory} are damaged: restore the folder from a '
+        'backup, or delete it to train from the start'
+      )
+    return found
+
+  def _newest_undamaged(
+    self, steps: list[int], abstract_state: PyTree, only_part: bool
+  ) -> tuple[tuple[int, PyTree, dict[str, Any]] | None, dict[int, str]]:
+    """(what restore_latest returns, {damaged step: how})."""
     require_same(f'list of checkpoints in {self._directory}, which they must share,', repr(steps))
-    refused = []
+    refused = {}
     for step in reversed(steps):
       state, manifest, reason = self._try_to_read(step, abstract_state, only_part)
       # All processes have read before any of them enters a computation with the others.
@@ -169,18 +195,17 @@ class Checkpoints:
       else:
         reason = _wrong_checksum(state, manifest['leaves'])
       if not reason:
-        self._refused, self._newest = refused, step
-        return step, state, manifest['extra']
-      refused.append(step)
-      if jax.process_index() == 0:
-        name = f'warning: checkpoint of step {step} in {self._directory}'
-        print(f'{name} is damaged, trying the one before ({reason})', file=sys.stderr, flush=True)
-    if steps:
-      raise CheckpointError(
-        f'all {len(steps)} checkpoints in {self._directory} are damaged: restore the folder from a '
-        'backup, or delete it to train from the start'
-      )
-    return None
+        return (step, state, manifest['extra']), refused
+      refused[step] = reason
+    return None, refused
+
+  def _changed(self, steps: list[int]) -> bool:
+    """Whether the list becomes another one within seconds: deleting a step takes a moment, damage stays."""
+    for _ in range(20):
+      if self.steps() != steps:
+        return True
+      time.sleep(0.1)
+    return False
 
   def _try_to_read(self, step: int, abstract_state: PyTree, only_part: bool) -> tuple:
     """(state, manifest, ''), arrays not verified, or (None, {}, why the files cannot be read)."""
@@ -227,6 +252,7 @@ class Checkpoints:
 
   def _prepare_orbax(self) -> None:
     quieten_orbax()
+    bear_clock_steps()
     if self._remote:
       teach_orbax_s3()
 

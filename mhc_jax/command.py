@@ -1,39 +1,27 @@
-"""How commands end: mistakes and full disks in one line, with an exit code."""
+"""How commands end: mistakes, full disks and failing systems in one line, with an exit code."""
 
-import os
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 from mhc_jax.errors import FULL_DISK, CheckpointError, ConfigError, StorageError
+from mhc_jax.log import say, tolerant_streams
 
 
 def end_with_message(main: Callable[[], int]) -> int:
-  """Runs a command. One line for mistakes (2), full disks, lost checkpoints or stores (1), Ctrl-C (130)."""
-  try:
-    return main()
-  except KeyboardInterrupt:
-    print('interrupted; the same command goes on', file=sys.stderr)
-    return 130
-  except ConfigError as error:
-    print(f'error: {error}', file=sys.stderr)
-    return 2
-  except (CheckpointError, StorageError) as error:
-    print(f'error: {error}', file=sys.stderr)
+  """Runs a command. One line for mistakes (2), full disks, lost files or stores (1), Ctrl-C (130)."""
+  with tolerant_streams():
+    try:
+      return main()
+    except KeyboardInterrupt:
+      say('interrupted; the same command goes on')
+      return 130
+    except ConfigError as error:
+      say(f'error: {error}')
+      return 2
+    except (CheckpointError, StorageError) as error:
+      say(f'error: {error}')
+    except OSError as error:
+      reason = error.strerror or str(error)
+      where = f'{error.filename}: ' if error.filename else ''
+      again = ': free some space and run the same command again, it goes on from the last checkpoint'
+      say(f'error: {where}{reason}{again if error.errno in FULL_DISK else ""}')
     return 1
-  except OSError as error:
-    if error.errno not in FULL_DISK:
-      raise
-    print(
-      f'error: {error.strerror}: free some space and run the same command again, '
-      'it goes on from the last checkpoint',
-      file=sys.stderr,
-    )
-    return 1
-
-
-def check_folder(folder: Path, option: str) -> None:
-  """Raises ConfigError where the folder that `option` names cannot be made or written to; makes nothing."""
-  nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-  if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
-    raise ConfigError(f'{option}: {nearest} is not a folder that can be written to')

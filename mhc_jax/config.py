@@ -6,6 +6,7 @@ None means off or derived.
 """
 
 import dataclasses
+from typing import Any
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder as optional
@@ -38,12 +39,24 @@ class OptimizerConfig:
   microbatches: int | None  # parts of a batch whose gradients are added one after another; None is one
 
 
+class Section(ConfigDict):
+  """A ConfigDict that refuses a bool for a number, where ConfigDict makes 1 or 1.0 of it."""
+
+  def __setitem__(self, key: str, value: Any) -> None:
+    kind = self.get_type(key) if key in self else None
+    if isinstance(value, bool) and kind in (int, float):
+      raise TypeError(f'{key} takes {kind.__name__}, got {value}')
+    if kind is Section and isinstance(value, ConfigDict):
+      value = Section(value)  # ConfigDict wants the very type
+    super().__setitem__(key, value)
+
+
 def base_config() -> ConfigDict:
   """Every field, unlocked, with the defaults of a small model on a laptop."""
-  c = ConfigDict()
+  c = Section()
   c.arm = optional(str)  # label of the arm in a sweep; None: the connection's name
   c.seed = 0  # of the initial weights and the order of the data
-  c.data = ConfigDict(
+  c.data = Section(
     {
       'name': 'python_stdlib',  # or text_files:<folder or glob>, or a TFDS data set with text
       'tokenizer': optional(str),  # None: bytes
@@ -54,7 +67,7 @@ def base_config() -> ConfigDict:
       'dir': optional(str),  # where data sets are kept; None: TFDS's default. Not part of the run id
     }
   )
-  c.model = ConfigDict(
+  c.model = Section(
     {
       'width': 64,
       'depth': 4,
@@ -69,9 +82,9 @@ def base_config() -> ConfigDict:
       'scan_unroll': 4,  # blocks per iteration: fewer copies of activations, more to compile
       'rope_theta': 10000.0,
       'norm_eps': 1e-6,
-      'weights': ConfigDict({'rank': optional(int)}),  # W = U V of this rank; None is full
+      'weights': Section({'rank': optional(int)}),  # W = U V of this rank; None is full
       # Multi-head latent attention (DeepSeek-V2), on where kv_rank is set.
-      'mla': ConfigDict(
+      'mla': Section(
         {
           'kv_rank': optional(int),
           'head_dim': optional(int),  # of queries and keys, without the rotary part; None: width / heads
@@ -80,7 +93,7 @@ def base_config() -> ConfigDict:
         }
       ),
       # A mixture of experts (DeepSeek-V3) in every layer after the dense ones, on where experts is set.
-      'moe': ConfigDict(
+      'moe': Section(
         {
           'experts': optional(int),  # routed ones
           'active': optional(int),  # of them, per token; None: 6
@@ -93,14 +106,14 @@ def base_config() -> ConfigDict:
       ),
       'dense_layers': optional(int),  # leading layers without experts; None: 1 with experts
       # None keeps what presets.py sets.
-      'connection': ConfigDict(
+      'connection': Section(
         {
           'name': 'mhc',  # a key of presets.PRESETS
           'preset': optional(str),
           'streams': 4,
           'rank': optional(int),  # of the generator phi
           'constraint': optional(str),  # a key of CONSTRAINTS
-          'constraint_params': ConfigDict(),
+          'constraint_params': Section(),
           'init': optional(str),  # a key of INITS
           'mixing': optional(float),  # off-diagonal mass of H_res at the start
           'alpha': optional(float),
@@ -128,7 +141,7 @@ def base_config() -> ConfigDict:
     }
   )
   # Width and depth transfer (CompleteP); None is off. The base is the size at which lr was tuned.
-  c.transfer = ConfigDict(
+  c.transfer = Section(
     {
       'base_width': optional(int),
       'base_depth': optional(int),
@@ -136,7 +149,7 @@ def base_config() -> ConfigDict:
       'base_rank': optional(float),
     }
   )
-  c.optimizer = ConfigDict(
+  c.optimizer = Section(
     {
       'lr': 4e-3,
       'beta1': 0.9,
@@ -159,7 +172,7 @@ def base_config() -> ConfigDict:
   )
   c.optimizer.clip_norm = 1.0
   # Exactly one. Parameters are matmul parameters with the unembedding (cost.py: 'matmul').
-  c.duration = ConfigDict(
+  c.duration = Section(
     {
       'steps': optional(int),
       'tokens': optional(float),
@@ -167,19 +180,19 @@ def base_config() -> ConfigDict:
       'tokens_per_param': optional(float),
     }
   )
-  c.evaluation = ConfigDict(
+  c.evaluation = Section(
     {
       'every_steps': 100,
       'sequences': 256,
       'batch_size': 64,
     }  # also before the first update and at the end
   )
-  c.log = ConfigDict({'every_steps': 10, 'diagnostics_every_steps': optional(int), 'tensorboard': True})
-  c.checkpoint = ConfigDict({'every_steps': optional(int), 'keep': 2})  # None: only at the end
+  c.log = Section({'every_steps': 10, 'diagnostics_every_steps': optional(int), 'tensorboard': True})
+  c.checkpoint = Section({'every_steps': optional(int), 'keep': 2})  # None: only at the end
   # Diverged: anything non-finite, or a loss above the first for this many updates in a row after warmup.
-  c.divergence = ConfigDict({'patience': 10})
+  c.divergence = Section({'patience': 10})
   # Devices along each axis. Not part of the run id
-  c.mesh = ConfigDict({'data': 1, 'fsdp': 1, 'tensor': 1, 'expert': 1})
+  c.mesh = Section({'data': 1, 'fsdp': 1, 'tensor': 1, 'expert': 1})
   # The accelerators that the mesh is meant for, like v5p:4x4x4. Not part of the run id
   c.topology = optional(str)
   return c

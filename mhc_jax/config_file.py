@@ -2,8 +2,8 @@
 
 import ast
 import difflib
+import functools
 import importlib.util
-import json
 import os
 import warnings
 from pathlib import Path
@@ -13,6 +13,8 @@ from ml_collections import ConfigDict
 
 from mhc_jax.config import base_config
 from mhc_jax.errors import ConfigError, require
+from mhc_jax.paths import expand
+from mhc_jax.values import checked
 
 
 def parse(path: str, overrides: list[str]) -> ConfigDict:
@@ -22,6 +24,7 @@ def parse(path: str, overrides: list[str]) -> ConfigDict:
   Raises ConfigError for an unknown field (naming the nearest), a value of the wrong type, or a bad file.
   """
   name, _, argument = path.partition(':')
+  name = expand(name)
   filename = name if os.path.isfile(name) else os.path.join(_configs(), f'{name}.py')
   if not os.path.isfile(filename):
     files = sorted(Path(_configs()).glob('*.py'))
@@ -33,14 +36,18 @@ def parse(path: str, overrides: list[str]) -> ConfigDict:
   try:
     spec.loader.exec_module(module)
     config = module.get_config(argument or None)
-  except ConfigError:
+  except KeyboardInterrupt:
     raise
-  except ValueError as error:
-    raise ConfigError(str(error)) from None
-  except Exception as error:  # whatever somebody's file may raise
-    what = ' '.join(f'{type(error).__name__}: {error}'.split())
-    raise ConfigError(f'{filename} does not work: {what}') from None
+  except BaseException as error:  # whatever somebody's file may raise, exit() too
+    what = ' '.join(f'{error}'.split())
+    if isinstance(error, ValueError) and what:
+      raise ConfigError(what) from None
+    raise ConfigError(f'{filename} does not work: {type(error).__name__}: {what}') from None
   require(isinstance(config, ConfigDict), f'{filename}: get_config must return a ConfigDict')
+  locked, checked_fields, config = config.is_locked, check_fields(config), base_config()
+  config.update(checked_fields)
+  if locked:
+    config.lock()
   for override in overrides:
     name, equals, text = override.partition('=')
     if not name.startswith('--config.') or not equals:
@@ -58,36 +65,20 @@ def _configs() -> str:
 
 def _set(config: ConfigDict, keys: list[str], text: str) -> None:
   """Sets one field from the text of an override, in the field's own type."""
-  node = config
+  node, kind = config, _kinds()
   for depth, key in enumerate(keys):
-    free = depth > 0 and keys[depth - 1] == 'constraint_params'
-    known = isinstance(node, ConfigDict) and (key in node or (free and depth == len(keys) - 1))
-    require(known, f'unknown config field {".".join(keys)}{_nearest(keys[:depth], key, node)}')
+    free = depth > 0 and keys[depth - 1] == _FREE and depth == len(keys) - 1
+    known = isinstance(kind, dict) and (key in kind or free)
+    require(known, f'unknown config field {".".join(keys)}{_nearest(keys[:depth], key, kind)}')
+    kind = kind.get(key, Any)
     if depth < len(keys) - 1:
       node = node[key]
-  key = keys[-1]
-  if key in node and isinstance(node[key], ConfigDict):
-    raise ConfigError(f'{".".join(keys)} is a section; set one of {", ".join(node[key]) or "its fields"}')
-  kind = node.get_type(key) if key in node else None
-  value = text if kind is str and text != 'None' else _literal(text)
-  shown = repr(text if len(text) < 80 else f'{text[:80]}...')
-  try:
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-      value = float(value)
-    if isinstance(value, dict):
-      raise TypeError
-    json.dumps(value, allow_nan=False)  # as config.json will hold it
-  except (ValueError, OverflowError):
-    raise ConfigError(f'{".".join(keys)} must be finite, got {shown}') from None
-  except TypeError:
-    raise ConfigError(f'{".".join(keys)} takes numbers, texts and lists of them, got {shown}') from None
-  try:
-    if kind is int and isinstance(value, bool):
-      raise TypeError
-    with node.unlocked():
-      node[key] = value
-  except TypeError:
-    raise ConfigError(f'{".".join(keys)} takes {kind.__name__}, got {shown}') from None
+  name = '.'.join(keys)
+  if isinstance(kind, dict):
+    raise ConfigError(f'{name} is a section; set one of {", ".join(kind) or "its fields"}')
+  value = text if text != 'None' and kind in (str, str | None) else _literal(text)
+  with node.unlocked():
+    node[keys[-1]] = checked(name, value, kind)
 
 
 def _literal(text: str) -> Any:
@@ -101,23 +92,69 @@ def _literal(text: str) -> Any:
 
 
 def _nearest(path: list[str], key: str, known: Any) -> str:
-  near = difflib.get_close_matches(key, list(known), 1, 0.0) if isinstance(known, ConfigDict) else []
+  near = difflib.get_close_matches(str(key), list(known), 1, 0.0) if isinstance(known, dict) else []
   return f'; did you mean {".".join([*path, near[0]])}?' if near else ''
 
 
-def check_fields(config: ConfigDict) -> None:
-  """Raises ConfigError unless the fields are those of base_config(), with None only where it is allowed."""
+_FREE = 'constraint_params'  # the section whose fields are the constraint's
+_MAY_BE_NONE = ('clip_norm',)  # though it has a value by default
 
-  def check(given: ConfigDict, known: ConfigDict, path: list[str]) -> None:
-    for key in [*given.keys(), *(key for key in known if key not in given)]:
-      name = '.'.join([*path, key])
-      if key not in known:  # the search for a near one is slow
-        raise ConfigError(f'unknown config field {name}{_nearest(path, key, known)}')
-      require(key in given, f'config field {name} is missing')
-      if key != 'constraint_params' and isinstance(known[key], ConfigDict):
-        require(isinstance(given[key], ConfigDict), f'{name} must be a section')
-        check(given[key], known[key], [*path, key])
-      elif given[key] is None and known[key] is not None:
-        require(name == 'optimizer.clip_norm', f'{name} must have a value, got None')
 
-  check(config, base_config(), [])
+@functools.cache
+def _kinds() -> dict[str, Any]:
+  """The kinds of base_config()'s fields, by section; with None where it is their value."""
+
+  def kinds(section: ConfigDict) -> dict[str, Any]:
+    return {
+      key: kinds(value) if isinstance(value, ConfigDict) else kind(section, key, value)
+      for key, value in section.items()
+    }
+
+  def kind(section: ConfigDict, key: str, value: Any) -> Any:
+    return section.get_type(key) | None if value is None or key in _MAY_BE_NONE else section.get_type(key)
+
+  return kinds(base_config())
+
+
+def check_fields(config: ConfigDict) -> ConfigDict:
+  """The configuration in plain Python values, locked.
+
+  Raises ConfigError unless its fields are those of base_config(), each of its kind (values.checked), with
+  None only where it is allowed.
+  """
+  return _plain(config, _kinds(), []).lock()
+
+
+def _plain(given: Any, kinds: dict[str, Any], path: list[str], whole: bool = True) -> ConfigDict:
+  """A section in plain values; where it need not be whole, fields of no kind are left out."""
+  require(isinstance(given, ConfigDict | dict), f'{".".join(path) or "a configuration"} must be a section')
+  given, plain = dict(given.items()), ConfigDict()
+  if path and path[-1] == _FREE:
+    kinds = dict.fromkeys(given, Any)
+  if whole:
+    for key in [*given, *(key for key in kinds if key not in given)]:
+      if key not in kinds:  # the search for a near one is slow
+        raise ConfigError(f'unknown config field {".".join([*path, str(key)])}{_nearest(path, key, kinds)}')
+      require(key in given, f'config field {".".join([*path, key])} is missing')
+  for key, kind in kinds.items():
+    if key in given and isinstance(kind, dict):
+      plain[key] = _plain(given[key], kind, [*path, key], whole)
+    elif key in given:
+      name = '.'.join([*path, str(key)])
+      require(isinstance(key, str) and '.' not in key, f'{name} is no name of a field')
+      plain[key] = checked(name, given[key], kind)
+  return plain
+
+
+def complete(resolved: Any) -> ConfigDict:
+  """The configuration that config.json holds, with the defaults of fields that are newer than the run.
+
+  What resolving adds is left out: gates and start values of the connection, the digest of the corpus. Raises
+  ConfigError for a field of another kind.
+  """
+  kinds = _kinds() | {'model': _kinds()['model'] | {'connection': dict(_kinds()['model']['connection'])}}
+  for name in ('init', 'read_gate', 'write_gate'):
+    del kinds['model']['connection'][name]
+  config = base_config()
+  config.update(_plain(resolved, kinds, [], whole=False))
+  return config

@@ -103,8 +103,8 @@ class ConnectionSpec:
   @property
   def generator_shape(self) -> tuple[int, int]:
     """(number of inputs per unit of width, number of outputs) of phi."""
-    outputs = sum(self.parts.values())
-    return (self.streams, outputs) if self.scope == 'joint' else (1, outputs // self.streams)
+    sizes, n = self.parts.values(), self.streams
+    return (n, sum(sizes)) if self.scope == 'joint' else (1, sum(-(-size // n) for size in sizes))
 
   @property
   def has_params(self) -> bool:

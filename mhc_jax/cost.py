@@ -7,6 +7,8 @@ sublayer), except the connection's own norm. XLA's count of matrix products equa
 products (tests/test_cost.py).
 """
 
+import jax.numpy as jnp
+
 from mhc_jax.generator import cp_shapes
 from mhc_jax.layers.grouped_experts import buffer_rows
 from mhc_jax.model_config import ModelConfig
@@ -54,6 +56,17 @@ def parameters(c: ModelConfig) -> dict[str, int]:
     'matmul': matmul,
     'non_embedding': total - groups['embedding'] - groups['unembedding'],
   }
+
+
+def least_bytes(c: ModelConfig, tokens: int, parts: int = 1) -> int:
+  """What training on `tokens` at once holds at the least, on all devices together.
+
+  Parameters, both of Adam's moments and gradients, 4 bytes each; and the streams and logits of one of `parts`
+  microbatches. Every activation that is kept for the backward pass comes on top.
+  """
+  state = 16 * parameters(c)['total']
+  streams = c.connection.streams * c.width * jnp.dtype(c.dtype).itemsize
+  return state + tokens // parts * (streams + 4 * c.vocab_size)
 
 
 def forward_flops_per_token(c: ModelConfig, seq_len: int) -> dict[str, float]:

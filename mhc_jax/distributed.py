@@ -20,15 +20,19 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from mhc_jax.errors import ConfigError
+from mhc_jax.errors import ConfigError, require
+from mhc_jax.log import say
 
-_START_SECONDS = 300  # for all processes to arrive: images and environments load at different speeds
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_DETECT_SECONDS = 300  # that JAX's detection may wait for the names of other hosts
+_MOST_PROCESSES = 2**20  # far above any machine; the runtime takes 32 bits
+_WORD_SECONDS = 10  # between words about a wait
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 _END_SECONDS = 20  # that a process which ends, by a mistake for example, waits for the others to end too
 _CHILD = 'MHC_JAX_PROCESS'  # environment variable in which `supervise` tells its child who it is
 # The first line of what the runtime says, at some length, when it aborts a process that lost another.
@@ -65,6 +69,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     metavar='S',
     help='a process silent for S seconds is dead (default 30)',
   )
+  group.add_argument(
+    '--join-timeout',
+    type=int,
+    default=300,
+    metavar='S',
+    help='give up where a process is missing after S seconds at the start (default 300)',
+  )
   group.add_argument('--local-devices', type=int, metavar='D', help='split the CPU into D devices, for tests')
 
 
@@ -76,30 +87,40 @@ def find(args: argparse.Namespace) -> Cluster | None:
   if is_supervised():
     *fields, local_device_ids, _ = _inherited()
     return Cluster(*fields, local_device_ids and tuple(local_device_ids))
-  if args.heartbeat < 1:
-    raise ConfigError(f'--heartbeat must be at least 1, got {args.heartbeat}')
+  for name in ('heartbeat', 'join_timeout', 'local_devices'):
+    value, flag = getattr(args, name), name.replace('_', '-')
+    require(value is None or 1 <= value < 2**31, f'--{flag} must be at least 1, got {value}')
   given = (args.coordinator, args.processes, args.process)
   if given == (None, None, None):
     return _detect()
   if None in given:
     raise ConfigError('--coordinator, --processes and --process need each other')
+  if not 1 <= args.processes <= _MOST_PROCESSES:
+    raise ConfigError(f'--processes must lie between 1 and {_MOST_PROCESSES:,}, got {args.processes}')
   if not 0 <= args.process < args.processes:
     raise ConfigError(f'--process must lie between 0 and {args.processes - 1}, got {args.process}')
   host, _, port = args.coordinator.rpartition(':')
-  if not host or not port.isdecimal():
+  if not host or not re.fullmatch('[0-9]{1,5}', port) or not 0 < int(port) < 2**16:
     raise ConfigError(f'--coordinator takes HOST:PORT, got {args.coordinator!r}')
   return Cluster(*given) if args.processes > 1 else None
 
 
 def _detect() -> Cluster | None:
   """What JAX's own detection finds: SLURM, Open MPI, TPU slices, Kubernetes jobs."""
+  if (
+    os.environ.get('SLURM_STEP_NUM_TASKS') == '1'
+  ):  # an interactive step: nobody started the job's other tasks
+    return None
   # The function behind jax.distributed.initialize(), which cannot say "alone" without starting a service.
   from jax._src.clusters import ClusterEnv
 
   try:
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _words('looks for the other processes of this job'):
       warnings.simplefilter('ignore')  # in any pod: that the package kubernetes is not installed
-      cluster = ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, _START_SECONDS)
+      cluster = ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, _DETECT_SECONDS)
+  except (LookupError, ValueError) as error:  # half of a job's variables, or odd ones
+    what = f'{error} is missing' if isinstance(error, KeyError) else error
+    raise ConfigError(f'the environment names the processes of a job wrongly: {what}') from None
   except RuntimeError as error:
     if 'JOB_COMPLETION_INDEX' not in os.environ:
       return None  # a pod by itself, no indexed job
@@ -107,33 +128,56 @@ def _detect() -> Cluster | None:
   coordinator, processes, process, local_device_ids = cluster
   if None in (coordinator, processes, process) or processes == 1:
     return None
+  require(
+    0 <= process < processes <= _MOST_PROCESSES and all(0 <= i < 2**15 for i in local_device_ids or ()),
+    f'the environment names the processes of a job wrongly: this is process {process} of {processes}, '
+    f'with devices {local_device_ids or "of its own"}',
+  )
   return Cluster(coordinator, processes, process, local_device_ids and tuple(local_device_ids))
 
 
-def initialize(cluster: Cluster | None, heartbeat: int, local_devices: int | None) -> None:
-  """Joins the other processes; must come before anything that touches a device.
+def initialize(cluster: Cluster | None, args: argparse.Namespace) -> None:
+  """Joins the other processes; must come before anything that touches a device. args: of `add_flags`.
 
   Raises ConfigError where they cannot be reached.
   """
-  if local_devices is not None:
-    jax.config.update('jax_num_cpu_devices', local_devices)
+  if args.local_devices is not None:
+    jax.config.update('jax_num_cpu_devices', args.local_devices)
   if cluster is None:
     return
   jax.config.update('jax_cpu_collectives_implementation', 'gloo')  # of CPU devices; others have their own
+  others = f'the other {cluster.processes - 1} of {cluster.processes} processes at {cluster.coordinator}'
   try:
-    jax.distributed.initialize(
-      cluster.coordinator,
-      cluster.processes,
-      cluster.process,
-      cluster.local_device_ids,
-      cluster_detection_method='deactivate',  # it has been done
-      initialization_timeout=_START_SECONDS,
-      heartbeat_timeout_seconds=heartbeat,
-      shutdown_timeout_seconds=_END_SECONDS,
-    )
+    with _words(f'process {cluster.process} waits for {others}, for {args.join_timeout} s at most'):
+      jax.distributed.initialize(
+        cluster.coordinator,
+        cluster.processes,
+        cluster.process,
+        cluster.local_device_ids,
+        cluster_detection_method='deactivate',  # it has been done
+        initialization_timeout=args.join_timeout,
+        heartbeat_timeout_seconds=args.heartbeat,
+        shutdown_timeout_seconds=_END_SECONDS,
+      )
   except RuntimeError as error:
     what = ' '.join(str(error).split())[:300]
     raise ConfigError(f'cannot join the other processes at {cluster.coordinator}: {what}') from None
+
+
+@contextlib.contextmanager
+def _words(line: str) -> Iterator[None]:
+  """Says the line now and then while the block lasts, from a thread: the block may be one call."""
+  over = threading.Event()
+
+  def talk() -> None:
+    while not over.wait(_WORD_SECONDS):
+      say(line)
+
+  threading.Thread(target=talk, daemon=True).start()
+  try:
+    yield
+  finally:
+    over.set()
 
 
 def supervise(cluster: Cluster, command: list[str]) -> int:
@@ -149,8 +193,9 @@ def supervise(cluster: Cluster, command: list[str]) -> int:
     command, env=environment, pass_fds=[theirs.fileno()], stderr=subprocess.PIPE, text=True, errors='replace'
   )
   theirs.close()
-  for number in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(number, lambda number, _: child.send_signal(number))
+  for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    if signal.getsignal(number) != signal.SIG_IGN:  # as nohup asks
+      signal.signal(number, lambda number, _: child.send_signal(number))
   last_words: list[str] = []
   for line in child.stderr:
     if last_words or _LAST_WORDS.match(line):
@@ -164,10 +209,9 @@ def supervise(cluster: Cluster, command: list[str]) -> int:
   if told or (code == -signal.SIGABRT and last_words):
     status = re.search(r'absl::Status: (.*\n.*)', ''.join(last_words))
     reason = ' '.join(status[1].split()) if status else 'an exchange with them failed'
-    print(
+    say(
       f'error: process {cluster.process} of {cluster.processes} lost the other processes ({reason}): see '
-      'what the others say; the same command goes on from the last checkpoint',
-      file=sys.stderr,
+      'what the others say; the same command goes on from the last checkpoint'
     )
     return 1
   sys.stderr.writelines(last_words)
@@ -234,10 +278,11 @@ def require_same(what: str, value: str) -> None:
 
 @contextlib.contextmanager
 def stop_on_signal() -> Iterator[Callable[[int], bool]]:
-  """A function that says after each step whether to stop: SIGINT or SIGTERM came, to any process.
+  """A function that says after each step whether to stop: Ctrl-C, SIGTERM, a closed terminal, of any process.
 
   Every process must ask after every step; all get the same answer. In a single process the same signal twice
-  kills; and a sweep tells its workers by SIGUSR1, which adds to a Ctrl-C that they got too.
+  kills; and a sweep tells its workers by SIGUSR1, which adds to a Ctrl-C that they got too. A signal that the
+  process was started to ignore, as nohup does with SIGHUP, stays ignored.
   """
   several = jax.process_count() > 1
   received: list[int] = []
@@ -249,11 +294,12 @@ def stop_on_signal() -> Iterator[Callable[[int], bool]]:
       received.append(number)
       signal.signal(number, previous[number])
 
-  numbers = (signal.SIGINT,) if several else _STOP_SIGNALS
-  try:
-    previous = {number: signal.signal(number, handler) for number in numbers}
-  except ValueError:  # not the main thread: its owner handles signals
-    previous = {}
+  numbers = (signal.SIGINT, signal.SIGHUP) if several else _STOP_SIGNALS
+  previous: dict[int, Any] = {}
+  with contextlib.suppress(ValueError):  # not the main thread: its owner handles signals
+    for number in numbers:
+      if signal.getsignal(number) != signal.SIG_IGN:
+        previous[number] = signal.signal(number, handler)
   try:
     yield multihost_utils.reached_preemption_sync_point if several else lambda step: bool(received)
   finally:

@@ -6,6 +6,9 @@ import errno
 class ConfigError(ValueError):
   """A mistake of the user's: one line that says what to do; programs end with exit code 2."""
 
+  def __init__(self, message: str):
+    super().__init__(' '.join(message.splitlines()))  # names of files and others' errors may have more
+
 
 class BusyError(ConfigError):
   """Another process is at work on the same run."""

@@ -9,6 +9,7 @@ import functools
 import math
 import os
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from mhc_jax import settings
 from mhc_jax.checkpoint import Checkpoints
 from mhc_jax.command import end_with_message
 from mhc_jax.constraints.base import Constraint
@@ -28,9 +30,11 @@ from mhc_jax.data import (
   validation_batches,
   windows,
 )
-from mhc_jax.errors import ConfigError
+from mhc_jax.errors import ConfigError, require
+from mhc_jax.log import say
 from mhc_jax.model import Transformer
 from mhc_jax.model_config import ModelConfig
+from mhc_jax.paths import expand
 from mhc_jax.plan import rebuild_model
 from mhc_jax.sharding import local_rows, make_mesh, put_batch
 from mhc_jax.train_step import Batch, evaluate_sums
@@ -67,7 +71,13 @@ def load(workdir: str, constraint: Constraint | None = None) -> tuple[dict[str, 
   resolved = read_config(workdir)
   if resolved is None:
     raise ConfigError(f'{workdir} holds no run (no config.json)')
-  model = rebuild_model(resolved, constraint)
+  settings.check_precision(resolved['model']['dtype'])
+  try:
+    model = rebuild_model(resolved, constraint)
+  except ConfigError:
+    raise
+  except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+    raise ConfigError(f'{workdir}/config.json is not the configuration of a run: {error!r}') from None
   tokens = jnp.zeros((1, 2), jnp.int32)
   init = functools.partial(Transformer(model).init, jax.random.key(0), tokens, tokens)
   with Checkpoints(os.path.join(workdir, 'checkpoints')) as checkpoints:
@@ -96,7 +106,10 @@ def sample(
   temperature: float,
   seed: int,
 ) -> str:
-  """prompt continued by `length` tokens; the model sees the last `window` tokens. Temperature 0 is greedy."""
+  """prompt continued by `length` tokens; the model sees the last `window` tokens. Temperature 0 is greedy.
+
+  Says after 10 seconds, and then every 30, how long the rest will take.
+  """
 
   @jax.jit
   def next_token(params: Any, tokens_1T: jax.Array, last: jax.Array, key: jax.Array) -> jax.Array:
@@ -107,7 +120,13 @@ def sample(
     return jnp.where(temperature > 0, drawn, greedy)
 
   tokens = [tokenizer.bos, *(int(token) for token in tokenizer.encode(prompt))]
+  began = time.monotonic()
+  said = began - 20
   for index in range(length):
+    if index and (now := time.monotonic()) > said + 30:
+      said = now
+      left_s = (now - began) / index * (length - index)
+      say(f'sample: {index:,} of {length:,} tokens, about {left_s:,.0f} s left')
     seen = tokens[-window:]
     padded = jnp.asarray([seen + [0] * (window - len(seen))], jnp.int32)
     key = jax.random.fold_in(jax.random.key(seed), index)
@@ -115,6 +134,7 @@ def sample(
   return tokenizer.decode(tokens[1:])
 
 
+@settings.held()
 def main(argv: list[str] | None = None) -> int:
   """The command line; returns the exit code."""
   parser = argparse.ArgumentParser(
@@ -128,6 +148,11 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument('--temperature', type=float, default=0.8, help='0 is greedy (default 0.8)')
   parser.add_argument('--seed', type=int, default=0)
   args = parser.parse_args(argv)
+  bounds = {'bytes': (0, 2**31 - 1), 'temperature': (0, 1e6), 'seed': (0, 2**31 - 1)}
+  for name, (low, high) in bounds.items():
+    value = getattr(args, name)
+    require(low <= value <= high, f'--{name} {value}: must lie between {low} and {high:.10g}')
+  args.workdir = expand(args.workdir)
   resolved, model, step, params = load(args.workdir)
   data = resolved['data']
   tokenizer = tokenizer_of(data.get('tokenizer'))  # runs of before it was a field have bytes

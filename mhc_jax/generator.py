@@ -150,7 +150,8 @@ def dynamic_coordinates(
   """phi^T norm(x), (K_part, B, T) of each part (mHC eq. 7).
 
   scope 'per_stream' (HC, 2409.19606; mHC eq. 5): one map for all streams, each normed on its own; stream j
-  yields its own read weight, its own write weight and column j of H_res.
+  yields its own read weight, its own write weight and column j of H_res: coordinates j, j + n, j + 2n, ... of
+  each part, whether n divides their number or not.
   """
   if spec.scope == 'joint':
     stops = list(itertools.accumulate(spec.parts.values()))
@@ -159,8 +160,8 @@ def dynamic_coordinates(
   raw_KNBT = project(params, x_NBTD.reshape(1, n * b, t, width), spec).reshape(-1, n, b, t)
   dynamic, start = {}, 0
   for part, size in spec.parts.items():
-    stop = start + size // n
-    dynamic[part] = raw_KNBT[start:stop].reshape(size, b, t)
+    stop = start + -(-size // n)
+    dynamic[part] = raw_KNBT[start:stop].reshape(-1, b, t)[:size]
     start = stop
   return dynamic
 

@@ -1,21 +1,16 @@
-"""What a run writes about itself: metrics.jsonl, TensorBoard, status.json and its progress line.
+"""What a user sees of a run or command: its lines, its progress, and streams that may fail.
 
-Files are the only interface to analysis. metrics.jsonl has one row per logged step, strictly increasing;
-non-finite numbers are written as null. The row of step 0 comes before any update: validation and diagnostics,
-no train/. In a remote workdir (storage.py) it is as of the last checkpoint.
+Output never decides a run: what cannot be printed is said once on the other stream, and the work goes on.
 """
 
-import json
+import contextlib
 import os
 import sys
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
-
-from mhc_jax import storage
-from mhc_jax.storage import finite
 
 
 def say(line: str) -> None:
@@ -23,94 +18,78 @@ def say(line: str) -> None:
   print(line, file=sys.stderr, flush=True)
 
 
-class MetricsLog:
-  """Appends rows to metrics.jsonl and, if asked for, to TensorBoard, from a step on."""
+@contextlib.contextmanager
+def tolerant_streams() -> Iterator[None]:
+  """stdout and stderr that never raise: not where a reader is gone, a disk full, a stream closed or ASCII.
 
-  def __init__(self, workdir: str, last_step: int | None, tensorboard: bool):
-    """Drops rows after last_step (None: all), which a killed process wrote after its checkpoint."""
-    self._workdir, folder = workdir, storage.scratch(workdir)
-    storage.download('metrics.jsonl', workdir)
-    path = os.path.join(folder, 'metrics.jsonl')
-    kept = [] if last_step is None else _rows_until(path, last_step)
-    partial = f'{path}.partial'
-    with open(partial, 'w', encoding='utf-8') as file:
-      file.writelines(kept)
-    os.replace(partial, path)
-    self._file = open(path, 'a', encoding='utf-8')
-    self._board = _TensorBoard(folder, last_step) if tensorboard else None
-
-  def write(self, row: dict[str, Any]) -> None:
-    """Appends one row; lists (one value per sublayer) go to TensorBoard as their maximum."""
-    self._file.write(json.dumps(finite(row)) + '\n')
-    self._file.flush()
-    if self._board is not None:
-      self._board.write({name: np.max(v) for name, v in row.items() if '/' in name}, row['step'])
-
-  def sync(self) -> None:
-    """Forces the rows to disk, or up to a remote workdir, before a checkpoint that counts on them."""
-    self._file.flush()
-    os.fsync(self._file.fileno())
-    self._upload()
-
-  def close(self) -> None:
-    """Closes the files; those of a remote workdir are uploaded a last time."""
-    self._file.close()
-    if self._board is not None:
-      self._board.close()
-    self._upload()
-
-  def _upload(self) -> None:
-    storage.upload('metrics.jsonl', self._workdir)
-    if self._board is not None:
-      storage.upload(self._board.name, self._workdir)
+  What the terminal cannot show becomes a question mark; the first loss of a stream is said on the other.
+  """
+  for number in range(3):  # a file opened as number 2 would get what libraries print
+    try:
+      os.fstat(number)
+    except OSError:
+      os.open(os.devnull, os.O_RDWR)
+  with contextlib.ExitStack() as stack:
+    for name in ('stdout', 'stderr'):
+      stream = getattr(sys, name)
+      if not isinstance(stream, _Tolerant):
+        setattr(sys, name, _Tolerant(stream, name))
+        stack.callback(setattr, sys, name, stream)
+        stack.callback(getattr(sys, name).let_go)
+    yield
 
 
-class _TensorBoard:
-  """An event file written in this thread: SummaryWriter hangs when its own thread meets a full disk."""
+class _Tolerant:
+  """A text stream whose failures end no program."""
 
-  def __init__(self, folder: str, last_step: int | None):
-    from tensorboardX.proto.event_pb2 import Event, SessionLog
-    from tensorboardX.record_writer import RecordWriter
+  def __init__(self, stream: Any, name: str):
+    self._stream = open(os.devnull, 'w', encoding='utf-8') if stream is None else stream
+    self._name, self._failed = name, False
 
-    os.makedirs(os.path.join(folder, 'tensorboard'), exist_ok=True)
-    self._event = Event
-    self.name = f'tensorboard/events.out.tfevents.{time.time_ns()}.{os.getpid()}'
-    self._records = RecordWriter(os.path.join(folder, self.name))
-    self._add(Event(wall_time=time.time(), file_version='brain.Event:2'))
-    if last_step is not None:  # hides what an earlier process wrote after its checkpoint
-      log = SessionLog(status=SessionLog.START)
-      self._add(Event(wall_time=time.time(), step=last_step + 1, session_log=log))
+  def write(self, text: str) -> int:
+    try:
+      self._stream.write(text)
+    except UnicodeEncodeError:
+      encoding = self._stream.encoding
+      self._attempt(self._stream.write, text.encode(encoding, 'replace').decode(encoding))
+    except (OSError, ValueError) as error:  # ValueError: it was closed
+      self._say_once(error)
+    return len(text)
 
-  def _add(self, event: Any) -> None:
-    self._records.write(event.SerializeToString())
+  def flush(self) -> None:
+    self._attempt(self._stream.flush)
 
-  def write(self, scalars: dict[str, float], step: int) -> None:
-    from tensorboardX.summary import scalar
+  def let_go(self) -> None:
+    """Leaves the stream so that Python's own flush of it, when the process ends, cannot fail."""
+    self.flush()
+    if self._failed:
+      with contextlib.suppress(OSError, ValueError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, self._stream.fileno())
+        os.close(null)
+    self._failed = True  # what a bar that is collected later may say is nobody's concern
 
-    for name, value in scalars.items():
-      self._add(self._event(wall_time=time.time(), step=step, summary=scalar(name, value)))
-    self._records.flush()
+  def _attempt(self, do: Callable, *arguments: str) -> None:
+    try:
+      do(*arguments)
+    except (OSError, ValueError) as error:
+      self._say_once(error)
 
-  def close(self) -> None:
-    self._records.close()
+  def _say_once(self, error: Exception) -> None:
+    if not self._failed:
+      self._failed = True
+      other = sys.stderr if self._name == 'stdout' else sys.stdout
+      print(f'warning: {self._name} cannot be written ({error}); the work goes on', file=other)
 
-
-def _rows_until(path: str, last_step: int) -> list[str]:
-  if not os.path.exists(path):
-    return []
-  kept = []
-  with open(path, encoding='utf-8') as file:
-    for line in file:
-      if not line.endswith('\n') or json.loads(line)['step'] > last_step:
-        break  # a half-written line is always the last
-      kept.append(line)
-  return kept
+  def __getattr__(self, name: str) -> Any:
+    return getattr(self._stream, name)
 
 
 class Progress:
   """A bar with loss, tokens/s and time left on a terminal; elsewhere a plain line every few seconds."""
 
   def __init__(self, name: str, start: int, total: int, quiet: bool):
+    name = ''.join(letter if letter.isprintable() else '?' for letter in name)  # a terminal obeys others
     self._name, self._total, self._start = name, total, start
     self._began = self._printed = time.monotonic()
     self._plain = not sys.stderr.isatty() and not quiet

@@ -97,9 +97,38 @@ def fixed_rank_start(w_MN: jax.Array, rank: int) -> jax.Array:
   return low_MN * (jnp.linalg.norm(w_MN) / jnp.linalg.norm(low_MN))
 
 
+def check_matches(manifold: str, pattern: str, params: Any) -> None:
+  """Raises ValueError, naming the parameter, where the pattern matches none or one that is no matrix.
+
+  doubly_stochastic takes vectors of n^2 too; loro both factors u and v of a map and nothing else.
+  """
+  leaves = jax.tree_util.tree_leaves_with_path(params)
+  ours = jax.tree.leaves(matches(pattern, params))
+  names = {path_name(path): leaf for (path, leaf), is_ours in zip(leaves, ours, strict=True) if is_ours}
+  for name, leaf in names.items():
+    shape = leaf.shape[_stacked(name) :]
+    if manifold == 'loro':
+      other = name[:-1] + ('v' if name.endswith('/u') else 'u')
+      fits = name.endswith(('/u', '/v')) and other in names
+    elif manifold == 'doubly_stochastic':
+      fits = bool(shape) and math.isqrt(math.prod(shape)) ** 2 == math.prod(shape)
+    else:
+      fits = len(shape) > 1
+    if not fits:
+      wants = {'loro': 'both factors u and v of a map', 'doubly_stochastic': 'n x n entries'}
+      raise ValueError(
+        f'{pattern!r} matches {name} of shape {shape}, but it takes {wants.get(manifold, "matrices")}'
+      )
+
+
+def _stacked(name: str) -> int:
+  """Leading axes of a parameter of that path, of scanned layers and of experts."""
+  return name.startswith('layers/') + ('/expert_' in name)
+
+
 def _matrices(name: str, w: jax.Array) -> jax.Array:
   """A parameter of that path as the matrices of its layers and experts, (number, m, n)."""
-  stacked = name.startswith('layers/') + ('/expert_' in name)
+  stacked = _stacked(name)
   return w.reshape(math.prod(w.shape[:stacked]), w.shape[stacked], -1)
 
 

@@ -1,12 +1,14 @@
 """The model's part of the configuration: ConfigDict -> ModelConfig, with derived sizes and all checks."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from mhc_jax import hyper_connection
 from mhc_jax.connection import ConnectionSpec
 from mhc_jax.constraints.base import Constraint
 from mhc_jax.data import tokenizer_of
@@ -15,6 +17,8 @@ from mhc_jax.presets import connection_spec
 
 REMAT = ('none', 'layer', 'block')
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16, 'float64': jnp.float64}
+MOST_LAYERS = 10_000
+MOST_WRITTEN = 512  # layers outside of a loop: compiling takes seconds for each
 ROUTERS = ('sigmoid', 'sinkhorn')
 
 
@@ -206,6 +210,13 @@ def _check_values(config: ConfigDict) -> None:
   c = config.model
   for name in ('width', 'depth', 'heads', 'scan_unroll'):
     require(c[name] >= 1, f'model.{name} must be at least 1, got {c[name]}')
+  require(c.depth <= MOST_LAYERS, f'model.depth={c.depth}: at most {MOST_LAYERS}')
+  leading = _given(c.dense_layers, 0)
+  written = leading + min(c.scan_unroll, c.depth - leading) if c.scan else c.depth
+  require(
+    written <= MOST_WRITTEN,
+    f'model.scan, scan_unroll and dense_layers write out {written} layers; at most {MOST_WRITTEN}',
+  )
   require(c.dtype in DTYPES, f'model.dtype must be one of {", ".join(DTYPES)}, got {c.dtype!r}')
   require(c.remat in REMAT, f'model.remat must be one of {", ".join(REMAT)}, got {c.remat!r}')
   require(c.remat != 'block' or c.scan, 'model.remat=block needs model.scan=True')
@@ -301,16 +312,36 @@ def _dense_layers(c: ConfigDict, moe: MoEConfig | None) -> int:
 
 
 def check_connection(spec: ConnectionSpec, width: int) -> None:
-  """Raises ConfigError for a rank above the inputs of phi, and a constraint that cannot make its matrices."""
+  """Raises ConfigError for a rank above the inputs of phi, and where tracing it or its gradient fails."""
   inputs = spec.generator_shape[0] * width
   require(
     spec.rank is None or spec.rank <= inputs,
     f'connection.rank={spec.rank} is over {inputs}, the number of inputs of phi',
   )
-  n = spec.streams
-  coords = jax.ShapeDtypeStruct((spec.constraint.num_coordinates(n), 1, 1), jnp.float32)
+  _check_trace(spec)
+
+
+@functools.lru_cache(maxsize=1024)
+def _check_trace(spec: ConnectionSpec) -> None:
+  """The connection as training has it, traced on one token of width 1: no step knows a width from another."""
+  n, constraint = spec.streams, spec.constraint
+
+  def coefficients(params: Any, x_NBTD: jax.Array) -> tuple[jax.Array, Any]:
+    c = hyper_connection.generate(params, x_NBTD, spec)
+    read_BTD = hyper_connection.read(c.pre_NBT, x_NBTD)
+    return sum(jnp.sum(x) for x in (*c, read_BTD) if x is not None), c.res_NMBT
+
   try:
-    jax.eval_shape(lambda coords_KX: spec.constraint.matrix(coords_KX, n), coords)
-  except (TypeError, ValueError) as error:
-    what = str(error).splitlines()[0]
-    raise ConfigError(f'connection.constraint={spec.constraint.name} does not work: {what}') from None
+    params = jax.eval_shape(lambda: hyper_connection.init_params(jax.random.key(0), spec, 1, 0))
+    x_NBTD = jax.ShapeDtypeStruct((n, 1, 1, 1), jnp.float32)
+    _, res_NMBT = jax.eval_shape(jax.grad(coefficients, argnums=(0, 1), has_aux=True), params, x_NBTD)
+  except Exception as error:  # whatever somebody's own constraint may raise
+    what = f'{type(error).__name__}: {error}'.splitlines()[0]
+    raise ConfigError(f'connection.constraint={constraint.name} does not work: {what}') from None
+  wanted = {'coordinates at the start': (params.get('b_res'), (constraint.num_coordinates(n),))}
+  wanted['matrices'] = (res_NMBT, (n, n, 1, 1))
+  for what, (found, shape) in wanted.items():
+    if found is not None and found.shape != shape:
+      raise ConfigError(
+        f'connection.constraint={constraint.name} does not work: its {what} are {found.shape}, not {shape}'
+      )

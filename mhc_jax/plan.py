@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import re
 from typing import Any
 
 import jax
@@ -21,7 +20,9 @@ from mhc_jax.config import NOT_IN_ID, OptimizerConfig, build_optimizer, check_co
 from mhc_jax.connection import ConnectionSpec, Gate, Init
 from mhc_jax.constraints.base import Constraint
 from mhc_jax.data import BYTES
-from mhc_jax.errors import ConfigError
+from mhc_jax.errors import ConfigError, require
+from mhc_jax.manifold_updates import check_matches
+from mhc_jax.model import Transformer
 from mhc_jax.model_config import (
   ModelConfig,
   build_connection,
@@ -30,9 +31,13 @@ from mhc_jax.model_config import (
   derive_transfer,
   model_of,
 )
+from mhc_jax.patterns import check_pattern
 from mhc_jax.presets import PRESETS, connection_spec
-from mhc_jax.sharding import check_mesh
+from mhc_jax.sharding import check_mesh, find_devices
 from mhc_jax.train_step import init_state
+from mhc_jax.values import INT32
+
+MOST_BYTES = 2**50  # of parameters, moments and the least activations
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +69,8 @@ def resolve(config: ConfigDict, digest: str, constraint: Constraint | None = Non
 
   constraint: one of the caller's own in place of the named one; its name and params enter the run id.
   """
-  config_file.check_fields(config)
+  find_devices()  # tracing needs one
+  config = config_file.check_fields(config)
   check_counts(config)
   resolved = config.to_dict()
   resolved['arm'] = config.arm or config.model.connection.name
@@ -74,8 +80,9 @@ def resolve(config: ConfigDict, digest: str, constraint: Constraint | None = Non
   resolved['model'] |= derive_sizes(config)
   resolved['transfer'] = derive_transfer(config)
   spec = build_connection(config.model.connection, config.model.depth, constraint)
-  check_connection(spec, config.model.width)
   model = model_of(resolved['model'], resolved['transfer'], spec)
+  check_size(model, config)
+  check_connection(spec, config.model.width)
   resolved['model']['connection'] = _resolved_connection(resolved['model']['connection'], spec)
   optimizer = build_optimizer(config)
   _check_fit(model, optimizer)
@@ -97,6 +104,25 @@ def resolve(config: ConfigDict, digest: str, constraint: Constraint | None = Non
   return Run(run_id(resolved), resolved, model, optimizer, derived)
 
 
+def check_size(model: ModelConfig, config: ConfigDict) -> None:
+  """Raises ConfigError for what no machine holds, or what int32 cannot count."""
+  tokens = config.data.batch_size * config.data.seq_len
+  sizes = {
+    'data.batch_size * data.seq_len': tokens,
+    'streams * width': model.connection.streams * model.width,
+    'heads * (head_dim + value_dim)': model.heads * (model.head_dim + model.value_dim),
+    'moe.shared * moe.ffn_width': model.moe.shared * model.moe.ffn_width if model.moe else 0,
+  }
+  for name, size in sizes.items():
+    require(size <= INT32, f'{name} = {size}: at most {INT32}')
+  needed = cost.least_bytes(model, tokens, config.optimizer.microbatches or 1)
+  require(
+    needed <= MOST_BYTES,
+    f'the model has {cost.parameters(model)["total"]} parameters and needs {needed / 2**40:.0f} TiB at the '
+    f'least; at most {MOST_BYTES / 2**40:.0f}: lower model.width, depth, vocab_size or the like',
+  )
+
+
 def _check_fit(model: ModelConfig, optimizer: OptimizerConfig) -> None:
   """Raises ConfigError where the manifold does not fit the parameters that its pattern matches."""
   if optimizer.manifold is None:
@@ -107,13 +133,13 @@ def _check_fit(model: ModelConfig, optimizer: OptimizerConfig) -> None:
     transform = optim.transform(optimizer, model, jnp.zeros(()), jnp.zeros(()))
     return transform.update(state.params, state.opt_state, state.params)
 
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+  check_pattern('optimizer.manifold_pattern', optimizer.manifold_pattern)
+  params = jax.eval_shape(Transformer(model).init, key, tokens, tokens)['params']
   try:
-    jax.eval_shape(first_update, jax.random.key(0))
-  except re.error as error:
-    pattern = optimizer.manifold_pattern
-    raise ConfigError(
-      f'optimizer.manifold_pattern {pattern!r} is not a regular expression: {error}'
-    ) from None
+    check_matches(optimizer.manifold, optimizer.manifold_pattern, params)
+    jax.eval_shape(first_update, key)
   except ValueError as error:
     raise ConfigError(f'optimizer.manifold={optimizer.manifold}: {error}') from None
 
@@ -141,11 +167,26 @@ def _resolved_connection(given: dict[str, Any], spec: ConnectionSpec) -> dict[st
 def rebuild_model(resolved: dict[str, Any], constraint: Constraint | None = None) -> ModelConfig:
   """The ModelConfig of a resolved configuration (config.json).
 
-  constraint: the caller's own, where the run has one. Raises ConfigError for an unknown constraint, or one of
-  another name or parameters than the run's.
+  constraint: the caller's own, where the run has one. Raises ConfigError for values of another kind or out of
+  range, an unknown constraint, or one of another name or parameters than the run's.
   """
-  m = resolved['model']
-  connection = {key: value for key, value in m['connection'].items() if key != 'output_init_scaling'}
+  config = config_file.complete(resolved)
+  check_counts(config)
+  model = config.model.to_dict() | derive_sizes(config)
+  try:
+    spec = _rebuild_connection(resolved['model']['connection'], constraint)
+  except (AttributeError, KeyError, TypeError, ValueError) as error:
+    if isinstance(error, ConfigError):
+      raise
+    raise ConfigError(f'model.connection: {type(error).__name__}: {error}') from None
+  rebuilt = model_of(model, config.transfer.to_dict(), spec)
+  check_size(rebuilt, config)
+  check_connection(spec, rebuilt.width)
+  return rebuilt
+
+
+def _rebuild_connection(given: dict[str, Any], constraint: Constraint | None) -> ConnectionSpec:
+  connection = {key: value for key, value in given.items() if key != 'output_init_scaling'}
   init = {key: tuple(v) if isinstance(v, list) else v for key, v in connection.pop('init').items()}
   for gate in ('read_gate', 'write_gate'):
     connection[gate] = Gate(**connection[gate])
@@ -154,11 +195,11 @@ def rebuild_model(resolved: dict[str, Any], constraint: Constraint | None = None
     if (constraint.name, json.loads(json.dumps(constraint.params))) != trained:
       raise ConfigError(f'the run was trained with the constraint {trained[0]} of {trained[1]}')
     connection['constraint'] = constraint
-  try:
-    spec = connection_spec(**connection, init=Init(**init))
-  except ValueError as error:
-    raise ConfigError(f'model.connection: {error}') from None
-  return model_of(m, resolved['transfer'], spec)
+  spec = connection_spec(**connection, init=Init(**init))
+  for key, value in connection.items():  # None would be the preset's
+    lost = value is None and getattr(spec, key, None) is not None
+    require(not lost, f'model.connection.{key} must have a value, got None')
+  return spec
 
 
 def steps_of(duration: ConfigDict, tokens_per_step: int, flops_per_token: float, params: int) -> int:
@@ -168,13 +209,27 @@ def steps_of(duration: ConfigDict, tokens_per_step: int, flops_per_token: float,
   """
   if duration.steps is not None:
     return duration.steps
+  name = next(name for name, value in duration.items() if value is not None)
   if duration.tokens is not None:
     tokens = duration.tokens
   elif duration.flops is not None:
     tokens = duration.flops / flops_per_token
   else:
     tokens = duration.tokens_per_param * params
-  return max(1, round(tokens / tokens_per_step))
+  steps = tokens / tokens_per_step
+  require(steps <= INT32, f'duration.{name}={duration[name]:g} means {steps:.3g} updates; at most {INT32}')
+  return max(1, round(steps))
+
+
+def warnings_of(run: Run) -> list[str]:
+  """What of a run is allowed but hardly meant, a line each."""
+  warmup = optim.warmup_steps(run.optimizer, run.num_steps)
+  if warmup <= run.num_steps:
+    return []
+  return [
+    f'optimizer.warmup_steps={warmup} is longer than the run of {run.num_steps} updates: the learning rate '
+    f'ends at {run.num_steps / warmup:.0%} of optimizer.lr'
+  ]
 
 
 def run_id(resolved: dict[str, Any]) -> str:

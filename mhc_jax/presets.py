@@ -12,6 +12,8 @@ import numpy as np
 from mhc_jax.connection import READ_GATES, WRITE_GATES, ConnectionSpec, Gate, Init
 from mhc_jax.constraints import CONSTRAINTS
 from mhc_jax.constraints.base import Constraint
+from mhc_jax.errors import require
+from mhc_jax.values import check_dataclass, checked, checked_arguments
 
 # Start values by name, given n. Biases are coordinates, before the gate (connection.Init).
 INITS: dict[str, Callable[[int], Init]] = {
@@ -32,6 +34,11 @@ INITS: dict[str, Callable[[int], Init]] = {
   # HC: one-hot cyclic reads, unit writes, H_res = I, phi = 0: exactly pre-norm at step 0.
   'pre_norm': lambda n: Init(read=(0, 1), write=(1, 1), mixing=0.0, phi=0.0, alpha=0.01),
 }
+
+MOST_STREAMS = 2048  # every read and write sums over them, written out
+MOST_MIXED = 64  # of streams with an H_res, whose n^2 products are written out
+MOST_COORDINATES = 4096
+MOST_FLOPS = 10**8  # of one matrix of one token
 
 _MHC_GATES = {'read_gate': Gate('sigmoid'), 'write_gate': Gate('sigmoid', 2.0)}
 _HC = {
@@ -180,9 +187,10 @@ def connection_spec(
   if preset not in presets:
     raise ValueError(f'connection.preset of {name!r} must be one of {", ".join(presets)}, got {preset!r}')
   fields = dict(presets[preset])
-  n = fields.pop('streams', streams)
-  if n < 1:
-    raise ValueError(f'connection.streams must be at least 1, got {n}')
+  n = checked('connection.streams', fields.pop('streams', streams), int)
+  require(
+    1 <= n <= MOST_STREAMS, f'connection.streams must be at least 1 and at most {MOST_STREAMS}, got {n}'
+  )
   default, default_params = fields.pop('constraint'), fields.pop('constraint_params', {})
   constraint = default if constraint is None else constraint
   params = {**(default_params if constraint == default else {}), **(constraint_params or {})}
@@ -208,7 +216,8 @@ def _constraint(constraint: str | Constraint, params: dict) -> Constraint:
   if isinstance(constraint, str):
     if constraint not in CONSTRAINTS:
       raise ValueError(f'connection.constraint must be one of {", ".join(CONSTRAINTS)}, got {constraint!r}')
-    return CONSTRAINTS[constraint](**params)
+    make = CONSTRAINTS[constraint]
+    return make(**checked_arguments(f'connection.constraint={constraint}', make, params))
   if constraint.name in CONSTRAINTS and not constraint.is_of_package:
     raise ValueError(f'{constraint.name!r} names a constraint of the package; give your own another name')
   return constraint
@@ -235,7 +244,25 @@ _CHOICES = {
 }
 
 
+def _check_cost(spec: ConnectionSpec) -> None:
+  """Raises ConfigError, before anything is computed, for what takes too long to trace or to compute."""
+  constraint, n = spec.constraint, spec.streams
+  if constraint.name != 'identity':
+    sums = f'connection.streams={n} mixed by {n * n} sums, written out; at most {MOST_MIXED}^2'
+    require(n <= MOST_MIXED, sums)
+  where = f'connection.constraint={constraint.name} at {n} streams'
+  for what, count, most in (
+    ('coordinates', constraint.num_coordinates, MOST_COORDINATES),
+    ('flops', constraint.flops, MOST_FLOPS),
+  ):
+    found = checked(f'{what} of {where}', count(n), float)
+    require(0 <= found <= most, f'{where} has {found:.0f} {what} a token; at most {most}')
+
+
 def _check(spec: ConnectionSpec) -> None:
+  parts = {'init': spec.init, 'read_gate': spec.read_gate, 'write_gate': spec.write_gate}
+  for name, part in {'connection': spec, **{f'connection.{k}': v for k, v in parts.items()}}.items():
+    check_dataclass(name, part)
   for name, choices in _CHOICES.items():
     value = getattr(spec, name)
     if value not in choices:
@@ -246,6 +273,7 @@ def _check(spec: ConnectionSpec) -> None:
       raise ValueError(f'connection.{name} must be one of {", ".join(kinds)}, got {kind!r}')
   if spec.norm_eps < 0:
     raise ValueError(f'connection.norm_eps must not be negative, got {spec.norm_eps}')
+  _check_cost(spec)
   _check_combinations(spec)
   mixing = spec.init.mixing
   if mixing is not None:

@@ -17,7 +17,8 @@ from jax.sharding import Mesh
 from mhc_jax import optimizer as optim
 from mhc_jax.checkpoint import Checkpoints
 from mhc_jax.divergence import Divergence
-from mhc_jax.log import MetricsLog, Progress
+from mhc_jax.log import Progress
+from mhc_jax.metrics_log import MetricsLog
 from mhc_jax.plan import Run
 from mhc_jax.storage import write_json
 from mhc_jax.train_step import TrainState
@@ -33,6 +34,7 @@ class Position:
   seconds: float = 0.0  # of training, over all restarts
   final: dict[str, float] = dataclasses.field(default_factory=dict)  # the newest losses
   divergence: dict[str, Any] = dataclasses.field(default_factory=dict)  # what divergence.py counts
+  skipped: int = 0  # updates whose batch had nothing to predict
 
 
 class Recorder:
@@ -50,7 +52,8 @@ class Recorder:
     self._divergence = Divergence(c['divergence']['patience'], warmup, at.divergence)
     at.divergence = self._divergence.saved
     if self._writes:
-      self._log = MetricsLog(self._workdir, at.step if resumed else None, c['log']['tensorboard'])
+      last_step, every = at.step if resumed else None, c['log']['every_steps']
+      self._log = MetricsLog(self._workdir, last_step, c['log']['tensorboard'], every)
     self._progress = Progress(c['arm'], at.step, self._plan.num_steps, quiet or not self._writes)
     self.start_clock(at.step)
 
@@ -83,8 +86,11 @@ class Recorder:
     at.step, diverged, measured = step, False, {}
     if metrics is not None:
       values = {name: np.asarray(value).tolist() for name, value in jax.device_get(metrics).items()}
-      diverged = self._divergence.diverged(step, values)
-      at.final['train/loss'] = values['loss']
+      if values.pop('targets') > 0:
+        diverged = self._divergence.diverged(step, values)
+        at.final['train/loss'] = values['loss']
+      else:
+        at.skipped += 1
       row |= {f'train/{name}': value for name, value in values.items()} | self._timing(at)
       self._progress.update(step, values['loss'], row.get('time/tokens_per_second'))
     if measure is not None and not diverged:
@@ -113,9 +119,8 @@ class Recorder:
     """Rows first, then the state: a checkpoint never knows more than the metrics on disk."""
     if self._writes:
       self._log.sync()
-    checkpoints.save(
-      at.step, at.state, {'seconds': at.seconds, 'divergence': at.divergence, 'final': at.final}
-    )
+    extra = {name: getattr(at, name) for name in ('seconds', 'divergence', 'final', 'skipped')}
+    checkpoints.save(at.step, at.state, extra)
     self.status(at, 'running')
 
   def status(self, at: Position, state: str, error: str | None = None) -> dict[str, Any]:
@@ -127,6 +132,8 @@ class Recorder:
       'num_steps': self._plan.num_steps,
       'error': error,
       'diverged_at': at.step if state == 'diverged' else None,
+      'continued_diverged': at.divergence.get('ignored', False),
+      'skipped_updates': at.skipped,
       'git_revision': self._revision,
       'versions': versions(),
       'device_kind': devices.flat[0].device_kind,

@@ -37,6 +37,18 @@ LAYOUT: dict[str, tuple[str, ...]] = {
 WHOLE_BELOW = 1024  # elements: a parameter so small lies on every device
 
 
+def find_devices() -> list[jax.Device]:
+  """jax.devices(); raises ConfigError where JAX finds none of the platform that is asked for."""
+  try:
+    return jax.devices()
+  except (AssertionError, RuntimeError, ValueError) as error:
+    asked = jax.config.jax_platforms or 'any platform'
+    what = ' '.join(str(error).split())[:200]
+    raise ConfigError(
+      f'no devices of {asked} are here (environment variable JAX_PLATFORMS)' + (what and f': {what}')
+    ) from None
+
+
 def make_mesh(axes: dict[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
   """A mesh of the first devices with these sizes of AXES; those not given are 1.
 
@@ -47,17 +59,17 @@ def make_mesh(axes: dict[str, int], devices: Sequence[jax.Device] | None = None)
   if unknown:
     raise ConfigError(f'mesh.{unknown[0]} is not an axis of the mesh; the axes are {", ".join(AXES)}')
   shape = tuple(axes.get(axis, 1) for axis in AXES)
+  here = find_devices() if devices is None else devices
   size, several = math.prod(shape), devices is None and jax.process_count() > 1
-  devices = jax.devices() if devices is None else devices
-  if size > len(devices):
+  if size > len(here):
     raise ConfigError(
-      f'{" * ".join(f"mesh.{axis}" for axis in AXES)} = {size} devices, but {len(devices)} '
-      f'{devices[0].platform} device(s) are here; lower one of them'
+      f'{" * ".join(f"mesh.{axis}" for axis in AXES)} = {size} devices, but {len(here)} '
+      f'{here[0].platform} device(s) are here; lower one of them'
     )
-  if several and size != len(devices):
-    raise ConfigError(f'with several processes the mesh must use all {len(devices)} devices')
+  if several and size != len(here):
+    raise ConfigError(f'with several processes the mesh must use all {len(here)} devices')
   # Split physical axes: a mesh need not have the form of the TPU slice that it lies on.
-  grid = mesh_utils.create_device_mesh(shape, devices[:size], allow_split_physical_axes=True)
+  grid = mesh_utils.create_device_mesh(shape, here[:size], allow_split_physical_axes=True)
   if several:
     _check_rows(grid)
   return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))

@@ -6,11 +6,14 @@ workdir is remote keeps its metrics and its lock in a local scratch folder, and 
 
 import contextlib
 import dataclasses
+import glob
 import hashlib
 import json
 import math
 import os
+import secrets
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,8 +21,10 @@ from typing import Any
 import fsspec
 from etils import epath
 
-from mhc_jax.errors import ConfigError, StorageError
+from mhc_jax.errors import FULL_DISK, ConfigError, StorageError
+from mhc_jax.paths import expand
 
+_STALE_SECONDS = 600  # no write of a small file takes as long
 _PACKAGES = {'gs': 'gcsfs', 's3': 's3fs'}
 
 
@@ -33,7 +38,7 @@ def to_path(path: str | os.PathLike[str]) -> epath.Path:
 
   Raises ConfigError for a store that is not supported, or whose package is not installed.
   """
-  path = os.fspath(path)
+  path = expand(path)
   if not is_remote(path):
     return epath.Path(os.path.abspath(path))
   scheme = path.partition('://')[0]
@@ -57,7 +62,7 @@ def errors_of(path: str | os.PathLike[str]) -> Iterator[None]:
   except ConfigError:
     raise
   except Exception as error:  # every client has classes of its own
-    if not is_remote(path):
+    if not is_remote(path) or (isinstance(error, OSError) and error.errno in FULL_DISK):  # a copy's disk here
       raise
     reason = ' '.join(f'{type(error).__name__}: {error}'.split())[:300]
     raise StorageError(f'{os.fspath(path)}: {reason}') from error
@@ -79,17 +84,21 @@ def write_text(path: str, text: str) -> None:
     with errors_of(path):
       to_path(path).write_text(text)
     return
-  partial = f'{path}.{os.getpid()}.partial'
+  partial = f'{path}.{secrets.token_hex(8)}.partial'  # process ids repeat: every container has its own 1
   try:
     with open(partial, 'w', encoding='utf-8') as file:
       file.write(text)
       file.flush()
       os.fsync(file.fileno())
     os.replace(partial, path)
-  except OSError:
-    if os.path.exists(partial):
+  except BaseException:
+    with contextlib.suppress(OSError):
       os.remove(partial)
     raise
+  for stale in glob.glob(f'{glob.escape(path)}.*partial'):  # of killed processes
+    with contextlib.suppress(OSError):
+      if time.time() - os.stat(stale).st_mtime > _STALE_SECONDS:
+        os.remove(stale)
 
 
 def scratch(workdir: str) -> str:

@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mhc_jax import distributed, storage
+from mhc_jax import distributed, settings, storage
 from mhc_jax import optimizer as optim
 from mhc_jax.checkpoint import Checkpoints
 from mhc_jax.command import end_with_message
@@ -36,9 +36,12 @@ from mhc_jax.data import (
   windows,
 )
 from mhc_jax.diagnostics import with_spectra
-from mhc_jax.errors import FULL_DISK, ConfigError, require
+from mhc_jax.errors import FULL_DISK, require
 from mhc_jax.evaluate import validation_arrays, validation_loss
-from mhc_jax.plan import Run, resolve
+from mhc_jax.log import say, tolerant_streams
+from mhc_jax.memory import check_memory
+from mhc_jax.paths import expand
+from mhc_jax.plan import Run, resolve, warnings_of
 from mhc_jax.recorder import Position, Recorder
 from mhc_jax.sharding import local_rows, make_mesh, put_batch
 from mhc_jax.train_step import Batch, Programs, programs
@@ -67,24 +70,32 @@ def load_data(run: Run, corpus: Corpus) -> tuple[Windows, Windows]:
   return train, windows(corpus.validation, *how)
 
 
+@tolerant_streams()
+@settings.held()
 def run(
   config: ConfigDict,
   workdir: str,
   corpus: Corpus | None = None,
   quiet: bool = False,
   constraint: Constraint | None = None,
+  *,
+  continue_diverged: bool = False,
+  stops_at: Callable[[int], bool] | None = None,
 ) -> dict[str, Any]:
   """Trains one run in workdir, or goes on where it stopped; returns its status (status.json).
 
   constraint: a Constraint of the caller's own, in place of the one that the configuration names.
+  continue_diverged: a run that was called diverged goes on, and only what is not finite ends it again.
+  stops_at: the caller's distributed.stop_on_signal, where it covers several runs.
 
   Raises ConfigError for a mistake in the configuration, with nothing written; OSError on a full disk.
   """
+  workdir = expand(workdir)
   storage.to_path(workdir)  # these refuse mistakes before a corpus is prepared
-  resolve(config, '', constraint)
+  planned = resolve(config, '', constraint)
   mesh = make_mesh(config.mesh.to_dict())
-  if config.model.dtype == 'float64' and not jax.config.jax_enable_x64:
-    raise ConfigError('model.dtype=float64 needs the environment variable JAX_ENABLE_X64=1')
+  settings.check_precision(config.model.dtype)
+  check_memory(planned)
   corpus = corpus or load_corpus(config.data.name, config.data.dir, tokenizer_of(config.data.tokenizer))
   plan = resolve(config, corpus.digest, constraint)
   train, validation = load_data(plan, corpus)
@@ -92,12 +103,18 @@ def run(
   distributed.require_same('configuration or corpus', plan.run_id)
   data = Data(train, validation_arrays(plan.resolved, validation, mesh), corpus.tokenizer.bytes_per_token)
   with claim(workdir, plan) as status:
-    if status['state'] in ENDED:
+    goes_on = continue_diverged and status['state'] == 'diverged'
+    if status['state'] in ENDED and not goes_on:
       return status
+    if not quiet and jax.process_index() == 0:
+      for line in warnings_of(plan):
+        say(f'warning: {line}')
     at = Position(step=status.get('step', 0))
     record = Recorder(plan, workdir, mesh, status.get('git_revision'))
+    stop = contextlib.nullcontext(stops_at) if stops_at else distributed.stop_on_signal()
     try:
-      state = _restore_and_train(plan, workdir, data, mesh, at, record, quiet)
+      with stop as stops_at:
+        state = _restore_and_train(plan, workdir, data, mesh, at, record, quiet, goes_on, stops_at)
     except BaseException as error:
       # The same command goes on after Ctrl-C and a full disk; after anything else it needs a look.
       full = isinstance(error, OSError) and error.errno in FULL_DISK
@@ -108,12 +125,19 @@ def run(
 
 
 def _restore_and_train(
-  plan: Run, workdir: str, data: Data, mesh: Mesh, at: Position, record: Recorder, quiet: bool
+  plan: Run,
+  workdir: str,
+  data: Data,
+  mesh: Mesh,
+  at: Position,
+  record: Recorder,
+  quiet: bool,
+  goes_on: bool,
+  stops_at: Callable[[int], bool],
 ) -> str:
   """From the newest checkpoint, or from the start, to the end; moves `at`, returns how it ended."""
   c = plan.resolved
   with contextlib.ExitStack() as stack:
-    stops_at = stack.enter_context(distributed.stop_on_signal())
     compiled = programs(plan.model, plan.optimizer, mesh)
     folder = os.path.join(workdir, 'checkpoints')
     checkpoints = stack.enter_context(Checkpoints(folder, c['checkpoint']['keep']))
@@ -121,6 +145,8 @@ def _restore_and_train(
     at.step, at.state, extra = saved or (0, compiled.init(jax.random.key(c['seed'])), {})
     for name, value in extra.items():
       setattr(at, name, value)
+    if goes_on:
+      at.divergence |= {'ignored': True}
     record.open(at, resumed=saved is not None, quiet=quiet)
     stack.callback(record.close)
     record.status(at, 'running')
@@ -214,6 +240,11 @@ def main(argv: list[str] | None = None) -> int:
   )
   parser.add_argument('--config', required=True, help='a file of configs/, with :argument if it takes one')
   parser.add_argument('--workdir', required=True, help='folder of the run: config, metrics, checkpoints')
+  parser.add_argument(
+    '--continue-diverged',
+    action='store_true',
+    help='go on with a run that was called diverged, from its last checkpoint; only NaN and inf end it then',
+  )
   distributed.add_flags(parser)
   args, overrides = parser.parse_known_args(argv)
   config = parse(args.config, overrides)
@@ -221,14 +252,14 @@ def main(argv: list[str] | None = None) -> int:
   if cluster and not distributed.is_supervised():
     command = [sys.executable, '-m', 'mhc_jax.train', *(sys.argv[1:] if argv is None else argv)]
     return distributed.supervise(cluster, command)
-  distributed.initialize(cluster, args.heartbeat, args.local_devices)
-  status = run(config, args.workdir)
+  distributed.initialize(cluster, args)
+  status = run(config, args.workdir, continue_diverged=args.continue_diverged)
   interrupted = status['state'] == 'interrupted'
-  final = ', '.join(f'{name} {value:.4f}' for name, value in (status['final'] or {}).items())
+  final = ', '.join(f'{name} {value:.4f}' for name, value in (status.get('final') or {}).items())
   if jax.process_index() > 0:
     pass
   elif interrupted:
-    print(f'interrupted after step {status["step"]}; the same command goes on', file=sys.stderr)
+    say(f'interrupted after step {status["step"]}; the same command goes on')
   else:
     print(f'{status["state"]} at step {status["step"]}/{status["num_steps"]}: {final or "no final loss"}')
   return 130 if interrupted else 0

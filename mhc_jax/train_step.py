@@ -76,9 +76,9 @@ def sums_and_load(
 
 
 def loss_fn(params: Any, batch: Batch, model: ModelConfig, mesh: Mesh | None = None) -> tuple[jax.Array, Any]:
-  """Mean cross-entropy in nats per predicted token, and the experts' loads."""
+  """Mean cross-entropy in nats per predicted token, 0 where there is none, and the experts' loads."""
   (total, count), load_LE = sums_and_load(params, batch, model, mesh)
-  return total / count, load_LE
+  return total / jnp.maximum(count, 1), load_LE
 
 
 def gradients(
@@ -93,7 +93,7 @@ def gradients(
   if parts is None:
     loss_and_load, grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch, model, mesh)
     return loss_and_load, constrain_state(grads, mesh)
-  count = jnp.sum(batch['weights'])
+  count = jnp.maximum(jnp.sum(batch['weights']), 1)
 
   @functools.partial(jax.value_and_grad, has_aux=True)
   def share(params: Any, part: Batch) -> tuple[jax.Array, Any]:
@@ -119,8 +119,9 @@ def train_step(
   optimizer: OptimizerConfig,
   mesh: Mesh | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-  """One update. Metrics: loss (before the update), global norms of gradient and update, lr.
+  """One update. Metrics: loss (before the update), norms of gradient and update, lr, predicted targets.
 
+  A batch without a target (of one token, which begins a document) counts as an update and changes nothing.
   With experts also load_max_over_mean, (L,): the fullest expert's tokens over the mean of its layer. The
   routers' biases then move by these loads, outside of the optimizer.
   """
@@ -133,17 +134,25 @@ def train_step(
     'grad_norm': optax.tree.norm(grads),
     'update_norm': optax.tree.norm(updates),
     'lr': lr,
+    'targets': jnp.sum(batch['weights']),
   }
   params = optax.apply_updates(state.params, updates)
   if load_LE is not None:
     metrics['load_max_over_mean'] = load_LE.max(-1) / load_LE.mean(-1)
     params = balance(params, load_LE, model)
+  if batch['inputs'].shape[1] == 1:  # else no batch can be without a target: no document is empty
+    params, opt_state = jax.tree.map(
+      lambda new, old: jnp.where(metrics['targets'] > 0, new, old),
+      (params, opt_state),
+      (state.params, state.opt_state),
+    )
   return TrainState(state.step + 1, params, opt_state), metrics
 
 
 def balance(params: Any, load_LE: jax.Array, c: ModelConfig) -> Any:
   """params with the routers' biases moved by bias_rate * sign(mean load - load), (2408.15664, algorithm 1).
 
+  Their mean is taken out, which no choice among experts depends on: it would drift with the signs' sum.
   load_LE: tokens per expert of the whole batch, for every layer with experts.
   """
   load_LE = load_LE.astype(jnp.float32)
@@ -152,6 +161,7 @@ def balance(params: Any, load_LE: jax.Array, c: ModelConfig) -> Any:
   def moved(layer, move):
     ffn = layer['feed_forward']
     bias = ffn['router_bias'] + move.astype(ffn['router_bias'].dtype)
+    bias -= bias.mean(-1, keepdims=True)
     return {**layer, 'feed_forward': {**ffn, 'router_bias': bias}}
 
   if c.scan:

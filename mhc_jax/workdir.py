@@ -18,30 +18,44 @@ import jax
 from mhc_jax import storage
 from mhc_jax.distributed import any_process
 from mhc_jax.errors import FULL_DISK, BusyError, ConfigError
+from mhc_jax.log import say
 from mhc_jax.plan import Run, deciding, run_id
+from mhc_jax.run_folder import ENDED, load_config, load_status
 from mhc_jax.storage import write_json
 
-ENDED = ('finished', 'diverged')
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
 
 
 def read_config(workdir: str) -> dict[str, Any] | None:
   """The resolved configuration in config.json, None without one; ConfigError where it is not a run's."""
-  path = os.path.join(workdir, 'config.json')
+  resolved, trouble = load_config(workdir)
   try:
-    resolved = storage.read_json(path)
     if resolved is not None:
       run_id(resolved)
-  except (AttributeError, KeyError, TypeError, ValueError) as error:
-    if isinstance(error, ConfigError):
-      raise
-    raise ConfigError(f'{path} is not the configuration of a run: {type(error).__name__}: {error}') from None
+  except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+    trouble = f'{type(error).__name__}: {error}'
+  if trouble:
+    path = os.path.join(workdir, 'config.json')
+    raise ConfigError(
+      f'{path} is not the configuration of a run ({trouble}): restore it, or choose another folder'
+    )
   return resolved
 
 
 def read_status(workdir: str) -> dict[str, Any]:
-  """A run's status.json; {'state': 'missing'} if there is none."""
-  return storage.read_json(os.path.join(workdir, 'status.json')) or {'state': 'missing'}
+  """A run's status.json; its state is 'missing' without a file, 'damaged' for a damaged one: said once."""
+  status, trouble = load_status(workdir)
+  if trouble:
+    _warn(
+      f'{os.path.join(workdir, "status.json")} is damaged ({trouble}): the run goes on from its checkpoint, '
+      'which does not need it'
+    )
+  return status
+
+
+@functools.cache
+def _warn(line: str) -> None:
+  say(f'warning: {line}')
 
 
 @contextlib.contextmanager
@@ -85,11 +99,22 @@ def _lock(workdir: str) -> contextlib.AbstractContextManager:
 def check_workdir(workdir: str, run: Run) -> None:
   """Raises ConfigError if workdir holds a run of another configuration, naming the first difference."""
   resolved = read_config(workdir)
+  if resolved is None and (read_status(workdir)['state'] in ENDED or _has_checkpoints(workdir)):
+    raise ConfigError(
+      f'{workdir}/config.json is missing, and without it nobody knows whose results are there: '
+      'restore it, or choose another --workdir'
+    )
   if resolved is not None and run_id(resolved) != run.run_id:
     name, old, new = _first_difference(deciding(resolved), deciding(run.resolved))
     raise ConfigError(
       f'{workdir} holds a run with {name}={old!r}, this one has {new!r}: choose another --workdir'
     )
+
+
+def _has_checkpoints(workdir: str) -> bool:
+  with storage.errors_of(workdir):
+    folder = storage.to_path(os.path.join(workdir, 'checkpoints'))
+    return folder.is_dir() and any(folder.iterdir())
 
 
 def _first_difference(old: Any, new: Any, name: str = '') -> tuple[str, Any, Any]:

@@ -4,6 +4,8 @@ import itertools
 import json
 import os
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from experiments.bench import __main__ as bench
@@ -87,6 +89,16 @@ def test_scaling_splits_the_state_and_counts_what_that_costs(run, monkeypatch):
   assert (tensor['axis'], tensor['devices']) == ('tensor', 2) and tensor['collectives']['all-gather']['count']
 
 
-def test_mistakes_are_refused(run):
-  with pytest.raises(ConfigError, match='at least 1'):
-    run('step', '--repeats', '0')
+@pytest.mark.parametrize('mistake', ('--repeats 0', '--streams 0', '--depth 0', '--tokens 5', '--batch -2'))
+def test_mistakes_are_refused(mistake):
+  with pytest.raises(ConfigError, match=f'{mistake.split()[0]} must be at least 1'):
+    bench.main(['step', *mistake.split()])
+
+
+def test_settings_of_jax_are_those_of_training(run, monkeypatch):
+  monkeypatch.setitem(bench.BENCHES, 'step', lambda args: {'sum': float(jnp.int32(1) + jnp.float32(0.5))})
+  jax.config.update('jax_numpy_dtype_promotion', 'strict')
+  try:
+    assert run('step') == {'sum': 1.5}
+  finally:
+    jax.config.update('jax_numpy_dtype_promotion', 'standard')

@@ -1,6 +1,7 @@
 """`mhc`: one name for every command, cheap until the command is known; `mhc env`."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -34,6 +35,21 @@ def test_mistakes_end_in_one_line(capsys):
   assert capsys.readouterr().err == "error: no command 'tarin'; did you mean train?\n"
   assert mhc.main(['train', '--config', 'laptob', '--workdir', 'x']) == 2
   assert re.match(r"error: no config file 'laptob'; by name there are laptop, .*\n$", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize('arguments', ('', '--version', 'tarin'))
+def test_the_list_of_commands_needs_no_reader(arguments):
+  with open('/dev/full', 'w') as full:
+    ended = subprocess.run([sys.executable, '-m', 'mhc_jax', *arguments.split()], stdout=full, stderr=full)
+  assert ended.returncode == (2 if arguments == 'tarin' else 0)
+
+
+def test_a_setting_that_jax_refuses_is_one_line():
+  settings = os.environ | {'JAX_DEFAULT_PRNG_IMPL': 'none_such'}
+  command = [sys.executable, '-m', 'mhc_jax', 'env']
+  ended = subprocess.run(command, env=settings, capture_output=True, text=True, timeout=60)
+  assert ended.returncode == 2 and ended.stderr.startswith('error: the environment has a setting that JAX')
+  assert len(ended.stderr.splitlines()) == 1 and 'jax_default_prng_impl' in ended.stderr
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,8 @@ def test_tokenizer_round_trip():
   assert BYTES.decode(BYTES.encode(text)) == text
   assert BYTES.encode(text).dtype == np.uint16
   np.testing.assert_array_equal(BYTES.encode(b'\x00\xff'), [0, 255])
+  np.testing.assert_array_equal(BYTES.encode('\udcff'), [255])  # an argument that is no UTF-8
+  assert len(BYTES.encode('\ud800')) == 3
   assert BYTES.decode([BYTES.bos, 65, BYTES.bos, 0xFF, 66]) == 'A\ufffdB'
   with pytest.raises(ValueError, match='257'):
     BYTES.decode([65, 257])
@@ -76,6 +78,20 @@ def test_every_token_but_bos_is_a_target_once(tokens):
   np.testing.assert_array_equal(batch['targets'].reshape(-1), tokens[1 : 100 * SEQ_LEN + 1])
   assert (batch['weights'] == 0).sum() == (tokens[1 : 100 * SEQ_LEN + 1] == BYTES.bos).sum() > 0
   assert not batch['weights'][batch['targets'] == BYTES.bos].any()
+
+
+def test_places_beyond_int32(tmp_path):
+  """A file with a hole: 2**31 + 9 tokens, the last of them 7."""
+  size = 2**31 + 9
+  with open(tmp_path / 'tokens', 'wb') as file:
+    file.truncate(2 * size - 2)
+    file.seek(2 * size - 2)
+    file.write(b'\7\0')
+  source = windows(np.memmap(tmp_path / 'tokens', '<u2', mode='r'), BYTES.bos, 1, False)
+  assert len(source) == size - 1
+  assert source[size - 2]['targets'] == 7 and source[size - 3]['targets'] == 0
+  batches = train_batches(source, batch_size=2, seed=0, repeat=False, num_steps=2**30, start_step=2**30 - 1)
+  assert next(batches)['inputs'].shape == (2, 1)
 
 
 def test_window_count_at_the_edges():
@@ -186,6 +202,16 @@ def test_validation_windows_are_spread_distinct_and_fixed(numbered):
   np.testing.assert_array_equal(chosen, [2, 6, 9, 14, 17, 23, 27, 32, 34, 37, 43, 46])
   parts = [shown(validation_batches(numbered, 4, 3, rows)) for rows in ([0, 1], [2, 3])]
   np.testing.assert_array_equal(np.concatenate(parts, axis=1).reshape(-1), chosen)
+
+
+def test_validation_without_any_target_is_refused():
+  """Possible with windows of one token alone: documents are never empty."""
+  stream = np.tile(np.array([BYTES.bos, 65], np.uint16), 20)  # windows 0, 2, ... predict, 1, 3, ... do not
+  assert len(validation_batches(windows(stream, BYTES.bos, 1, False), 4, 4)) == 4
+  stream = np.array([65, *[BYTES.bos] * 9], np.uint16)
+  for rows in (None, [0]):
+    with pytest.raises(ConfigError, match=r'seq_len=1 hold nothing to predict.*raise seq_len'):
+      validation_batches(windows(stream, BYTES.bos, 1, False), 2, 2, rows)
 
 
 def test_validation_split_too_small(numbered):

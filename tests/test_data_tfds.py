@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -143,6 +144,32 @@ def test_tfrecord_of_another_tool_is_refused(tmp_path):
   info.write_text(info.read_text().replace('array_record', 'tfrecord'))
   with pytest.raises(ConfigError, match=r'without random access .* choose another data_dir'):
     load_corpus('mhc_toy/all_splits', str(tmp_path))
+
+
+def cut(path: Path) -> None:
+  path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def zeros_inside(path: Path) -> None:
+  data = path.read_bytes()
+  path.write_bytes(data[:1000] + bytes(8000) + data[9000:])
+
+
+def zeros_at_the_start(path: Path) -> None:
+  path.write_bytes(bytes(200) + path.read_bytes()[200:])
+
+
+@pytest.mark.parametrize('damage', [cut, zeros_inside, zeros_at_the_start, Path.unlink])
+def test_damaged_data_set_is_refused_in_one_line(tmp_path, damage):
+  load_corpus('mhc_toy/train_only', str(tmp_path))
+  [records] = (path for path in tmp_path.rglob('*array_record*') if path.is_file())
+  damage(records)
+  with pytest.raises(ConfigError, match=rf'{records.parent} is damaged .*: delete it') as error:
+    load_corpus('mhc_toy/train_only', str(tmp_path))
+  assert '\n' not in str(error.value)
+  assert len(list(tmp_path.rglob('corpus.json'))) == 1
+  shutil.rmtree(records.parent)
+  load_corpus('mhc_toy/train_only', str(tmp_path))
 
 
 @pytest.mark.parametrize('name', ['lm1b', 'tiny_shakespeare'])

@@ -1,154 +1,70 @@
 """Two processes of four CPU devices each, killed, stopped and resumed; finding processes; launch files."""
 
 import argparse
-import contextlib
-import json
 import os
-import pathlib
 import random
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
 
+import jax
 import pytest
 import yaml
 
 from experiments import sweep
 from mhc_jax import distributed, train
-from mhc_jax.config_file import parse
 from mhc_jax.distributed import Cluster
 from mhc_jax.errors import ConfigError
-from tests.conftest import FLAGS
+from tests.campaign.peers import Pair
+from tests.campaign.tiny import ROOT, STEPS, Tiny, logged, status
 
-ROOT = pathlib.Path(__file__).parent.parent
 LAUNCH = ROOT / 'experiments' / 'launch'
-SMOKE = f'{ROOT / "configs" / "laptop.py"}:smoke'
-STEPS, TIMEOUT = 20, 300
-
-
-def overrides(folder):
-  """A tiny mHC model on a text of its own."""
-  fields = (
-    'model.width=16',
-    'model.depth=1',
-    'model.connection.streams=2',
-    'data.seq_len=16',
-    'data.batch_size=8',
-    f'data.name=text_files:{folder / "text"}',
-    f'data.dir={folder / "data"}',
-    f'duration.steps={STEPS}',
-    'evaluation.every_steps=100',
-    'log.diagnostics_every_steps=100',
-    'log.tensorboard=False',
-    'checkpoint.every_steps=4',
-  )
-  return [f'--config.{field}' for field in fields]
-
-
-class Pair:
-  """The training command as two processes of four devices each."""
-
-  def __init__(self, folder, workdir):
-    with socket.create_server(('localhost', 0)) as free:
-      port = free.getsockname()[1]
-    command = [sys.executable, '-m', 'mhc_jax.train', '--config', SMOKE, '--workdir', str(workdir)]
-    command += [*overrides(folder), '--config.mesh.data=4', '--config.mesh.fsdp=2', '--local-devices=4']
-    command += [f'--coordinator=localhost:{port}', '--processes=2', '--heartbeat=8']
-    environment = os.environ | {
-      'XLA_FLAGS': ' '.join(flag for flag in FLAGS if 'device_count' not in flag),
-      'JAX_COMPILATION_CACHE_DIR': str(folder / 'compiled'),  # one compilation for both pairs
-      'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
-      'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '-1',
-    }
-    pipes = {'stdout': subprocess.DEVNULL, 'stderr': subprocess.PIPE, 'text': True}
-    self.workdir = workdir
-    self.processes = [
-      subprocess.Popen([*command, f'--process={index}'], env=environment, cwd=ROOT, **pipes)
-      for index in range(2)
-    ]
-
-  def wait_for_step(self, step):
-    deadline = time.monotonic() + TIMEOUT
-    while not any(row['step'] >= step for row in logged(self.workdir)):
-      for process in self.processes:
-        assert process.poll() is None, f'ended before: {process.communicate()[1]}'
-      assert time.monotonic() < deadline
-      time.sleep(0.01)
-
-  def end(self):
-    """[(exit code, stderr)] of the processes."""
-    said = [process.communicate(timeout=TIMEOUT)[1] for process in self.processes]
-    return [(process.returncode, text) for process, text in zip(self.processes, said, strict=True)]
-
-
-def logged(workdir):
-  """Rows without their times; half a line, or no file yet, is nothing."""
-  lines = []
-  with contextlib.suppress(FileNotFoundError):
-    lines = (workdir / 'metrics.jsonl').read_text().splitlines(keepends=True)
-  rows = [json.loads(line) for line in lines if line.endswith('\n')]
-  return [{key: value for key, value in row.items() if not key.startswith('time/')} for row in rows]
-
-
-def status(workdir):
-  return json.loads((workdir / 'status.json').read_text())
-
-
-@pytest.fixture(scope='module')
-def folder(tmp_path_factory):
-  folder = tmp_path_factory.mktemp('distributed')
-  words = random.Random(0)
-  (folder / 'text').mkdir()
-  for index in range(20):
-    (folder / 'text' / f'{index}.txt').write_text(' '.join(words.choice('abcdefgh') * 3 for _ in range(500)))
-  return folder
 
 
 @pytest.mark.slow
-def test_two_processes_are_killed_and_stopped_and_one_takes_over(folder, tmp_path):
+def test_two_processes_are_killed_and_stopped_and_one_takes_over(tmp_path):
   """The same processes go on bit for bit; then one device ends where it would have ended alone."""
-  workdir, alone = tmp_path / 'run', tmp_path / 'alone'
+  tiny, workdir = Tiny(tmp_path), tmp_path / 'run'
   moment, victim = random.Random(), random.choice((0, 1))
 
   # A machine is lost at a random moment: the other process ends within a minute and says so in one line.
-  pair = Pair(folder, workdir)
-  pair.wait_for_step(moment.randrange(6, 10))
-  pair.processes[victim].kill()
+  pair = Pair(tiny, workdir)
+  assert pair.wait_for_rows(moment.randrange(7, 11)), pair.end()
+  pair.sessions[victim].process.kill()
   began = time.monotonic()
-  code, said = pair.end()[1 - victim]
+  code, _, said = pair.end()[1 - victim]
   assert time.monotonic() - began < 60 and code == 1, said
   *before, last = said.splitlines()
   assert (
     last.startswith(f'error: process {1 - victim} of 2 lost the other processes') and 'same command' in last
   )
-  assert all(re.match(r'mhc: step|W\d{4} ', line) for line in before), said
+  assert all(re.match(r'mhc: step|residual: step|W\d{4} ', line) for line in before), said
   killed = logged(workdir)
 
   # SIGTERM to either process: both save the same step and end.
-  pair = Pair(folder, workdir)
-  pair.wait_for_step(killed[-1]['step'] + 2)
-  pair.processes[victim].send_signal(signal.SIGTERM)
+  pair = Pair(tiny, workdir)
+  assert pair.wait_for_rows(len(killed) + 2), pair.end()
+  pair.sessions[victim].process.send_signal(signal.SIGTERM)
   ends = pair.end()
-  assert [code for code, _ in ends] == [130, 130], ends
+  assert [said.code for said in ends] == [130, 130], ends
   stopped = status(workdir)
   assert (stopped['state'], stopped['device_count']) == ('interrupted', 8)
-  assert f'interrupted after step {stopped["step"]}; the same command goes on' in ends[0][1]
-  assert 'interrupted' not in ends[1][1], 'process 0 speaks for both'
+  assert f'interrupted after step {stopped["step"]}; the same command goes on' in ends[0].err
+  assert 'interrupted' not in ends[1].err, 'process 0 speaks for both'
   assert (workdir / 'checkpoints' / str(stopped['step'])).is_dir()
   rows = logged(workdir)
   assert [row['step'] for row in rows] == list(range(stopped['step'] + 1)) and stopped['step'] < STEPS
   assert rows[: len(killed)] == killed, 'the killed updates, done again'
 
-  for place in (workdir, alone):
-    train.run(parse(SMOKE, overrides(folder)), str(place), quiet=True)
-    assert (status(place)['state'], status(place)['device_count']) == ('finished', 1)
-    assert [row['step'] for row in logged(place)] == list(range(STEPS + 1))
+  said = tiny.train(workdir)
+  assert said.code == 0, said.err
+  assert (status(workdir)['state'], status(workdir)['device_count']) == ('finished', 1)
+  assert [row['step'] for row in logged(workdir)] == list(range(STEPS + 1))
   # Sums in another order differ by 1e-7; Adam enlarges that where a gradient is small.
-  for row, other in zip(logged(workdir), logged(alone), strict=True):
+  for row, other in zip(logged(workdir), logged(tiny.undisturbed), strict=True):
     for name in row.keys() & {'train/loss', 'train/grad_norm', 'validation/loss'}:
       assert row[name] == pytest.approx(other[name], rel=1e-4), (row['step'], name)
 
@@ -204,8 +120,44 @@ def test_processes_are_found_in_flags_or_environment(monkeypatch):
   port = 7 + 65535 - 2**12 + 1  # JAX's rule
   assert distributed.find(flags()) == Cluster(f'node03:{port}', 16, 9, (1,))
   assert distributed.find(explicit) == Cluster('host:12', 4, 3)
+  monkeypatch.setenv('SLURM_STEP_NUM_TASKS', '1')
+  assert distributed.find(flags()) is None, 'an interactive step of a job of 16 tasks'
+  monkeypatch.delenv('SLURM_STEP_NUM_TASKS')
+  monkeypatch.setenv('SLURM_PROCID', 'nine')
+  with pytest.raises(ConfigError, match=r"wrongly: .*'nine'"):
+    distributed.find(flags())
   monkeypatch.setenv('SLURM_NTASKS', '1')
+  monkeypatch.setenv('SLURM_PROCID', '0')
   assert distributed.find(flags()) is None
+
+
+@pytest.mark.parametrize(
+  'odd,message',
+  (
+    ({'OMPI_COMM_WORLD_SIZE': None}, 'OMPI_COMM_WORLD_SIZE.* is missing'),
+    ({'OMPI_COMM_WORLD_RANK': '2'}, 'process 2 of 2'),
+    ({'OMPI_COMM_WORLD_SIZE': '99999999999'}, 'process 0 of 99999999999'),
+    ({'OMPI_COMM_WORLD_LOCAL_RANK': '-1'}, 'with devices'),
+  ),
+)
+def test_a_job_that_is_half_described_is_refused(monkeypatch, odd, message):
+  job = {'OMPI_MCA_orte_hnp_uri': '1531576320.0;tcp://10.96.0.1:34911'}
+  job |= {
+    f'OMPI_COMM_WORLD_{name}': value for name, value in (('SIZE', '2'), ('RANK', '0'), ('LOCAL_RANK', '0'))
+  }
+  for name, value in (job | odd).items():
+    monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+  with pytest.raises(ConfigError, match=f'wrongly: .*{message}'):
+    distributed.find(flags())
+
+
+def test_a_wait_for_others_is_said(monkeypatch, capsys):
+  monkeypatch.setattr(distributed, '_WORD_SECONDS', 0.02)
+  monkeypatch.setattr(jax.distributed, 'initialize', lambda *_, **options: time.sleep(0.2))
+  monkeypatch.setattr(jax.config, 'update', lambda *_: None)
+  distributed.initialize(Cluster('host:12', 4, 3), flags('--join-timeout', '9'))
+  said = capsys.readouterr().err.splitlines()
+  assert len(said) > 2 and 'the other 3 of 4 processes at host:12, for 9 s at most' in said[0]
 
 
 @pytest.mark.parametrize(
@@ -214,6 +166,8 @@ def test_processes_are_found_in_flags_or_environment(monkeypatch):
     (('--process', '0'), 'need each other'),
     (('--coordinator', 'host:12', '--processes', '2', '--process', '2'), 'between 0 and 1, got 2'),
     (('--coordinator', 'host', '--processes', '2', '--process', '0'), "HOST:PORT, got 'host'"),
+    (('--coordinator', 'host:1', '--processes', '9999999', '--process', '0'), 'between 1 and 1,048,576'),
+    (('--coordinator', 'host:70000', '--processes', '2', '--process', '0'), "HOST:PORT, got 'host:70000'"),
   ),
 )
 def test_flags_that_do_not_fit_are_refused(given, message):

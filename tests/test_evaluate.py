@@ -1,7 +1,9 @@
 """evaluate reports what training reported, from the files of the run alone."""
 
+import itertools
 import json
 import random
+import types
 
 import pytest
 
@@ -32,7 +34,21 @@ def trained(tmp_path_factory):
   return folder / 'run', status
 
 
-def test_same_loss_as_training(trained, capsys):
+@pytest.mark.parametrize(
+  'option', ['--bytes -5', '--bytes 9999999999', '--temperature nan', '--temperature inf', '--temperature -1']
+)
+def test_options_out_of_their_bounds_are_refused(option):
+  with pytest.raises(ConfigError, match=f'^{option}.*: must lie between 0 and'):
+    evaluate.main(['no such folder', *option.split()])
+
+
+@pytest.mark.parametrize('seed', ['-1', '99999999999999999999'])
+def test_seeds_out_of_their_bounds_are_refused(seed):
+  with pytest.raises(ConfigError, match=f'^--seed {seed}: must lie between 0 and'):
+    evaluate.main(['no such folder', '--seed', seed])
+
+
+def test_same_loss_as_training(trained, monkeypatch, capsys):
   """The same parameters on the same batches through the same function: equal to rounding (rel 1e-6)."""
   workdir, status = trained
   resolved, model, step, params = evaluate.load(str(workdir))
@@ -41,9 +57,14 @@ def test_same_loss_as_training(trained, capsys):
   assert step == 2
   for name in ('validation/loss', 'validation/bits_per_byte'):
     assert found[name] == pytest.approx(status['final'][name], rel=1e-6)
-  assert evaluate.main([str(workdir), '--bytes', '5', '--prompt', 'abc']) == 0
-  out = capsys.readouterr().out
+  clock = itertools.count(0, 31)
+  monkeypatch.setattr(evaluate, 'time', types.SimpleNamespace(monotonic=lambda: next(clock)))
+  assert evaluate.main([str(workdir), '--bytes', '3', '--prompt', 'abc\udcff\ud800']) == 0
+  out, said = capsys.readouterr()
   assert out.startswith('step 2: validation/loss') and 'abc' in out
+  assert 'sample: 2 of 3 tokens, about 31 s left' in said
+  assert evaluate.main([str(workdir), '--bytes', '0', '--prompt', 'abc']) == 0
+  assert capsys.readouterr().out.endswith('\nabc\n')
 
 
 @pytest.mark.slow

@@ -6,11 +6,13 @@ import pytest
 from synthetic_runs import command, config_of, write_plan, write_run
 
 from analysis import learning_rate
+from analysis.figures.learning_rate import MARKS, learning_rates
 from analysis.learning_rate import picks, shifts, summary
 from analysis.minima import learning_rate_sensitivity
 from analysis.rates import rate_sweeps
 from analysis.runs import read_sweep
 from analysis.selection import classify
+from analysis.study import study
 
 GRID = (0.01, 0.02, 0.04, 0.08)
 
@@ -79,3 +81,30 @@ def test_no_grid_ends_in_one_line(tmp_path, capsys):
     assert command(learning_rate.main, folder) == 2
     error = capsys.readouterr().err
     assert error.startswith('error: ') and error.count('\n') == 1
+
+
+def test_a_rate_that_is_too_low_is_told_from_one_that_diverges(tmp_path):
+  """A rate of 0 has no place among log rates; where a run has not learned at a high rate, that is said."""
+  planned = []
+  for lr in (0.0, 1e-6, 0.01, 0.02, 0.04, 0.08, 0.16):
+    state, stuck = 'diverged' if lr == 0.16 else 'finished', lr in (0.0, 1e-6, 0.08)
+    wanted = 5.49 if stuck else 2 * np.exp(0.05 * np.log(lr / 0.02) ** 2)
+    planned.append(write_run(tmp_path, config_of('mhc', 32, 2, 0, lr=lr), state, noise=0.0, wanted=wanted))
+    path = tmp_path / planned[-1]['run_id'] / 'metrics.jsonl'
+    path.write_text(f'{{"step": 0, "validation/loss": 5.5}}\n{path.read_text().split(chr(10), 1)[1]}')
+  write_plan(tmp_path, planned)
+  s = study(read_sweep(tmp_path), resamples=0)
+  (found,) = s.rates
+  told = dict(zip(found.rows['lr'], found.rows['outcome'], strict=True))
+  assert told == {0.0: 'too low', 1e-6: 'too low', 0.08: 'not learned', 0.16: 'diverged'} | dict.fromkeys(
+    (0.01, 0.02, 0.04), 'learned'
+  )
+  assert 0.0 not in found.losses and found.losses[0.16] == np.inf and np.isfinite(found.sensitivity)
+  row = summary(s.rates).iloc[0]
+  assert (row['too_low'], row['diverged'], row['not_learned']) == ('0 1e-06', '0.16', '0.08')
+  drawing = learning_rates(s)
+  entries = [text.get_text() for text in drawing.fig.legends[0].get_texts()]
+  assert entries[-3:] == [words for _, words in MARKS.values()]
+  marks = [(one.get_marker(), len(one.get_xdata())) for one in drawing.fig.axes[0].lines]
+  assert [(mark, 1) in marks for mark in 'xvs'] == [True] * 3
+  assert set(drawing.table.loc[drawing.table['kind'] == 'run', 'outcome']) == set(told.values())

@@ -1,11 +1,18 @@
 """metrics.jsonl, status.json, TensorBoard and the progress line."""
 
+import errno
+import io
 import json
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 
-from mhc_jax.log import MetricsLog, Progress
+from mhc_jax import log
+from mhc_jax.log import Progress
+from mhc_jax.metrics_log import MetricsLog
 from mhc_jax.storage import finite, write_json
 
 
@@ -79,3 +86,70 @@ def test_progress_prints_plain_lines_without_a_terminal(capsys):
   quiet.update(10, 1.5, 1000.0)
   quiet.close()
   assert not capsys.readouterr().err
+
+
+class Broken(io.StringIO):
+  """A stream of which every write fails."""
+
+  def write(self, text):
+    raise OSError(errno.ENOSPC, 'No space left on device')
+
+
+def test_streams_that_fail_are_said_once_on_the_other(monkeypatch):
+  err = io.StringIO()
+  monkeypatch.setattr(sys, 'stdout', Broken())
+  monkeypatch.setattr(sys, 'stderr', err)
+  with log.tolerant_streams():
+    print('one')
+    print('two', flush=True)
+    with log.tolerant_streams():
+      print('three')
+  assert err.getvalue().count('warning: stdout cannot be written') == 1
+  assert sys.stderr is err, 'left as they were'
+
+
+def test_what_the_terminal_lacks_becomes_a_question_mark(monkeypatch):
+  raw = io.BytesIO()
+  monkeypatch.setattr(sys, 'stdout', io.TextIOWrapper(raw, 'ascii'))
+  with log.tolerant_streams():
+    print('a\u2588\udc80b')
+  assert raw.getvalue() == b'a??b\n'
+
+
+@pytest.mark.parametrize(
+  'streams', ('', '>&- 2>&-', '2>&1 | head -c 0', '> /dev/full 2>&1', '< /dev/null >&-')
+)
+def test_a_command_ends_with_its_own_code_whatever_its_streams(streams, tmp_path):
+  """In bash, with what it writes by number: a file opened as stderr must not get what libraries print."""
+  code = (
+    'import contextlib, os, sys; from mhc_jax.command import end_with_message; from mhc_jax.log import say\n'
+    'def main():\n'
+    f'  with open({str(tmp_path / "kept")!r}, "w") as file:\n'
+    '    for _ in range(3000): print("x" * 20); say("y" * 20)\n'
+    '    with contextlib.suppress(OSError): os.write(2, b"printed by a library")\n'
+    '    file.write("kept")\n'
+    '  return 7\n'
+    'sys.exit(end_with_message(main))'
+  )
+  environment = os.environ | {'CODE': code, 'PY': sys.executable}
+  script = f'{{ "$PY" -c "$CODE"; echo $? > "{tmp_path}/code"; }} {streams}'
+  ended = subprocess.run(['bash', '-c', script], env=environment, capture_output=True, text=True, timeout=60)
+  assert (tmp_path / 'code').read_text() == '7\n' and 'Traceback' not in ended.stderr
+  assert (tmp_path / 'kept').read_text() == 'kept'
+
+
+def test_tensorboard_fails_once_and_the_rows_go_on(tmp_path, capsys):
+  (tmp_path / 'tensorboard').write_text('no folder')
+  metrics = MetricsLog(str(tmp_path), None, tensorboard=True)
+  metrics.write({'step': 0, 'train/loss': 1.0})
+  metrics.close()
+  assert len(rows(tmp_path)) == 1 and capsys.readouterr().err.count('TensorBoard gets no more') == 1
+  again = tmp_path / 'again'
+  again.mkdir()
+  metrics = MetricsLog(str(again), None, tensorboard=True)
+  metrics._board.close()
+  metrics._board._records = Broken()
+  for step in range(3):
+    metrics.write({'step': step, 'train/loss': 1.0})
+  metrics.close()
+  assert len(rows(again)) == 3 and capsys.readouterr().err.count('TensorBoard gets no more') == 1

@@ -197,7 +197,6 @@ def test_lower_precision_is_raised_and_higher_kept(x64):
   (
     ({'preset': 'papers'}, 'unknown preset'),
     ({'iterations': 0}, 'at least 1'),
-    ({'epsilon': 1e-6}, 'unknown parameters'),
     ({'order': 'diagonals'}, 'order'),
     ({'eps_mode': 'max'}, 'eps_mode'),
   ),

@@ -5,6 +5,7 @@ Not covered: the clients themselves (gcsfs, s3fs and tensorstore's own), credent
 
 import os
 import shutil
+from pathlib import Path
 
 import fsspec
 import jax.numpy as jnp
@@ -163,6 +164,56 @@ def test_text_in_a_store_is_copied_once_per_version(store, tmp_path, monkeypatch
   assert load_corpus('text_files:gs://bucket/text', data).digest != found.digest and len(copied) == 30
   with pytest.raises(ConfigError, match='no such object'):
     load_corpus('text_files:gs://bucket/none', data)
+
+
+def test_a_copy_that_is_no_longer_what_was_copied_is_replaced(store, tmp_path, capsys):
+  texts, data = store / 'bucket' / 'text', tmp_path / 'data'
+  texts.mkdir(parents=True)
+  for index in range(4):
+    (texts / f'{index}.txt').write_text(f'chapter {index} ' * 50)
+  digest = load_corpus('text_files:gs://bucket/text', str(data)).digest
+  [copy] = (data / 'mhc_jax' / 'copies').glob('*/')
+  for damage in (Path.unlink, lambda path: path.write_bytes(b'\0'), lambda path: path.write_text('other')):
+    damage(copy / '2.txt')
+    left = copy.with_name('0123.partial')  # of a killed copy
+    left.mkdir()
+    left.with_name('0123.lock').write_text('')
+    assert load_corpus('text_files:gs://bucket/text', str(data)).digest == digest
+    assert capsys.readouterr().err.startswith(f'warning: {copy} is damaged')
+    assert (copy / '2.txt').read_text() == 'chapter 2 ' * 50 and not left.exists()
+  load_corpus('text_files:gs://bucket/text', str(data))
+  assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+  'trouble', ['a link to nothing', 'a name with ..', 'it grows', 'a file where a folder is']
+)
+def test_a_store_that_cannot_be_copied_whole_is_refused(store, tmp_path, monkeypatch, trouble):
+  texts, find, get_file = store / 'bucket' / 'text', Store.find, Store.get_file
+  texts.mkdir(parents=True)
+  (texts / '0.txt').write_text('chapter ' * 50)
+
+  def with_more(self, path, **kwargs):
+    listed = find(self, path, **kwargs)
+    [(name, facts)] = listed.items()
+    more = {'a name with ..': f'{path}/../../x', 'a file where a folder is': f'{name}/x'}
+    return listed | {more[trouble]: facts}
+
+  def growing(self, path, local, **kwargs):
+    get_file(self, path, local, **kwargs)
+    with open(local, 'a') as file:
+      file.write('more')
+
+  if trouble == 'a link to nothing':
+    (texts / 'gone').symlink_to('/nowhere')
+  elif trouble == 'it grows':
+    monkeypatch.setattr(Store, 'get_file', growing)
+  else:
+    monkeypatch.setattr(Store, 'find', with_more)
+  with pytest.raises(ConfigError) as error:
+    load_corpus('text_files:gs://bucket/text', str(tmp_path / 'data'))
+  assert '\n' not in str(error.value)
+  assert not list((tmp_path / 'data').rglob('*.txt')) and not (tmp_path / 'x').exists()
 
 
 def test_mistakes_are_one_line(monkeypatch):

@@ -9,9 +9,11 @@ import signal
 import threading
 import time
 
+import jax
 import pytest
 
 from experiments import sweep, workers
+from mhc_jax.checkpoint import Checkpoints
 from mhc_jax.config_file import parse
 from mhc_jax.errors import ConfigError
 
@@ -95,13 +97,13 @@ def test_a_run_in_use_is_left_to_its_process(experiment, tmp_path):
 
 def test_shards_are_disjoint_and_cover_the_plan(experiment, tmp_path):
   _, planned = sweep.plan(experiment)
-  shards = [sweep.select(planned, str(tmp_path), None, f'{i}/2', False) for i in range(2)]
+  shards = [sweep.select(planned, str(tmp_path), None, f'{i}/2', ()) for i in range(2)]
   assert shards == [([0, 2], [0, 2]), ([1], [1])]
   for bad in ('2/2', 'x', '-1/2', '1'):
     with pytest.raises(ConfigError, match='--shard'):
-      sweep.select(planned, str(tmp_path), None, bad, False)
+      sweep.select(planned, str(tmp_path), None, bad, ())
   with pytest.raises(ConfigError, match='residual'):
-    sweep.select(planned, str(tmp_path), 'nobody', None, False)
+    sweep.select(planned, str(tmp_path), 'nobody', None, ())
 
 
 def test_runs_of_equal_shapes_form_one_group():
@@ -214,6 +216,12 @@ def test_folders_that_cannot_be_written_are_refused(experiment, tmp_path):
     sweep.main([experiment, '--out', str(tmp_path / 'file')])
 
 
+def test_settings_that_no_run_can_have_end_the_sweep_before_it_begins(experiment, tmp_path):
+  with jax.enable_x64(True), pytest.raises(ConfigError, match='JAX_ENABLE_X64=1 would change'):
+    sweep.main(['tiny', '--out', str(tmp_path / 'out')])
+  assert not (tmp_path / 'out').exists()
+
+
 def test_mixed_code_is_warned_of(experiment, tmp_path, capsys):
   _, planned = sweep.plan(experiment)
   folder = tmp_path / planned[0].run_id
@@ -222,3 +230,18 @@ def test_mixed_code_is_warned_of(experiment, tmp_path, capsys):
   (folder / 'status.json').write_text(json.dumps(status))
   sweep.warn_of_mixtures(planned, str(tmp_path))
   assert 'another git revision (other)' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('number', (signal.SIGUSR1, signal.SIGINT, signal.SIGHUP))
+def test_a_stop_in_the_last_cleanup_of_a_run_ends_its_group(experiment, tmp_path, monkeypatch, number):
+  real, sent = Checkpoints.remove_all_but_last, []
+
+  def cleanup(checkpoints):
+    if not sent:
+      sent.append(os.kill(os.getpid(), number))
+    real(checkpoints)
+
+  monkeypatch.setattr(Checkpoints, 'remove_all_but_last', cleanup)
+  configs, _ = sweep.plan(experiment)
+  ended = workers.run_group(configs, str(tmp_path), quiet=True)
+  assert [state for _, state in ended] == ['finished', 'interrupted'] and len(list(tmp_path.iterdir())) == 1

@@ -188,17 +188,75 @@ def test_a_non_finite_update_is_recorded_and_never_saved(tmp_path):
   assert assert_only_finite_checkpoints(tmp_path, **fields) == status['diverged_at'] - 1
 
 
-def test_divergence_counts_losses_in_a_row_after_warmup():
-  def fed(losses, saved=None):
-    divergence = Divergence(patience=2, warmup=2, saved=saved or {})
-    return [divergence.diverged(step, {'loss': loss}) for step, loss in enumerate(losses, 1)], divergence
+def fed(losses, patience=2, warmup=2, saved=None):
+  """What is said after each loss, and the judge."""
+  judge = Divergence(patience, warmup, saved or {})
+  return [judge.diverged(step, {'loss': float(loss)}) for step, loss in enumerate(losses, 1)], judge
 
-  assert fed([5.0, 9.0, 6.0, 4.0, 6.0, 6.0])[0] == [False] * 5 + [True]
+
+def test_divergence_smooths_the_losses_after_warmup():
+  quiet = [5.0] * 20
+  assert fed([*quiet, 4.0, 6.0, 6.0])[0] == [False] * 22 + [True]
+  assert fed([*quiet, 9.0, 3.0, 3.0, 9.0], patience=3)[0] == [False] * 24, 'spikes'
   assert fed([5.0, 9.0, 9.0, 5.0])[0] == [False] * 4, 'warmup counts, or an equal loss'
   assert fed([5.0, math.nan])[0] == [False, True] and fed([math.inf])[0] == [True]
-  saved = fed([5.0, 5.0, 6.0])[1].saved
+  saved = fed([*quiet, 6.0])[1].saved
   resumed = Divergence(2, 2, json.loads(json.dumps(saved)))
-  assert resumed.diverged(4, {'loss': 6.0})
+  assert resumed.diverged(22, {'loss': 6.0})
+  older = Divergence(2, 2, {'initial_loss': 5.0, 'above': 1})
+  assert [older.diverged(step, {'loss': loss}) for step, loss in ((7, 5.5), (8, 5.5))] == [False, True]
+
+
+@pytest.mark.parametrize(
+  'draw',
+  (
+    lambda rng, n: 5.5 + 0.1 * rng.normal(size=n),
+    lambda rng, n: 5.5 + 0.5 * rng.normal(size=n),
+    lambda rng, n: 5.5 + 0.1 * rng.standard_t(2, size=n),
+    lambda rng, n: np.full(n, 5.5) + 1e-7 * rng.normal(size=n),
+  ),
+  ids=('quiet', 'loud', 'heavy tails', 'rounding'),
+)
+def test_losses_that_only_scatter_do_not_diverge_and_that_climb_do(draw):
+  """300 runs of 300 updates at a rate of 0; half as much again as the first loss is too much at any noise."""
+  rng = np.random.default_rng(0)
+  assert not any(any(fed(draw(rng, 300), 10, 0)[0]) for _ in range(300))
+  climb = np.linspace(0, 6, 60)
+  assert all(any(fed(draw(rng, 60) + climb, 10, 0)[0]) for _ in range(50))
+
+
+def test_a_rate_of_zero_finishes(tmp_path):
+  fields = {'optimizer__lr': 0.0, 'duration__steps': 40, 'evaluation__every_steps': 40}
+  assert run(tmp_path, **fields, checkpoint__every_steps=None)[0]['state'] == 'finished'
+
+
+def test_a_diverged_run_goes_on_where_asked(tmp_path):
+  fields = {'optimizer__lr': 1e3, 'optimizer__weight_decay': 0.0, 'divergence__patience': 3}
+  assert run(tmp_path, **fields)[0]['state'] == 'diverged'
+  status = train.run(config(**fields), str(tmp_path), corpus(), quiet=True, continue_diverged=True)
+  assert (status['state'], status['step'], status['continued_diverged']) == ('finished', 10, True)
+  assert [row['step'] for row in rows(tmp_path)] == [0, 3, 4, 6, 8, 9, 10]
+
+
+def test_batches_without_a_target_change_nothing_and_are_counted(tmp_path):
+  """Windows of one token, half of them the mark that begins a document."""
+  tokens = np.tile(np.array([BYTES.bos, 97], np.uint16), 200)
+  pairs = Corpus('pairs', 'digest', tokens, tokens, BYTES)
+  fields = {'data__seq_len': 1, 'data__batch_size': 1, 'log__every_steps': 1, 'checkpoint__every_steps': None}
+  status = train.run(config(**fields, duration__steps=40), str(tmp_path), pairs, quiet=True)
+  logged = rows(tmp_path)[1:]
+  empty = [row for row in logged if row['train/loss'] == 0]
+  assert status['state'] == 'finished' and 5 < status['skipped_updates'] == len(empty) < 35
+  assert all(row['train/update_norm'] >= 0 for row in logged) and logged[-1]['train/loss'] is not None
+  plan = resolve(config(**fields), 'digest')
+  compiled, ones = programs(plan.model, plan.optimizer, make_mesh({})), np.ones((1, 1), np.int32)
+  before = jax.device_get(compiled.init(jax.random.key(0)))
+  batch = {'inputs': ones, 'targets': ones, 'segments': 0 * ones, 'weights': np.zeros((1, 1), np.float32)}
+  hparams = {'lr': 1.0, 'weight_decay': 1.0, 'num_steps': 9, 'warmup': 0}
+  after, metrics = compiled.step(jax.device_put(before), batch, jax.tree.map(jnp.float32, hparams))
+  assert metrics['loss'] == 0 and int(after.step) == 1
+  jax.tree.map(np.testing.assert_array_equal, before.params, jax.device_get(after.params))
+  jax.tree.map(np.testing.assert_array_equal, before.opt_state, jax.device_get(after.opt_state))
 
 
 def test_an_error_is_recorded_as_failed_and_raised(tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from ..study import Study
 from .checks import residual_panels, rollout_plot
 from .compute import compute_arrows, equal_flops, loss_vs_flops, multiplier_plot
 from .diagnostics import FIGURES as MIXING
-from .draw import SUFFIXES, Drawing, Panel, save
+from .draw import Drawing, Panel, save
 from .gaps import gap_and_ratio
 from .isoflop import isoflop_panels, optimal_sizes
 from .layers import gains, heat_maps
@@ -106,8 +106,6 @@ SECTIONS = (
 def draw_all(s: Study, folder: Path) -> tuple[dict[str, list[Panel]], list[str]]:
   """Saves every figure that the data carry; returns those of each section, and why others of the sweep's own
   experiment are left out.
-
-  Figures of an earlier call must not outlive the runs that they show: their files go first.
   """
   panels, absent = {}, []
   gc.disable()  # a tenth of the time goes into looking for what few figures leave
@@ -115,8 +113,6 @@ def draw_all(s: Study, folder: Path) -> tuple[dict[str, list[Panel]], list[str]]
     for section in SECTIONS:
       panels[section.key] = []
       for name, draw in section.figures.items():
-        for suffix in SUFFIXES:
-          (folder / f'{name}.{suffix}').unlink(missing_ok=True)
         drawn = draw(s)
         if isinstance(drawn, str):
           absent.append(drawn)

@@ -8,16 +8,23 @@ import dataclasses
 import functools
 import io
 import math
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import matplotlib
 import pandas as pd
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.collections import Collection
+from matplotlib.container import Container
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 from PIL import Image
+
+from ..output import csv_text
 
 STYLE = Path(__file__).with_name('paper.mplstyle')
 # Colour, marker and dash per arm: three cues, so that neither colour nor print is needed alone.
@@ -133,7 +140,7 @@ def save(drawing: Drawing, folder: Path, name: str) -> Panel:
       fig.set_layout_engine(None)
     fig.savefig(folder / f'{name}.svg', metadata={'Date': None})
     fig.savefig(folder / f'{name}.pdf', metadata={'CreationDate': None})
-  drawing.table.to_csv(folder / f'{name}.csv', index=False)
+  (folder / f'{name}.csv').write_text(csv_text(drawing.table), 'utf-8')
   return Panel(name, drawing.caption, fig.get_figwidth() >= WIDE)
 
 
@@ -173,7 +180,7 @@ def power_of_ten(value: float) -> str:
 
 def legend(fig: Figure, *axes: Axes) -> None:
   """The legend of all axes, each label once, above them, where it never covers data."""
-  entries = [pair for ax in axes for pair in zip(*ax.get_legend_handles_labels(), strict=True)]
+  entries = [(handle, _in_legend(handle.get_label())) for ax in axes for handle in _labelled(ax)]
   handles = {label: handle for handle, label in reversed(entries)}
   labels = list(dict.fromkeys(label for _, label in entries))
   if labels:
@@ -181,6 +188,20 @@ def legend(fig: Figure, *axes: Axes) -> None:
     fitting = int(17 * fig.get_figwidth() // (max(map(len, labels)) + 6))
     columns = max(1, min(len(labels), fitting))
     fig.legend([handles[label] for label in labels], labels, loc='outside upper left', ncols=columns)
+
+
+def _labelled(ax: Axes) -> list[Artist]:
+  """What was drawn with a label; matplotlib itself leaves out labels that begin with an underscore."""
+  drawn = [
+    a for a in (*ax.get_children(), *ax.containers) if isinstance(a, Line2D | Patch | Collection | Container)
+  ]
+  return [
+    a for a in drawn if a.get_label() and not re.fullmatch(r'_(child|container)\d+|_nolegend_', a.get_label())
+  ]
+
+
+def _in_legend(label: str) -> str:
+  return f'\u200a{label}' if label.startswith('_') else label  # behind a hair space it is not left out
 
 
 def explain(ax: Axes, label: str, **look: object) -> Line2D:

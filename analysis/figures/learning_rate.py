@@ -13,6 +13,14 @@ from ..study import Study
 from . import grids
 from .draw import DASHES, DIVERGED, Drawing, explain, legend, log_axis, looks, panels, variant
 
+# Of runs that have not learned, at the upper edge, where their losses would lie: marker, and words.
+TOO_LOW = {'marker': 'v', 'color': '#1F4FD8', 'linestyle': 'none', 'zorder': 4, 'markerfacecolor': 'none'}
+STUCK = TOO_LOW | {'marker': 's', 'color': '#8C510A'}
+MARKS = {
+  'diverged': (DIVERGED, 'a run diverged'),
+  'too low': (TOO_LOW, 'rate too low: a run has hardly learned'),
+  'not learned': (STUCK, 'a run has hardly learned at a higher rate'),
+}
 ABSENT = 'no arm has ended at three rates of one size.'
 
 
@@ -40,11 +48,13 @@ def learning_rates(s: Study) -> Drawing | str | None:
     _share_y(axes)
     axes[0].set_ylabel('validation loss (nats per token)')
     explain(axes[0], 'interpolated optimum', linestyle=':', linewidth=0.9)
-    _explain_crosses(axes[0], s)
+    _explain_marks(axes[0], s)
     legend(fig, *axes)
   caption = (
     'Final loss against learning rate (of the base size) by width x depth, mean over the seeds that '
-    'finished; dotted: interpolated optimum, x: a run of that rate diverged.'
+    'finished; dotted: interpolated optimum; at the upper edge, x: a run of that rate diverged, '
+    'triangle: below the best rate, a run has hardly left its loss before the first update (at the left end: '
+    'a rate of 0).'
   )
   return Drawing(fig, caption, pd.DataFrame(rows))
 
@@ -60,18 +70,24 @@ def _share_y(axes: list[Axes]) -> None:
     ax.set_ylim(low, high)
 
 
-def _explain_crosses(ax: Axes, s: Study) -> None:
-  if any((r.rows['state'] == 'diverged').any() for r in s.rates):
-    explain(ax, 'a run diverged', **DIVERGED)
+def _explain_marks(ax: Axes, s: Study) -> None:
+  for outcome, (look, words) in MARKS.items():
+    if any((r.rows['outcome'] == outcome).any() for r in s.rates):
+      explain(ax, words, **look)
 
 
 def _draw(ax: Axes, r: RateSweep, look: dict[str, str], label: str | None) -> list[dict]:
-  """A line of mean losses, with crosses below where runs diverged; returns the runs."""
-  mean = r.rows.groupby('lr')['validation_loss'].mean().dropna()
+  """A line of mean losses, with marks at the edge where runs have not learned; returns the runs."""
+  mean = r.rows[r.rows['lr'] > 0].groupby('lr')['validation_loss'].mean().dropna()
   ax.plot(mean.index, mean, **{'markerfacecolor': 'none'} | look, label=label, ms=3.5)
-  lost = r.rows.loc[r.rows['state'] == 'diverged', 'lr']
-  ax.plot(lost, np.full(len(lost), 0.97), **DIVERGED, transform=ax.get_xaxis_transform())
-  rows = r.rows.reindex(columns=['arm', 'size', 'run_id', 'seed', 'lr', 'state', 'validation_loss'])
+  for outcome, (mark, _) in MARKS.items():
+    rates = r.rows.loc[r.rows['outcome'] == outcome, 'lr']
+    edge = rates[rates > 0]
+    ax.plot(edge, np.full(len(edge), 0.97), **mark, transform=ax.get_xaxis_transform())
+    if (rates == 0).any():
+      ax.plot(0.01, 0.97, **mark, transform=ax.transAxes)
+  columns = ['arm', 'size', 'run_id', 'seed', 'lr', 'state', 'outcome', 'validation_loss']
+  rows = r.rows.reindex(columns=columns)
   return rows.assign(kind='run', budget=r.budget).to_dict('records')
 
 
@@ -110,7 +126,7 @@ def rate_sensitivity(s: Study) -> Drawing | str | None:
       axes[0].plot([], [], **cue, ms=3.5, color='#555555', label=', '.join(filter(None, size)))
     log_axis(axes[-1], PARAMS[s.params].split(' (')[0])
     _share_y(axes[:-1])
-    _explain_crosses(axes[0], s)
+    _explain_marks(axes[0], s)
     axes[-1].set_ylabel('sensitivity (nats)')
     axes[0].set_ylabel('validation loss')
     legend(fig, axes[0], axes[-1])

@@ -30,7 +30,7 @@ def expert_loads(s: Study) -> Drawing | str | None:
   with figure(WIDE, 2.7, ncols=len(arms), squeeze=False, sharey=True) as (fig, axes):
     for ax, arm in zip(axes[0], arms, strict=True):
       for layer, look in looks(layers).items():
-        values = table[table['arm'] == arm].pivot(index='step', columns='seed', values=layer)
+        values = table[table['arm'] == arm].pivot_table(index='step', columns='seed', values=layer)
         low, high = values.min(axis=1), values.max(axis=1)
         for edge in (low, high):
           ax.plot(values.index, edge, color=look['color'], linewidth=0.4, alpha=0.6)

@@ -79,6 +79,8 @@ class Law:
       raise ConfigError(f'--pin {name}: the parameters are {", ".join(names)}')
     if not np.isfinite(value) or value < 0 or (value == 0 and name != 'E'):
       raise ConfigError(f'--pin {name}={value:g}: {name} must be positive')
+    if value and not 1e-50 <= value <= 1e50:
+      raise ConfigError(f'--pin {name}={value:g}: give a number between 1e-50 and 1e50')
     if set(pinned) == set(names):
       raise ConfigError('--pin: nothing is left to fit')
     formula = f'{self.formula}, {name} = {value:g}'

@@ -11,6 +11,8 @@ import itertools
 import numpy as np
 from scipy.optimize import minimize, nnls
 
+from mhc_jax.errors import require
+
 from .laws import Design, log_loss
 
 SAME_OPTIMUM = 1e-6  # relative difference of objectives below which two starts agree
@@ -172,6 +174,7 @@ def variable_projection(p: Problem) -> np.ndarray:
     _, value, _ = linear_solve(theta_P, few)
     if value < best_value:
       best, best_value = theta_P, value
+  require(best is not None, 'no fit: no start has a finite loss; some number is too extreme')
   free = ~d.linear
   if not free.any():
     return linear_solve(best, p)[0]

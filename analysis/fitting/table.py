@@ -16,6 +16,8 @@ import pandas as pd
 
 from mhc_jax.errors import ConfigError
 
+from ..output import unescaped
+
 SEPARATORS = {',': 'a comma', ';': 'a semicolon', '\t': 'a tab', '|': 'a bar'}
 MARKS = {  # the longer first: UTF-32's begins like UTF-16's
   codecs.BOM_UTF8: 'utf-8',
@@ -25,6 +27,7 @@ MARKS = {  # the longer first: UTF-32's begins like UTF-16's
   codecs.BOM_UTF16_BE: 'utf-16',
 }
 SCALES = {'': 0, 'k': 3, 'm': 6, 'b': 9, 't': 12}  # powers of ten
+SMALLEST, LARGEST = 1e-50, 1e50  # of numbers: their powers are finite
 COVARIATES = ('N', 'D', 'C', 'W', 'H')  # counts, which may be written with thousands separators
 UNITS = 'params?|parameters?|tokens?|flops?|nats?|nats/token|nats per token'
 # Digits with underscores, or in groups of three with commas; a fraction; an exponent of C or Fortran; a
@@ -95,7 +98,8 @@ def read_table(path: Path) -> pd.DataFrame:
         f'{SEPARATORS[separator]}'
       )
   width = len(header)
-  cells = [(cells + [''] * width)[:width] for _, cells in rows]
+  header = [unescaped(name) for name in header]
+  cells = [[unescaped(cell) for cell in (cells + [''] * width)[:width]] for _, cells in rows]
   return pd.DataFrame(cells, [line for line, _ in rows], header, dtype=object)
 
 
@@ -204,4 +208,6 @@ def _positive(path: Path, line: int, role: str, column: str, cell: str, decimal:
     raise ConfigError(f'{where}: its format is not known; write it like 1500000000, 1.5e9 or 1.5B') from None
   if not 0 < value < np.inf:
     raise ConfigError(f'{where}; it must be a positive number (drop failed runs before fitting)')
+  if not SMALLEST <= value <= LARGEST:
+    raise ConfigError(f'{where[:300]}; it must lie between {SMALLEST:g} and {LARGEST:g}: choose another unit')
   return value

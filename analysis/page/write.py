@@ -17,6 +17,7 @@ from ..figures.catalogue import SECTIONS, draw_all
 from ..figures.draw import SUFFIXES, Panel, by_arm, looks
 from ..fitting.identify import RULES
 from ..needs import shown
+from ..output import csv_text, staged, write_file
 from ..runs import curve, flat
 from ..study import Study, fits_json
 from . import words
@@ -46,15 +47,17 @@ def write_report(s: Study, folder: Path, command: str) -> tuple[int, list[str]]:
 
   command: what makes this report again. Returns the number of figures, and why others are absent.
   """
-  folder.mkdir(exist_ok=True)
-  # Nothing of an earlier report may outlive the runs that it shows.
-  for old in folder.iterdir():
-    if old.suffix[1:] in (*SUFFIXES, 'json', 'html'):
-      old.unlink()
-  s.table.drop(columns=INTERNAL).to_csv(s.sweep.folder / 'results.csv', index=False)
-  (folder / 'fits.json').write_text(json.dumps(fits_json(s), indent=1) + '\n')
-  panels, absent = draw_all(s, folder)
-  (folder / 'index.html').write_text(page(s, panels, absent, folder, command))
+
+  def ours(path: Path) -> bool:  # nothing of an earlier report may outlive the runs that it shows
+    return path.suffix[1:] in (*SUFFIXES, 'json', 'html')
+
+  with staged(folder, ours, 'report:') as new:
+    (new / 'fits.json').write_text(json.dumps(fits_json(s), indent=1) + '\n', 'utf-8')
+    if len(s.diagnostics.by_arm):
+      (new / 'diagnostics.csv').write_text(csv_text(s.diagnostics.by_arm), 'utf-8')
+    panels, absent = draw_all(s, new)
+    (new / 'index.html').write_text(page(s, panels, absent, new, command), 'utf-8')
+    write_file(s.sweep.folder / 'results.csv', csv_text(s.table.drop(columns=INTERNAL)), 'report:')
   return sum(map(len, panels.values())), absent
 
 

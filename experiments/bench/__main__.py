@@ -14,8 +14,9 @@ import json
 import os
 import sys
 
+from mhc_jax import settings
 from mhc_jax.command import end_with_message
-from mhc_jax.errors import ConfigError
+from mhc_jax.errors import require
 
 from ..workers import ONE_THREAD
 from .compiled import DEVICES, bench_memory, bench_scaling, fake_devices
@@ -30,6 +31,7 @@ BENCHES = {
 }
 
 
+@settings.held()
 def main(argv: list[str] | None = None) -> int:
   """The command line; returns the exit code."""
   parser = argparse.ArgumentParser(
@@ -47,9 +49,12 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument('--repeats', type=int, default=7, help='rounds (default 7)')
   parser.add_argument('--calls', type=int, default=4, help='steps in a round (default 4)')
   args = parser.parse_args(argv)
-  if args.repeats < 1 or args.calls < 1:
-    raise ConfigError('--repeats and --calls must be at least 1')
-  args.depth = args.depth or (24 if args.what == 'memory' else 4)
+  args.depth = (24 if args.what == 'memory' else 4) if args.depth is None else args.depth
+  for name, value in vars(args).items():
+    least = 16 if name == 'tokens' else 1
+    require(
+      not isinstance(value, int) or value >= least, f'--{name.replace("_", "-")} must be at least {least}'
+    )
   # As in a sweep's workers; XLA reads it when the first computation starts.
   os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {ONE_THREAD}'.strip()
   if args.what == 'scaling':

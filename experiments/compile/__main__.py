@@ -16,6 +16,7 @@ import sys
 
 import jax
 
+from mhc_jax import settings
 from mhc_jax.command import end_with_message
 from mhc_jax.config_file import parse
 from mhc_jax.errors import require
@@ -24,6 +25,7 @@ from . import gpu, tpu
 from .chips import TPUS
 
 
+@settings.held()
 def main(argv: list[str] | None = None) -> int:
   """The command line; returns 0 if the step fits, 1 if not."""
   parser = argparse.ArgumentParser(

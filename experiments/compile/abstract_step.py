@@ -17,6 +17,7 @@ from mhc_jax.config import build_optimizer, check_counts
 from mhc_jax.config_file import check_fields
 from mhc_jax.errors import require
 from mhc_jax.model_config import ModelConfig, build_model
+from mhc_jax.plan import check_size
 from mhc_jax.sharding import BATCH, check_mesh
 from mhc_jax.train_step import TrainState, programs
 
@@ -47,9 +48,10 @@ def trace_step(
   config: ConfigDict, mesh: Mesh | AbstractMesh
 ) -> tuple[Any, TrainState, dict[str, Any], ModelConfig]:
   """(traced train_step, abstract state, abstract batch, model) of a checked config on a mesh."""
-  check_fields(config)
+  config = check_fields(config)
   check_counts(config)
   model = build_model(config)
+  check_size(model, config)
   check_mesh(config.mesh.to_dict(), model, config.data.seq_len)
   of_model = programs(model, build_optimizer(config), mesh)
   batch, hparams = abstract_inputs(config, mesh)

@@ -18,6 +18,7 @@ import jax
 from mhc_jax.command import end_with_message
 from mhc_jax.config_file import parse
 from mhc_jax.errors import require
+from mhc_jax.paths import user_path
 from mhc_jax.storage import read_json, write_json
 
 from .scale_page import page
@@ -107,7 +108,7 @@ def main(argv: list[str] | None = None) -> int:
   )
   parser.add_argument('--only', default='', metavar='TEXT', help='cells whose name contains this')
   parser.add_argument(
-    '--out', type=pathlib.Path, default=pathlib.Path('docs'), help='folder of compile/ and scale.md (docs)'
+    '--out', type=user_path, default=pathlib.Path('docs'), help='folder of compile/ and scale.md (docs)'
   )
   args = parser.parse_args(argv)
   jax.config.update('jax_platforms', 'cpu')

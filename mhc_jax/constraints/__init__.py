@@ -1,4 +1,7 @@
-"""The constraints by name. A new one: a function that returns a Constraint, and a line here."""
+"""The constraints by name. A new one: a function that returns a Constraint, and a line here.
+
+Its parameters are checked by its signature: annotate them (values.checked), with Within for limits.
+"""
 
 from collections.abc import Callable
 

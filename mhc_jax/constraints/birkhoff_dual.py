@@ -17,6 +17,7 @@ every entry of its result. Where tokens are sharded, each Newton step has one sc
 
 import functools
 import itertools
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ from jax import lax
 
 from mhc_jax.constraints.base import Constraint, log_near_identity, materialise, promote, stochastic_defect
 from mhc_jax.derivatives import with_backward
+from mhc_jax.values import Within
 
 WARM_UP = 6  # Sinkhorn iterations before Newton's; each costs a fifth of one of those
 HOT = 30.0  # range of the logits from which on the temperature starts above 1, ...
@@ -246,7 +248,7 @@ def _project_backward(max_iterations, h_NMX, g_NMX):
 project = with_backward(project, _project_forward, _project_backward, (1,))
 
 
-def birkhoff_dual(max_iterations: int = 50) -> Constraint:
+def birkhoff_dual(max_iterations: Annotated[int, Within(1, 10_000)] = 50) -> Constraint:
   """Doubly stochastic to rounding; the coordinates are row-major logits (n * n).
 
   Raises ValueError for max_iterations < 1. Logits of standard deviation 1, 3, 10, 100 take about 2, 7,

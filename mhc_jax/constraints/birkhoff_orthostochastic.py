@@ -1,11 +1,14 @@
 """Doubly stochastic matrices from squared blocks of a rotation (go-mHC, arXiv 2604.02309)."""
 
+from typing import Annotated
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mhc_jax.constraints.base import Constraint, promote, stochastic_defect
 from mhc_jax.constraints.orthogonal import cayley, cayley_flops, skew
+from mhc_jax.values import Within
 
 
 def _block_norms(q_NMX, n: int, size: int):
@@ -22,7 +25,7 @@ def _numpy_matrix(coords_K: np.ndarray, n: int, size: int) -> np.ndarray:
   return _block_norms(np.linalg.solve((eye_NM + a_NM).T, (eye_NM - a_NM).T).T, n, size)
 
 
-def birkhoff_orthostochastic(s: int = 2) -> Constraint:
+def birkhoff_orthostochastic(s: Annotated[int, Within(1, 64)] = 2) -> Constraint:
   """H_ij = |Q_ij|^2 / s over the s x s blocks of Q = (I - A)(I + A)^-1, A skew-symmetric (ns, ns).
 
   s = 1: squares of a rotation's entries (orthostochastic); larger s covers more of the polytope. The

@@ -7,37 +7,42 @@ import jax
 import numpy as np
 
 from mhc_jax.constraints.base import Constraint, linear_map, promote, stochastic_defect
+from mhc_jax.errors import require
 
 LARGEST = 5  # 5! = 120 coordinates per matrix; 6! = 720
 LEAST = 0.105  # of the mixing, for each cycle type at the start: slopes over 1e-3 at mixing 0.01
+
+
+def number_of_permutations(n: int, count: int | None = None) -> int:
+  """n!, or `count`; ConfigError where there are too many or too few."""
+  if count is None:
+    require(
+      n <= LARGEST,
+      f'birkhoff_permutations: n = {n} has {math.factorial(n)} permutations; set count to choose '
+      f'some of them (all are used up to n = {LARGEST})',
+    )
+    return math.factorial(n)
+  require(
+    1 <= count <= math.factorial(n),
+    f'birkhoff_permutations: count must lie between 1 and n! = {math.factorial(n)} at n = {n}, got {count}',
+  )
+  return count
 
 
 def permutation_matrices(n: int, count: int | None = None) -> np.ndarray:
   """(K, n, n): all n! permutations, lexicographic, the identity first; or `count` of them.
 
   A choice takes the n cyclic shifts first, then distinct permutations drawn with a fixed seed.
-  Raises ValueError where there are too many or too few.
+  Raises ConfigError where there are too many or too few.
   """
+  number = number_of_permutations(n, count)
   if count is None:
-    if n > LARGEST:
-      raise ValueError(
-        f'birkhoff_permutations: n = {n} has {math.factorial(n)} permutations; set count to choose '
-        f'some of them (all are used up to n = {LARGEST})'
-      )
-    chosen = list(itertools.permutations(range(n)))
-  else:
-    if not 1 <= count <= math.factorial(n):
-      raise ValueError(
-        f'birkhoff_permutations: count must lie between 1 and n! = {math.factorial(n)} at n = {n}, '
-        f'got {count}'
-      )
-    chosen = [tuple((i + shift) % n for i in range(n)) for shift in range(n)][:count]
-    rng = np.random.default_rng(0)
-    while len(chosen) < count:
-      candidate = tuple(int(i) for i in rng.permutation(n))
-      if candidate not in chosen:
-        chosen.append(candidate)
-  return np.eye(n)[np.array(chosen)]
+    return np.eye(n)[np.array(list(itertools.permutations(range(n))))]
+  chosen = dict.fromkeys([tuple((i + shift) % n for i in range(n)) for shift in range(n)][:number])
+  rng = np.random.default_rng(0)
+  while len(chosen) < number:
+    chosen[tuple(int(i) for i in rng.permutation(n))] = None
+  return np.eye(n)[np.array(list(chosen))]
 
 
 def _mixture(coords_KX: jax.Array, p_KNM: np.ndarray) -> jax.Array:
@@ -81,7 +86,7 @@ def birkhoff_permutations(count: int | None = None) -> Constraint:
   """H = sum_k softmax(coordinates)_k P_k over all n! permutations (n <= 5), or over `count` of them.
 
   With a choice the set is the hull of those permutations, and defect is a lower bound (sums and signs).
-  Raises ValueError, when used with an n, for more permutations than LARGEST! or than there are.
+  Raises ConfigError, when used with an n, for more permutations than LARGEST! or than there are.
   """
   full = count is None
   properties = {'row_stochastic', 'column_stochastic', 'nonnegative', 'nonexpansive', 'exact'}
@@ -93,7 +98,7 @@ def birkhoff_permutations(count: int | None = None) -> Constraint:
   return Constraint(
     name='birkhoff_permutations',
     params={'count': count},
-    num_coordinates=lambda n: len(permutation_matrices(n, count)),
+    num_coordinates=lambda n: number_of_permutations(n, count),
     matrix=lambda coords_KX, n: _mixture(coords_KX, permutation_matrices(n, count)),
     identity=lambda n, mixing=0.01: logits_near_identity(
       permutation_matrices(n, count), mixing, LEAST * mixing
@@ -101,5 +106,5 @@ def birkhoff_permutations(count: int | None = None) -> Constraint:
     dimension=dimension,
     defect=stochastic_defect,
     properties=frozenset(properties | ({'closed_under_product'} if full else set())),
-    flops=lambda n: (2 * n * n + 5) * len(permutation_matrices(n, count)),
+    flops=lambda n: (2 * n * n + 5) * number_of_permutations(n, count),
   )

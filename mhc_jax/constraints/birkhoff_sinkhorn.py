@@ -12,7 +12,7 @@ gradients stay finite where an entry or a clamped sum vanishes.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from jax import lax
 
 from mhc_jax.constraints.base import Constraint, log_near_identity, materialise, promote, stochastic_defect
 from mhc_jax.derivatives import with_backward
+from mhc_jax.values import Within
 
 # order: 'columns' first (rows last) or 'rows' first. eps_mode 'add': x / (sum + eps), 'clamp':
 # x / max(sum, eps). softmax_eps is added to every entry after the first normalisation.
@@ -189,20 +190,27 @@ def sinkhorn(
   return _iterate(promote(logits_NMX), iterations, _steps(order, eps, eps_mode, softmax_eps))
 
 
-def birkhoff_sinkhorn(iterations: int = 20, preset: str = 'paper', **overrides: Any) -> Constraint:
+def birkhoff_sinkhorn(
+  iterations: Annotated[int, Within(1, 10_000)] = 20,
+  preset: str = 'paper',
+  order: str | None = None,
+  transpose: bool | None = None,
+  eps: Annotated[float, Within(0, 1)] | None = None,
+  eps_mode: str | None = None,
+  softmax_eps: Annotated[float, Within(0, 1)] | None = None,
+) -> Constraint:
   """Doubly stochastic up to t Sinkhorn iterations; the coordinates are row-major logits (n * n).
 
   preset: 'paper', 'deepseek_v4', 'megatron_main' or 'lucidrains' (source tables in PRESETS);
-  overrides replace single values of it. Raises ValueError for an unknown preset or value.
+  the others replace single values of it. Raises ValueError for an unknown preset or value.
   """
   if preset not in PRESETS:
     raise ValueError(f'birkhoff_sinkhorn: unknown preset {preset!r}, one of {", ".join(PRESETS)}')
   if iterations < 1:
     raise ValueError(f'birkhoff_sinkhorn: iterations must be at least 1, got {iterations}')
-  unknown = set(overrides) - set(PRESETS[preset])
-  if unknown:
-    raise ValueError(f'birkhoff_sinkhorn: unknown parameters {sorted(unknown)}')
-  settings = {**PRESETS[preset], **overrides}
+  given = {'order': order, 'transpose': transpose, 'eps': eps, 'eps_mode': eps_mode}
+  given['softmax_eps'] = softmax_eps
+  settings = PRESETS[preset] | {name: value for name, value in given.items() if value is not None}
   transpose = settings.pop('transpose')
   steps = _steps(**settings)
 

@@ -1,14 +1,17 @@
 """Doubly stochastic circulant matrices, plain and leaky (C-mHC)."""
 
+from typing import Annotated
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mhc_jax.constraints.base import Constraint, linear_map, promote, stochastic_defect
 from mhc_jax.constraints.birkhoff_permutations import permutation_matrices
+from mhc_jax.values import Within
 
 
-def circulant(gamma: float = 1.0) -> Constraint:
+def circulant(gamma: Annotated[float, Within(1e-6, 1)] = 1.0) -> Constraint:
   """H = (1 - gamma) I + gamma sum_k softmax(coordinates)_k S^k, S the cyclic shift: n coordinates.
 
   gamma = 1 is the plain form; the leaky one takes beta / (2 L) with L layers, which keeps the smallest

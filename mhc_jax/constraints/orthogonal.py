@@ -1,6 +1,7 @@
 """Rotations of the streams: by Cayley's map (JPmHC, 2602.18308), by quaternions (oHC, 2609.02672)."""
 
 import functools
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from jax import lax
 from mhc_jax.constraints.base import Constraint, linear_map, materialise, product, promote
 from mhc_jax.constraints.spectra import determinant
 from mhc_jax.derivatives import with_backward
+from mhc_jax.values import Within
 
 
 def skew(coords_KX: jax.Array, n: int) -> jax.Array:
@@ -116,7 +118,7 @@ def _multiplication(q_KX: jax.Array, table: tuple) -> jax.Array:
   return linear_map(picks_NMK.reshape(16, 4), q_KX).reshape(4, 4, *q_KX.shape[1:])
 
 
-def orthogonal_quaternion(eps: float = 1e-12) -> Constraint:
+def orthogonal_quaternion(eps: Annotated[float, Within(1e-30, 1)] = 1e-12) -> Constraint:
   """SO(4) as x -> q x conj(r) with unit quaternions q, r (n = 4 only).
 
   The 8 coordinates are two quaternions less 1, each divided by sqrt(norm^2 + eps): orthogonal up to

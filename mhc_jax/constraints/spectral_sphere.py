@@ -1,5 +1,7 @@
 """Unit row and column sums, spectral norm at most 1, entries of any sign (sHC, arXiv 2603.20896)."""
 
+from typing import Annotated
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import numpy as np
 from mhc_jax.constraints.base import Constraint, product, promote
 from mhc_jax.constraints.orthogonal import cayley, cayley_flops, skew
 from mhc_jax.constraints.spectra import singular_values
+from mhc_jax.values import Within
 
 
 def _helmert(n: int) -> np.ndarray:
@@ -15,7 +18,7 @@ def _helmert(n: int) -> np.ndarray:
   return (basis / np.linalg.norm(basis, axis=1, keepdims=True)).T
 
 
-def spectral_sphere(gamma: float = 1.0) -> Constraint:
+def spectral_sphere(gamma: Annotated[float, Within(1e-6, 1e6)] = 1.0) -> Constraint:
   """H = J + Z U diag(tanh d) V^T Z^T, J = 11^T / n, Z a Helmert basis of the complement of 1.
 
   U, V = (I - A)(I + A)^-1 with entries gamma tanh(.) in A. The (n - 1)^2 coordinates are U's and V's

@@ -57,7 +57,8 @@ def validation_batches(
 
   The split is cut into batch_size * num_batches equal stretches and one window is taken from
   each, at a place given by the SHA-256 of the stretch's number: spread over the whole split,
-  not aligned with it, independent of any seed. Raises ConfigError if the split is too small.
+  not aligned with it, independent of any seed. Raises ConfigError if the split is too small, or nothing in
+  these windows is predicted.
   """
   rows = range(batch_size) if rows is None else rows
   count = batch_size * num_batches
@@ -69,6 +70,11 @@ def validation_batches(
     )
   edges = [stretch * len(source) // count for stretch in range(count + 1)]
   chosen = [edges[i] + _hash(f'validation window {i}') % (edges[i + 1] - edges[i]) for i in range(count)]
+  if not any(source[i]['weights'].any() for i in chosen):  # of all rows: processes must agree
+    raise ConfigError(
+      f'the {count} validation windows of data.seq_len={source.seq_len} hold nothing to predict, only'
+      ' beginnings of documents: raise seq_len or the number of evaluation batches'
+    )
   return [source.take([chosen[batch * batch_size + row] for row in rows]) for batch in range(num_batches)]
 
 

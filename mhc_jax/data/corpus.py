@@ -6,6 +6,7 @@ source gets a folder of its own, and old ones can be deleted at will. TFDS's own
 prepared at TFDS's usual place in DATA_DIR.
 """
 
+import contextlib
 import dataclasses
 import os
 import shutil
@@ -14,13 +15,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from mhc_jax.data import splits, text_builders, text_files, tfds_text, token_files
-from mhc_jax.data.lock import locked
-from mhc_jax.data.remote import local_copy
+from mhc_jax.data.find_files import expanded
+from mhc_jax.data.lock import abandoned, locked, writing
+from mhc_jax.data.progress import progress
+from mhc_jax.data.remote import scan_copy
 from mhc_jax.data.tokenizer import BYTES, Tokenizer
-from mhc_jax.errors import ConfigError
+from mhc_jax.errors import ConfigError, require
+from mhc_jax.log import say
 from mhc_jax.storage import is_remote
 
 
@@ -54,7 +57,7 @@ def load_corpus(name: str, data_dir: str | None = None, tokenizer: Tokenizer = B
     return load_files(name, text_files.scan_stdlib(stdlib), root, tokenizer)
   if kind == 'text_files' and separator:
     if is_remote(pattern):
-      pattern = local_copy(pattern, root / 'mhc_jax' / 'copies')
+      return load_files(name, scan_copy(pattern, root / 'mhc_jax' / 'copies'), root, tokenizer)
     return load_files(name, text_files.scan_pattern(pattern), root, tokenizer)
   return _load_tfds(name, root, tokenizer)
 
@@ -66,8 +69,7 @@ def load_files(name: str, files: text_files.TextFiles, root: Path, tokenizer: To
   def build(folder: Path) -> dict[str, int | str]:
     documents = text_builders.prepare(kind, files, folder / 'tfds')
     total = sum(map(len, files.documents.values()))
-    bar = tqdm(documents, f'tokenising {kind}', total, disable=None)
-    return token_files.write(folder, bar, tokenizer)
+    return token_files.write(folder, progress(documents, f'tokenising {kind}', total), tokenizer)
 
   return _load(name, _folder(root, kind, tokenizer, files.digest), tokenizer, build)
 
@@ -77,9 +79,8 @@ def _load_tfds(name: str, root: Path, tokenizer: Tokenizer) -> Corpus:
 
   def build(folder: Path) -> dict[str, int | str]:
     for tails in (False, True):
-      documents = dataset.documents(tails=tails)
-      bar = tqdm(documents, f'tokenising {name}', len(dataset), disable=None)
-      facts = token_files.write(folder, bar, tokenizer)
+      documents = progress(dataset.documents(tails=tails), f'tokenising {name}', len(dataset))
+      facts = token_files.write(folder, documents, tokenizer)
       sizes = [facts[split] for split in splits.SPLITS]
       if 'validation' in dataset.sources or splits.enough_documents(sizes[1], sum(sizes)):
         break
@@ -93,22 +94,42 @@ def _load_tfds(name: str, root: Path, tokenizer: Tokenizer) -> Corpus:
 def _load(
   name: str, folder: Path, tokenizer: Tokenizer, build: Callable[[Path], dict[str, int | str]]
 ) -> Corpus:
-  """Reads the streams in folder, after building them under a lock if they are not complete."""
-  prepared = token_files.read(folder)
+  """Reads the streams in folder, after building them under a lock if they are not there as once written."""
+  prepared = token_files.read(folder, tokenizer)
   if prepared is None:
     with locked(folder.with_name(f'{folder.name}.lock')):
-      prepared = token_files.read(folder)  # another process may have been first
+      prepared = token_files.read(folder, tokenizer)  # another process may have been first
       if prepared is None:
-        shutil.rmtree(folder, ignore_errors=True)  # what a killed process left
-        folder.mkdir()
-        try:
-          token_files.finish(folder, build(folder))
-        except BaseException:
-          shutil.rmtree(folder, ignore_errors=True)
-          raise
-        prepared = token_files.read(folder)
+        if os.path.lexists(folder / 'corpus.json'):
+          say(f'warning: {folder} is damaged (not what was written there): prepared again')
+        with writing(folder.parent):
+          _prepare(folder, build)
+        prepared = token_files.read(folder, tokenizer)
+  require(prepared is not None, f'{folder} does not read back as written: choose another data_dir')
   digest, tokens = prepared
   return Corpus(name, digest, tokens['train'], tokens['validation'], tokenizer)
+
+
+def _prepare(folder: Path, build: Callable[[Path], dict[str, int | str]]) -> None:
+  """Builds a folder anew, whole or not at all, and removes what killed processes left beside it."""
+  for left in abandoned(folder.parent):
+    with contextlib.suppress(OSError):
+      if 'corpus.json' not in os.listdir(left):
+        shutil.rmtree(left)
+  _remove(folder)
+  folder.mkdir()
+  try:
+    token_files.finish(folder, build(folder))
+  except BaseException:
+    _remove(folder)
+    raise
+
+
+def _remove(folder: Path) -> None:
+  shutil.rmtree(folder, ignore_errors=True)
+  if folder.is_symlink() or folder.is_file():
+    with contextlib.suppress(OSError):
+      folder.unlink()
 
 
 def data_folder(data_dir: str | None) -> Path:
@@ -119,7 +140,8 @@ def data_folder(data_dir: str | None) -> Path:
       f'data_dir={chosen!r}: must be a local folder (tokens are memory-mapped); text in a'
       ' store is data.name=text_files:gs://BUCKET/FOLDER'
     )
-  return Path(chosen).expanduser().absolute()
+  with writing(Path(chosen)):  # a relative one, when the current folder is gone
+    return Path(expanded(chosen, f'data_dir={chosen!r}')).absolute()
 
 
 def _folder(root: Path, slug: str, tokenizer: Tokenizer, key: str) -> Path:

@@ -7,12 +7,12 @@ prepared is opened by name all the same: `tfds.load(name, data_dir=FOLDER)`.
 
 import contextlib
 import io
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import tensorflow_datasets as tfds
 
+from mhc_jax.data.progress import progress
 from mhc_jax.data.text_files import Piece, TextFiles
 
 # TFDS collects a split in memory and, above 1000 MiB, in files that it opens with TensorFlow.
@@ -39,7 +39,7 @@ class TextBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     return {part: self._generate_examples(pieces) for part, pieces in self._parts.items()}
 
   def _generate_examples(self, pieces: Sequence[Piece]):
-    for index, piece in enumerate(pieces):
+    for index, piece in enumerate(progress(pieces, f'preparing {self.name}', len(pieces))):
       yield index, {'path': piece.file.relative, 'text': piece.read()}
 
 
@@ -68,7 +68,7 @@ def prepare(kind: str, files: TextFiles, folder: Path) -> Iterator[tuple[str, by
       part_name = f'{split}_{index}' if index else split
       parts[part_name], splits[part_name] = part, split
   builder = _BUILDERS[kind](parts=parts, data_dir=str(folder))
-  tfds.display_progress_bar(sys.stderr.isatty())
+  tfds.disable_progress_bar()
   with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints where it writes
     builder.download_and_prepare(file_format='array_record')
   for part_name, split in splits.items():

@@ -5,16 +5,19 @@ load reads and hashes all files (about 1 GB/s), so an edited corpus is never mis
 prepared one.
 """
 
+import contextlib
 import dataclasses
+import errno
 import glob
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+import stat
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from tqdm import tqdm
-
 from mhc_jax.data import splits
+from mhc_jax.data.find_files import expanded, find
+from mhc_jax.data.progress import progress
 from mhc_jax.errors import ConfigError
 
 # Longer files become several documents: TFDS holds one in memory, its records end at 2 GiB.
@@ -27,7 +30,7 @@ _BLOCK_BYTES = 1 << 20
 class SourceFile:
   """A file of the corpus as it was when scanned; `relative` is its path as bytes, with '/'."""
 
-  path: Path
+  path: str
   relative: bytes
   size: int  # bytes
   modified_ns: int
@@ -43,13 +46,17 @@ class Piece:
   stop: int
 
   def read(self) -> bytes:
-    """The document. Raises ConfigError if the file changed since it was scanned."""
-    status = self.file.path.stat()
+    """The document. Raises ConfigError if the file is gone or changed since it was scanned."""
+    try:
+      with open(self.file.path, 'rb') as file:
+        file.seek(self.start)
+        text = file.read(self.stop - self.start)
+        status = os.fstat(file.fileno())
+    except OSError as error:
+      raise ConfigError(f'{self.file.path} cannot be read now ({error.strerror}): start again') from error
     if (status.st_size, status.st_mtime_ns) != (self.file.size, self.file.modified_ns):
       raise ConfigError(f'{self.file.path} changed while the corpus was prepared: start again')
-    with open(self.file.path, 'rb') as file:
-      file.seek(self.start)
-      return file.read(self.stop - self.start)
+    return text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,10 +70,11 @@ class TextFiles:
 def scan_stdlib(root: Path) -> TextFiles:
   """The Python source files under a standard library's folder, without installed packages.
 
-  Raises ConfigError if there are none (some installations ship compiled files alone).
+  Raises ConfigError if there are none (some installations ship compiled files alone), or one cannot be read.
   """
   skipped = {'site-packages', 'dist-packages', '__pycache__'}
-  paths = [path for path in _walk(root, skipped.__contains__) if path.suffix == '.py']
+  with _whole('python_stdlib'):
+    paths = find(str(root), ['**', '?*.py'], skipped.__contains__) if root.is_dir() else {}
   if not paths:
     raise ConfigError(
       f"data.name='python_stdlib': no Python source files under {root}; use"
@@ -78,23 +86,42 @@ def scan_stdlib(root: Path) -> TextFiles:
 def scan_pattern(pattern: str) -> TextFiles:
   """The files of a folder (all but hidden ones, recursively), a file, or a glob ('**' recurses).
 
-  A folder must hold nothing but text: a file with a zero byte is refused, and a glob is the way
-  to choose among files. Files named by a glob are taken as they are. Raises ConfigError if there
-  is nothing to read.
+  Linked folders and files are followed, and their text counts once. A folder must hold nothing but
+  text: a file with a zero byte is refused, and a glob is the way to choose among files. Files named
+  by a glob are taken as they are. Raises ConfigError if there is nothing to read, or any part of it
+  cannot be read: a corpus is whole or refused.
   """
   name = f'text_files:{pattern}'
   if not pattern:
     raise ConfigError(f'data.name={name!r}: name a folder, a file or a glob after the colon')
-  path = Path(pattern).expanduser()
-  if path.is_dir():
-    return _scan(name, list(_walk(path, lambda part: part.startswith('.'))), path, binary=False)
-  if path.is_file():
-    return _scan(name, [path], path.parent)
-  matches = [Path(match) for match in glob.glob(str(path), recursive=True)]
-  if not matches:
+  path = expanded(pattern, f'data.name={name!r}')
+  folder = os.path.isdir(path)
+  with _whole(name, path):
+    if folder:
+      root, paths = path, find(path, ['**'], _hidden)
+    elif os.path.lexists(path):
+      root, paths = os.path.dirname(path), {path: os.path.basename(path)}
+    else:
+      parts = Path(path).parts
+      fixed = tuple(_before_wildcard(parts))
+      root = os.path.join('.', *fixed)
+      paths = {} if _absent(root) else find(root, parts[len(fixed) :], _hidden)
+  if not (paths or folder):
     raise ConfigError(f'data.name={name!r}: no such file or folder, and no file matches')
-  fixed = Path(*_before_wildcard(path.parts))
-  return _scan(name, [match for match in matches if match.is_file()], fixed)
+  return _scan(name, paths, root, binary=not folder)
+
+
+def _absent(path: str) -> bool:
+  """Whether there is no such path; OSError where that cannot be told."""
+  try:
+    os.stat(path)
+  except (FileNotFoundError, NotADirectoryError):
+    return True
+  return False
+
+
+def _hidden(name: str) -> bool:
+  return name.startswith('.')
 
 
 def _before_wildcard(parts: tuple[str, ...]) -> Iterator[str]:
@@ -105,23 +132,30 @@ def _before_wildcard(parts: tuple[str, ...]) -> Iterator[str]:
     yield part
 
 
-def _walk(root: Path, skip) -> Iterator[Path]:
-  """Regular files below root; skip(name) leaves out a file or a whole folder."""
-  for folder, folders, files in os.walk(root):
-    folders[:] = [name for name in folders if not skip(name)]
-    paths = (Path(folder, name) for name in files if not skip(name))
-    yield from (path for path in paths if path.is_file())
+@contextlib.contextmanager
+def _whole(name: str, path: str = '') -> Iterator[None]:
+  """Refuses a corpus of which a part cannot be read."""
+  try:
+    yield
+  except OSError as error:
+    path = os.fsdecode(error.filename or path)
+    link = f' (a link to {os.readlink(path)})' if os.path.islink(path) else ''
+    raise ConfigError(
+      f'data.name={name!r}: cannot read {path}{link}: {error.strerror}; text is read whole or not at all:'
+      ' mend this, remove it or choose by a glob'
+    ) from error
 
 
-def _scan(name: str, paths: list[Path], root: Path, binary: bool = True) -> TextFiles:
-  """Reads every file once: exact duplicates and empty files go, the rest is split and hashed."""
+def _scan(name: str, paths: Mapping[str, str], root: str | Path, binary: bool = True) -> TextFiles:
+  """Reads every file once: exact duplicates and empty files go, the rest is split and hashed.
+
+  paths: what to read -> its name in the corpus.
+  """
   files: dict[str, SourceFile] = {}  # by content: of equal files the first path stays
-  keys = {path: os.fsencode(path.relative_to(root).as_posix()) for path in paths}
-  for path in tqdm(sorted(paths, key=keys.get), f'reading {name}', disable=None, delay=1):
-    try:
-      file = _read_file(path, keys[path], binary)
-    except OSError as error:
-      raise ConfigError(f'data.name={name!r}: cannot read {path}: {error.strerror}') from error
+  in_order = sorted((os.fsencode(relative), path) for path, relative in paths.items())
+  for relative, path in progress(in_order, f'reading {name}', len(in_order)):
+    with _whole(name, path):
+      file = _read_file(path, relative, binary)
     if file.size:
       files.setdefault(file.digest, file)
   digest = hashlib.sha256(_FORMAT.encode())
@@ -133,17 +167,23 @@ def _scan(name: str, paths: list[Path], root: Path, binary: bool = True) -> Text
   return TextFiles(digest.hexdigest(), documents)
 
 
-def _read_file(path: Path, relative: bytes, binary: bool) -> SourceFile:
-  digest = hashlib.sha256()
-  status = path.stat()
-  with open(path, 'rb') as file:
-    while block := file.read(_BLOCK_BYTES):
+def _read_file(path: str, relative: bytes, binary: bool) -> SourceFile:
+  digest, size = hashlib.sha256(), 0
+  status = os.stat(path)
+  if not stat.S_ISREG(status.st_mode):  # to open a pipe would wait for its other end
+    raise OSError(errno.EINVAL, 'neither a file nor a folder', path)
+  with open(path, 'rb', buffering=0) as file:
+    while size <= status.st_size and (block := file.read(_BLOCK_BYTES)):
       if not binary and b'\0' in block:
         raise ConfigError(
           f'{path} is no text (it holds a zero byte): choose files by a glob, such as'
           ' text_files:FOLDER/**/*.txt'
         )
       digest.update(block)
+      size += len(block)
+    after = os.fstat(file.fileno())
+  if not (size == status.st_size == after.st_size and status.st_mtime_ns == after.st_mtime_ns):
+    raise ConfigError(f'{path} changed while it was read: start again when nothing writes to it')
   return SourceFile(path, relative, status.st_size, status.st_mtime_ns, digest.hexdigest())
 
 

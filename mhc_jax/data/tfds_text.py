@@ -22,7 +22,7 @@ import tensorflow_datasets as tfds
 from absl import logging
 
 from mhc_jax.data import splits
-from mhc_jax.data.lock import locked
+from mhc_jax.data.lock import full_disk, locked
 from mhc_jax.errors import ConfigError
 
 
@@ -35,6 +35,7 @@ class TextDataset:
   """
 
   slug: str
+  folder: str  # where TFDS keeps it
   sources: dict[str, Sequence]
   feature: str
   key: str
@@ -46,12 +47,14 @@ class TextDataset:
     """Yields (split, document) in the dataset's order.
 
     Without a validation split, documents are held out by the hash of their content (so equal
-    documents stay together); or, with `tails`, the last 5 % of every document.
+    documents stay together); or, with `tails`, the last 5 % of every document. Raises ConfigError for a
+    damaged file.
     """
     for split, source in self.sources.items():
-      for example in source:
-        text = example[self.feature]
-        text = text.encode() if isinstance(text, str) else bytes(text)
+      for index in range(len(source)):
+        with _readable(self.folder):
+          text = source[index][self.feature]
+          text = text.encode() if isinstance(text, str) else bytes(text)
         if 'validation' in self.sources:
           yield split, text
         elif tails:
@@ -83,15 +86,17 @@ def prepare(name: str, data_dir: Path, lock_folder: Path) -> TextDataset:
     chosen = {'train': 'train'}
     if held_out := [split for split in ('validation', 'test') if split in known]:
       chosen['validation'] = held_out[0]
-    sources = {split: builder.as_data_source(s) for split, s in chosen.items()}
-    for source in sources.values():
-      if len(source):
-        source[0]  # so that a decoder which cannot be imported shows here
+    folder = os.fspath(builder.data_path)
+    with _readable(folder):
+      sources = {split: builder.as_data_source(s) for split, s in chosen.items()}
+      for source in sources.values():
+        if len(source):
+          source[0]  # so that a decoder which cannot be imported shows here
     full_name = builder.info.full_name
     facts = [full_name, feature]
     facts += [(s, len(sources[split]), _files(builder, s)) for split, s in chosen.items()]
   key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-  return TextDataset(slug(full_name), sources, feature, key)
+  return TextDataset(slug(full_name), folder, sources, feature, key)
 
 
 def _warn_about_tensorflow(name: str, builder: tfds.core.DatasetBuilder) -> None:
@@ -137,8 +142,20 @@ def _text_feature(name: str, features) -> str:
 
 
 @contextlib.contextmanager
-def _one_line_errors(name: str):
-  """Turns TFDS's failures into ConfigError; errors of the operating system pass through."""
+def _readable(folder: str) -> Iterator[None]:
+  """Turns what reading a damaged data set raises into ConfigError; what else may be wrong passes through."""
+  try:
+    yield
+  except Exception as error:
+    if isinstance(error, NotImplementedError) or _missing_package(error):
+      raise
+    reason = f'{type(error).__name__}: {error}'
+    raise ConfigError(f'{folder} is damaged ({reason}): delete it, and it is prepared again') from error
+
+
+@contextlib.contextmanager
+def _one_line_errors(name: str) -> Iterator[None]:
+  """Turns TFDS's failures into ConfigError; a full disk passes through."""
   try:
     with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints banners about TensorFlow
       yield
@@ -156,8 +173,8 @@ def _one_line_errors(name: str):
       ' choose another data_dir, or delete the dataset there'
     ) from error
   except Exception as error:
-    if isinstance(error, OSError) and error.errno:
-      raise
+    if full := full_disk(error):
+      raise full from error
     if package := _missing_package(error):
       what = 'your own TensorFlow' if package == 'tensorflow' else f'the package {package}'
       raise ConfigError(

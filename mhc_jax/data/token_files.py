@@ -1,7 +1,8 @@
 """Token streams on disk: a folder with train.tokens, validation.tokens and corpus.json.
 
 Main path: documents -> **BOS document BOS document ...** (uint16, little endian) -> windows.
-corpus.json is written last and in one step, so a folder without it is never taken for complete.
+corpus.json is written last and in one step, so a folder without it is never taken for complete; it holds the
+digest of the streams, so one with other bytes in them is not either.
 """
 
 import contextlib
@@ -18,6 +19,7 @@ from mhc_jax.data.tokenizer import Tokenizer
 from mhc_jax.errors import require
 
 _TOKEN = np.dtype('<u2')
+_digests: dict[tuple[int, ...], str] = {}  # version of a file -> SHA-256: a process reads each once
 
 
 def write(folder: Path, documents: Iterable[tuple[str, bytes]], tokenizer: Tokenizer) -> dict[str, int | str]:
@@ -41,7 +43,11 @@ def write(folder: Path, documents: Iterable[tuple[str, bytes]], tokenizer: Token
     for file in files.values():
       file.flush()
       os.fsync(file.fileno())
-  parts = [tokenizer.name, *(digests[split].hexdigest() for split in SPLITS)]
+  return _facts(tokenizer, lengths, {split: digest.hexdigest() for split, digest in digests.items()})
+
+
+def _facts(tokenizer: Tokenizer, lengths: dict[str, int], digests: dict[str, str]) -> dict[str, int | str]:
+  parts = [tokenizer.name, *(digests[split] for split in SPLITS)]
   return {
     'tokenizer': tokenizer.name,
     **lengths,
@@ -59,17 +65,32 @@ def finish(folder: Path, facts: dict[str, int | str]) -> None:
   os.replace(unfinished, folder / 'corpus.json')
 
 
-def read(folder: Path) -> tuple[str, dict[str, np.ndarray]] | None:
-  """(digest, {split: token ids, memory-mapped}); None if the folder is absent or not complete."""
+def read(folder: Path, tokenizer: Tokenizer) -> tuple[str, dict[str, np.ndarray]] | None:
+  """(digest, {split: token ids, memory-mapped}); None if the folder does not hold what was written there."""
   try:
-    facts = json.loads((folder / 'corpus.json').read_text(encoding='utf-8'))
-    sizes = {split: _path(folder, split).stat().st_size for split in SPLITS}
-  except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+    if not (folder / 'corpus.json').is_file():
+      return None
+    facts = json.loads((folder / 'corpus.json').read_bytes())
+    mapped = {split: _map(_path(folder, split)) for split in SPLITS}
+  except (OSError, ValueError, RecursionError):
     return None
-  if any(sizes[split] != facts[split] * _TOKEN.itemsize for split in SPLITS):
+  streams = {split: stream for split, (stream, _) in mapped.items()}
+  lengths = {split: len(stream) for split, stream in streams.items()}
+  if facts != _facts(tokenizer, lengths, {split: digest for split, (_, digest) in mapped.items()}):
     return None
-  streams = {s: np.asarray(np.memmap(_path(folder, s), _TOKEN, mode='r')) for s in SPLITS}
   return facts['digest'], streams
+
+
+def _map(path: Path) -> tuple[np.ndarray, str]:
+  """A stream and the SHA-256 of its bytes; ValueError for an empty file or half a token, OSError."""
+  if not path.is_file():  # to open a pipe would wait for its other end
+    raise FileNotFoundError(path)
+  with open(path, 'rb') as file:
+    status = os.fstat(file.fileno())
+    version = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+    if version not in _digests:
+      _digests[version] = hashlib.file_digest(file, 'sha256').hexdigest()
+    return np.asarray(np.memmap(file, _TOKEN, mode='r')), _digests[version]
 
 
 def _path(folder: Path, split: str) -> Path:

@@ -25,9 +25,12 @@ class Tokenizer:
 
 
 def _encode_bytes(text: bytes | str) -> np.ndarray:
-  """Token ids of a text, uint16 (bytes,); a str counts as its UTF-8 bytes."""
+  """Token ids of a text, uint16 (bytes,); a str counts as its UTF-8 bytes, of surrogates too."""
   if isinstance(text, str):
-    text = text.encode('utf-8', errors='surrogateescape')
+    try:
+      text = text.encode('utf-8', errors='surrogateescape')  # arguments that are no UTF-8
+    except UnicodeEncodeError:
+      text = text.encode('utf-8', errors='surrogatepass')
   return np.frombuffer(text, np.uint8).astype(np.uint16)
 
 
