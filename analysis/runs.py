@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from mhc_jax.errors import ConfigError
-from mhc_jax.run_folder import ENDED, is_number, load_config, load_plan, load_rows, load_status
+from mhc_jax.run_folder import ENDED, crc32, is_number, load_config, load_plan, load_rows, load_status
 
 # Columns of results.csv: a field of config.json or status.json each.
 MODEL = {name: f'model.{name}' for name in ('width', 'depth', 'heads', 'kv_heads', 'ffn_width', 'dtype')}
@@ -75,11 +75,15 @@ def read_run(folder: Path, run_id: str, arm: str) -> Run:
       trouble = trouble or 'config.json is missing'
     state = 'missing' if trouble in (None, 'config.json is missing') else 'failed'
     return Run(run_id, clean(arm, LONGEST_NAME), state, None, {}, [], trouble)
+  config_crc = crc32(config)
   config, status, state = clean(config), clean(status), status['state']
   last = status.get('step', 0)  # of the others the row of the last step may not have been written
   last = last if state in ENDED else last - 1
   every = (config.get('log') or {}).get('every_steps')
-  rows, trouble = load_rows(str(path), last, every, ended=state in (*ENDED, 'failed'))
+  crc = status.get('rows_crc32') if state in ENDED else None  # else rows may come after it
+  rows, trouble = load_rows(str(path), last, every, state in (*ENDED, 'failed'), crc)
+  if status.get('config_crc32') not in (None, config_crc):
+    trouble = trouble or 'config.json does not match its checksum in status.json'
   if state in ('missing', 'damaged'):
     trouble = status_trouble or ('status.json is missing' if rows else None)
     state, status = 'failed' if trouble else 'running', {}  # it is written once a run has compiled

@@ -25,8 +25,7 @@ from mhc_jax.data import Corpus, load_corpus, tokenizer_of
 from mhc_jax.errors import FULL_DISK, BusyError
 from mhc_jax.log import say, tolerant_streams
 from mhc_jax.plan import Run, resolve
-from mhc_jax.run_folder import last_flops
-from mhc_jax.storage import write_json
+from mhc_jax.run_folder import last_flops, write_status
 from mhc_jax.train_step import without_traced
 from mhc_jax.workdir import ENDED, read_status
 
@@ -135,7 +134,7 @@ def _record_death(workdir: str) -> None:
   with contextlib.suppress(filelock.Timeout), lock:  # locked: another sweep's
     error = 'the process died (killed, or out of memory); --retry-failed goes on from its last checkpoint'
     status = read_status(workdir) | {'state': 'failed', 'error': error}
-    write_json(os.path.join(workdir, 'status.json'), status)
+    write_status(workdir, status)
     say(f'{os.path.basename(workdir)} failed: {error}')
 
 

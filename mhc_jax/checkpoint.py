@@ -22,7 +22,6 @@ import re
 import shutil
 import time
 import warnings
-import zlib
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -35,6 +34,7 @@ from mhc_jax.distributed import any_process, require_same
 from mhc_jax.errors import CheckpointError, ConfigError
 from mhc_jax.log import say
 from mhc_jax.orbax_patches import bear_clock_steps, quieten_orbax, teach_orbax_s3
+from mhc_jax.run_folder import crc32
 
 PyTree = Any
 
@@ -231,7 +231,7 @@ class Checkpoints:
     manifest = storage.read_json(folder / 'manifest' / 'metadata')
     if manifest is None:
       raise ValueError('its manifest is missing')
-    if manifest.pop('crc32') != _crc32(manifest) or manifest['step'] != step:
+    if manifest.pop('crc32') != crc32(manifest) or manifest['step'] != step:
       raise ValueError('its manifest does not match its own checksum')
     target = jax.tree.map(_with_sharding, abstract_state)
     _require_structure(manifest['leaves'], target, only_part, self._directory)
@@ -352,7 +352,7 @@ def _manifest(step: int, state: PyTree, extra: dict[str, Any], checksums: Sequen
     for (name, leaf), checksum in zip(_named_leaves(state), checksums, strict=True)
   }
   manifest = json.loads(json.dumps({'step': step, 'extra': extra, 'leaves': leaves}))
-  return manifest | {'crc32': _crc32(manifest)}
+  return manifest | {'crc32': crc32(manifest)}
 
 
 def _wrong_checksum(state: PyTree, saved: dict) -> str:
@@ -362,10 +362,6 @@ def _wrong_checksum(state: PyTree, saved: dict) -> str:
     if saved[name] != [str(leaf.dtype), list(leaf.shape), int(checksum)]:
       return f'the checksum of {name} is wrong'
   return ''
-
-
-def _crc32(manifest: dict) -> int:
-  return zlib.crc32(json.dumps(manifest, sort_keys=True).encode())
 
 
 def _with_sharding(leaf: Any) -> jax.ShapeDtypeStruct:

@@ -8,6 +8,7 @@ no train/. In a remote workdir (storage.py) it is as of the last checkpoint.
 import json
 import os
 import time
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -22,15 +23,17 @@ from mhc_jax.storage import finite
 class MetricsLog:
   """Appends rows to metrics.jsonl and, if asked for, to TensorBoard, from a step on."""
 
-  def __init__(self, workdir: str, last_step: int | None, tensorboard: bool, every: int = 1):
+  def __init__(
+    self, workdir: str, last_step: int | None, tensorboard: bool, every: int = 1, crc: int | None = None
+  ):
     """Drops rows after last_step (None: all), which a killed process wrote after its checkpoint.
 
-    Says what of the rows before, due `every` so many updates, is damaged or gone.
+    Says what of the rows before, due `every` so many updates, is damaged, gone or, by their crc, changed.
     """
     self._workdir, folder = workdir, storage.scratch(workdir)
     storage.download('metrics.jsonl', workdir)
     path = os.path.join(folder, 'metrics.jsonl')
-    kept, lost = ([], None) if last_step is None else rows_until(path, last_step, every)
+    kept, lost = ([], None) if last_step is None else rows_until(path, last_step, every, crc)
     if lost:
       say(f'warning: {lost}')
     partial = f'{path}.partial'
@@ -38,13 +41,16 @@ class MetricsLog:
       file.writelines(kept)
     os.replace(partial, path)
     self._file = open(path, 'a', encoding='utf-8')
+    self.crc = zlib.crc32(''.join(kept).encode())  # of all rows
     self._board = None
     if tensorboard:
       self._show(lambda: _TensorBoard(folder, last_step))
 
   def write(self, row: dict[str, Any]) -> None:
     """Appends one row; lists (one value per sublayer) go to TensorBoard as their maximum."""
-    self._file.write(json.dumps(finite(row)) + '\n')
+    line = json.dumps(finite(row)) + '\n'
+    self.crc = zlib.crc32(line.encode(), self.crc)
+    self._file.write(line)
     self._file.flush()
     if self._board is not None:
       self._show(self._board.write, {name: np.max(v) for name, v in row.items() if '/' in name}, row['step'])

@@ -5,7 +5,6 @@ times and writes what the loop has computed, and computes nothing itself.
 """
 
 import dataclasses
-import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +19,8 @@ from mhc_jax.divergence import Divergence
 from mhc_jax.log import Progress
 from mhc_jax.metrics_log import MetricsLog
 from mhc_jax.plan import Run
-from mhc_jax.storage import write_json
+from mhc_jax.run_folder import crc32, write_status
+from mhc_jax.storage import finite
 from mhc_jax.train_step import TrainState
 from mhc_jax.workdir import revision, versions
 
@@ -35,6 +35,7 @@ class Position:
   final: dict[str, float] = dataclasses.field(default_factory=dict)  # the newest losses
   divergence: dict[str, Any] = dataclasses.field(default_factory=dict)  # what divergence.py counts
   skipped: int = 0  # updates whose batch had nothing to predict
+  rows_crc32: int | None = None  # of the rows so far, on process 0
 
 
 class Recorder:
@@ -44,6 +45,7 @@ class Recorder:
     self._plan, self._workdir, self._mesh = plan, workdir, mesh
     self._writes = jax.process_index() == 0  # all but checkpoints, of which every process writes its part
     self._revision = join_revisions(earlier_revision, revision())
+    self._log: MetricsLog | None = None  # until it is opened
 
   def open(self, at: Position, resumed: bool, quiet: bool) -> None:
     """Opens the files for a run that stands at `at`; rows of later steps are dropped."""
@@ -53,7 +55,7 @@ class Recorder:
     at.divergence = self._divergence.saved
     if self._writes:
       last_step, every = at.step if resumed else None, c['log']['every_steps']
-      self._log = MetricsLog(self._workdir, last_step, c['log']['tensorboard'], every)
+      self._log = MetricsLog(self._workdir, last_step, c['log']['tensorboard'], every, at.rows_crc32)
     self._progress = Progress(c['arm'], at.step, self._plan.num_steps, quiet or not self._writes)
     self.start_clock(at.step)
 
@@ -119,7 +121,9 @@ class Recorder:
     """Rows first, then the state: a checkpoint never knows more than the metrics on disk."""
     if self._writes:
       self._log.sync()
-    extra = {name: getattr(at, name) for name in ('seconds', 'divergence', 'final', 'skipped')}
+      at.rows_crc32 = self._log.crc
+    names = ('seconds', 'divergence', 'final', 'skipped', 'rows_crc32')
+    extra = {name: getattr(at, name) for name in names}
     checkpoints.save(at.step, at.state, extra)
     self.status(at, 'running')
 
@@ -141,10 +145,10 @@ class Recorder:
       'seconds': at.seconds,
       'derived': self._plan.derived,
       'final': at.final if state == 'finished' else None,
+      'config_crc32': crc32(finite(self._plan.resolved)),
+      'rows_crc32': self._log.crc if self._log else None,
     }
-    if self._writes:
-      write_json(os.path.join(self._workdir, 'status.json'), status)
-    return status
+    return write_status(self._workdir, status) if self._writes else status
 
 
 def join_revisions(before: str | None, now: str | None) -> str | None:

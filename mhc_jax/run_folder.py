@@ -11,6 +11,7 @@ import math
 import os
 import re
 import stat
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +27,19 @@ MOST_RUNS, MOST_DEPTH, MOST_DIGITS, MOST = 100_000, 32, 40, 2**53
 
 class _DamagedError(ValueError):
   """What is wrong with a file, as the end of a sentence that begins with its name."""
+
+
+def crc32(value: Any) -> int:
+  """Of what a JSON value says, however its file is laid out."""
+  return zlib.crc32(json.dumps(value, sort_keys=True).encode())
+
+
+def write_status(workdir: str, status: dict[str, Any]) -> dict[str, Any]:
+  """Writes status.json with a checksum of its own, and returns what it says."""
+  said = storage.finite({name: value for name, value in status.items() if name != 'crc32'})
+  said['crc32'] = crc32(said)
+  storage.write_json(os.path.join(workdir, 'status.json'), said)
+  return said
 
 
 def load_json(path: str | os.PathLike[str], most: int = MOST_BYTES) -> tuple[Any, str | None]:
@@ -173,6 +187,7 @@ CONFIG: dict[str, Callable[[Any], bool]] = {
 STATUS: dict[str, Callable[[Any], bool]] = {
   'state': _state,
   **dict.fromkeys(('step', 'num_steps', 'diverged_at', 'device_count'), _count),
+  **dict.fromkeys(('crc32', 'config_crc32', 'rows_crc32', 'skipped_updates'), _count),
   **dict.fromkeys(('error', 'git_revision', 'device_kind', 'derived.data_digest'), _text),
   **dict.fromkeys(('seconds', 'derived.tokens', 'derived.flops', 'derived.flops_per_token'), _number),
   'versions': _texts,
@@ -215,7 +230,10 @@ def load_status(workdir: str) -> tuple[dict[str, Any], str | None]:
   """A run's status.json, and what is wrong; its state is 'missing' without a file, 'damaged' where it is."""
   status, trouble = _load_typed(workdir, 'status.json', STATUS)
   if trouble is None and status is not None:
-    return status, None
+    rest = {name: value for name, value in status.items() if name != 'crc32'}
+    if status.get('crc32') in (None, crc32(rest)):  # None: of before it had one
+      return status, None
+    trouble = 'status.json does not match its checksum'
   return {'state': 'damaged' if trouble else 'missing'}, trouble
 
 
@@ -289,10 +307,13 @@ def _lost(rows: _Rows, last_step: int, every: int | None) -> str | None:
   return ' and '.join(words) or None
 
 
-def rows_until(path: str, last_step: int, every: int | None) -> tuple[list[str], str | None]:
+def rows_until(
+  path: str, last_step: int, every: int | None, crc: int | None = None
+) -> tuple[list[str], str | None]:
   """The lines of a local metrics.jsonl up to a step, for a run that goes on there; and what was lost of them.
 
-  every: updates between two rows (log.every_steps). Raises ConfigError for what cannot be read as a file.
+  every: updates between two rows (log.every_steps). crc: of these lines when they were written, where it is
+  known. Raises ConfigError for what cannot be read as a file.
   """
   rows = _Rows([], [], None)
   if os.path.lexists(path):
@@ -304,15 +325,21 @@ def rows_until(path: str, last_step: int, every: int | None) -> tuple[list[str],
       raise ConfigError(f'{path} cannot be read: {error.strerror}') from None
   kept = [line.decode().rstrip('\r\n') + '\n' for _, line, row in rows.sound if row['step'] <= last_step]
   lost = _lost(rows, last_step, every)
-  return kept, lost and f'{path} {lost}: the run goes on, but its curves have a hole'
+  if lost:
+    return kept, f'{path} {lost}: the run goes on, but its curves have a hole'
+  changed = crc not in (None, zlib.crc32(''.join(kept).encode()))
+  return (
+    kept,
+    f'{path} was changed after it was written: the run goes on, its curves keep that' * changed or None,
+  )
 
 
 def load_rows(
-  workdir: str, last_step: int = -1, every: int | None = None, ended: bool = False
+  workdir: str, last_step: int = -1, every: int | None = None, ended: bool = False, crc: int | None = None
 ) -> tuple[list[dict[str, Any]], str | None]:
   """Sound rows of metrics.jsonl, and what is wrong with it up to a step. No file is no rows.
 
-  ended: nobody is writing any more, so half a line at the end is a loss too.
+  ended: nobody is writing any more, so half a line at the end is a loss too. crc: of all lines, if known.
   """
   path = os.path.join(workdir, 'metrics.jsonl')
   rows, name = _Rows([], [], None), 'metrics.jsonl'
@@ -326,6 +353,9 @@ def load_rows(
   lost = _lost(rows, math.inf if every is None else last_step, every)
   if lost is None and ended and rows.half is not None:
     lost = f'breaks off at line {rows.half}'
+  lines = b''.join(line for _, line, _ in rows.sound)
+  if lost is None and crc not in (None, zlib.crc32(lines)):
+    lost = 'does not match its checksum in status.json'
   return [row for _, _, row in rows.sound], lost and f'{name} {lost}'
 
 

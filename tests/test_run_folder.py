@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import shutil
+import zlib
 
 import pytest
 from hostile_runs import DAMAGES, DEEP, ended, trials
@@ -11,12 +12,21 @@ from synthetic_runs import blank, config_of, report, words, write_plan, write_ru
 from test_train import config, corpus, run
 
 from analysis.report import main
-from analysis.runs import clean, read_sweep
+from analysis.runs import clean, read_run, read_sweep
 from experiments import sweep
 from mhc_jax import evaluate
 from mhc_jax.errors import ConfigError
 from mhc_jax.plan import resolve
-from mhc_jax.run_folder import last_flops, load_config, load_plan, load_rows, load_status, rows_until
+from mhc_jax.run_folder import (
+  crc32,
+  last_flops,
+  load_config,
+  load_plan,
+  load_rows,
+  load_status,
+  rows_until,
+  write_status,
+)
 from mhc_jax.workdir import read_status
 
 
@@ -272,3 +282,34 @@ def test_a_sweep_shows_a_damaged_run_and_does_it_again(tmp_path, capsys):
   (workdir / 'config.json').write_text(json.dumps(plan.resolved))
   assert sweep.state_of(plan, str(tmp_path)) == 'finished'
   assert 'GFLOP/s (assumed)' in sweep.table([plan], str(tmp_path))
+
+
+def test_a_changed_digit_is_noticed_wherever_it_is(tmp_path):
+  """Files that stay valid: by checksums of the status, of the configuration and of the rows."""
+  config = {'data': {}, 'model': {'connection': {}}, 'optimizer': {'lr': 0.5}, 'duration': {'steps': 2}}
+  config |= {'log': {'every_steps': 1}}
+  lines = [f'{json.dumps({"step": step, "train/loss": 2.5})}\n' for step in range(3)]
+  run = tmp_path / 'run'
+  run.mkdir()
+  (run / 'config.json').write_text(json.dumps(config))
+  (run / 'metrics.jsonl').write_text(''.join(lines))
+  sums = {'config_crc32': crc32(config), 'rows_crc32': zlib.crc32(''.join(lines).encode())}
+  write_status(str(run), {'state': 'finished', 'step': 2, 'final': {'train/loss': 2.5}, **sums})
+  assert read_run(tmp_path, 'run', 'arm').trouble is None
+  for name in ('status.json', 'config.json', 'metrics.jsonl'):
+    text = (run / name).read_text()
+    (run / name).write_text(text.replace('.5', '.6'))
+    assert read_run(tmp_path, 'run', 'arm').trouble.startswith(f'{name} does not match its checksum')
+    (run / name).write_text(text)
+  (run / 'metrics.jsonl').unlink()
+  assert read_run(tmp_path, 'run', 'arm').trouble.startswith('metrics.jsonl lacks 3 of 3 rows')
+
+
+def test_a_changed_row_is_said_when_the_run_goes_on(tmp_path):
+  path, lines = tmp_path / 'metrics.jsonl', ['{"step": 0}\n', '{"step": 1, "loss": 2.5}\n']
+  path.write_text(''.join(lines) + '{"step": 2}\n')
+  crc = zlib.crc32(''.join(lines).encode())
+  assert rows_until(str(path), 1, 1, crc) == (lines, None)
+  path.write_text(path.read_text().replace('2.5', '2.6'))
+  assert 'was changed' in rows_until(str(path), 1, 1, crc)[1]
+  assert rows_until(str(path), 1, 1, None)[1] is None, 'of a run from before'
