@@ -64,6 +64,15 @@ def test_functions_with_a_backward_of_their_own(x64, rng, name):
   check(FUNCTIONS[name], tuple(jnp.asarray(rng.normal(size=shape)) for shape in SHAPES[name]), rng)
 
 
+def test_jacobians_of_experts(x64, rng):
+  """By columns and by rows: both are batches of one direction each, which ragged products need help with."""
+  x, *others = (jnp.asarray(rng.normal(size=shape)) for shape in SHAPES['experts'])
+  both = jax.jit(lambda x: [way(FUNCTIONS['experts'])(x, *others) for way in (jax.jacfwd, jax.jacrev)])
+  columns, rows = both(x)
+  np.testing.assert_allclose(columns, rows, rtol=1e-12, atol=1e-12)
+  assert np.abs(rows).max() > 0.1
+
+
 @pytest.mark.parametrize('name', sorted(CONSTRAINTS.keys() - {'identity'}))
 def test_every_constraint(x64, rng, name):
   constraint = CONSTRAINTS[name](**PARAMS.get(name, {}))
