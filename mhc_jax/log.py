@@ -4,6 +4,7 @@ Output never decides a run: what cannot be printed is said once on the other str
 """
 
 import contextlib
+import functools
 import os
 import sys
 import time
@@ -16,6 +17,12 @@ from tqdm import tqdm
 def say(line: str) -> None:
   """One line for the user, on stderr."""
   print(line, file=sys.stderr, flush=True)
+
+
+@functools.cache
+def say_once(line: str) -> None:
+  """The same, once in a process: of what many runs meet alike."""
+  say(line)
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import jax
 
 from mhc_jax.errors import require
-from mhc_jax.log import say
+from mhc_jax.log import say_once
 
 # Each changes the start weights, updates or samples of a run, as trying every option of jax.config showed.
 # x64 has a field of its own (model.dtype); switches of JAX that only raise or print are left to the user.
@@ -36,10 +36,12 @@ def held() -> Iterator[None]:
   found = {name: getattr(jax.config, name, values[name]) for name in HELD if name in values}
   changed = {name: value for name, value in found.items() if value != HELD[name]}
   for name, value in changed.items():
-    say(f'warning: {name.upper()}={value} would change the numbers of a run id: {HELD[name]} is used')
+    say_once(f'warning: {name.upper()}={value} would change the numbers of a run id: {HELD[name]} is used')
     jax.config.update(name, HELD[name])
   for flag in _LOOSE.findall(os.environ.get('XLA_FLAGS', '')):  # read once, when JAX starts: not to be held
-    say(f'warning: {flag} in XLA_FLAGS changes the numbers of a run id: unset it where runs are compared')
+    say_once(
+      f'warning: {flag} in XLA_FLAGS changes the numbers of a run id: unset it where runs are compared'
+    )
   try:
     yield
   finally:

@@ -18,7 +18,7 @@ import jax
 from mhc_jax import storage
 from mhc_jax.distributed import any_process
 from mhc_jax.errors import FULL_DISK, BusyError, ConfigError
-from mhc_jax.log import say
+from mhc_jax.log import say_once
 from mhc_jax.plan import Run, deciding, run_id
 from mhc_jax.run_folder import ENDED, load_config, load_status
 from mhc_jax.storage import write_json
@@ -46,16 +46,11 @@ def read_status(workdir: str) -> dict[str, Any]:
   """A run's status.json; its state is 'missing' without a file, 'damaged' for a damaged one: said once."""
   status, trouble = load_status(workdir)
   if trouble:
-    _warn(
-      f'{os.path.join(workdir, "status.json")} is damaged ({trouble}): the run goes on from its checkpoint, '
-      'which does not need it'
+    say_once(
+      f'warning: {os.path.join(workdir, "status.json")} is damaged ({trouble}): the run goes on from its '
+      'checkpoint, which does not need it'
     )
   return status
-
-
-@functools.cache
-def _warn(line: str) -> None:
-  say(f'warning: {line}')
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from analysis.runs import clean, read_run, read_sweep
 from experiments import sweep
 from mhc_jax import evaluate
 from mhc_jax.errors import ConfigError
+from mhc_jax.log import say_once
 from mhc_jax.plan import resolve
 from mhc_jax.run_folder import (
   crc32,
@@ -27,7 +28,6 @@ from mhc_jax.run_folder import (
   rows_until,
   write_status,
 )
-from mhc_jax.workdir import read_status
 
 
 @pytest.fixture(scope='module')
@@ -243,7 +243,7 @@ def test_a_run_goes_on_without_its_status_and_never_without_its_config(tmp_path,
   status, rows = run(tmp_path, duration__steps=4)
   for damage in ('', '{"state": "fin'):
     (tmp_path / 'status.json').write_text(damage)
-    read_status.__globals__['_warn'].cache_clear()
+    say_once.cache_clear()
     again, same = run(tmp_path, duration__steps=4)
     assert again['state'] == 'finished' and again['final'] == status['final'] and same == rows
     warnings = [line for line in capsys.readouterr().err.splitlines() if 'status.json is damaged' in line]
