@@ -9,7 +9,7 @@ from tests.campaign.tiny import STEPS, Said, Session, Tiny, pick, status, unfit
 
 KILLS = 4  # of one trial
 SIGNALS = {
-  (signal.SIGKILL,): 6,
+  (signal.SIGKILL,): 18,
   (signal.SIGTERM,): 1,
   (signal.SIGINT,): 1,
   (signal.SIGHUP,): 1,

@@ -5,7 +5,7 @@ from tests.campaign.damaged import trials_of
 from tests.campaign.trials import Part
 
 PARTS: dict[str, Part] = {
-  'kills': Part('signals to a training, from its start to its last cleanup', 14, 2000, kills.trial),
+  'kills': Part('signals to a training, from its start to its last cleanup', 18, 2000, kills.trial),
   'peers': Part('one of two processes killed, stopped or signalled', 10, 2000, peers.trial),
   'missing peers': Part('one of two processes that never comes', 4, 300, peers.missing),
   'training': Part('damages of a run folder, then training again', 12, 600, trials_of(damaged.train_again)),
