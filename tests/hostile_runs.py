@@ -1,7 +1,4 @@
-"""Damages of run folders, seeded: a file replaced, or one field of one by a value of another type.
-
-python tests/hostile_runs.py FOLDER 500    # trials of the whole report; prints what ended otherwise
-"""
+"""Damages of run folders, seeded: a file replaced, or one field of one by a value of another type."""
 
 import contextlib
 import io
@@ -134,32 +131,3 @@ def ended(call) -> str | None:
       place = traceback.extract_tb(error.__traceback__)[-1]
       return f'{type(error).__name__}: {str(error)[:80]} in {os.path.basename(place.filename)}:{place.lineno}'
   return None
-
-
-def main() -> int:
-  """A sweep in FOLDER, made where there is none, damaged COUNT times; figures are built, not rendered."""
-  import matplotlib.figure
-  from synthetic_runs import write_sweep
-
-  import analysis.figures.draw
-  from analysis.report import main as report
-
-  folder, count, seed = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else 0
-  matplotlib.figure.Figure.savefig = lambda self, path, **_: path.write_text('<svg/>')
-  analysis.figures.draw.write_png = lambda fig, path: path.write_text('')
-  good = folder / 'good'
-  if not good.exists():
-    good.mkdir(parents=True)
-    write_sweep(good, arms=('residual', 'mhc'), sizes=((32, 2), (64, 2), (64, 4)), ranks=False)
-  failed = 0
-  for what, damaged in trials(good, count, seed):
-    words = ended(lambda at=damaged: report([str(at), '--resamples', '2']))
-    if words:
-      failed += 1
-      print(f'{what}: {words}', flush=True)
-  print(f'{count} damages, {failed} ended otherwise than by a report or one line')
-  return int(failed > 0)
-
-
-if __name__ == '__main__':
-  sys.exit(main())

@@ -98,7 +98,7 @@ def test_more_connections_are_refused_or_train():
   """Every per-stream preset with every constraint, where streams divide the coordinates or not; and more."""
   for constraint in CONSTRAINTS:
     assert traces({'name': 'hc', 'constraint': constraint, 'streams': 4})
-  assert {traces(fields) for fields in connections(1, 40)} == {False, True}
+  assert {traces(fields) for fields in connections(1, 12)} == {False, True}
 
 
 @pytest.mark.parametrize('constraint', ('orthogonal_cayley', 'spectral_sphere', 'birkhoff_transport'))
@@ -367,8 +367,7 @@ def fields_of(config, path=''):
       yield f'{path}{key}'
 
 
-@pytest.mark.parametrize('count', (150, pytest.param(2000, marks=pytest.mark.slow)))
-def test_hostile_overrides_end_in_a_run_or_one_line(count):
+def test_hostile_overrides_end_in_a_run_or_one_line(count=150):
   """A run's config.json, its model and its warnings included. Seeded; every field and every value."""
   every = [(field, value) for field in fields_of(base_config()) for value in HOSTILE]
   runs = 0

@@ -202,7 +202,6 @@ def test_the_report_of_damaged_runs_has_them_as_rows_and_leaves_the_others(folde
 
 
 def test_a_sample_of_damages_ends_by_a_report_or_one_line(good, monkeypatch):
-  """tests/hostile_runs.py makes more of them."""
   blank(monkeypatch)
   for what, damaged in trials(good, 5, seed=3, times=3):
     assert ended(lambda at=damaged: main([str(at), '--resamples', '2'])) is None, what

@@ -12,22 +12,28 @@ from analysis import report
 from tests import synthetic_runs
 from tests.campaign import damage
 from tests.campaign.damaged import hurt
-from tests.campaign.tiny import Tiny, command, files_below, unfit
+from tests.campaign.tiny import Said, Tiny, command, files_below, unfit
 
 SIZES = ((32, 2), (64, 2))
 
 
 @functools.cache
 def sweep(folder: Path) -> tuple[Path, pd.DataFrame]:
-  """(a whole sweep of four arms and two sizes, its table); figures are built and not rendered from now on."""
-  synthetic_runs.blank(pytest.MonkeyPatch())
+  """(a whole sweep of four arms and two sizes, its table)."""
   folder.mkdir()
   synthetic_runs.write_sweep(folder, sizes=SIZES, ranks=False)
   whole = damage.copy(folder, folder.with_name(f'{folder.name}-reported'))
-  said = command(report.main, whole, '--resamples', '2')
+  said = report_of(whole)
   if said.code:
     raise RuntimeError(f'the undisturbed report failed: {said.err}')
   return folder, table(whole)
+
+
+def report_of(folder: Path) -> Said:
+  """What `mhc report` says of a sweep; figures are built and not rendered."""
+  with pytest.MonkeyPatch.context() as patch:
+    synthetic_runs.blank(patch)
+    return command(report.main, folder, '--resamples', '2')
 
 
 def table(folder: Path) -> pd.DataFrame:
@@ -40,7 +46,7 @@ def reported(tiny: Tiny, folder: Path, rng: random.Random) -> tuple[str, str]:
   source, expected = sweep(tiny.folder / 'synthetic')
   place = damage.copy(source, folder)
   path, what = hurt(place, rng, [path for path in files_below(place) if path.suffix in ('.json', '.jsonl')])
-  said = command(report.main, place, '--resamples', '2')
+  said = report_of(place)
   failure = unfit(said)
   if not failure and said.code == 0:
     failure = wrong_report(place, expected, path, said.out + said.err)
