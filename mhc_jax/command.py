@@ -1,5 +1,7 @@
 """How commands end: mistakes, full disks and failing systems in one line, with an exit code."""
 
+import atexit
+import signal
 from collections.abc import Callable
 
 from mhc_jax.errors import FULL_DISK, CheckpointError, ConfigError, StorageError
@@ -29,4 +31,6 @@ def end_with_message(main: Callable[[], int]) -> int:
         raise
       what = ' '.join(f'{error}'.split())[:200]
       say(f'error: out of memory ({what}): lower data.batch_size, or set optimizer.microbatches')
+    finally:  # registered last, done first: one more Ctrl-C while Python takes itself down is no traceback
+      atexit.register(signal.signal, signal.SIGINT, signal.SIG_DFL)
     return 1

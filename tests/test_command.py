@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 
@@ -95,3 +96,15 @@ def test_env_warns_of_an_accelerator_that_jax_does_not_see(monkeypatch, capsys):
   assert 'an NVIDIA GPU is here, but JAX does not see it: JAX_PLATFORMS=cpu' in capsys.readouterr().err
   monkeypatch.delenv('JAX_PLATFORMS')
   assert 'cuda13' in environment.warnings()[0] and len(environment.warnings()) == 1
+
+
+def test_a_second_interrupt_while_python_ends_is_no_traceback():
+  code = (
+    'import atexit, os, signal, sys; from mhc_jax.command import end_with_message\n'
+    'atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT))\n'
+    'def main(): raise KeyboardInterrupt\n'
+    'sys.exit(end_with_message(main))'
+  )
+  ended = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=60)
+  assert ended.returncode in (130, -signal.SIGINT) and ended.stderr.startswith('interrupted')
+  assert 'Traceback' not in ended.stderr
