@@ -15,6 +15,7 @@ Orbax (0.4 s to import) is imported by the first save or restore, not by `import
 
 import contextlib
 import errno
+import functools
 import gc
 import json
 import os
@@ -41,6 +42,7 @@ PyTree = Any
 # Room for orbax's own metadata beside the arrays; measured: 0.7 kB for each leaf.
 _METADATA_BYTES = 1 << 20
 _HALF_WRITTEN = '.orbax-checkpoint-tmp'  # in the name of a local step that is being written
+_ABOUT_STEP = '_CHECKPOINT_METADATA'  # in a step: times, and orbax's own names
 _COMMITTED = 'commit_success.txt'  # in a remote step that is whole: object stores cannot rename folders
 # Tensorstore's names for a store that cannot be reached, as opposed to one that holds something else.
 _TROUBLE = re.compile('UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|PERMISSION_DENIED|UNAUTHENTICATED')
@@ -268,7 +270,8 @@ class Checkpoints:
       self._remove_half_written()
       any_process(False)  # a barrier: nobody starts to write before
       atomicity = ocp.options.AtomicityOptions(ocp.options.AtomicityMode.COMMIT_FILE)
-      self._manager = ocp.CheckpointManager(
+      open_manager = functools.partial(
+        ocp.CheckpointManager,
         self._directory,
         options=ocp.CheckpointManagerOptions(
           max_to_keep=self._keep, atomicity_options=atomicity if self._remote else None
@@ -279,6 +282,13 @@ class Checkpoints:
           'manifest': ocp.JsonCheckpointHandler(),
         },
       )
+      try:
+        self._manager = open_manager()
+      except Exception:  # of what orbax writes about a step, and nobody needs: whatever it trips over there
+        for step in self.steps():
+          note = self._directory / str(step) / _ABOUT_STEP
+          note.rmtree() if note.is_dir() else note.unlink(missing_ok=True)
+        self._manager = open_manager()
     return self._manager
 
   def _require_space(self, state: PyTree) -> None:

@@ -343,6 +343,8 @@ def load_rows(
   """
   path = os.path.join(workdir, 'metrics.jsonl')
   rows, name = _Rows([], [], None), 'metrics.jsonl'
+  if not os.path.lexists(path) and ended and last_step > 0:
+    return [], f'{name} is missing'
   if os.path.lexists(path):
     if not os.path.isfile(path):
       return [], f'{name} is not a file'

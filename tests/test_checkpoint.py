@@ -393,3 +393,17 @@ def test_a_step_of_the_wall_clock_ends_no_save(tmp_path, monkeypatch):
   monkeypatch.setattr(time, 'time', lambda: float(next(clock)))
   save(tmp_path, 1)
   assert Checkpoints(tmp_path).steps() == [1]
+
+
+@pytest.mark.parametrize(
+  'content', ('7', 'folder', '', '{"init_timestamp_nsecs": "x"}', '{"item_handlers": 5}')
+)
+def test_what_orbax_notes_about_a_step_may_be_damaged(tmp_path, content):
+  save(tmp_path, 1)
+  note = tmp_path / '1' / '_CHECKPOINT_METADATA'
+  note.unlink()
+  note.mkdir() if content == 'folder' else note.write_text(content)
+  with Checkpoints(tmp_path) as checkpoints:
+    assert checkpoints.restore_latest(make_state(1))[0] == 1
+    checkpoints.save(2, make_state(2), {})
+  assert Checkpoints(tmp_path).restore_latest(make_state(2))[0] == 2
