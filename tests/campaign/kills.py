@@ -53,7 +53,9 @@ def wait(session: Session, moment: str, rng: random.Random, python: bool) -> boo
     met = session.wait_until(session.is_writing_a_checkpoint)
   elif moment == 'end':  # the last save, evaluation or cleanup
     met = session.wait_until(lambda: (checkpoints / str(STEPS)).exists() or session.rows() > STEPS)
-  elif not python:
+  elif python:
+    met = session.wait_until(lambda: (session.workdir / '.lock').exists())
+  else:
     time.sleep(rng.random() * 2 * START)
   time.sleep(rng.random() * 0.05)
   return met and session.process.poll() is None
