@@ -5,9 +5,12 @@ file alone knows of experiments/ and analysis/, which are mhc_jax.experiments an
 project is installed.
 """
 
+import contextlib
 import difflib
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 
 from mhc_jax.command import end_with_message
 from mhc_jax.errors import ConfigError
@@ -77,6 +80,20 @@ def main(argv: list[str] | None = None) -> int:
   return end_with_message(lambda: _main((sys.argv[1:] if argv is None else argv) or ['--help']))
 
 
+@contextlib.contextmanager
+def _quiet_interrupt() -> Iterator[None]:
+  """Ctrl-C ends the process at once: libraries of C++ make a traceback of an interrupted import."""
+  ours = threading.current_thread() is threading.main_thread()
+  before = signal.getsignal(signal.SIGINT)
+  if ours and before is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+  try:
+    yield
+  finally:
+    if ours and before is signal.default_int_handler:
+      signal.signal(signal.SIGINT, before)
+
+
 def _main(argv: list[str]) -> int:
   command, *rest = argv
   if command in ('-h', '--help', 'help'):
@@ -88,7 +105,8 @@ def _main(argv: list[str]) -> int:
     print(version('mhc_jax'))
     return 0
   try:
-    run = main_of(command)
+    with _quiet_interrupt():
+      run = main_of(command)
   except ValueError as error:
     if 'jax' in sys.modules or 'JAX' not in str(error):
       raise

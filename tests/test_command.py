@@ -108,3 +108,19 @@ def test_a_second_interrupt_while_python_ends_is_no_traceback():
   ended = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=60)
   assert ended.returncode in (130, -signal.SIGINT) and ended.stderr.startswith('interrupted')
   assert 'Traceback' not in ended.stderr
+
+
+def test_an_interrupt_of_an_import_ends_at_once(monkeypatch):
+  """By the signal itself: what C++ makes of it would be a traceback."""
+  seen = []
+  monkeypatch.setattr(mhc, 'main_of', lambda name: lambda rest: seen.append(signal.getsignal(signal.SIGINT)))
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  try:
+    real = mhc.main_of
+    monkeypatch.setattr(
+      mhc, 'main_of', lambda name: seen.append(signal.getsignal(signal.SIGINT)) or real(name)
+    )
+    mhc.main(['train'])
+  finally:
+    signal.signal(signal.SIGINT, before)
+  assert seen == [signal.SIG_DFL, signal.default_int_handler], 'while it imports, and afterwards'
