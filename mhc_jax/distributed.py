@@ -107,9 +107,8 @@ def find(args: argparse.Namespace) -> Cluster | None:
 
 def _detect() -> Cluster | None:
   """What JAX's own detection finds: SLURM, Open MPI, TPU slices, Kubernetes jobs."""
-  if (
-    os.environ.get('SLURM_STEP_NUM_TASKS') == '1'
-  ):  # an interactive step: nobody started the job's other tasks
+  # An interactive step of one task: nobody has started the job's others.
+  if os.environ.get('SLURM_STEP_NUM_TASKS') == '1':
     return None
   # The function behind jax.distributed.initialize(), which cannot say "alone" without starting a service.
   from jax._src.clusters import ClusterEnv
