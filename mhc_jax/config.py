@@ -77,7 +77,10 @@ def base_config() -> ConfigDict:
       'ffn_width': optional(int),
       'vocab_size': optional(int),  # None: the tokenizer's; more leaves the rest of the table unused
       'dtype': 'float32',  # of activations and streams: float32, bfloat16 or float64
-      'remat': 'none',  # 'layer' recomputes each layer in the backward pass, 'block' mHC's blocks of them
+      # Of the backward pass: 'layer' computes each layer again, 'products' all of it but the products with
+      # weights, 'block' the connections of mHC's blocks of layers.
+      'remat': 'none',
+      'kernels': 'auto',  # Pallas kernels on accelerators; or xla, or pallas. Not part of the run id
       'scan': True,
       'scan_unroll': 4,  # blocks per iteration: fewer copies of activations, more to compile
       'rope_theta': 10000.0,
@@ -199,7 +202,10 @@ def base_config() -> ConfigDict:
 
 
 # What does not change the numbers of a run, and so is left out of its id.
-NOT_IN_ID = (('arm',), ('mesh',), ('topology',), ('data', 'dir'), ('log', 'tensorboard'), ('checkpoint',))
+NOT_IN_ID = (
+  *(('arm',), ('mesh',), ('topology',), ('checkpoint',)),
+  *(('model', 'kernels'), ('data', 'dir'), ('log', 'tensorboard')),
+)
 
 
 def build_optimizer(config: ConfigDict) -> OptimizerConfig:

@@ -13,6 +13,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 from mhc_jax import hyper_connection as hc
@@ -22,7 +23,7 @@ from mhc_jax.layers.latent_attention import LatentAttention
 from mhc_jax.layers.moe import MixtureOfExperts
 from mhc_jax.layers.parts import normal, ones, rms_norm
 from mhc_jax.model_config import ModelConfig
-from mhc_jax.recompute import block_layers, scan_blocks
+from mhc_jax.recompute import OUTPUTS, block_layers, policy, scan_blocks
 from mhc_jax.sharding import constrain, token_local
 
 
@@ -61,7 +62,7 @@ class Block(nn.Module):
       x_BTD = constrain(hc.read(pre_NBT, x_NBTD), 'BTD', mesh)
       y_BTD, sublayer_records = sublayer(c, mesh, self.record, name=name)(x_BTD, mask_BTS)
       records[-1] |= sublayer_records
-      y_BTD = constrain(y_BTD, 'BTD', mesh) / c.depth_ratio
+      y_BTD = checkpoint_name(constrain(y_BTD, 'BTD', mesh), OUTPUTS) / c.depth_ratio
       x_NBTD = constrain(hc.write(own.res_NMBT, own.post_NBT, x_NBTD, y_BTD), 'NBTD', mesh)
       earlier_NBT = own.pre_NBT if c.connection.single_pass else None
       if self.record:
@@ -128,8 +129,9 @@ class Transformer(nn.Module):
     c = self.config
     # Only a loop with one block per iteration keeps XLA from merging the recomputation with the forward pass.
     prevent_cse = not c.scan or c.scan_unroll > 1
-    block = nn.remat(Block, prevent_cse=prevent_cse) if c.remat == 'layer' else Block
-    leading, records = Block if c.remat == 'none' else nn.remat(Block), []
+    kept = {'policy': policy(c.remat)} if c.remat in ('layer', 'products') else {}
+    block = nn.remat(Block, prevent_cse=prevent_cse, **kept) if kept else Block
+    leading, records = Block if c.remat == 'none' else nn.remat(Block, **kept), []
     for layer in range(c.dense_layers if c.scan else c.depth):
       dense = layer < c.dense_layers
       carry, record_l = leading(c, record, self.mesh, dense, name=f'layer_{layer}')(carry, layer, mask_BTS)

@@ -13,9 +13,10 @@ from mhc_jax.connection import ConnectionSpec
 from mhc_jax.constraints.base import Constraint
 from mhc_jax.data import tokenizer_of
 from mhc_jax.errors import ConfigError, require
+from mhc_jax.kernels.choice import KERNELS
 from mhc_jax.presets import connection_spec
 
-REMAT = ('none', 'layer', 'block')
+REMAT = ('none', 'layer', 'products', 'block')
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16, 'float64': jnp.float64}
 MOST_LAYERS = 10_000
 MOST_WRITTEN = 512  # layers outside of a loop: compiling takes seconds for each
@@ -60,7 +61,8 @@ class ModelConfig:
   output_gain: float  # of the maps that write to the streams, at the start (HC: sqrt(n))
   weights_rank: int | None  # rank of every attention and feed-forward map; None is full
   dtype: Any  # of activations and streams; parameters stay float32
-  remat: str  # 'none', 'layer' or 'block'
+  remat: str  # one of REMAT
+  kernels: str  # one of KERNELS
   scan: bool  # False: a Python loop over layers, the reference for tests
   scan_unroll: int
   rope_theta: float
@@ -219,6 +221,7 @@ def _check_values(config: ConfigDict) -> None:
   )
   require(c.dtype in DTYPES, f'model.dtype must be one of {", ".join(DTYPES)}, got {c.dtype!r}')
   require(c.remat in REMAT, f'model.remat must be one of {", ".join(REMAT)}, got {c.remat!r}')
+  require(c.kernels in KERNELS, f'model.kernels must be one of {", ".join(KERNELS)}, got {c.kernels!r}')
   require(c.remat != 'block' or c.scan, 'model.remat=block needs model.scan=True')
   require(c.rope_theta > 0, f'model.rope_theta must be positive, got {c.rope_theta}')
   require(c.norm_eps >= 0, f'model.norm_eps must not be negative, got {c.norm_eps}')

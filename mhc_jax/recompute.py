@@ -1,7 +1,8 @@
-"""Recomputation in the paper's blocks of layers (mHC, arXiv 2512.24880, section 4.3.2).
+"""Recomputation: what the backward pass finds kept, and what it computes again.
 
-The streams at the start of a block are kept, and what the layer functions F cannot do without; the
-hyper-connections of a block are run again, in the backward pass, from its start.
+'layer': a layer's start, the output F of each of its sublayers and the coordinates of their connections, by
+which neither the last product of F with its collective nor the generator are run again. 'products': the
+products with weights too. 'block': the paper's blocks of layers (mHC, arXiv 2512.24880, section 4.3.2).
 """
 
 import functools
@@ -14,6 +15,20 @@ import jax.numpy as jnp
 from jax import lax
 
 from mhc_jax.layers.grouped_experts import PRODUCTS
+
+# Names of what every policy keeps, (n + 3) C numbers of a token and layer with its start.
+OUTPUTS, COORDINATES = 'outputs of sublayers', 'coordinates of connections'
+
+
+def policy(remat: str) -> Callable:
+  """What jax.checkpoint keeps of a layer, for 'layer' and 'products'."""
+  policies = jax.checkpoint_policies
+  if remat == 'layer':
+    return policies.save_only_these_names(OUTPUTS, COORDINATES)
+  return policies.save_from_both_policies(
+    policies.dots_with_no_batch_dims_saveable,
+    policies.save_only_these_names(PRODUCTS, OUTPUTS, COORDINATES),
+  )
 
 
 def block_layers(streams: int, layers: int) -> int:

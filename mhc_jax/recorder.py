@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from mhc_jax import optimizer as optim
 from mhc_jax.checkpoint import Checkpoints
 from mhc_jax.divergence import Divergence
+from mhc_jax.kernels.choice import kernels_for
 from mhc_jax.log import Progress
 from mhc_jax.metrics_log import MetricsLog
 from mhc_jax.plan import Run
@@ -142,6 +143,7 @@ class Recorder:
       'versions': versions(),
       'device_kind': devices.flat[0].device_kind,
       'device_count': devices.size,
+      'kernels': kernels_for(self._plan.model.kernels, self._mesh),
       'seconds': at.seconds,
       'derived': self._plan.derived,
       'final': at.final if state == 'finished' else None,

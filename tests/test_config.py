@@ -145,7 +145,7 @@ WRONG = {
   'mesh.tensor=3': 'mesh.tensor=3 does not divide model.heads',
   'optimizer.microbatches=0': 'at least 1',
   'optimizer.microbatches=3': 'times optimizer.microbatches=3',
-  'model.remat=blocks': 'must be one of none, layer, block',
+  'model.remat=blocks': 'must be one of none, layer, products, block',
   'model.remat=block model.scan=False': 'needs model.scan=True',
   # From here on the mistake shows only with the corpus or the devices at hand.
   'mesh.data=16 data.batch_size=16': '8 cpu device(s) are here',
