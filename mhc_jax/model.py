@@ -108,7 +108,9 @@ class Transformer(nn.Module):
     x_BTD = constrain(embedding_VD[tokens_BT].astype(c.dtype), 'BTD', mesh)
     x_NBTD = hc.expand(x_BTD, c.connection.streams, c.connection.expansion, copies)
     x_NBTD = constrain(x_NBTD, 'NBTD', mesh)
-    first_NBT = hc.one_hot(0, x_NBTD) if c.connection.single_pass else None
+    first_NBT = (
+      hc.one_hot(0, c.connection.streams, x_NBTD.shape[1:3], c.dtype) if c.connection.single_pass else None
+    )
     (x_NBTD, last_NBT), records = self._layers((x_NBTD, first_NBT), causal_mask(segments_BT), record)
     collapse = token_local(
       lambda head, x_NBTD, pre_NBT: hc.collapse(x_NBTD, c.connection.collapse, head, c.connection, pre_NBT),
