@@ -162,6 +162,14 @@ def _outputs(out_RK: jax.Array | None, normed_KX: jax.Array) -> jax.Array:
   return flat_KX.reshape(-1, *normed_KX.shape[1:])
 
 
+def products(spec: ConnectionSpec) -> int:
+  """Number of products with the streams, K of factors()'s phi."""
+  outputs = spec.generator_shape[1]
+  if spec.rank is None:
+    return outputs
+  return spec.rank if spec.generator == 'matrix' else outputs - spec.parts['res'] + spec.rank
+
+
 def separate(spec: ConnectionSpec) -> bool:
   """Whether each stream's products are normed by that stream alone, so that they are not added up before."""
   return spec.scope == 'per_stream' or spec.norm_scope == 'per_stream'

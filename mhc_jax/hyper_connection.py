@@ -12,6 +12,7 @@ computed in at least float32. Axes: N streams out, M streams in, B batch, T time
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -32,6 +33,19 @@ class Coefficients(NamedTuple):
   pre_NBT: jax.Array | None
   post_NBT: jax.Array | None
   res_NMBT: jax.Array | None
+
+
+class Pending(NamedTuple):
+  """Streams x, and a sublayer's output y that is still to be written to them, if there is one.
+
+  pre: in single-pass order, the read weights that the sublayer before generated for the next one.
+  """
+
+  x_NBTD: jax.Array
+  y_BTD: jax.Array | None = None
+  post_NBT: jax.Array | None = None
+  res_NMBT: jax.Array | None = None
+  pre_NBT: jax.Array | None = None
 
 
 def init_params(
@@ -82,14 +96,20 @@ def coordinates(
 
 
 def start_and_dynamic(
-  params: dict[str, jax.Array], dynamic: dict[str, jax.Array], spec: ConnectionSpec, tokens: Any, dtype: Any
+  params: dict[str, jax.Array],
+  dynamic: dict[str, jax.Array],
+  spec: ConnectionSpec,
+  tokens: tuple[int, ...],
+  dtype: Any,
+  parts: Sequence[str] | None = None,
 ) -> dict[str, jax.Array]:
   """b + alpha f(dynamic) of each part, (K_part, *tokens), in at least float32; dynamic may be {}.
 
-  dtype: of the streams. params: b_PART and alpha_PART.
+  dtype: of the streams. params: b_PART and alpha_PART. parts: those wanted, None for all.
   """
   dtype, coords = jnp.promote_types(dtype, jnp.float32), {}
-  for part, size in spec.parts.items():
+  for part in spec.parts if parts is None else parts:
+    size = spec.parts[part]
     start = jnp.zeros(size) if spec.phi_only else params[f'b_{part}']
     coords[part] = start.reshape(-1, *(1 for _ in tokens)).astype(dtype)
     if part in dynamic:
@@ -231,6 +251,33 @@ def write(
   if post_NBT is None:
     post_NBT = jnp.ones(x_NBTD.shape[:3], res_NMBT.dtype)
   return _write(res_NMBT, post_NBT, x_NBTD, y_BTD)
+
+
+def boundary(
+  params: dict[str, jax.Array], pending: Pending, spec: ConnectionSpec, sublayer: jax.Array | int = 0
+) -> tuple[jax.Array, jax.Array, Coefficients]:
+  """(the streams with y written, the next sublayer's input, its coefficients): write, generate, read.
+
+  The definition of what kernels/boundary.py does in one pass.
+  """
+  x_NBTD = settled(pending)
+  own = generate(params, x_NBTD, spec, sublayer)
+  return x_NBTD, read(pending.pre_NBT if spec.single_pass else own.pre_NBT, x_NBTD), own
+
+
+def settled(pending: Pending) -> jax.Array:
+  """The streams with y written to them."""
+  if pending.y_BTD is None:
+    return pending.x_NBTD
+  return write(pending.res_NMBT, pending.post_NBT, pending.x_NBTD, pending.y_BTD)
+
+
+def nothing_pending(x_NBTD: jax.Array, mixes: bool, pre_NBT: jax.Array | None = None) -> Pending:
+  """Streams to which zeros are still to be written, by the identity: a start for loops over boundaries."""
+  n, *tokens, _ = x_NBTD.shape
+  post_NBT = jnp.zeros((n, *tokens))
+  eye_NMBT = jnp.broadcast_to(jnp.eye(n)[..., None, None], (n, n, *tokens)) if mixes else None
+  return Pending(x_NBTD, jnp.zeros_like(x_NBTD[0]), post_NBT, eye_NMBT, pre_NBT)
 
 
 def init_expand(spec: ConnectionSpec, width: int) -> dict[str, jax.Array]:
