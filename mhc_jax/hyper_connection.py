@@ -272,14 +272,6 @@ def settled(pending: Pending) -> jax.Array:
   return write(pending.res_NMBT, pending.post_NBT, pending.x_NBTD, pending.y_BTD)
 
 
-def nothing_pending(x_NBTD: jax.Array, mixes: bool, pre_NBT: jax.Array | None = None) -> Pending:
-  """Streams to which zeros are still to be written, by the identity: a start for loops over boundaries."""
-  n, *tokens, _ = x_NBTD.shape
-  post_NBT = jnp.zeros((n, *tokens))
-  eye_NMBT = jnp.broadcast_to(jnp.eye(n)[..., None, None], (n, n, *tokens)) if mixes else None
-  return Pending(x_NBTD, jnp.zeros_like(x_NBTD[0]), post_NBT, eye_NMBT, pre_NBT)
-
-
 def init_expand(spec: ConnectionSpec, width: int) -> dict[str, jax.Array]:
   """Parameters of the learned expansion, {} otherwise: one factor per stream and channel.
 

@@ -38,17 +38,19 @@ class Block(nn.Module):
   dense: bool = False  # a leading layer: no experts
 
   @nn.compact
-  def __call__(self, pending: hc.Pending, layer: jax.Array, mask_BTS: jax.Array):
-    """pending: of the layer before; with kernels, which do a write with the read after it, it has a y."""
+  def __call__(self, pending: hc.Pending | kernels.Pending, layer: jax.Array, mask_BTS: jax.Array):
+    """pending: of the layer before. Kernels do a write with the reads after it, so theirs is to come."""
     c, records, mesh, spec = self.config, [], self.mesh, self.config.connection
     sublayers = {
       'attention': Attention if c.mla is None else LatentAttention,
       'feed_forward': FeedForward if c.moe is None or self.dense else MixtureOfExperts,
     }
-    fused = pending.y_BTD is not None
     for index, (name, sublayer) in enumerate(sublayers.items()):
       params = self._connection(f'{name}_connection', 2 * layer + index)
-      x_NBTD, x_BTD, own = boundary(params, pending, 2 * layer + index, c, mesh)
+      fused = isinstance(pending, kernels.Pending)
+      x_NBTD, x_BTD, own = (fused_boundary if fused else boundary)(
+        params, pending, 2 * layer + index, c, mesh
+      )
       if fused and index:  # kept, so that only the boundary before it is run again
         x_BTD = checkpoint_name(x_BTD, OUTPUTS)
       records.append({})
@@ -61,10 +63,11 @@ class Block(nn.Module):
       y_BTD, sublayer_records = sublayer(c, mesh, self.record, name=name)(x_BTD, mask_BTS)
       records[-1] |= sublayer_records
       y_BTD = checkpoint_name(constrain(y_BTD, 'BTD', mesh), OUTPUTS) / c.depth_ratio
-      earlier_NBT = own.pre_NBT if spec.single_pass else None
-      pending = hc.Pending(x_NBTD, y_BTD, own.post_NBT, own.res_NMBT, earlier_NBT)
-      if not fused:
-        pending = hc.Pending(constrain(hc.settled(pending), 'NBTD', mesh), pre_NBT=earlier_NBT)
+      if fused:
+        pending = kernels.Pending(x_NBTD, y_BTD, own)
+        continue
+      x_NBTD = constrain(hc.write(own.res_NMBT, own.post_NBT, x_NBTD, y_BTD), 'NBTD', mesh)
+      pending = hc.Pending(x_NBTD, pre_NBT=own.pre_NBT if spec.single_pass else None)
       if self.record:
         records[-1]['gram_NMBT'] = _gram(pending.x_NBTD)
     return pending, records
@@ -81,26 +84,33 @@ class Block(nn.Module):
 def boundary(
   params: dict[str, jax.Array], pending: hc.Pending, sublayer: jax.Array, c: ModelConfig, mesh: Mesh | None
 ) -> tuple[jax.Array, jax.Array, hc.Coefficients]:
-  """hyper_connection.boundary on a mesh; by kernels where pending has a y."""
+  """hyper_connection.boundary on a mesh, of streams to which all is written."""
   spec = c.connection
-  coefficients = hc.Coefficients('NBT', 'NBT', 'NMBT')
-  if pending.y_BTD is None:
-    generate = token_local(
-      lambda params, x_NBTD, sublayer: hc.generate(params, x_NBTD, spec, sublayer),
-      mesh,
-      (None, 'NBTD', None),
-      coefficients,
-    )
-    own = generate(params, pending.x_NBTD, sublayer)
-    pre_NBT = pending.pre_NBT if spec.single_pass else own.pre_NBT
-    return pending.x_NBTD, constrain(hc.read(pre_NBT, pending.x_NBTD), 'BTD', mesh), own
-  chip = chip_of(c.kernels, mesh)
-  local = token_local(
-    lambda params, sublayer, *pending: kernels.boundary(params, hc.Pending(*pending), spec, sublayer, chip),
+  generate = token_local(
+    lambda params, x_NBTD, sublayer: hc.generate(params, x_NBTD, spec, sublayer),
     mesh,
-    (None, None, 'NBTD', 'BTD', 'NBT', 'NMBT', 'NBT'),
-    ('NBTD', 'BTD', coefficients),
+    (None, 'NBTD', None),
+    hc.Coefficients('NBT', 'NBT', 'NMBT'),
   )
+  own = generate(params, pending.x_NBTD, sublayer)
+  pre_NBT = pending.pre_NBT if spec.single_pass else own.pre_NBT
+  return pending.x_NBTD, constrain(hc.read(pre_NBT, pending.x_NBTD), 'BTD', mesh), own
+
+
+def fused_boundary(
+  params: dict[str, jax.Array],
+  pending: kernels.Pending,
+  sublayer: jax.Array,
+  c: ModelConfig,
+  mesh: Mesh | None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """kernels.boundary on a mesh: each device its own tokens."""
+  chip = chip_of(c.kernels, mesh)
+
+  def run(params, sublayer, *pending):
+    return kernels.boundary(params, kernels.Pending(*pending), c.connection, sublayer, chip)
+
+  local = token_local(run, mesh, (None, None, 'NBTD', 'BTD', 'MBT'), ('NBTD', 'BTD', 'MBT'))
   return local(params, sublayer, *pending)
 
 
@@ -149,8 +159,10 @@ class Transformer(nn.Module):
     pending = hc.Pending(x_NBTD, pre_NBT=first_NBT)
     # Diagnostics are those of the definition.
     if not (record or self.is_initializing() or why_no_kernels(c, *tokens_BT.shape, mesh)):
-      pending = hc.nothing_pending(x_NBTD, spec.constraint.name != 'identity', first_NBT)
+      pending = kernels.start(pending, spec)
     pending, records = self._layers(pending, causal_mask(segments_BT), record)
+    if isinstance(pending, kernels.Pending):
+      pending = kernels.definition(pending, spec)
     x_NBTD, last_NBT = constrain(hc.settled(pending), 'NBTD', mesh), pending.pre_NBT
     collapse = token_local(
       lambda head, x_NBTD, pre_NBT: hc.collapse(x_NBTD, c.connection.collapse, head, c.connection, pre_NBT),

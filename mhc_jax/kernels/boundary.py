@@ -7,7 +7,8 @@ numbers a token, which the definition itself computes with tokens in lanes (lane
 
 import functools
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,36 +47,63 @@ def why_not(spec: ConnectionSpec, width: int, tokens: int, dtype: Any, chip: Chi
   return None
 
 
-def boundary(
-  params: dict[str, jax.Array], pending: hc.Pending, spec: ConnectionSpec, sublayer: jax.Array, chip: Chip
-) -> tuple[jax.Array, jax.Array, hc.Coefficients]:
-  """hyper_connection.boundary of the tokens of one device, where why_not says None; pending.y is there.
+class Pending(NamedTuple):
+  """hyper_connection.Pending as kernels pass it on: streams, a sublayer's output, and all weights as rows.
 
-  The coefficients lack pre unless it reads the next sublayer (single_pass). Reverse mode only.
+  mix (M, B, T), float32: post (n), res (n^2, row-major) if the connection mixes, and the next sublayer's read
+  weights (n) where they are known before its streams are.
+  """
+
+  x_NBTD: jax.Array
+  y_BTD: jax.Array
+  mix_MBT: jax.Array
+
+
+def start(pending: hc.Pending, spec: ConnectionSpec) -> Pending:
+  """Streams to which zeros are still to be written, by the identity: a start for loops over boundaries."""
+  n, tokens = spec.streams, pending.x_NBTD.shape[1:3]
+  rows = [jnp.zeros(n)] + [jnp.eye(n).reshape(-1)] * _mixes(spec)
+  rows = jnp.broadcast_to(jnp.concatenate(rows)[:, None, None], (sum(map(len, rows)), *tokens))
+  given = pending.pre_NBT if spec.single_pass else hc.read_weights({}, spec, tokens, jnp.float32)
+  mix_MBT = jnp.concatenate([rows, given]) if read_is_given(spec) else rows
+  return Pending(pending.x_NBTD, jnp.zeros_like(pending.x_NBTD[0]), mix_MBT)
+
+
+def definition(pending: Pending, spec: ConnectionSpec) -> hc.Pending:
+  """The same as the definition has it."""
+  n, mix_MBT = spec.streams, pending.mix_MBT
+  res_NMBT = mix_MBT[n : n + n * n].reshape(n, n, *mix_MBT.shape[1:]) if _mixes(spec) else None
+  pre_NBT = mix_MBT[-n:] if spec.single_pass else None
+  return hc.Pending(pending.x_NBTD, pending.y_BTD, mix_MBT[:n], res_NMBT, pre_NBT)
+
+
+def boundary(
+  params: dict[str, jax.Array], pending: Pending, spec: ConnectionSpec, sublayer: jax.Array, chip: Chip
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """(x', h, mix) of the tokens of one device, as hyper_connection.boundary, where why_not says None.
+
+  Reverse mode only.
   """
   n, batch, time, width = pending.x_NBTD.shape
   phi_NCK, out_RK = generator.factors(params)
   small = {name: value for name, value in params.items() if name.startswith(('b_', 'alpha_'))}
   small |= {} if out_RK is None else {'out': out_RK}
-  mix = [jnp.ones((n, batch, time)) if pending.post_NBT is None else pending.post_NBT]
-  mix += [] if pending.res_NMBT is None else [pending.res_NMBT]
-  given = read_is_given(spec)
-  if given:
-    fixed = hc.read_weights({}, spec, (batch, time), jnp.float32)
-    mix.append(pending.pre_NBT if spec.single_pass else fixed)
-  mix_MT = jnp.concatenate([rows.reshape(-1, batch * time).astype(jnp.float32) for rows in mix])
   plan, rows = _plan(spec, small, width, batch * time, pending.x_NBTD.dtype, chip)
   x_NTC, h_TC, sums_RT = _boundary(
     plan,
     pending.x_NBTD.reshape(n, -1, width),
     pending.y_BTD.reshape(-1, width).astype(pending.x_NBTD.dtype),
-    mix_MT,
+    pending.mix_MBT.reshape(-1, batch * time),
     phi_NCK.astype(jnp.float32).swapaxes(1, 2),
     rows,
   )
-  sums = sums_RT.reshape(-1, batch, time)
-  own = _coefficients(small, sums, spec, sublayer, chip)
-  return x_NTC.reshape(pending.x_NBTD.shape), h_TC.reshape(batch, time, width), own
+  mix_MT = _mix(small, sums_RT, spec, sublayer, chip)
+  tokens = batch, time
+  return x_NTC.reshape(n, *tokens, width), h_TC.reshape(*tokens, width), mix_MT.reshape(-1, *tokens)
+
+
+def _mixes(spec: ConnectionSpec) -> bool:
+  return spec.constraint.name != 'identity'
 
 
 def read_is_given(spec: ConnectionSpec) -> bool:
@@ -110,12 +138,11 @@ def _sums(spec: ConnectionSpec) -> tuple[tuple[int, ...], tuple[int, ...]]:
   return ((n, products), (n,)) if generator.separate(spec) else ((products,), (1,))
 
 
-def _coefficients(
-  small: dict[str, jax.Array], sums_RBT: jax.Array, spec: ConnectionSpec, sublayer: jax.Array, chip: Chip
-) -> hc.Coefficients:
-  """Write weights, and in single-pass order read weights, of every token from its sums."""
+def _mix(
+  small: dict[str, jax.Array], sums_RT: jax.Array, spec: ConnectionSpec, sublayer: jax.Array, chip: Chip
+) -> jax.Array:
+  """Pending's rows of weights (M, T) from the sums."""
   raw, mean = _sums(spec)
-  tokens = sums_RBT.shape[1:]
   one_hot = spec.write_gate.kind == 'one_hot'  # of the sublayer's number, which is no constant
 
   def of_token(small, sums_R):
@@ -124,16 +151,17 @@ def _coefficients(
       small.get('out'), sums_R[:split].reshape(raw), sums_R[split:], spec
     )
     coords = hc.start_and_dynamic(small, dynamic, spec, (), jnp.float32)
-    post, res = hc.write_weights(coords, spec, (), jnp.float32, 0)
-    pre = hc.read_weights(coords, spec, (), jnp.float32) if spec.single_pass else None
-    found = {'pre': pre, 'post': None if one_hot else post, 'res': res}
-    return {name: value for name, value in found.items() if value is not None}
+    post_N, res_NM = hc.write_weights(coords, spec, (), jnp.float32, 0)
+    post_N = jnp.ones(spec.streams) if post_N is None else post_N
+    rows = [jnp.zeros(0) if one_hot else post_N] + [res_NM.reshape(-1)] * _mixes(spec)
+    rows += [hc.read_weights(coords, spec, (), jnp.float32)] * read_is_given(spec)
+    return jnp.concatenate(rows)
 
-  found = lanes.in_lanes(of_token, chip.platform)(small, sums_RBT)
-  if one_hot:
-    where = hc.one_hot((sublayer + 1) % spec.streams, spec.streams, tokens, jnp.float32)
-    found['post'] = spec.write_gate.scale * where
-  return hc.Coefficients(found.get('pre'), found.get('post'), found.get('res'))
+  mix_MT = lanes.in_lanes(of_token, chip.platform)(small, sums_RT)
+  if not one_hot:
+    return mix_MT
+  where_NT = hc.one_hot((sublayer + 1) % spec.streams, spec.streams, sums_RT.shape[1:], jnp.float32)
+  return jnp.concatenate([spec.write_gate.scale * where_NT, mix_MT])
 
 
 def _plan(
@@ -154,20 +182,31 @@ def _plan(
     coords = hc.start_and_dynamic(small, {'pre': dynamic['pre']}, spec, (), jnp.float32, parts=('pre',))
     return hc.read_weights(coords, spec, (), jnp.float32)
 
-  def read(raw_R, mean_S, parameters_P):
-    shapes = [raw, mean, *(leaf.shape for leaf in leaves)]
-    rest = iter([*raw_R, *mean_S, *parameters_P])
-    inputs = [array_of([next(rest) for _ in range(math.prod(s))], s, jnp.float32) for s in shapes]
-    (pre_N,) = evaluate(traced.jaxpr, traced.consts, inputs, chip.platform)
-    return [spread(entry, mean_S[0].shape, jnp.float32) for entry in entries_of(pre_N)]
+  def gradient(d_pre, *arrays):
+    return jax.vjp(of_token, *arrays)[1](d_pre)
 
-  traced = None
-  if not read_is_given(spec):
-    abstract = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (raw, mean)]
-    traced = jax.make_jaxpr(of_token)(*abstract, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves))
+  shapes = [raw, mean, *(leaf.shape for leaf in leaves)]
+  read = (
+    None
+    if read_is_given(spec)
+    else (_in_rows(of_token, shapes, chip), _in_rows(gradient, [(spec.streams,), *shapes], chip))
+  )
   rows = [leaf.astype(jnp.float32).reshape(-1, 1) for leaf in leaves] or [jnp.zeros((1, 1))]
   plan = _shape(spec, width, dtype, chip, _tile(spec, width, tokens, dtype, chip), read)
   return plan, jnp.concatenate(rows)
+
+
+def _in_rows(function: Callable, shapes: list[tuple[int, ...]], chip: Chip) -> Callable:
+  """A function of one token's arrays of these shapes as one of rows (1, T), one for each of their entries."""
+  traced = jax.make_jaxpr(function)(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes))
+
+  def run(rows: list[jax.Array]) -> list[jax.Array]:
+    rest = iter(rows)
+    inputs = [array_of([next(rest) for _ in range(math.prod(s))], s, jnp.float32) for s in shapes]
+    outputs = evaluate(traced.jaxpr, traced.consts, inputs, chip.platform)
+    return [spread(entry, rows[0].shape, jnp.float32) for x in outputs for entry in entries_of(x)]
+
+  return run
 
 
 def _shape(spec, width, dtype, chip: Chip, tile: int, read=None) -> boundary_tpu.Plan:
@@ -178,7 +217,7 @@ def _shape(spec, width, dtype, chip: Chip, tile: int, read=None) -> boundary_tpu
     products=raw[-1],
     maps=spec.generator_shape[0],
     separate=generator.separate(spec),
-    mixes=spec.constraint.name != 'identity',
+    mixes=_mixes(spec),
     given=read_is_given(spec),
     dtype=jnp.dtype(dtype),
     read=read,

@@ -43,7 +43,8 @@ class Plan:
   mixes: bool  # there is a res
   given: bool  # pre comes from outside, not from this boundary's own products
   dtype: jnp.dtype  # of the streams
-  read: Callable  # (raw, mean squares, parameters) as lists of rows -> the rows of pre
+  # Functions of rows: of sums and parameters to pre, and of pre's gradient and the same to theirs.
+  read: tuple[Callable, Callable] | None
   tile: int = 128  # tokens
   cores: int = 1
   vmem: int = 60 * 2**20  # bytes that the kernel may use
@@ -188,13 +189,6 @@ def _mixed(plan: Plan, xs: list[jax.Array], y: jax.Array, weight: Callable) -> l
   return new
 
 
-def _split_sums(plan: Plan, rows: jax.Array) -> tuple[list[jax.Array], list[jax.Array]]:
-  """Rows of sums (R, T) as lists of (1, T): raw products, mean squares."""
-  raw, groups = plan.sums
-  rows_R = [rows[r : r + 1] for r in range(raw + groups)]
-  return rows_R[:raw], rows_R[raw:]
-
-
 def _parameters(plan: Plan, ref) -> list[jax.Array]:
   """Rows of parameters, for each token its own, as their gradients are."""
   return [jnp.broadcast_to(ref[p : p + 1], (1, plan.tile)) for p in range(ref.shape[0])]
@@ -203,7 +197,7 @@ def _parameters(plan: Plan, ref) -> list[jax.Array]:
 def forward_kernel(x, y, mix, phi, small, x_new, h, sums, weight, square, raw, *, plan: Plan):
   """One tile. sums: the rows of raw products and mean squares; the last three are scratch."""
   n, lanes = plan.streams, plan.lanes
-  k, rows = plan.products * plan.pieces, plan.products
+  k = plan.products * plan.pieces
   given = plan.weights - n
   mix_MT = mix[...]
   _spread(weight, mix_MT[: plan.weights])
@@ -214,29 +208,30 @@ def forward_kernel(x, y, mix, phi, small, x_new, h, sums, weight, square, raw, *
     def group(r):
       xs = [x[j, r, at].astype(F32) for j in range(n)]
       new = _mixed(plan, xs, y[r, at].astype(F32), lambda m: _wide(weight[m, r], plan.chunk))
+      squares = []
       for i, wide in enumerate(new):
         rounded = wide.astype(plan.dtype)
         x_new[i, r, at] = rounded
-        square[i * plan.separate, r] += _partial(jnp.square(rounded.astype(F32)), lanes)
+        squares.append(_partial(jnp.square(rounded.astype(F32)), lanes))
+      for i, part in enumerate(squares if plan.separate else [_add(squares)]):
+        square[i, r] += part
 
     _groups(plan, group, written_out=True)
-    for i in range(n):
-      own = i * k * plan.separate
-      raw[own : own + k] += _product(phi[i % plan.maps, :k, at], x_new[i, :, at], (1, 1), plan)
+    products = [_product(phi[i % plan.maps, :k, at], x_new[i, :, at], (1, 1), plan) for i in range(n)]
+    raw[...] += jnp.concatenate(products) if plan.separate else _add(products)
 
   _chunks(plan, write)
   groups = plan.sums[1]
   size = plan.width * (1 if plan.separate else n)
   mean = [row / size for row in _token_rows([square[i] for i in range(groups)])]
-  raw_RT = [_folded(raw[i * k : (i + 1) * k], rows) for i in range(groups)]
+  raw_RT = [_folded(raw[i * k : (i + 1) * k], plan.products) for i in range(groups)]
   whole = jnp.concatenate([*raw_RT, *mean])
-  sums[: len(whole)] = whole
-  if sums.shape[0] > len(whole):
-    sums[len(whole) :] = jnp.zeros((sums.shape[0] - len(whole), plan.tile), F32)
+  sums[...] = whole
   if plan.given:
     _spread(weight, mix_MT[given : given + n])
   else:
-    _spread(weight, jnp.concatenate(plan.read(*_split_sums(plan, whole), _parameters(plan, small))))
+    rows = [whole[r : r + 1] for r in range(len(whole))]
+    _spread(weight, jnp.concatenate(plan.read[0]([*rows, *_parameters(plan, small)])))
 
   def read(at):
     def group(r):
@@ -262,16 +257,16 @@ def _read_gradients(plan: Plan, mix_MT: jax.Array, inner: list[jax.Array]) -> li
 
 
 def _row_gradients(plan: Plan, mix_MT, small, sums, d_sums, d_pre):
-  """(rows of pre, gradients of raw products, of mean squares, of parameters), from those of the read."""
-  whole = sums[...]
-  raw, mean = _split_sums(plan, whole)
-  d_raw, d_mean = _split_sums(plan, d_sums[...])
+  """(rows of pre, gradients of the sums, of parameters), from those of the read."""
+  n, count = plan.streams, sum(plan.sums)
+  d_rows = [d_sums[r : r + 1] for r in range(count)]
   if plan.given:
-    first = plan.weights - plan.streams
-    return [mix_MT[first + i : first + i + 1] for i in range(plan.streams)], d_raw, d_mean, []
-  pre, pull = jax.vjp(plan.read, raw, mean, _parameters(plan, small))
-  more_raw, more_mean, d_small = pull(d_pre)
-  return pre, list(map(jnp.add, d_raw, more_raw)), list(map(jnp.add, d_mean, more_mean)), d_small
+    first = plan.weights - n
+    return [mix_MT[first + i : first + i + 1] for i in range(n)], d_rows, []
+  read, gradient = plan.read
+  rows = [sums[r : r + 1] for r in range(count)] + _parameters(plan, small)
+  more = gradient([*d_pre, *rows])
+  return read(rows), list(map(jnp.add, d_rows, more[:count])), more[count:]
 
 
 def backward_kernel(
@@ -306,13 +301,14 @@ def backward_kernel(
   _chunks(plan, inner)
   mix_MT = mix[...]
   d_pre = _read_gradients(plan, mix_MT, _token_rows([total[mixing + j] for j in range(n + 1)]))
-  pre, d_raw, d_mean, d_parameters = _row_gradients(plan, mix_MT, small, sums, d_sums, d_pre)
+  pre, d_rows, d_parameters = _row_gradients(plan, mix_MT, small, sums, d_sums, d_pre)
   if d_parameters:
     d_small[0] += jnp.concatenate(d_parameters)
   size = plan.width * (1 if plan.separate else n)
-  scale = [2 / size * row for row in d_mean]
+  raw = plan.sums[0]
+  scale = [2 / size * row for row in d_rows[raw:]]
   _spread(weight, jnp.concatenate([mix_MT[:mixing], *pre, *scale]))
-  groups = [jnp.concatenate(d_raw[i * k : (i + 1) * k]) for i in range(plan.sums[1])]
+  groups = [jnp.concatenate(d_rows[i * k : (i + 1) * k]) for i in range(plan.sums[1])]
   if plan.pieces == 1:
     left = right = groups
   else:  # x' is exact in bfloat16, so three pieces; phi is not: high and low times its pieces, less low low
@@ -354,17 +350,12 @@ def backward_kernel(
 
   _chunks(plan, outer)
   rows = _token_rows([total[m] for m in range(mixing)]) + (d_pre if plan.given else [])
-  rows += [jnp.zeros((d_mix.shape[0] - len(rows), plan.tile), F32)] * (d_mix.shape[0] > len(rows))
   d_mix[...] = jnp.concatenate(rows)
-
-
-def _up(size: int) -> int:
-  return -(-size // 8) * 8
 
 
 @dataclasses.dataclass(frozen=True)
 class _Blocks:
-  """How the arrays of T tokens are cut; rows come as (K, T), in tiles of fewer than 128 as (T / tile, K, tile)."""
+  """How arrays of T tokens are cut; rows come as (K, T), in tiles of less than 128 as (T / tile, K, tile)."""
 
   plan: Plan
   tokens: int
@@ -393,10 +384,9 @@ class _Blocks:
     shape = (count, self.tokens) if self.whole else (self.tokens // self.plan.tile, count, self.plan.tile)
     return jax.ShapeDtypeStruct(shape, F32)
 
-  def cut(self, rows_KT: jax.Array, count: int) -> jax.Array:
-    """Rows, with zeros up to `count`, as the kernel takes them."""
-    rows_KT = jnp.pad(rows_KT, ((0, count - len(rows_KT)), (0, 0)))
-    return rows_KT if self.whole else rows_KT.reshape(count, -1, self.plan.tile).swapaxes(0, 1)
+  def cut(self, rows_KT: jax.Array) -> jax.Array:
+    """Rows as the kernel takes them."""
+    return rows_KT if self.whole else rows_KT.reshape(len(rows_KT), -1, self.plan.tile).swapaxes(0, 1)
 
   def joined(self, rows: jax.Array) -> jax.Array:
     return rows if rows.ndim == 2 else rows.swapaxes(0, 1).reshape(rows.shape[1], -1)
@@ -442,7 +432,7 @@ def forward(
   parameters.
   """
   n, tokens, width = x_NTC.shape
-  blocks, rows, weights = _Blocks(plan, tokens), _up(sum(plan.sums)), _up(plan.weights)
+  blocks, rows, weights = _Blocks(plan, tokens), sum(plan.sums), plan.weights
   raw, groups = plan.sums
   scratch = [
     pltpu.VMEM((max(plan.weights, n), plan.tile, plan.lanes), F32),
@@ -467,8 +457,8 @@ def forward(
       blocks.row_shape(rows),
     ],
     scratch_shapes=scratch,
-  )(x_NTC, y_TC, blocks.cut(mix_MT, weights), phi, small_P1)
-  return x_new, h, blocks.joined(sums)[: raw + groups]
+  )(x_NTC, y_TC, blocks.cut(mix_MT), phi, small_P1)
+  return x_new, h, blocks.joined(sums)
 
 
 def backward(
@@ -482,7 +472,7 @@ def backward(
   """Gradients of forward's arrays (x, y, mix, phi, small): phi's as (n or 1, K, C), small's as (P, 1)."""
   x_NTC, y_TC, mix_MT, phi, small_P1 = arrays
   n, tokens, width = x_NTC.shape
-  blocks, rows, weights = _Blocks(plan, tokens), _up(sum(plan.sums)), _up(plan.weights)
+  blocks, rows, weights = _Blocks(plan, tokens), sum(plan.sums), plan.weights
   per_core = [(plan.maps, plan.products, width), (small_P1.shape[0], plan.tile)]
   count = plan.weights + n + 1 + plan.sums[1]
   scratch = [
@@ -517,13 +507,12 @@ def backward(
   )(
     x_NTC,
     y_TC,
-    blocks.cut(mix_MT, weights),
+    blocks.cut(mix_MT),
     phi,
     small_P1,
-    blocks.cut(sums_RT, rows),
+    blocks.cut(sums_RT),
     d_x,
     d_h,
-    blocks.cut(d_sums_RT, rows),
+    blocks.cut(d_sums_RT),
   )
-  d_mix_MT = blocks.joined(d_mix)[: plan.weights]
-  return d_x, d_y, d_mix_MT, d_phi.sum(0), d_small.sum((0, 2))[:, None]
+  return d_x, d_y, blocks.joined(d_mix), d_phi.sum(0), d_small.sum((0, 2))[:, None]
