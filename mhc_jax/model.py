@@ -17,11 +17,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 from mhc_jax import hyper_connection as hc
-from mhc_jax.layers.attention import Attention, causal_mask
+from mhc_jax.layers.attention import Attention, visible
 from mhc_jax.layers.feed_forward import FeedForward
 from mhc_jax.layers.latent_attention import LatentAttention
 from mhc_jax.layers.moe import MixtureOfExperts
-from mhc_jax.layers.parts import normal, ones, rms_norm
+from mhc_jax.layers.parts import Visible, normal, ones, rms_norm
 from mhc_jax.model_config import ModelConfig
 from mhc_jax.recompute import OUTPUTS, block_layers, policy, scan_blocks
 from mhc_jax.sharding import constrain, token_local
@@ -36,7 +36,7 @@ class Block(nn.Module):
   dense: bool = False  # a leading layer: no experts
 
   @nn.compact
-  def __call__(self, carry, layer: jax.Array, mask_BTS: jax.Array):
+  def __call__(self, carry, layer: jax.Array, seen: Visible):
     """carry: the streams, and in single-pass order the read map of the sublayer before, else None."""
     (x_NBTD, earlier_NBT), c, records, mesh = carry, self.config, [], self.mesh
     sublayers = {
@@ -60,7 +60,7 @@ class Block(nn.Module):
       if self.record:
         records[-1] |= {**own._asdict(), 'pre_NBT': pre_NBT, 'coords': coordinates(params, x_NBTD)}
       x_BTD = constrain(hc.read(pre_NBT, x_NBTD), 'BTD', mesh)
-      y_BTD, sublayer_records = sublayer(c, mesh, self.record, name=name)(x_BTD, mask_BTS)
+      y_BTD, sublayer_records = sublayer(c, mesh, self.record, name=name)(x_BTD, seen)
       records[-1] |= sublayer_records
       y_BTD = checkpoint_name(constrain(y_BTD, 'BTD', mesh), OUTPUTS) / c.depth_ratio
       x_NBTD = constrain(hc.write(own.res_NMBT, own.post_NBT, x_NBTD, y_BTD), 'NBTD', mesh)
@@ -109,7 +109,7 @@ class Transformer(nn.Module):
     x_NBTD = hc.expand(x_BTD, c.connection.streams, c.connection.expansion, copies)
     x_NBTD = constrain(x_NBTD, 'NBTD', mesh)
     first_NBT = hc.one_hot(0, x_NBTD) if c.connection.single_pass else None
-    (x_NBTD, last_NBT), records = self._layers((x_NBTD, first_NBT), causal_mask(segments_BT), record)
+    (x_NBTD, last_NBT), records = self._layers((x_NBTD, first_NBT), visible(segments_BT, c, mesh), record)
     collapse = token_local(
       lambda head, x_NBTD, pre_NBT: hc.collapse(x_NBTD, c.connection.collapse, head, c.connection, pre_NBT),
       mesh,
@@ -125,7 +125,7 @@ class Transformer(nn.Module):
     c = self.config
     return self.param(name, lambda key: init(c.connection, c.width)) if init(c.connection, c.width) else {}
 
-  def _layers(self, carry, mask_BTS: jax.Array, record: bool):
+  def _layers(self, carry, seen: Visible, record: bool):
     c = self.config
     # Only a loop with one block per iteration keeps XLA from merging the recomputation with the forward pass.
     prevent_cse = not c.scan or c.scan_unroll > 1
@@ -134,12 +134,12 @@ class Transformer(nn.Module):
     leading, records = Block if c.remat == 'none' else nn.remat(Block, **kept), []
     for layer in range(c.dense_layers if c.scan else c.depth):
       dense = layer < c.dense_layers
-      carry, record_l = leading(c, record, self.mesh, dense, name=f'layer_{layer}')(carry, layer, mask_BTS)
+      carry, record_l = leading(c, record, self.mesh, dense, name=f'layer_{layer}')(carry, layer, seen)
       records.append(record_l)
     if not c.scan:
       return carry, _joined(records[: c.dense_layers], _stacked(records[c.dense_layers :]))
     if c.remat == 'block' and not self.is_initializing():  # which makes the parameters, as for any remat
-      carry, block_records = self._blocks(carry, mask_BTS, record)
+      carry, block_records = self._blocks(carry, seen, record)
       return carry, _joined(records, block_records)
     scanned = nn.scan(
       block,
@@ -150,15 +150,15 @@ class Transformer(nn.Module):
       unroll=min(c.scan_unroll, c.depth - c.dense_layers),
     )
     layers = jnp.arange(c.dense_layers, c.depth)
-    carry, scanned_records = scanned(c, record, self.mesh, name='layers')(carry, layers, mask_BTS)
+    carry, scanned_records = scanned(c, record, self.mesh, name='layers')(carry, layers, seen)
     return carry, _joined(records, scanned_records)
 
-  def _blocks(self, carry, mask_BTS: jax.Array, record: bool):
+  def _blocks(self, carry, seen: Visible, record: bool):
     c, block = self.config, Block(self.config, record, self.mesh, parent=None)
 
     def layer(carry, inputs):
       params, index = inputs
-      return block.apply({'params': params}, carry, index, mask_BTS)
+      return block.apply({'params': params}, carry, index, seen)
 
     layers = jnp.arange(c.dense_layers, c.depth)
     inputs_L = (self.get_variable('params', 'layers'), layers)
