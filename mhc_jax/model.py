@@ -19,11 +19,11 @@ from jax.sharding import Mesh
 from mhc_jax import hyper_connection as hc
 from mhc_jax.kernels import boundary as kernels
 from mhc_jax.kernels.choice import chip_of
-from mhc_jax.layers.attention import Attention, causal_mask
+from mhc_jax.layers.attention import Attention, visible
 from mhc_jax.layers.feed_forward import FeedForward
 from mhc_jax.layers.latent_attention import LatentAttention
 from mhc_jax.layers.moe import MixtureOfExperts
-from mhc_jax.layers.parts import normal, ones, rms_norm
+from mhc_jax.layers.parts import Visible, normal, ones, rms_norm
 from mhc_jax.model_config import ModelConfig
 from mhc_jax.recompute import OUTPUTS, block_layers, policy, scan_blocks
 from mhc_jax.sharding import constrain, local_parts, token_local
@@ -38,7 +38,7 @@ class Block(nn.Module):
   dense: bool = False  # a leading layer: no experts
 
   @nn.compact
-  def __call__(self, pending: hc.Pending | kernels.Pending, layer: jax.Array, mask_BTS: jax.Array):
+  def __call__(self, pending: hc.Pending | kernels.Pending, layer: jax.Array, seen: Visible):
     """pending: of the layer before. Kernels do a write with the reads after it, so theirs is to come."""
     c, records, mesh, spec = self.config, [], self.mesh, self.config.connection
     sublayers = {
@@ -60,7 +60,7 @@ class Block(nn.Module):
         records[-1]['coords'] = token_local(
           lambda params, x_NBTD: hc.coordinates(params, x_NBTD, spec), mesh, (None, 'NBTD'), 'KBT'
         )(params, x_NBTD)
-      y_BTD, sublayer_records = sublayer(c, mesh, self.record, name=name)(x_BTD, mask_BTS)
+      y_BTD, sublayer_records = sublayer(c, mesh, self.record, name=name)(x_BTD, seen)
       records[-1] |= sublayer_records
       y_BTD = checkpoint_name(constrain(y_BTD, 'BTD', mesh), OUTPUTS) / c.depth_ratio
       if fused:
@@ -160,7 +160,7 @@ class Transformer(nn.Module):
     # Diagnostics are those of the definition.
     if not (record or self.is_initializing() or why_no_kernels(c, *tokens_BT.shape, mesh)):
       pending = kernels.start(pending, spec)
-    pending, records = self._layers(pending, causal_mask(segments_BT), record)
+    pending, records = self._layers(pending, visible(segments_BT, c, mesh), record)
     if isinstance(pending, kernels.Pending):
       pending = kernels.definition(pending, spec)
     x_NBTD, last_NBT = constrain(hc.settled(pending), 'NBTD', mesh), pending.pre_NBT
@@ -179,7 +179,7 @@ class Transformer(nn.Module):
     c = self.config
     return self.param(name, lambda key: init(c.connection, c.width)) if init(c.connection, c.width) else {}
 
-  def _layers(self, carry, mask_BTS: jax.Array, record: bool):
+  def _layers(self, carry, seen: Visible, record: bool):
     c = self.config
     # Only a loop with one block per iteration keeps XLA from merging the recomputation with the forward pass.
     prevent_cse = not c.scan or c.scan_unroll > 1
@@ -188,12 +188,12 @@ class Transformer(nn.Module):
     leading, records = Block if c.remat == 'none' else nn.remat(Block, **kept), []
     for layer in range(c.dense_layers if c.scan else c.depth):
       dense = layer < c.dense_layers
-      carry, record_l = leading(c, record, self.mesh, dense, name=f'layer_{layer}')(carry, layer, mask_BTS)
+      carry, record_l = leading(c, record, self.mesh, dense, name=f'layer_{layer}')(carry, layer, seen)
       records.append(record_l)
     if not c.scan:
       return carry, _joined(records[: c.dense_layers], _stacked(records[c.dense_layers :]))
     if c.remat == 'block' and not self.is_initializing():  # which makes the parameters, as for any remat
-      carry, block_records = self._blocks(carry, mask_BTS, record)
+      carry, block_records = self._blocks(carry, seen, record)
       return carry, _joined(records, block_records)
     scanned = nn.scan(
       block,
@@ -204,15 +204,15 @@ class Transformer(nn.Module):
       unroll=min(c.scan_unroll, c.depth - c.dense_layers),
     )
     layers = jnp.arange(c.dense_layers, c.depth)
-    carry, scanned_records = scanned(c, record, self.mesh, name='layers')(carry, layers, mask_BTS)
+    carry, scanned_records = scanned(c, record, self.mesh, name='layers')(carry, layers, seen)
     return carry, _joined(records, scanned_records)
 
-  def _blocks(self, carry, mask_BTS: jax.Array, record: bool):
+  def _blocks(self, carry, seen: Visible, record: bool):
     c, block = self.config, Block(self.config, record, self.mesh, parent=None)
 
     def layer(carry, inputs):
       params, index = inputs
-      return block.apply({'params': params}, carry, index, mask_BTS)
+      return block.apply({'params': params}, carry, index, seen)
 
     layers = jnp.arange(c.dense_layers, c.depth)
     inputs_L = (self.get_variable('params', 'layers'), layers)

@@ -153,7 +153,8 @@ def _mix(
     coords = hc.start_and_dynamic(small, dynamic, spec, (), jnp.float32)
     post_N, res_NM = hc.write_weights(coords, spec, (), jnp.float32, 0)
     post_N = jnp.ones(spec.streams) if post_N is None else post_N
-    rows = [jnp.zeros(0) if one_hot else post_N] + [res_NM.reshape(-1)] * _mixes(spec)
+    rows = [jnp.zeros(0) if one_hot else post_N]
+    rows += [] if res_NM is None else [res_NM.reshape(-1)]
     rows += [hc.read_weights(coords, spec, (), jnp.float32)] * read_is_given(spec)
     return jnp.concatenate(rows)
 
