@@ -1,7 +1,7 @@
 """Parameters and FLOPs of a model by term, hyper-connections included: pure functions of its sizes.
 
 Conventions. A multiply-add is 2 FLOPs; training is 3 x forward (no recomputation counted). Attention is
-counted in full, T x T, as it is executed; of the routed experts, those that a token goes to. Left out: norms,
+counted in full, T x T, as it is executed without a kernel; of the routed experts, those that a token goes to. Left out: norms,
 softmax, activations, rotary embedding, sorting by expert and residual additions (O(C) per token and
 sublayer), except the connection's own norm. XLA's count of matrix products equals the terms that are matrix
 products (tests/test_cost.py).
@@ -101,9 +101,20 @@ def forward_flops_per_token(c: ModelConfig, seq_len: int) -> dict[str, float]:
   return flops
 
 
-def train_flops_per_token(c: ModelConfig, seq_len: int) -> float:
-  """3 x forward."""
-  return 3.0 * sum(forward_flops_per_token(c, seq_len).values())
+def train_flops_per_token(c: ModelConfig, seq_len: int, causal: bool = False) -> float:
+  """3 x forward. causal: of attention's scores the half that is needed, (seq_len + 1) / 2 for seq_len."""
+  return 3.0 * sum(_of_kernel(forward_flops_per_token(c, seq_len), seq_len, causal).values())
+
+
+def train_product_flops_per_token(c: ModelConfig, seq_len: int) -> float:
+  """3 x forward of the matrix products outside the connection, causal: no program of the step does fewer."""
+  terms = _of_kernel(forward_flops_per_token(c, seq_len), seq_len, causal=True)
+  return 3.0 * sum(flops for name, flops in terms.items() if not name.startswith('hc_'))
+
+
+def _of_kernel(terms: dict[str, float], seq_len: int, causal: bool) -> dict[str, float]:
+  part = (seq_len + 1) / (2 * seq_len) if causal else 1
+  return {**terms, 'attention_scores': part * terms['attention_scores']}
 
 
 def routed_flops_over_ideal(c: ModelConfig, shards: int) -> float:

@@ -13,11 +13,12 @@ import pytest
 
 from experiments.bench.compiled import volume
 from experiments.compile.chips import CHIPS, link_seconds
-from experiments.compile.hlo_cost import Count, Operation, count
+from experiments.compile.hlo_cost import Body, Count, Done, Operation, count
 from experiments.compile.hlo_text import Shape, parse_module, replica_group, trip_count
-from experiments.compile.step_time import advice, predict, speed
+from experiments.compile.step_time import advice, check_products, predict, speed
 from experiments.compile.tpu import group_sides
 from mhc_jax.config import base_config
+from mhc_jax.errors import ConfigError
 from mhc_jax.model import Transformer
 from mhc_jax.model_config import build_model
 
@@ -144,9 +145,67 @@ GROUPS = {
 
 @pytest.mark.parametrize('text', GROUPS)
 def test_the_first_group_of_every_notation(text):
-  line = f'  ROOT %x = f32[8]{{0}} all-reduce(%p), {text}, to_apply=%add'
+  line = (
+    f'  %p = f32[8] parameter(0)\n  ROOT %x = f32[8]{{0}} all-reduce(%p), {text}, metadata={{op_name="x"}}'
+  )
   module = parse_module(f'ENTRY %main (p: f32[8]) -> f32[8] {{\n{line}\n}}')
   np.testing.assert_array_equal(replica_group(module.computations['main'].root), GROUPS[text])
+
+
+KERNEL = """\
+HloModule m, is_scheduled=true, frontend_attributes={note="one (
+two"}
+
+%fused (q: f32[8]) -> f32[8] {
+  %q = f32[8]{0} parameter(0)
+  ROOT %n = f32[8]{0} negate(%q)
+}
+
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  %k = (f32[8]{0}, f32[8]{0}) custom-call(%p), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 512, calls=%none, )]}"
+}}, metadata={op_name="a/pallas_call"}, backend_config={"body":"x
+}
+}}","cost_estimate":{"flops":"640","transcendentals":"0","bytes_accessed":"96"}}
+  %e = f32[8]{0} get-tuple-element(%k), index=1, frontend_attributes={kernel_metadata={
+"xprof_metadata":"{}"
+}}
+  ROOT %b = f32[8]{0} fusion(%e), kind=kLoop, calls=%fused
+}
+"""
+
+
+def test_instructions_may_span_lines_and_strings_hold_anything():
+  """As the custom call of JAX's splash attention does; the lines after it were once dropped."""
+  module = parse_module(KERNEL)
+  main = module.computations['main'].instructions
+  assert list(main) == ['p', 'k', 'e', 'b'] and module.scheduled
+  assert main['k'].called == () and main['k'].op_name == 'a/pallas_call'
+  assert [row.name for row in count(module).operations] == ['k', 'b']
+  assert count(module).flops == 640 + 8
+
+
+UNREAD = {
+  'a stray line': ('  ROOT %b', 'and this\n  ROOT %b', 'no instruction'),
+  'no opcode': ('negate(%q)', '', 'without an opcode'),
+  'no end': ('calls=%fused\n}', 'calls=%fused', 'has no end'),
+  'an open bracket': ('kind=kLoop', 'kind=kLoop, x={', 'has no end'),
+  'an open string': ('kind=kLoop', 'kind="kLoop', 'unbalanced'),
+  'a closing bracket': ('kind=kLoop', 'kind=kLoop}', 'unbalanced'),
+  'no such computation': ('calls=%fused', 'calls=%gone', 'gone, which is not there'),
+  'no such operand': ('fusion(%e)', 'fusion(%gone)', 'gone, which is not there'),
+  'a line outside': ('ENTRY', '  %x = f32[] constant(0)\nENTRY', 'outside every computation'),
+  'no entry': ('ENTRY ', '', 'no ENTRY'),
+}
+
+
+@pytest.mark.parametrize('name', UNREAD)
+def test_what_cannot_be_read_is_an_error(name):
+  old, new, words = UNREAD[name]
+  assert KERNEL.count(old) == 1
+  with pytest.raises(ValueError, match=words):
+    parse_module(KERNEL.replace(old, new))
 
 
 def test_bytes_include_the_padding_of_tiles():
@@ -163,17 +222,20 @@ def operation(**fields):
   return Operation(**{**names, **zero, 'times': 1, 'collective': None, 'arrays': (), 'group': (), **fields})
 
 
+def counted(rows):
+  """A count of these operations, each in a loop of its own."""
+  return Count(Body(1, [Body(row.times, [row]) for row in rows]), [], {})
+
+
 def test_a_step_is_the_sum_of_what_limits_each_operation():
   chip = CHIPS['v5p']
-  found = Count(
+  found = counted(
     [
       operation(times=3, matmul_flops=459e12, matmul_passes=459e12, bytes=2765e7),  # 1 s, memory 0.01 s
       operation(times=2, bytes=2765e9, source='generator.py:1'),  # 1 s
       # 8 chips along one wrapped axis, 200 GB/s: 7/8 of the payload.
       operation(collective='all-gather', payload=400e9, group=tuple(range(8)), bytes=2765e6),
-    ],
-    [],
-    {},
+    ]
   )
   predicted = predict(found, chip, lambda operation: [(8, True)] if operation.group else [])
   seconds = predicted['seconds']
@@ -185,11 +247,61 @@ def test_a_step_is_the_sum_of_what_limits_each_operation():
   assert predicted['costliest'][0]['share'] == pytest.approx(3 / 6.75)
   assert predicted['parts']['generator.py']['seconds'] == pytest.approx(2)
   assert predicted['collectives']['all-gather']['bytes'] == 400e9
+  assert seconds['serial'] == pytest.approx(seconds['step'])
   # 1e12 FLOPs a token, 1000 tokens in 2 s on 2 chips.
-  assert speed(2.0, 1000, 1e12, 2, chip) == {
+  assert speed(2.0, 1000, {'causal': 1e12, 'full': 2e12}, 2, chip) == {
     'tokens_per_second': 500,
     'mfu': pytest.approx(1e15 / (4 * 459e12)),
+    'mfu_full': pytest.approx(2e15 / (4 * 459e12)),
   }
+
+
+ONE_SECOND = {'collective': 'all-gather', 'group': tuple(range(8)), 'payload': 8 / 7 * 200e9}  # on the links
+WINDOWS = {  # a body's items -> seconds, of operations of 1 s (w: 3 s) and collectives of 1 s
+  'synchronous': (['c', 's', 'c'], 3),
+  'hidden by what is between': (['a', 'c', 'a.', 'c'], 2),
+  'not by what comes after': (['a', 'a.', 'c'], 2),
+  'the links do one at a time': (['a', 'b', 'c', 'a.', 'b.'], 2),
+  'and enough to hide both': (['a', 'b', 'w', 'a.', 'b.'], 3),
+  'a synchronous one waits for the links': (['a', 's', 'c', 'a.'], 3),
+  'what is not waited for ends in its body': (['c', 'a'], 2),
+  'a loop inside a window': (['a', ['c', 'c'], 'a.'], 4),
+  'a loop with collectives waits for the links': (['a', ['s'], 'a.'], 3),
+}
+
+
+@pytest.mark.parametrize('name', WINDOWS)
+def test_collectives_overlap_what_is_between_their_start_and_end(name):
+  """Loops inside run twice."""
+
+  def body(items, times):
+    return Body(times, [item_of(item) for item in items])
+
+  def item_of(item):
+    if isinstance(item, list):
+      return body(item, 2)
+    if item.endswith('.'):
+      return Done(item[0])
+    if item in 'cw':
+      return operation(bytes=2765e9 * (3 if item == 'w' else 1))
+    return operation(**ONE_SECOND, window=None if item == 's' else item)
+
+  items, seconds = WINDOWS[name]
+  found = Count(body(items, 1), [], {})
+  predicted = predict(found, CHIPS['v5p'], lambda operation: [(8, True)] if operation.group else [])
+  assert predicted['seconds']['step'] == pytest.approx(seconds)
+
+
+def test_more_than_a_chip_can_do_is_an_error():
+  """As a program that was not read whole gave: 0.010 s a step and an MFU of 7,138 %."""
+  with pytest.raises(ConfigError, match='MFU is 108.9 %'):
+    speed(1.0, 1000, {'causal': 5e11, 'full': 1e12}, 1, CHIPS['v5p'])
+  unknown = speed(1.0, 1000, {'causal': 5e11, 'full': 1e12}, 1, CHIPS['v5p'], counted=False)
+  assert unknown == {'tokens_per_second': 1000, 'mfu': None, 'mfu_full': None}
+  found = dataclasses.replace(counted([operation(times=2, matmul_flops=5.0)]), custom_calls={'splash': 3})
+  check_products(found, 10.0)
+  with pytest.raises(ConfigError, match=r'counted 10 FLOPs .* own 11 .* FLOPs not counted in splash'):
+    check_products(found, 11.0)
 
 
 @pytest.mark.parametrize(
@@ -205,7 +317,7 @@ def test_a_step_is_the_sum_of_what_limits_each_operation():
 )
 def test_a_part_is_what_is_in_its_scope_whatever_jax_made_of_it(op_name, inside):
   """Forward, transposed and recomputed; the source file does not matter."""
-  found = Count([operation(op_name=op_name, bytes=2765e9, times=2), operation(op_name='other')], [], {})
+  found = counted([operation(op_name=op_name, bytes=2765e9, times=2), operation(op_name='other')])
   scopes = predict(found, CHIPS['v5p'], lambda _: ())['scopes']
   wanted = (
     {'seconds': 2.0, 'flops': 0.0, 'hbm_bytes': 2 * 2765e9}
@@ -216,7 +328,7 @@ def test_a_part_is_what_is_in_its_scope_whatever_jax_made_of_it(op_name, inside)
 
 
 def test_half_a_chip_has_half_its_rates():
-  found = Count([operation(bytes=7380e9)], [], {})
+  found = counted([operation(bytes=7380e9)])
   assert predict(found, CHIPS['7x'], lambda _: ())['seconds']['step'] == pytest.approx(2)
 
 
@@ -288,6 +400,11 @@ def test_collectives_are_counted_with_their_loops():
     ('all-reduce', 8, (32, 16), 160): 1,
     ('reduce-scatter', 2, (64,), 4096): 8,  # with the padding of its tile
   }
+  windows = {row.name: row.window for row in count(parse_module(COLLECTIVES)).operations if row.window}
+  assert windows == {'begin': 'begin', 'go': 'go'}
+  entry = count(parse_module(COLLECTIVES)).body.items
+  places = [item.window if isinstance(item, Done) else getattr(item, 'name', 'loop') for item in entry]
+  assert places == ['loop', 'loop', 'begin', 'end', 'begin', 'go', 'go', 'both']
   assert volume(COLLECTIVES)['all-gather'] == {'count': 10, 'bytes': 64 + 8 * 256 + 512}
 
 

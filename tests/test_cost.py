@@ -17,6 +17,7 @@ from mhc_jax.cost import (
   parameters,
   routed_flops_over_ideal,
   train_flops_per_token,
+  train_product_flops_per_token,
 )
 from mhc_jax.model import Transformer
 from mhc_jax.model_config import build_model
@@ -210,3 +211,15 @@ def test_terms_of_the_connection_follow_its_parts():
   assert terms['mhc paper']['hc_constraint'] == 6 * 20 * 4 * 16  # 2L sublayers, 20 times 4 n^2
   for case in CASES:
     assert train_flops_per_token(model(case), T) == 3 * sum(terms[case].values())
+
+
+def test_a_causal_model_needs_half_of_its_scores():
+  """T + 1 of every 2 T; nothing else changes, and the products leave out the connection alone."""
+  c = model('mhc paper')
+  terms = forward_flops_per_token(c, T)
+  scores = terms['attention_scores']
+  full, causal = train_flops_per_token(c, T), train_flops_per_token(c, T, causal=True)
+  assert full - causal == pytest.approx(3 * scores * (1 - (T + 1) / (2 * T)))
+  connection = sum(flops for name, flops in terms.items() if name.startswith('hc_'))
+  assert train_product_flops_per_token(c, T) == pytest.approx(causal - 3 * connection)
+  assert connection > 0

@@ -58,13 +58,16 @@ def lower_step(config: ConfigDict, gpus: str) -> dict[str, Any]:
     'fits': sum(held.values()) < chip.memory,
   }
   tokens = config.data.batch_size * config.data.seq_len
-  flops_per_token = cost.train_flops_per_token(model, config.data.seq_len)
+  length = config.data.seq_len
+  flops = {
+    name: cost.train_flops_per_token(model, length, causal=name == 'causal') for name in ('causal', 'full')
+  }
   gathered = held['params'] * np.dtype(model.dtype).itemsize // 4  # cast before
-  seconds = bounds(chip, mesh.shape['fsdp'], held, gathered, flops_per_token * tokens / mesh.size)
+  seconds = bounds(chip, mesh.shape['fsdp'], held, gathered, flops['causal'] * tokens / mesh.size)
   slowest = max(seconds.values())
   return {
     **report,
-    'bounds': {'seconds': seconds, **speed(slowest, tokens, flops_per_token, mesh.size, chip)},
+    'bounds': {'seconds': seconds, **speed(slowest, tokens, flops, mesh.size, chip)},
   }
 
 

@@ -1,13 +1,16 @@
 """Optimised HLO text -> computations and instructions. Pure; hlo_cost.py counts what they do.
 
 Reads what `compiled.as_text()` prints for CPU and TPU: operands are looked up by name in their computation,
-layouts may have tiles and a memory space, `bf16[32,1024]{1,0:T(8,128)(2,1)S(1)}`.
+layouts may have tiles and a memory space, `bf16[32,1024]{1,0:T(8,128)(2,1)S(1)}`. An instruction may span
+lines and its strings may hold anything: it ends at the line that closes its brackets. Everything in the text is
+read, or it is a ValueError: what was dropped without a word would be missing from every count.
 """
 
 import dataclasses
 import functools
 import math
 import re
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -15,6 +18,9 @@ _BITS = {'pred': 8, 's4': 4, 'u4': 4, 'token': 0, 'opaque': 0, 'c64': 64, 'c128'
 _LEAF = re.compile(r'([a-z]\w*)\[([\d,<=]*)\](?:\{([^}]*)\})?')
 _HEADER = re.compile(r'(ENTRY )?%?([^\s(]+) \(.*->.*\{$')
 _INSTRUCTION = re.compile(r'\s+(ROOT )?%?(\S+) = ')
+_STRING = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
+_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|["(){}\[\]]', re.DOTALL)  # a quote alone: its string goes on
+_TABLES = ('FileNames', 'FunctionNames', 'FileLocations', 'StackFrames')
 _OPCODE = re.compile(r'\s*([\w-]+)\(')
 _NAMES = re.compile(r'%([^\s,()]+)')
 
@@ -53,7 +59,7 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-  """One line: `%name = shapes opcode(operands), attributes`."""
+  """`%name = shapes opcode(operands), attributes`."""
 
   name: str
   opcode: str
@@ -63,19 +69,29 @@ class Instruction:
   attributes: str
   is_root: bool
 
+  @functools.cached_property
+  def bare(self) -> str:
+    """The attributes with empty strings for all strings."""
+    return _STRING.sub('""', self.attributes)
+
   def find(self, pattern: str) -> str | None:
-    """The first group of a pattern in the attributes."""
-    match = re.search(pattern, self.attributes)
+    """The first group of a pattern in the attributes; within strings only where the pattern has a quote."""
+    match = re.search(pattern, self.attributes if '"' in pattern else self.bare)
     return None if match is None else match[1]
+
+  def estimate(self, field: str) -> float | None:
+    """A field of a kernel's own cost estimate, None where it has none."""
+    value = self.find(rf'"cost_estimate":\{{[^}}]*"{field}":"(\d+)"')
+    return None if value is None else float(value)
 
   @property
   def called(self) -> tuple[str, ...]:
     """Names of the computations that it runs: a fusion's, a call's, a loop's body, all of a conditional's."""
-    lists = re.findall(r'\b(?:calls|branch_computations|called_computations)=\{?([^}=]*)', self.attributes)
+    lists = re.findall(r'\b(?:calls|branch_computations|called_computations)=\{?([^}=]*)', self.bare)
     names = [name for text in lists for name in _NAMES.findall(f'{text},')]
     if self.opcode == 'call':
-      names += re.findall(r'\bto_apply=%([^\s,]+)', self.attributes)
-    names += re.findall(r'\b(?:body|true_computation|false_computation)=%([^\s,]+)', self.attributes)
+      names += re.findall(r'\bto_apply=%([^\s,]+)', self.bare)
+    names += re.findall(r'\b(?:body|true_computation|false_computation)=%([^\s,]+)', self.bare)
     return tuple(dict.fromkeys(names))
 
   @property
@@ -110,6 +126,10 @@ class Computation:
         users.setdefault(operand, []).append(instruction)
     return users
 
+  def operand_shapes(self, instruction: Instruction) -> list[Shape]:
+    """Of all operands of one of its instructions, tuples' leaves one by one."""
+    return [shape for name in instruction.operands for shape in self.instructions[name].shapes]
+
 
 @dataclasses.dataclass(frozen=True)
 class Module:
@@ -119,52 +139,97 @@ class Module:
   entry: str
   frames: dict[int, tuple[str, int]]  # stack frame -> (file, line), innermost
   partitions: int  # devices
+  scheduled: bool  # whether the order of the text is the order of execution
 
 
 def parse_module(text: str) -> Module:
-  """The text of one optimised module; raises ValueError where it has no entry computation."""
+  """The text of one optimised module; raises ValueError where a part of it cannot be read."""
   computations: dict[str, Computation] = {}
   entry, current, lines = '', None, text.splitlines()
-  for line in lines:
+  tables: list[str] = []
+  for line in _statements(lines):
     if current is None:
       header = _HEADER.match(line)
       if header:
         current = Computation(header[2], {})
         entry = header[2] if header[1] else entry
+      elif line.startswith(('HloModule', '//', *_TABLES)) or not line.strip() or line[0].isdigit():
+        tables.append(line)
+      else:
+        raise ValueError(f'outside every computation: {line[:80]!r}')
     elif line.startswith('}'):
       computations[current.name] = current
       current = None
-    else:
+    elif line.strip():
       instruction = _instruction(line)
-      if instruction is not None:
-        current.instructions[instruction.name] = instruction
+      current.instructions[instruction.name] = instruction
+  if current is not None:
+    raise ValueError(f'computation {current.name} has no end')
   if not entry:
     raise ValueError('no ENTRY computation: this is not the text of an HLO module')
-  partitions = re.search(r'num_partitions=(\d+)', lines[0])
-  return Module(computations, entry, _frames(lines), int(partitions[1]) if partitions else 1)
+  for computation in computations.values():
+    _check_names(computation, computations)
+  first = next((line for line in tables if line.startswith('HloModule')), '')
+  partitions = re.search(r'num_partitions=(\d+)', first)
+  scheduled = 'is_scheduled=true' in first
+  return Module(computations, entry, _frames(tables), int(partitions[1]) if partitions else 1, scheduled)
 
 
-def _instruction(line: str) -> Instruction | None:
+def _statements(lines: list[str]) -> Iterator[str]:
+  """Lines, joined to the one that closes their brackets; headers and ends of computations alone."""
+  held: list[str] = []
+  depth, quoted = 0, False
+  for line in lines:
+    if not held and (_HEADER.match(line) or line.startswith('}')):
+      yield line
+      continue
+    held.append(line)
+    opened, quoted = _opened(line, quoted)
+    depth += opened
+    if depth < 0:
+      raise ValueError(f'unbalanced: {held[0][:80]!r}')
+    if not depth and not quoted:
+      yield '\n'.join(held)
+      held = []
+  if held:
+    raise ValueError(f'unbalanced, never closed: {held[0][:80]!r}')
+
+
+def _opened(line: str, quoted: bool) -> tuple[int, bool]:
+  """(brackets opened less those closed, whether a string goes on) of a line that may begin within a string."""
+  if quoted:
+    end = re.match(r'(?:[^"\\]|\\.)*"', line)
+    if end is None:
+      return 0, True
+    line = line[end.end() :]
+  depth = 0
+  for match in _TOKEN.finditer(line):
+    if match[0] == '"':
+      return depth, True
+    depth += (match[0] in '([{') - (match[0] in ')]}')
+  return depth, False
+
+
+def _instruction(line: str) -> Instruction:
   start = _INSTRUCTION.match(line)
   if start is None:
-    return None
+    raise ValueError(f'no instruction: {line[:80]!r}')
   position = start.end()
-  if line[position] == '(':  # a tuple
-    stop = _closing(line, position)
-  else:
-    stop = line.index(' ', position)
+  stop = _closing(line, position) if line[position] == '(' else line.find(' ', position)  # '(': a tuple
+  opcode = _OPCODE.match(line, stop) if stop > 0 else None
+  if opcode is None:
+    raise ValueError(f'an instruction without an opcode: {line[:80]!r}')
   shapes = tuple(
     Shape(dtype, tuple(int(size.lstrip('<=')) for size in dims.split(',') if size), layout or '')
     for dtype, dims, layout in _LEAF.findall(line[position:stop])
   )
-  opcode = _OPCODE.match(line, stop)
   end = _closing(line, opcode.end() - 1)
   inside = line[opcode.end() : end - 1]
   return Instruction(
     name=start[2],
     opcode=opcode[1],
     shapes=shapes,
-    operands=tuple(_NAMES.findall(inside)),
+    operands=tuple(_NAMES.findall(_STRING.sub('""', inside))),
     inside=inside,
     attributes=line[end:],
     is_root=start[1] is not None,
@@ -172,24 +237,30 @@ def _instruction(line: str) -> Instruction | None:
 
 
 def _closing(line: str, position: int) -> int:
-  """The position after the parenthesis that closes the one at `position`."""
+  """The position after the bracket that closes the one at `position`."""
   depth = 0
-  for match in re.compile(r'[()]').finditer(line, position):
-    depth += 1 if match[0] == '(' else -1
+  for match in _TOKEN.finditer(line, position):
+    depth += (match[0] in '([{') - (match[0] in ')]}')
     if depth == 0:
       return match.end()
-  raise ValueError(f'unbalanced parentheses in {line[:80]!r}')
+  raise ValueError(f'unbalanced: {line[:80]!r}')
+
+
+def _check_names(computation: Computation, computations: dict[str, Computation]) -> None:
+  """Raises ValueError where an operand or a computation that is run is nowhere in the text."""
+  for instruction in computation.instructions.values():
+    runs = {*instruction.called, *re.findall(r'\b(?:to_apply|condition)=%([^\s,]+)', instruction.bare)}
+    for name in (runs - computations.keys()) | (set(instruction.operands) - computation.instructions.keys()):
+      raise ValueError(f'{instruction.name} in {computation.name} names {name}, which is not there')
 
 
 def _frames(lines: list[str]) -> dict[int, tuple[str, int]]:
-  """The tables at the top of the text: stack frame -> location -> file."""
+  """The tables above the computations: stack frame -> location -> file."""
   tables: dict[str, dict[int, str]] = {'FileNames': {}, 'FileLocations': {}, 'StackFrames': {}}
   table: dict[int, str] | None = None
   for line in lines:
-    if line.strip() in ('FileNames', 'FunctionNames', 'FileLocations', 'StackFrames'):
+    if line.strip() in _TABLES:
       table = tables.get(line.strip(), {})
-    elif _HEADER.match(line):
-      break
     elif table is not None and line[:1].isdigit():
       number, _, rest = line.partition(' ')
       table[int(number)] = rest
@@ -242,11 +313,11 @@ def replica_group(instruction: Instruction) -> np.ndarray:
   listed = instruction.find(r'(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}')
   if listed is not None:
     return np.array([int(number) for number in listed.split(',')])
-  iota = re.search(r'replica_groups=\[(\d+),(\d+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)', instruction.attributes)
+  iota = re.search(r'replica_groups=\[(\d+),(\d+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)', instruction.bare)
   if iota is not None:
     return _iota(iota[3]).reshape(int(iota[1]), int(iota[2]))[0]
   mesh = re.search(
-    r'replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((\[[^)]*\)?)\))? \{([^}]*)\}', instruction.attributes
+    r'replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((\[[^)]*\)?)\))? \{([^}]*)\}', instruction.bare
   )
   if mesh is None:
     return np.array([], int)

@@ -1,15 +1,23 @@
 """From counted operations to a predicted step: times, collectives, memory, and what to change. Pure.
 
-Everything here is a prediction from peak rates: a step takes the sum over its operations of
-max(FLOPs / peak, bytes / bandwidth), collectives by the links' bandwidth, nothing overlapped. The roofline
-beside it, max(all FLOPs / peak, all bytes / bandwidth, all link time), overlaps everything.
+Everything here is a prediction from peak rates. An operation takes max(FLOPs / peak, bytes / bandwidth), a
+collective its links' bandwidth. Operations follow each other as in the compiler's schedule, which is the order of
+the text. **A collective overlaps only with what the schedule has between its start and its done** (a -start and
+-done pair, or the fusions over which a TPU spreads one collective): that window takes max(link time, time of the
+operations in it). Collectives share the links, one after the other. A collective without such a window waits for
+the links and holds up everything; a fusion that computes and communicates takes the larger of the two. What a
+loop's body starts ends within it. Memory traffic, that of collectives too, is never overlapped with other
+traffic. `serial` overlaps nothing; the roofline, max(all FLOPs / peak, all bytes / bandwidth, all link time),
+overlaps everything.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from mhc_jax.errors import require
+
 from .chips import Chip, compute_seconds, link_seconds
-from .hlo_cost import Count, Operation, in_scope
+from .hlo_cost import Body, Count, Done, Operation, in_scope
 
 GIB = 2**30
 
@@ -29,7 +37,7 @@ def predict(counted: Count, chip: Chip, sides: Sides) -> dict[str, Any]:
   links = sum(row['link_seconds'] for row in rows)
   peak, bandwidth = chip.flops / chip.devices, chip.bandwidth / chip.devices
   passes = counted.total('matmul_passes') + counted.total('vector_flops')
-  seconds = sum(row['seconds'] for row in rows)
+  serial = sum(row['seconds'] for row in rows)
   return {
     'per_device': {
       'flops': counted.flops,
@@ -39,7 +47,8 @@ def predict(counted: Count, chip: Chip, sides: Sides) -> dict[str, Any]:
       'compiler_cycles': sum(row.times * (row.cycles or 0) for row in counted.operations),
     },
     'seconds': {
-      'step': seconds,
+      'step': body_seconds(counted.body, chip, sides)[0],
+      'serial': serial,
       'without_collectives': compute,
       'collectives': links,
       'roofline': max(passes / peak, counted.total('bytes') / bandwidth, links),
@@ -50,10 +59,35 @@ def predict(counted: Count, chip: Chip, sides: Sides) -> dict[str, Any]:
     'parts': _parts(rows),
     'scopes': {scope: _sums([row for row in rows if in_scope(row['op_name'], scope)]) for scope in SCOPES},
     'costliest': [
-      {**row, 'share': row['seconds'] / seconds} for row in sorted(rows, key=lambda row: -row['seconds'])[:10]
+      {**row, 'share': row['seconds'] / serial} for row in sorted(rows, key=lambda row: -row['seconds'])[:10]
     ],
     'uncounted': {'loops': counted.unknown_loops, 'custom_calls': dict(counted.custom_calls)},
   }
+
+
+def body_seconds(body: Body, chip: Chip, sides: Sides) -> tuple[float, float]:
+  """(seconds, seconds in which the links work) of all executions of a body, by the rule at the top."""
+  now = free = busy = 0.0  # free: when the links are
+  ends: dict[str, float] = {}
+  for item in body.items:
+    if isinstance(item, Done):
+      now = max(now, ends.pop(item.window, now))
+      continue
+    if isinstance(item, Body):
+      seconds, links = body_seconds(item, chip, sides)
+      now = (max(now, free) if links else now) + seconds
+      free, busy = (now if links else free), busy + links
+      continue
+    seconds, links = compute_seconds(item, chip), link_seconds(item, chip, sides(item))
+    busy += links
+    if item.window is not None:
+      free = ends[item.window] = max(now, free) + links
+      now += seconds
+    elif links:
+      now = free = max(now, free) + max(seconds, links)
+    else:
+      now += seconds
+  return body.times * max(now, free), body.times * busy
 
 
 def _row(operation: Operation, chip: Chip, sides: Sequence[tuple[int, bool]]) -> dict[str, Any]:
@@ -107,12 +141,34 @@ def _sums(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
   return {key: sum((row[key] for row in rows), 0.0) for key in ('seconds', 'flops', 'hbm_bytes')}
 
 
-def speed(seconds: float, tokens: int, flops_per_token: float, chips: int, chip: Chip) -> dict[str, float]:
-  """Tokens per second of all chips and MFU: the model's own FLOPs (cost.py) over what the chips could do."""
-  return {
-    'tokens_per_second': tokens / seconds,
-    'mfu': flops_per_token * tokens / (seconds * chips * chip.flops),
-  }
+def speed(
+  seconds: float, tokens: int, flops: Mapping[str, float], chips: int, chip: Chip, counted: bool = True
+) -> dict[str, float | None]:
+  """Tokens per second of all chips, and MFU: a model's own FLOPs (cost.py) over what the chips could do.
+
+  flops: per token, `causal` (of attention's scores the half that a causal kernel needs) and `full`. `mfu` has the
+  causal ones and cannot exceed 1; `mfu_full` those of the laws. counted: False where a kernel's FLOPs are unknown:
+  its time is, too, and there is no MFU. Raises ConfigError for an MFU over 1.
+  """
+  rate = {name: value * tokens / (seconds * chips * chip.flops) for name, value in flops.items()}
+  require(
+    not counted or rate['causal'] <= 1,
+    f'predicted MFU is {100 * rate["causal"]:.4g} %: {seconds:.4g} s a step for {flops["causal"]:.3g} FLOPs a token '
+    f'and {tokens} tokens on {chips} chips; the program was not read whole',
+  )
+  known = {'mfu': rate['causal'], 'mfu_full': rate['full']} if counted else {'mfu': None, 'mfu_full': None}
+  return {'tokens_per_second': tokens / seconds, **known}
+
+
+def check_products(counted: Count, least: float) -> None:
+  """Raises ConfigError where a device's matrix products are fewer than its share of the model's, `least`."""
+  found = counted.total('matmul_flops')
+  without = f'; FLOPs not counted in {", ".join(counted.custom_calls)}' if counted.custom_calls else ''
+  require(
+    found >= least,
+    f"counted {found:.4g} FLOPs of matrix products a device and step, below the model's own {least:.4g} (causal "
+    f'attention): the program was not read whole{without}',
+  )
 
 
 def advice(

@@ -29,7 +29,7 @@ from .abstract_step import describe, device_bytes, mesh_axes, trace_step
 from .chips import CHIPS, TPUS, Chip
 from .hlo_cost import Count, Operation, count, in_scope
 from .hlo_text import parse_module
-from .step_time import GIB, advice, predict, speed
+from .step_time import GIB, advice, check_products, predict, speed
 
 # libtpu looks for the machine it runs on, and two compilations at once collide on its lock file.
 LIBTPU = {
@@ -90,15 +90,35 @@ def compile_step(config: ConfigDict, topology: str) -> dict[str, Any]:
   counted = count(parse_module(compiled.as_text()))
   predicted = predict(counted, chip, group_sides(mesh, chip))
   tokens = config.data.batch_size * config.data.seq_len
-  flops_per_token = cost.train_flops_per_token(model, config.data.seq_len)
   optimal = compiled.cost_analysis().get('optimal_seconds', -1.0)  # negative: no estimate
   predicted['seconds']['compiler_loops_once'] = optimal if optimal > 0 else None
-  predicted['model_flops'] = flops_per_token * tokens / len(devices)
   predicted['routed_experts'] = routed_experts(counted, config, model, len(devices))
-  predicted |= speed(
-    predicted['seconds']['step'], tokens, flops_per_token, len(devices) // chip.devices, chip
-  )
+  predicted |= against_model(counted, predicted['seconds']['step'], tokens, model, config, len(devices), chip)
   return {**report, 'fits': True, 'memory_bytes': memory(compiled, chip), 'predicted': predicted}
+
+
+def against_model(
+  counted: Count,
+  seconds: float,
+  tokens: int,
+  model: ModelConfig,
+  config: ConfigDict,
+  devices: int,
+  chip: Chip,
+) -> dict[str, Any]:
+  """The model's own FLOPs of a device and step, and speed; raises ConfigError where they contradict the count."""
+  length = config.data.seq_len
+  check_products(counted, cost.train_product_flops_per_token(model, length) * tokens / devices)
+  flops = {
+    name: cost.train_flops_per_token(model, length, causal=name == 'causal') for name in ('causal', 'full')
+  }
+  share = {name: value * tokens / devices for name, value in flops.items()}
+  known = not counted.custom_calls
+  return {
+    'model_flops': share['full'],
+    'model_flops_causal': share['causal'],
+    **speed(seconds, tokens, flops, devices // chip.devices, chip, known),
+  }
 
 
 def routed_experts(
@@ -190,12 +210,19 @@ def predicted_lines(predicted: dict[str, Any], compile_seconds: float) -> list[s
     flops, over = predicted['routed_experts'].values()
     lines.append(f'  of these the routed experts {flops:.3g}, {over:.2f} x what they need without recompute')
   lines += [
-    f'  step {seconds["step"]:.4g} s: operations {seconds["without_collectives"]:.4g} s and collectives '
-    f'{seconds["collectives"]:.3g} s, less what one fusion does at once',
+    f'  step {seconds["step"]:.4g} s, collectives overlapped as scheduled; nothing overlapped '
+    f'{seconds["serial"]:.4g} s: operations {seconds["without_collectives"]:.4g} s, collectives '
+    f'{seconds["collectives"]:.3g} s',
     f'  all FLOPs at their peak {seconds["all_flops"]:.4g} s, all bytes {seconds["all_bytes"]:.4g} s',
     f"  the compiler's own estimate: {device['compiler_cycles']:.4g} cycles without collectives"
     + (f', {once:.3g} s with every loop run once' if once else ''),
-    f'  {predicted["tokens_per_second"]:.4g} tokens/s, MFU {100 * predicted["mfu"]:.1f} %',
+    f'  {predicted["tokens_per_second"]:.4g} tokens/s, '
+    + (
+      'no MFU: the FLOPs of some kernels are unknown'
+      if predicted['mfu'] is None
+      else f'MFU {100 * predicted["mfu"]:.1f} % of what a causal model needs '
+      f'({100 * predicted["mfu_full"]:.1f} % with all of attention counted)'
+    ),
     '',
     f'{"collective":20} {"times":>7} {"group":>6} {"GiB":>9} {"seconds":>9}',
   ]
@@ -214,5 +241,7 @@ def predicted_lines(predicted: dict[str, Any], compile_seconds: float) -> list[s
   if left['loops']:
     lines.append(f'counted once, trip count unknown: loops {", ".join(left["loops"])}')
   if left['custom_calls']:
-    lines.append(f'FLOPs not counted in: {left["custom_calls"]}')
+    lines.append(
+      f'ERROR: FLOPs not counted in: {", ".join(left["custom_calls"])} (kernels without a cost estimate)'
+    )
   return lines
