@@ -328,7 +328,7 @@ RULES: dict[str, Callable] = {
   **dict.fromkeys(ELEMENTWISE, elementwise),
   **dict.fromkeys(DATA, moved),
   **dict.fromkeys(('reshape', 'squeeze', 'expand_dims'), _reshaped),
-  **dict.fromkeys(('copy', 'copy_p', 'name', 'optimization_barrier', 'stop_gradient'), _same),
+  **dict.fromkeys(('copy', 'copy_p', 'name', 'optimization_barrier', 'reshard', 'stop_gradient'), _same),
   **dict.fromkeys(('empty', 'empty2'), _empty),
   **dict.fromkeys(('scatter-add', 'scatter_add'), scatter_add),
   'broadcast_in_dim': _broadcast,
