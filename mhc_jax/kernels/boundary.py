@@ -17,7 +17,8 @@ from jax.ad_checkpoint import checkpoint_name
 from mhc_jax import generator
 from mhc_jax import hyper_connection as hc
 from mhc_jax.connection import ConnectionSpec
-from mhc_jax.kernels import boundary_tpu, lanes
+from mhc_jax.kernels import boundary_gpu, boundary_tpu, lanes
+from mhc_jax.kernels.boundary_plan import Plan
 from mhc_jax.kernels.choice import Chip
 from mhc_jax.kernels.entries import array_of, entries_of, spread
 from mhc_jax.kernels.single_token import evaluate
@@ -116,17 +117,19 @@ def _boundary(plan, x_NTC, y_TC, mix_MT, phi_NKC, small_P1):
   return _forward(plan, x_NTC, y_TC, mix_MT, phi_NKC, small_P1)[0]
 
 
+def _kernels(plan: Plan) -> Any:
+  return boundary_gpu if plan.platform == 'gpu' else boundary_tpu
+
+
 def _forward(plan, x_NTC, y_TC, mix_MT, phi_NKC, small_P1):
-  phi = boundary_tpu.split(phi_NKC, plan)
-  x_new, h_TC, sums_RT = boundary_tpu.forward(plan, x_NTC, y_TC, mix_MT, phi, small_P1)
+  x_new, h_TC, sums_RT = _kernels(plan).forward(plan, x_NTC, y_TC, mix_MT, phi_NKC, small_P1)
   sums_RT = checkpoint_name(sums_RT, generator.COORDINATES)
   return (x_new, h_TC, sums_RT), (x_NTC, y_TC, mix_MT, phi_NKC, small_P1, sums_RT)
 
 
 def _backward(plan, saved, gradients):
-  x_NTC, y_TC, mix_MT, phi_NKC, small_P1, sums_RT = saved
-  arrays = x_NTC, y_TC, mix_MT, boundary_tpu.split(phi_NKC, plan), small_P1
-  return boundary_tpu.backward(plan, arrays, sums_RT, *gradients)
+  *arrays, sums_RT = saved
+  return _kernels(plan).backward(plan, tuple(arrays), sums_RT, *gradients)
 
 
 _boundary.defvjp(_forward, _backward)
@@ -158,7 +161,7 @@ def _mix(
     rows += [hc.read_weights(coords, spec, (), jnp.float32)] * read_is_given(spec)
     return jnp.concatenate(rows)
 
-  mix_MT = lanes.in_lanes(of_token, chip.platform)(small, sums_RT)
+  mix_MT = lanes.in_lanes(of_token, chip.lanes)(small, sums_RT)
   if not one_hot:
     return mix_MT
   where_NT = hc.one_hot((sublayer + 1) % spec.streams, spec.streams, sums_RT.shape[1:], jnp.float32)
@@ -167,7 +170,7 @@ def _mix(
 
 def _plan(
   spec: ConnectionSpec, small: dict[str, jax.Array], width: int, tokens: int, dtype: Any, chip: Chip
-) -> tuple[boundary_tpu.Plan, jax.Array]:
+) -> tuple[Plan, jax.Array]:
   """The kernel's plan, and the parameters of the read as rows (P, 1)."""
   raw, mean = _sums(spec)
   part = spec.alpha_of('pre')
@@ -204,15 +207,15 @@ def _in_rows(function: Callable, shapes: list[tuple[int, ...]], chip: Chip) -> C
   def run(rows: list[jax.Array]) -> list[jax.Array]:
     rest = iter(rows)
     inputs = [array_of([next(rest) for _ in range(math.prod(s))], s, jnp.float32) for s in shapes]
-    outputs = evaluate(traced.jaxpr, traced.consts, inputs, chip.platform)
+    outputs = evaluate(traced.jaxpr, traced.consts, inputs, chip.lanes)
     return [spread(entry, rows[0].shape, jnp.float32) for x in outputs for entry in entries_of(x)]
 
   return run
 
 
-def _shape(spec, width, dtype, chip: Chip, tile: int, read=None) -> boundary_tpu.Plan:
+def _shape(spec: ConnectionSpec, width: int, dtype: Any, chip: Chip, tile: int, read: Any = None) -> Plan:
   raw, _ = _sums(spec)
-  return boundary_tpu.Plan(
+  return Plan(
     streams=spec.streams,
     width=width,
     products=raw[-1],
@@ -225,12 +228,15 @@ def _shape(spec, width, dtype, chip: Chip, tile: int, read=None) -> boundary_tpu
     tile=tile,
     cores=chip.cores,
     vmem=chip.vmem,
-    interpret=chip.platform == 'interpret',
+    platform=chip.platform,
+    interpret=chip.interpret,
   )
 
 
 def _tile(spec: ConnectionSpec, width: int, tokens: int, dtype: Any, chip: Chip) -> int | None:
   """The most tokens that are done at once; None where none fits."""
+  if chip.platform == 'gpu':
+    return boundary_gpu.TILE if boundary_gpu.fits(_shape(spec, width, dtype, chip, 0), tokens) else None
   for tile in TILES:
     if tokens % (tile * chip.cores) == 0 and max(_shape(spec, width, dtype, chip, tile).bytes()) < chip.vmem:
       return tile

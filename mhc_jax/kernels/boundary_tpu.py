@@ -27,84 +27,17 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-F32 = jnp.float32
+from mhc_jax.kernels.boundary_plan import F32, Plan, add, mixed, pieces, read_gradients, row_gradients
+
 LANES, GROUP = 128, 16  # lanes of a register; tokens that the inner loop does at once
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-  """What is known when a kernel is made."""
-
-  streams: int
-  width: int
-  products: int  # K
-  maps: int  # phi has one map per stream (n), or one for all (1)
-  separate: bool  # products and mean squares of each stream by itself, not of all together
-  mixes: bool  # there is a res
-  given: bool  # pre comes from outside, not from this boundary's own products
-  dtype: jnp.dtype  # of the streams
-  # Functions of rows: of sums and parameters to pre, and of pre's gradient and the same to theirs.
-  read: tuple[Callable, Callable] | None
-  tile: int = 128  # tokens
-  cores: int = 1
-  vmem: int = 60 * 2**20  # bytes that the kernel may use
-  interpret: bool = False
-
-  @property
-  def pieces(self) -> int:
-    """bfloat16 numbers that stand for one float32 number of phi."""
-    return 3 if self.dtype == jnp.bfloat16 else 1
-
-  @property
-  def chunk(self) -> int:
-    """Lanes of the width that are done at once."""
-    if self.width % LANES:
-      return self.width
-    return max(c for c in range(LANES, min(self.width, 512) + 1, LANES) if self.width % c == 0)
-
-  @property
-  def lanes(self) -> int:
-    """Lanes over which a token's weight is spread."""
-    return self.width if self.width % LANES else LANES
-
-  @property
-  def weights(self) -> int:
-    """M: post, res and, where it is given, pre."""
-    return self.streams + self.streams**2 * self.mixes + self.streams * self.given
-
-  @property
-  def sums(self) -> tuple[int, int]:
-    """Rows of phi^T x' and of mean squares."""
-    groups = self.streams if self.separate else 1
-    return groups * self.products, groups
-
-  def bytes(self) -> tuple[int, int]:
-    """VMEM of the forward and of the backward kernel; blocks that move are there twice."""
-    n, item, tile = self.streams, self.dtype.itemsize, self.tile
-    stream, phi = tile * self.width * item, self.maps * self.products * self.width * item
-    weight, part = 4 * tile * self.lanes, tile * self.chunk
-    forward = 2 * (2 * n + 2) * stream + self.pieces * phi + (self.weights + 2 * n) * weight
-    backward = 2 * (3 * n + 3) * stream + (self.pieces + (self.pieces > 1)) * phi
-    backward += 2 * 4 * self.maps * self.products * self.width + n * part * (4 + item)
-    backward += 2 * (self.weights + n + 1) * weight
-    return forward, backward
 
 
 def split(phi_NKC: jax.Array, plan: Plan) -> jax.Array:
   """phi as the kernels take it: its pieces along K, and the first once more for the backward."""
   if plan.pieces == 1:
     return phi_NKC
-  pieces = _pieces(phi_NKC, 3)
-  return jnp.concatenate([*pieces, pieces[0]], 1)
-
-
-def _pieces(x: jax.Array, count: int) -> list[jax.Array]:
-  """bfloat16 arrays whose sum is x to 8 bits each."""
-  found, rest = [], x
-  for _ in range(count):
-    found.append(rest.astype(jnp.bfloat16))
-    rest = rest - found[-1].astype(F32)
-  return found
+  parts = pieces(phi_NKC, 3)
+  return jnp.concatenate([*parts, parts[0]], 1)
 
 
 def _product(a: jax.Array, b: jax.Array, axes: tuple[int, int], plan: Plan) -> jax.Array:
@@ -114,13 +47,9 @@ def _product(a: jax.Array, b: jax.Array, axes: tuple[int, int], plan: Plan) -> j
   return lax.dot_general(a, b, numbers, preferred_element_type=F32, precision=precision)
 
 
-def _add(terms: list[jax.Array]) -> jax.Array:
-  return functools.reduce(jnp.add, terms)
-
-
 def _folded(rows: jax.Array, size: int) -> jax.Array:
   """Pieces side by side added up."""
-  return _add([rows[i : i + size] for i in range(0, len(rows), size)])
+  return add([rows[i : i + size] for i in range(0, len(rows), size)])
 
 
 def _spread(scratch, rows: jax.Array) -> None:
@@ -139,7 +68,7 @@ def _wide(weight: jax.Array, width: int) -> jax.Array:
 
 def _partial(x: jax.Array, lanes: int) -> jax.Array:
   """(tokens, width) -> (tokens, lanes) sums."""
-  return _add([x[:, i : i + lanes] for i in range(0, x.shape[1], lanes)])
+  return add([x[:, i : i + lanes] for i in range(0, x.shape[1], lanes)])
 
 
 def _token_rows(sums: list[jax.Array]) -> list[jax.Array]:
@@ -180,18 +109,13 @@ def _groups(plan: Plan, body: Callable, written_out: bool = False) -> None:
   lax.fori_loop(0, plan.tile // GROUP, step, 0)
 
 
-def _mixed(plan: Plan, xs: list[jax.Array], y: jax.Array, weight: Callable) -> list[jax.Array]:
-  """The new streams of a group of tokens and a chunk of the width, float32."""
-  n, new = plan.streams, []
-  for i in range(n):
-    mixed = _add([weight(n + i * n + j) * xs[j] for j in range(n)]) if plan.mixes else xs[i]
-    new.append(mixed + weight(i) * y)
-  return new
+def _rows(x) -> list[jax.Array]:
+  return [x[r : r + 1] for r in range(x.shape[0])]
 
 
 def _parameters(plan: Plan, ref) -> list[jax.Array]:
   """Rows of parameters, for each token its own, as their gradients are."""
-  return [jnp.broadcast_to(ref[p : p + 1], (1, plan.tile)) for p in range(ref.shape[0])]
+  return [jnp.broadcast_to(row, (1, plan.tile)) for row in _rows(ref)]
 
 
 def forward_kernel(x, y, mix, phi, small, x_new, h, sums, weight, square, raw, *, plan: Plan):
@@ -207,18 +131,18 @@ def forward_kernel(x, y, mix, phi, small, x_new, h, sums, weight, square, raw, *
   def write(at):
     def group(r):
       xs = [x[j, r, at].astype(F32) for j in range(n)]
-      new = _mixed(plan, xs, y[r, at].astype(F32), lambda m: _wide(weight[m, r], plan.chunk))
+      new = mixed(plan, xs, y[r, at].astype(F32), lambda m: _wide(weight[m, r], plan.chunk))
       squares = []
       for i, wide in enumerate(new):
         rounded = wide.astype(plan.dtype)
         x_new[i, r, at] = rounded
         squares.append(_partial(jnp.square(rounded.astype(F32)), lanes))
-      for i, part in enumerate(squares if plan.separate else [_add(squares)]):
+      for i, part in enumerate(squares if plan.separate else [add(squares)]):
         square[i, r] += part
 
     _groups(plan, group, written_out=True)
     products = [_product(phi[i % plan.maps, :k, at], x_new[i, :, at], (1, 1), plan) for i in range(n)]
-    raw[...] += jnp.concatenate(products) if plan.separate else _add(products)
+    raw[...] += jnp.concatenate(products) if plan.separate else add(products)
 
   _chunks(plan, write)
   groups = plan.sums[1]
@@ -230,43 +154,16 @@ def forward_kernel(x, y, mix, phi, small, x_new, h, sums, weight, square, raw, *
   if plan.given:
     _spread(weight, mix_MT[given : given + n])
   else:
-    rows = [whole[r : r + 1] for r in range(len(whole))]
-    _spread(weight, jnp.concatenate(plan.read[0]([*rows, *_parameters(plan, small)])))
+    _spread(weight, jnp.concatenate(plan.read[0]([*_rows(whole), *_parameters(plan, small)])))
 
   def read(at):
     def group(r):
       terms = [_wide(weight[i, r], plan.chunk) * x_new[i, r, at].astype(F32) for i in range(n)]
-      h[r, at] = _add(terms).astype(plan.dtype)
+      h[r, at] = add(terms).astype(plan.dtype)
 
     _groups(plan, group, written_out=True)
 
   _chunks(plan, read)
-
-
-def _read_gradients(plan: Plan, mix_MT: jax.Array, inner: list[jax.Array]) -> list[jax.Array]:
-  """Rows of <dh, x'_i>, from <dh, y> and <dh, x_j>: x' is linear in them, so it need not be made for this."""
-  n, (with_y, *with_x) = plan.streams, inner
-
-  def row(m: int) -> jax.Array:
-    return mix_MT[m : m + 1]
-
-  return [
-    row(i) * with_y + (_add([row(n + i * n + j) * with_x[j] for j in range(n)]) if plan.mixes else with_x[i])
-    for i in range(n)
-  ]
-
-
-def _row_gradients(plan: Plan, mix_MT, small, sums, d_sums, d_pre):
-  """(rows of pre, gradients of the sums, of parameters), from those of the read."""
-  n, count = plan.streams, sum(plan.sums)
-  d_rows = [d_sums[r : r + 1] for r in range(count)]
-  if plan.given:
-    first = plan.weights - n
-    return [mix_MT[first + i : first + i + 1] for i in range(n)], d_rows, []
-  read, gradient = plan.read
-  rows = [sums[r : r + 1] for r in range(count)] + _parameters(plan, small)
-  more = gradient([*d_pre, *rows])
-  return read(rows), list(map(jnp.add, d_rows, more[:count])), more[count:]
 
 
 def backward_kernel(
@@ -300,8 +197,11 @@ def backward_kernel(
 
   _chunks(plan, inner)
   mix_MT = mix[...]
-  d_pre = _read_gradients(plan, mix_MT, _token_rows([total[mixing + j] for j in range(n + 1)]))
-  pre, d_rows, d_parameters = _row_gradients(plan, mix_MT, small, sums, d_sums, d_pre)
+  mix_M = _rows(mix_MT)
+  d_pre = read_gradients(plan, mix_M, _token_rows([total[mixing + j] for j in range(n + 1)]))
+  pre, d_rows, d_parameters = row_gradients(
+    plan, mix_M, _parameters(plan, small), _rows(sums), _rows(d_sums), d_pre
+  )
   if d_parameters:
     d_small[0] += jnp.concatenate(d_parameters)
   size = plan.width * (1 if plan.separate else n)
@@ -312,8 +212,8 @@ def backward_kernel(
   if plan.pieces == 1:
     left = right = groups
   else:  # x' is exact in bfloat16, so three pieces; phi is not: high and low times its pieces, less low low
-    left = [jnp.concatenate(_pieces(d, 3)) for d in groups]
-    high_low = [_pieces(d, 2) for d in groups]
+    left = [jnp.concatenate(pieces(d, 3)) for d in groups]
+    high_low = [pieces(d, 2) for d in groups]
     right = [jnp.concatenate([high] * 3 + [low]) for high, low in high_low]
 
   def outer(at):
@@ -325,7 +225,7 @@ def backward_kernel(
         return _wide(weight[m, r], plan.chunk)
 
       xs, y_r, dh = [x[j, r, at].astype(F32) for j in range(n)], y[r, at].astype(F32), gh[r, at].astype(F32)
-      wide, d_y, d_x = _mixed(plan, xs, y_r, w), None, [None] * n
+      wide, d_y, d_x = mixed(plan, xs, y_r, w), None, [None] * n
       for i in range(n):
         new[i, r] = wide[i].astype(plan.dtype)
         d_new = g[i, r, at].astype(F32) + through[i, r]
@@ -428,9 +328,10 @@ def forward(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """x', h and the rows of sums (R, T) in float32: raw products, then mean squares.
 
-  mix: rows of post, res (row-major) and, where it is given, pre. phi: of split(). small: the read's
+  mix: rows of post, res (row-major) and, where it is given, pre. phi (n or 1, K, C). small: the read's
   parameters.
   """
+  phi = split(phi, plan)
   n, tokens, width = x_NTC.shape
   blocks, rows, weights = _Blocks(plan, tokens), sum(plan.sums), plan.weights
   raw, groups = plan.sums
@@ -471,6 +372,7 @@ def backward(
 ) -> tuple[jax.Array, ...]:
   """Gradients of forward's arrays (x, y, mix, phi, small): phi's as (n or 1, K, C), small's as (P, 1)."""
   x_NTC, y_TC, mix_MT, phi, small_P1 = arrays
+  phi = split(phi, plan)
   n, tokens, width = x_NTC.shape
   blocks, rows, weights = _Blocks(plan, tokens), sum(plan.sums), plan.weights
   per_core = [(plan.maps, plan.products, width), (small_P1.shape[0], plan.tile)]

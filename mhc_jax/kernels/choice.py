@@ -28,9 +28,15 @@ def kernels_for(setting: str, mesh: Mesh | None) -> str:
 class Chip:
   """What kernels must know of a device."""
 
-  platform: str  # 'tpu', 'gpu' or 'interpret'
+  platform: str  # 'tpu' or 'gpu'
   cores: int = 1  # TensorCores that work on one device's program, which share a kernel's grid
   vmem: int = 110 * 2**20  # bytes of on-chip memory that one kernel may use; v5e and v6e have 128 MiB
+  interpret: bool = False  # run the kernels of that platform by the interpreter
+
+  @property
+  def lanes(self) -> str:
+    """The platform for lanes.py."""
+    return 'interpret' if self.interpret else self.platform
 
 
 # By how JAX names the device: half of the others' memory.
@@ -43,6 +49,6 @@ def chip_of(setting: str, mesh: Mesh | None) -> Chip | None:
   if platform == 'xla':
     return None
   if platform != 'tpu':
-    return Chip(platform)
+    return Chip('gpu') if platform == 'gpu' else Chip('tpu', interpret=True)
   device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
   return Chip(platform, getattr(device, 'num_cores', 1), _SMALL.get(device.device_kind, 110) * 2**20)
