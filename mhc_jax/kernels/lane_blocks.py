@@ -190,3 +190,9 @@ def _operations(jaxpr: Any) -> tuple[int, int]:
       flops += 1
       slow += eqn.primitive.name in SLOW
   return flops, slow
+
+
+def instructions(jaxpr: Any) -> int:
+  """The length of a jaxpr as code."""
+  inner = [p.jaxpr for eqn in jaxpr.eqns for p in eqn.params.values() if hasattr(p, 'jaxpr')]
+  return len(jaxpr.eqns) + sum(map(instructions, inner))
