@@ -11,6 +11,7 @@ from eager_lanes import eager_lanes, value_and_pull
 from jax import lax
 
 from mhc_jax.constraints import CONSTRAINTS
+from mhc_jax.kernels import lane_blocks
 from mhc_jax.kernels.lanes import in_lanes, matrix_kernel, why_not
 
 TOLERANCE = 1e-5  # of the largest entry, in float32
@@ -22,8 +23,10 @@ def close(actual, expected) -> None:
     assert np.abs(actual - expected).max() <= TOLERANCE * max(np.abs(expected).max(), 1e-30)
 
 
-def test_shared_gradients_are_sums_over_tokens():
-  """1300 tokens: a block of each of two cores, the second not full."""
+@pytest.mark.parametrize('block_bytes', [lane_blocks.BLOCK_BYTES, 1])
+def test_shared_gradients_are_sums_over_tokens(block_bytes, monkeypatch):
+  """Each of two cores has two sets of registers, in one grid step or in two; the last is not full."""
+  monkeypatch.setattr(lane_blocks, 'BLOCK_BYTES', block_bytes)
 
   def function(shared, a_K, b_K):
     coords_NM = jnp.tanh(shared['alpha'] * a_K + shared['b']).reshape(2, 2)
@@ -31,7 +34,7 @@ def test_shared_gradients_are_sums_over_tokens():
 
   rng = np.random.default_rng(0)
   shared = {'alpha': jnp.float32(1.3), 'b': jnp.arange(4, dtype=jnp.float32)}
-  arrays = [jnp.asarray(rng.normal(size=(k, 2, 650)), jnp.float32) for k in (4, 3)]
+  arrays = [jnp.asarray(rng.normal(size=(k, 2, 2600)), jnp.float32) for k in (4, 3)]
   by_tokens = jax.vmap(jax.vmap(function, (None, -1, -1), -1), (None, 1, 1), -2)
 
   def loss(run, shared, *arrays):
