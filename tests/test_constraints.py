@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from eager_lanes import eager_lanes, value_and_pull
 
 from mhc_jax.constraints import CONSTRAINTS
 from mhc_jax.constraints.base import Constraint
@@ -97,6 +98,9 @@ VARIANTS = {
 # Error of claims in float64, and in float32 for coordinates of scale <= 10 and of 100: some ulp of the
 # entries; Cayley's map loses |A|. The quaternions' eps is 1e-12 of a squared norm of 1e-3 and more.
 TOLERANCE = {'float64': (1e-13, 1e-13), 'float32': (1e-6, 1e-5)}
+# Of the largest entry, between XLA's order of operations and the kernel's: 5e-6 by birkhoff_orthostochastic,
+# 7e-7 and less by the others.
+KERNEL = 1e-5
 LOOSER = {'orthogonal_quaternion': 1e-9}
 
 
@@ -266,6 +270,16 @@ def check_low_precision(constraint: Constraint, n: int) -> None:
   np.testing.assert_allclose(np.asarray(h_NMX).reshape(n, n, -1), expected, atol=1e-5)
 
 
+def check_kernel(constraint: Constraint, n: int) -> None:
+  """What its kernel computes with tokens in lanes, and the kernel of its vjp, in float32."""
+  coords_KX, cot_NMX, _ = draw(constraint, n, 'float32')
+  h_NMX, _, grad_KX = compiled(constraint, n)(coords_KX, cot_NMX)
+  run = value_and_pull(lambda coords_K: constraint.matrix(coords_K, n))
+  for actual, expected in zip(eager_lanes(run, coords_KX, cot_NMX), (h_NMX, grad_KX), strict=True):
+    assert actual.shape == expected.shape and actual.dtype == np.float32
+    assert not actual.size or np.abs(actual - expected).max() <= KERNEL * np.abs(expected).max()
+
+
 def check_defect(constraint: Constraint, n: int) -> None:
   """A random change of 0.1 leaves the set, and the defect says so."""
   if constraint.dimension(n) == n * n:
@@ -291,8 +305,9 @@ CHECKS = {
   'defect': check_defect,
   'float32': functools.partial(check_claims, dtype='float32'),
   'low precision': check_low_precision,
+  'kernel': check_kernel,
 }
-ONLY_AT_4 = ('float32', 'low precision')
+ONLY_AT_4 = ('float32', 'low precision', 'kernel')
 
 
 def check(constraint: Constraint, n: int) -> None:

@@ -56,9 +56,13 @@ def row_of(x: np.ndarray, i: int) -> np.ndarray:
 
 def spread(entry: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:
   """An entry as lanes of this shape."""
-  if is_number(entry) or entry.shape != shape:
+  if is_number(entry):
     return jnp.full(shape, entry, dtype)
-  return entry
+  if entry.shape == shape:
+    return entry
+  if is_predicate(dtype):  # Mosaic spreads numbers only
+    return jnp.full(shape, entry.astype(jnp.float32)) > 0
+  return jnp.full(shape, entry, dtype)
 
 
 def common_shape(entries: list[Any]) -> tuple[int, ...]:
@@ -80,6 +84,10 @@ def computed(primitive: Any, params: dict, dtypes: list[Any], entries: list[Any]
     return first
   if name == 'mul' and _is(first, 1):
     return second
+  if name in ('and', 'or') and is_predicate(dtypes[0]):
+    number, other = (first, second) if is_number(first) else (second, first)
+    if is_number(number):
+      return other if number == (name == 'and') else number
   shape = common_shape(entries)
   return primitive.bind(*(spread(e, shape, d) for e, d in zip(entries, dtypes, strict=True)), **params)
 
@@ -261,6 +269,41 @@ def _iota(eqn: Any, inputs: list[np.ndarray]) -> list[np.ndarray]:
   return [np.indices(out.shape)[axis].astype(out.dtype)]
 
 
+def _dynamic_slice(eqn: Any, inputs: list[np.ndarray]) -> list[np.ndarray]:
+  x, sizes = inputs[0], eqn.params['slice_sizes']
+  return [x[_window(eqn, x, inputs[1:], sizes)]]
+
+
+def _dynamic_update_slice(eqn: Any, inputs: list[np.ndarray]) -> list[np.ndarray]:
+  x, update = inputs[:2]
+  out = x.astype(x.dtype if is_known(x) and is_known(update) else object)
+  out[_window(eqn, x, inputs[2:], update.shape)] = update
+  return [out]
+
+
+def _window(eqn: Any, x: np.ndarray, starts: list[np.ndarray], sizes: tuple[int, ...]) -> tuple[slice, ...]:
+  """Where a dynamic slice lies: moved inside where it would reach beyond an end."""
+  window = []
+  for start, size, length in zip(starts, sizes, x.shape, strict=True):
+    first = min(max(int(_index(eqn, start)), 0), length - size)
+    window.append(slice(first, first + size))
+  return tuple(window)
+
+
+def _pad(eqn: Any, inputs: list[np.ndarray]) -> list[np.ndarray]:
+  x, value = inputs
+  out = np.empty(eqn.outvars[0].aval.shape, object)
+  out.fill(entries_of(value)[0])
+  sources, places = [], []
+  for size, length, (low, _, interior) in zip(x.shape, out.shape, eqn.params['padding_config'], strict=True):
+    place = low + np.arange(size) * (interior + 1)
+    inside = (place >= 0) & (place < length)
+    sources.append(np.flatnonzero(inside))
+    places.append(place[inside])
+  out[np.ix_(*places)] = x[np.ix_(*sources)]
+  return [array_of(list(out.ravel()), out.shape, eqn.outvars[0].aval.dtype)]
+
+
 def _split(eqn: Any, inputs: list[np.ndarray]) -> list[np.ndarray]:
   return np.split(inputs[0], np.cumsum(eqn.params['sizes'])[:-1], eqn.params['axis'])
 
@@ -317,13 +360,7 @@ ELEMENTWISE = frozenset(NUMPY) | frozenset(
   integer_pow is_finite lgamma log log1p logistic nextafter pow reduce_precision round rsqrt select_n sign sin
   sinh sqrt square tan tanh xor""".split()
 )
-DATA = {
-  'dynamic_slice': (0,),
-  'dynamic_update_slice': (0, 1),
-  'gather': (0,),
-  'pad': (0, 1),
-  'scatter': (0, 2),
-}
+DATA = {'gather': (0,), 'scatter': (0, 2)}
 RULES: dict[str, Callable] = {
   **dict.fromkeys(ELEMENTWISE, elementwise),
   **dict.fromkeys(DATA, moved),
@@ -338,7 +375,10 @@ RULES: dict[str, Callable] = {
   'cumprod': cumulative(lax.mul_p),
   'cumsum': cumulative(lax.add_p),
   'dot_general': dot_general,
+  'dynamic_slice': _dynamic_slice,
+  'dynamic_update_slice': _dynamic_update_slice,
   'iota': _iota,
+  'pad': _pad,
   'reduce_and': reduction(lax.and_p),
   'reduce_max': reduction(lax.max_p),
   'reduce_min': reduction(lax.min_p),

@@ -17,8 +17,10 @@ from jax.experimental.pallas import triton
 from jax.extend import core as jex
 
 LANES = 128
-# TPU: rows of the arrays that stand for entries. More of them hide latencies, and spill.
-ROWS = 8
+# TPU: rows of the arrays that stand for entries. Two registers each hide latencies, a quarter of the cycles
+# at four streams. Beyond so many entries, or for few tokens, one each.
+SHORT, TALL = 8, 16
+FEW_ENTRIES = 24
 # TPU: bytes of the blocks of one grid step, which costs some 600 cycles whatever it does.
 BLOCK_BYTES = 2**21
 # TPU: steps run on so many cores at once (v4, v5p), or one after the other.
@@ -63,8 +65,8 @@ class Work(NamedTuple):
 
 def tpu_call(work: Work, interpret: bool) -> tuple[list[jax.Array], jax.Array]:
   """The outputs (M, T), and the sums (work.sums,)."""
-  jaxpr = work.registers((ROWS, LANES))
-  cores, steps, block = _tpu_blocks(work)
+  height, cores, steps, block = _tpu_blocks(work)
+  jaxpr = work.registers((height, LANES))
   rows, total = cores * steps * block, work.sums
   inputs = [x.reshape(-1, rows, LANES) for x in work.padded(rows * LANES)]
 
@@ -74,11 +76,11 @@ def tpu_call(work: Work, interpret: bool) -> tuple[list[jax.Array], jax.Array]:
   specs = [by_step(size) for size in work.sizes]
   shapes = [jax.ShapeDtypeStruct((size, rows, LANES), jnp.float32) for size in work.sizes]
   if total:
-    specs.append(pl.BlockSpec((1, total, ROWS, LANES), lambda core, i: (core, 0, 0, 0)))
-    shapes.append(jax.ShapeDtypeStruct((cores, total, ROWS, LANES), jnp.float32))
+    specs.append(pl.BlockSpec((1, total, height, LANES), lambda core, i: (core, 0, 0, 0)))
+    shapes.append(jax.ShapeDtypeStruct((cores, total, height, LANES), jnp.float32))
   scalars = [work.scalars] if work.scalars.size else []
   outputs = pl.pallas_call(
-    functools.partial(_tpu_kernel, jaxpr, work.scalars.size, len(inputs), total),
+    functools.partial(_tpu_kernel, jaxpr, height, work.scalars.size, len(inputs), total),
     grid=(cores, steps),
     in_specs=[*(pl.BlockSpec(memory_space=pltpu.SMEM) for _ in scalars), *(by_step(len(x)) for x in inputs)],
     out_specs=specs,
@@ -94,20 +96,23 @@ def tpu_call(work: Work, interpret: bool) -> tuple[list[jax.Array], jax.Array]:
   return made, outputs[-1].sum((0, 2, 3)) if total else jnp.zeros(0)
 
 
-def _tpu_blocks(work: Work) -> tuple[int, int, int]:
-  """(cores, grid steps of each, rows of a block): as few steps as their blocks' bytes allow."""
-  bytes_per_group = 4 * ROWS * LANES * (sum(map(len, [*work.arrays, *work.cotangents])) + sum(work.sizes))
-  groups = pl.cdiv(work.tokens, ROWS * LANES)
+def _tpu_blocks(work: Work) -> tuple[int, int, int, int]:
+  """(rows of an entry, cores, grid steps of each, rows of a block): as few steps as their bytes allow."""
+  sizes = [*map(len, [*work.arrays, *work.cotangents]), *work.sizes]
+  few = max(sizes, default=0) <= FEW_ENTRIES and work.tokens > CORES * SHORT * LANES
+  height = TALL if few else SHORT
+  bytes_per_group = 4 * height * LANES * sum(sizes)
+  groups = pl.cdiv(work.tokens, height * LANES)
   cores = min(CORES, groups)
   steps = pl.cdiv(groups, cores * max(BLOCK_BYTES // bytes_per_group, 1))
-  return cores, steps, pl.cdiv(groups, cores * steps) * ROWS
+  return height, cores, steps, pl.cdiv(groups, cores * steps) * height
 
 
-def _tpu_kernel(jaxpr: Any, scalars: int, count: int, total: int, *refs: Any) -> None:
+def _tpu_kernel(jaxpr: Any, height: int, scalars: int, count: int, total: int, *refs: Any) -> None:
   """One grid step, a set of registers after the other. refs: scalars, `count` inputs, outputs, sums."""
   shared_ref, refs = (refs[0], refs[1:]) if scalars else (None, refs)
   ins, outs = refs[:count], refs[count : len(refs) - bool(total)]
-  shared = [jnp.full((ROWS, LANES), shared_ref[p], jnp.float32) for p in range(scalars)]
+  shared = [jnp.full((height, LANES), shared_ref[p], jnp.float32) for p in range(scalars)]
   if total:
     sums_ref = refs[-1]
 
@@ -116,14 +121,14 @@ def _tpu_kernel(jaxpr: Any, scalars: int, count: int, total: int, *refs: Any) ->
       sums_ref[...] = jnp.zeros(sums_ref.shape, jnp.float32)
 
   def group(i: jax.Array, carry: None) -> None:
-    at = pl.ds(pl.multiple_of(i * ROWS, ROWS), ROWS)
+    at = pl.ds(pl.multiple_of(i * height, height), height)
     results = jex.jaxpr_as_fun(jaxpr)(*shared, *(ref[m, at, :] for ref, m in _rows(ins)))
     for p in range(total):
       sums_ref[0, p] += results[p]
     for (ref, m), result in zip(_rows(outs), results[total:], strict=True):
       ref[m, at, :] = result
 
-  lax.fori_loop(0, (ins or outs)[0].shape[1] // ROWS, group, None)
+  lax.fori_loop(0, (ins or outs)[0].shape[1] // height, group, None)
 
 
 def _rows(refs: tuple) -> list[tuple[Any, int]]:
@@ -190,3 +195,9 @@ def _operations(jaxpr: Any) -> tuple[int, int]:
       flops += 1
       slow += eqn.primitive.name in SLOW
   return flops, slow
+
+
+def instructions(jaxpr: Any) -> int:
+  """The length of a jaxpr as code."""
+  inner = [p.jaxpr for eqn in jaxpr.eqns for p in eqn.params.values() if hasattr(p, 'jaxpr')]
+  return len(jaxpr.eqns) + sum(map(instructions, inner))

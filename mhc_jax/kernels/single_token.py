@@ -2,10 +2,11 @@
 
 The function is traced as it is, (K,) -> (n, n) say, without any axis of tokens. Calls are inlined; a loop
 stays one where its body needs no index that the loop counts, and is written out elsewhere; what differs
-between platforms is decided. Each token gets what the function gives for it alone: a loop that ends by a condition
-runs until no token of the block wants another turn, and keeps the values of those that are done.
+between platforms is decided. Each token gets what the function gives for it alone: a loop that ends by a
+condition runs until no token of the block wants another turn, and keeps the values of those that are done.
 """
 
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -182,7 +183,7 @@ def _counted(turn: Callable, carry: list[np.ndarray], avals: list[Any], length: 
 
   shapes = _carried(body, entries, dtypes)
   loop = lambda _, moving: _packed(body(_merged(entries, shapes, dtypes, moving)), shapes, dtypes)  # noqa: E731
-  moving = lax.fori_loop(0, length, loop, _packed(entries, shapes, dtypes))
+  moving = lax.fori_loop(0, length, loop, _packed(entries, shapes, dtypes, start=True))
   return _arrays(_merged(entries, shapes, dtypes, moving), avals)
 
 
@@ -206,7 +207,9 @@ def _conditional(
   if shapes[0] is None:
     raise NotInLanesError('while has a condition that never changes')
   loop = lambda moving: _packed(body(_merged(entries, shapes, dtypes, moving)), shapes, dtypes)  # noqa: E731
-  moving = lax.while_loop(lambda moving: jnp.max(moving[0]) > 0, loop, _packed(entries, shapes, dtypes))
+  moving = lax.while_loop(
+    lambda moving: jnp.max(moving[0]) > 0, loop, _packed(entries, shapes, dtypes, start=True)
+  )
   return _arrays(_merged(entries, shapes, dtypes, moving)[1:], avals)
 
 
@@ -249,13 +252,22 @@ def _carried_dtype(dtype: Any) -> Any:
   return np.dtype(np.float32) if is_predicate(dtype) else dtype
 
 
-def _packed(entries: list[Any], shapes: list, dtypes: list[Any]) -> tuple[jax.Array, ...]:
+def _packed(
+  entries: list[Any], shapes: list, dtypes: list[Any], start: bool = False
+) -> tuple[jax.Array, ...]:
   """The entries that a loop carries, as arrays."""
-  return tuple(
-    spread(entry, shape, dtype).astype(_carried_dtype(dtype))
-    for entry, shape, dtype in zip(entries, shapes, dtypes, strict=True)
-    if shape is not None
-  )
+  carried = [e for e in zip(entries, shapes, dtypes, strict=True) if e[1] is not None]
+  return tuple(_start(*each) if start else spread(*each).astype(_carried_dtype(each[2])) for each in carried)
+
+
+def _start(entry: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+  """An entry before the first turn. Mosaic cannot carry on from a register that it knows to be constant."""
+  carried = _carried_dtype(dtype)
+  if not shape or not (is_number(entry) or not entry.shape):
+    return spread(entry, shape, dtype).astype(carried)
+  places = functools.reduce(jnp.add, [lax.broadcasted_iota(jnp.int32, shape, i) for i in range(len(shape))])
+  zero = jnp.minimum(places, 0)
+  return zero.astype(carried) + spread(entry, shape, dtype).astype(carried)
 
 
 def _merged(entries: list[Any], shapes: list, dtypes: list[Any], moving: tuple) -> list[Any]:
