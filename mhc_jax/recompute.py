@@ -15,11 +15,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from mhc_jax.generator import COORDINATES
 from mhc_jax.kernels.attention import ATTENTION
 from mhc_jax.layers.grouped_experts import PRODUCTS
 
-# Names of what every policy keeps, (n + 3) C numbers of a token and layer with its start.
-OUTPUTS, COORDINATES = 'outputs of sublayers', 'coordinates of connections'
+# With the coordinates, what every policy keeps, (n + 3) C numbers of a token and layer with its start.
+OUTPUTS = 'outputs of sublayers'
 
 
 def policy(remat: str) -> Callable:
