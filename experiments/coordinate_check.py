@@ -28,7 +28,8 @@ from tqdm import tqdm
 from mhc_jax import optimizer as optim
 from mhc_jax.command import end_with_message
 from mhc_jax.config import base_config, build_optimizer
-from mhc_jax.model import Transformer, loss_sums
+from mhc_jax.layers.unembedding import loss_sums
+from mhc_jax.model import Transformer
 from mhc_jax.model_config import build_model
 from mhc_jax.paths import user_path
 from mhc_jax.train_step import init_state

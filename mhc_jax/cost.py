@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from mhc_jax.generator import cp_shapes
 from mhc_jax.layers.grouped_experts import buffer_rows
+from mhc_jax.layers.unembedding import LARGEST
 from mhc_jax.model_config import ModelConfig
 
 
@@ -58,15 +59,16 @@ def parameters(c: ModelConfig) -> dict[str, int]:
   }
 
 
-def least_bytes(c: ModelConfig, tokens: int, parts: int = 1) -> int:
+def least_bytes(c: ModelConfig, tokens: int, parts: int = 1, devices: int = 1) -> int:
   """What training on `tokens` at once holds at the least, on all devices together.
 
   Parameters, both of Adam's moments and gradients, 4 bytes each; and the streams and logits of one of `parts`
-  microbatches. Every activation that is kept for the backward pass comes on top.
+  microbatches, a piece of them per device. Every activation kept for the backward pass comes on top.
   """
   state = 16 * parameters(c)['total']
   streams = c.connection.streams * c.width * jnp.dtype(c.dtype).itemsize
-  return state + tokens // parts * (streams + 4 * c.vocab_size)
+  logits = min(tokens // parts * 4 * c.vocab_size, devices * LARGEST)
+  return state + tokens // parts * streams + logits
 
 
 def forward_flops_per_token(c: ModelConfig, seq_len: int) -> dict[str, float]:

@@ -20,8 +20,8 @@ def check_memory(run: Run) -> None:
   """
   c = run.resolved
   tokens = c['data']['batch_size'] * c['data']['seq_len']
-  needed = cost.least_bytes(run.model, tokens, c['optimizer']['microbatches'] or 1)
   size = c['mesh']['data'] * c['mesh']['fsdp'] * c['mesh']['tensor'] * c['mesh']['expert']
+  needed = cost.least_bytes(run.model, tokens, c['optimizer']['microbatches'] or 1, size)
   here = [device for device in find_devices()[:size] if device.process_index == jax.process_index()]
   have = _memory(here[0]) if here else None
   if have is None:

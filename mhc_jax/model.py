@@ -24,6 +24,7 @@ from mhc_jax.layers.feed_forward import FeedForward
 from mhc_jax.layers.latent_attention import LatentAttention
 from mhc_jax.layers.moe import MixtureOfExperts
 from mhc_jax.layers.parts import Visible, normal, ones, rms_norm
+from mhc_jax.layers.unembedding import cross_entropy_sums, logits_of
 from mhc_jax.model_config import ModelConfig
 from mhc_jax.recompute import OUTPUTS, block_layers, policy, scan_blocks
 from mhc_jax.sharding import constrain, local_parts, token_local
@@ -132,6 +133,8 @@ def _gram(x_NBTD: jax.Array) -> jax.Array:
 class Transformer(nn.Module):
   """Token ids (B, T) and document numbers (B, T) -> logits (B, T, V) in float32, and records.
 
+  labels: targets and weights, (B, T); then loss_sums of the logits in their place (layers/unembedding.py).
+
   Records: for attention and feed-forward a dict of what all layers found, (L, ...) each: always the loads of
   experts, load_LE, of the layers that have them, and coefficients and stream products where asked for.
   """
@@ -140,7 +143,13 @@ class Transformer(nn.Module):
   mesh: Mesh | None = None  # where activations are laid out; None: wherever XLA puts them
 
   @nn.compact
-  def __call__(self, tokens_BT: jax.Array, segments_BT: jax.Array, record: bool = False):
+  def __call__(
+    self,
+    tokens_BT: jax.Array,
+    segments_BT: jax.Array,
+    record: bool = False,
+    labels: tuple[jax.Array, jax.Array] | None = None,
+  ):
     c, mesh = self.config, self.mesh
     # Flax numbers the keys of a module's own parameters: those that all arms have come first, to start alike.
     embedding_VD = self.param('embedding', normal(1.0), (c.vocab_size, c.width))
@@ -171,9 +180,9 @@ class Transformer(nn.Module):
       'BTD',
     )
     x_BTD = rms_norm(collapse(head, x_NBTD, last_NBT), final_norm_D, c.norm_eps)
-    wide = jnp.promote_types(c.dtype, jnp.float32)
-    logits_BTV = jnp.einsum('btd,dv->btv', x_BTD, unembedding_DV.astype(c.dtype), preferred_element_type=wide)
-    return constrain(logits_BTV, 'BTV', mesh) / c.width_ratio, records
+    if labels is not None:
+      return cross_entropy_sums(x_BTD, unembedding_DV, labels, c, mesh), records
+    return logits_of(x_BTD, unembedding_DV, c, mesh), records
 
   def _ends(self, name: str, init) -> dict[str, jax.Array]:
     c = self.config
@@ -232,10 +241,3 @@ def _joined(leading: list[Any], rest: list[dict[str, Any]]) -> list[dict[str, An
     | jax.tree.map(lambda a, b: jnp.concatenate([a, b]), first_s, {name: rest_s[name] for name in first_s})
     for first_s, rest_s in zip(_stacked(leading), rest, strict=True)
   ]
-
-
-def loss_sums(logits_BTV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array):
-  """(sum of weighted cross-entropies in nats, sum of weights), in the logits' float32 or more."""
-  log_z_BT = jax.nn.logsumexp(logits_BTV, -1)
-  target_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], -1)[..., 0]
-  return jnp.sum((log_z_BT - target_BT) * weights_BT), jnp.sum(weights_BT)

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from mhc_jax import optimizer as optim
 from mhc_jax.config import OptimizerConfig
 from mhc_jax.diagnostics import diagnose
-from mhc_jax.model import Transformer, loss_sums
+from mhc_jax.model import Transformer
 from mhc_jax.model_config import ModelConfig
 from mhc_jax.sharding import constrain, constrain_state, state_sharding
 
@@ -71,8 +71,9 @@ def sums_and_load(
 ) -> tuple[tuple[jax.Array, jax.Array], Any]:
   """evaluate_sums, and the tokens that went to each expert, (L, E) int32; None without experts."""
   inputs = (batch['inputs'], batch['segments'])
-  logits_BTV, records = Transformer(model, mesh).apply({'params': params}, *inputs)
-  return loss_sums(logits_BTV, batch['targets'], batch['weights']), records[1].get('load_E')
+  labels = (batch['targets'], batch['weights'])
+  sums, records = Transformer(model, mesh).apply({'params': params}, *inputs, labels=labels)
+  return sums, records[1].get('load_E')
 
 
 def loss_fn(params: Any, batch: Batch, model: ModelConfig, mesh: Mesh | None = None) -> tuple[jax.Array, Any]:

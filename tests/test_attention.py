@@ -13,9 +13,10 @@ from mhc_jax.kernels.attention import block_of, splash, triton
 from mhc_jax.layers.attention import attention, causal_mask, formula, visible, why_formula
 from mhc_jax.model import Transformer
 from mhc_jax.model_config import build_model
-from mhc_jax.sharding import make_mesh
+from mhc_jax.sharding import constrain, make_mesh
 from mhc_jax.train_step import loss_fn
 
+LETTERS = ('BTHK', 'BSGK', 'BSGK')
 KERNELS = {'splash': splash, 'triton': triton}
 # Query heads, groups of keys and values, sizes of a query and of a value: shared keys; latent attention's.
 SHAPES = {'grouped': (4, 2, 32, 32), 'latent': (2, 2, 48, 32)}
@@ -126,7 +127,8 @@ def test_devices_run_the_kernel_on_their_own_sequences_and_heads(rng):
   mesh = make_mesh({'fsdp': 2, 'tensor': 2})
 
   def run(mesh):
-    def total(q, k, v):
+    def total(*arrays):
+      q, k, v = (constrain(x, letters, mesh) for x, letters in zip(arrays, LETTERS, strict=True))
       return jnp.sum(jnp.sin(attention(q, k, v, visible(segments, c, mesh), c, mesh)))
 
     return jax.jit(jax.value_and_grad(total, (0, 1, 2)))

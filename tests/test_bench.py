@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from experiments.bench import __main__ as bench
-from experiments.bench import compiled, step, timing
+from experiments.bench import compiled, device, device_parts, step, timing
 from mhc_jax.errors import ConfigError
 
 SMALL = ['--width', '64', '--batch', '2', '--seq-len', '64', '--streams', '2']
@@ -102,3 +102,47 @@ def test_settings_of_jax_are_those_of_training(run, monkeypatch):
     assert run('step') == {'sum': 1.5}
   finally:
     jax.config.update('jax_numpy_dtype_promotion', 'standard')
+
+
+def test_device_measures_what_is_here_and_stops_in_time(run, monkeypatch, tmp_path):
+  report = run('device', '--small', '--out', str(tmp_path))
+  assert report['platform'] == 'cpu' and report['kernels'] is None
+  assert not [row for row in report['rows'] if 'error' in row or 'skipped' in row]
+  parts = [row['part'] for row in report['rows']]
+  assert list(dict.fromkeys(parts)) == [
+    'peak',
+    'bandwidth',
+    'attention',
+    'boundary forward',
+    'boundary forward_backward',
+    'step',
+    'constraint',
+  ]
+  residual, mhc = (row for row in report['rows'] if row['part'] == 'step')
+  assert residual['ratio_to_residual'] == 1
+  assert mhc['ratio_to_residual'] == pytest.approx(mhc['ms'] / residual['ms'])
+  peak = report['rows'][0]
+  assert peak['tflops'] == pytest.approx(2 * 256**3 / peak['ms'] / 1e9)
+  assert mhc['mfu'] == pytest.approx(mhc['tflops'] / peak['tflops'])
+  assert json.loads((tmp_path / 'device.json').read_text()) == report
+  assert (tmp_path / 'device.png').stat().st_size > 1000
+
+
+def test_device_skips_what_it_has_no_time_for_and_goes_on_after_an_error(run, monkeypatch, tmp_path):
+  now = itertools.count(0, 50)
+
+  def broken():
+    raise RuntimeError('out of memory\nin line 2')
+
+  names = [{'part': 'boundary forward', 'by': 'xla', 'dtype': str(i)} for i in range(3)]
+  parts = [
+    device_parts.Part(name, build) for name, build in zip(names, (broken, lambda: int, int), strict=True)
+  ]
+  monkeypatch.setattr(device, 'limits', lambda sizes: parts)
+  for name in ('attentions', 'boundaries', 'steps', 'constraints'):
+    monkeypatch.setattr(device, name, lambda *_: ())
+  monkeypatch.setattr(device.time, 'monotonic', lambda: next(now))
+  failed, done, late = run('device', '--small', '--minutes', '2', '--out', str(tmp_path))['rows']
+  assert failed['error'].startswith('RuntimeError: out of memory')
+  assert done['ms'] > 0
+  assert late['skipped'] == '2 minutes were up'

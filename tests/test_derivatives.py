@@ -12,7 +12,8 @@ from mhc_jax import hyper_connection as hc
 from mhc_jax.config import base_config
 from mhc_jax.constraints import CONSTRAINTS
 from mhc_jax.layers.grouped_experts import Routing, experts
-from mhc_jax.model import Transformer, loss_sums
+from mhc_jax.layers.unembedding import loss_sums
+from mhc_jax.model import Transformer
 from mhc_jax.model_config import build_model
 
 STEP = 1e-5

@@ -11,7 +11,8 @@ import pytest
 from mhc_jax.config import base_config
 from mhc_jax.connection import Gate
 from mhc_jax.layers.parts import Linear
-from mhc_jax.model import Transformer, loss_sums
+from mhc_jax.layers.unembedding import loss_sums
+from mhc_jax.model import Transformer
 from mhc_jax.model_config import build_model
 from mhc_jax.presets import PRESETS, connection_spec
 

@@ -15,7 +15,8 @@ from mhc_jax import manifold_updates
 from mhc_jax.config import base_config, build_optimizer
 from mhc_jax.errors import ConfigError
 from mhc_jax.layers import grouped_experts, moe
-from mhc_jax.model import Transformer, loss_sums
+from mhc_jax.layers.unembedding import loss_sums
+from mhc_jax.model import Transformer
 from mhc_jax.model_config import build_model
 from mhc_jax.train_step import balance, init_state, train_step
 

@@ -5,6 +5,7 @@
   mhc bench constraints          # each constraint over 20 Sinkhorn iterations
   mhc bench scaling              # communication and memory on 1 to 8 fake devices
   mhc bench memory               # memory of each recomputation, from the compiler
+  mhc bench device               # what the device that is here does: JSON and figure, in 10 minutes
 
 Repeats are interleaved: A B C A B C ..., so that a machine whose speed drifts does not favour an arm.
 """
@@ -21,6 +22,7 @@ from mhc_jax.errors import require
 from ..workers import ONE_THREAD
 from .compiled import DEVICES, bench_memory, bench_scaling, fake_devices
 from .constraints import bench_constraints
+from .device import bench_device
 from .step import bench_step
 
 BENCHES = {
@@ -28,6 +30,7 @@ BENCHES = {
   'constraints': bench_constraints,
   'scaling': bench_scaling,
   'memory': bench_memory,
+  'device': bench_device,
 }
 
 
@@ -48,12 +51,16 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument('--tokens', type=int, default=16384, help='of the constraints bench')
   parser.add_argument('--repeats', type=int, default=7, help='rounds (default 7)')
   parser.add_argument('--calls', type=int, default=4, help='steps in a round (default 4)')
+  parser.add_argument('--small', action='store_true', help='of the device bench: sizes to try it with')
+  parser.add_argument('--minutes', type=int, default=10, help='of the device bench (default 10)')
+  parser.add_argument('--out', default='bench_device', help='folder of its JSON and figure')
   args = parser.parse_args(argv)
   args.depth = (24 if args.what == 'memory' else 4) if args.depth is None else args.depth
   for name, value in vars(args).items():
     least = 16 if name == 'tokens' else 1
     require(
-      not isinstance(value, int) or value >= least, f'--{name.replace("_", "-")} must be at least {least}'
+      not isinstance(value, int) or isinstance(value, bool) or value >= least,
+      f'--{name.replace("_", "-")} must be at least {least}',
     )
   # As in a sweep's workers; XLA reads it when the first computation starts.
   os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {ONE_THREAD}'.strip()

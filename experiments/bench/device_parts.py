@@ -1,0 +1,219 @@
+"""What `mhc bench device` measures: functions to time, and what each computes and moves at the least."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mhc_jax import cost
+from mhc_jax import hyper_connection as hc
+from mhc_jax import optimizer as optim
+from mhc_jax.config import base_config, build_optimizer
+from mhc_jax.constraints import CONSTRAINTS
+from mhc_jax.kernels import attention, boundary, lanes
+from mhc_jax.kernels.choice import Chip
+from mhc_jax.layers.attention import causal_mask, formula
+from mhc_jax.model_config import build_model
+from mhc_jax.presets import connection_spec
+from mhc_jax.sharding import make_mesh
+from mhc_jax.train_step import programs
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+  """Of the whole benchmark."""
+
+  product: int  # rows and columns of the matrices whose product is timed
+  copied: int  # float32 numbers of the array whose copy is timed
+  tokens: int  # of boundary and constraints
+  width: int  # of the boundary's streams, 4 of them
+  sequences: int  # of attention
+  time: int
+  heads: int  # with queries and keys of 192 and values of 128 numbers
+  steps: tuple[tuple[int, int, int, int], ...]  # width, depth, sequences, their length
+  arms: tuple[str, ...] = ('residual', 'identity', 'hc', 'mhc')
+  dtypes: tuple[str, ...] = ('bfloat16', 'float32')
+  constraints: tuple[str, ...] = tuple(CONSTRAINTS)
+
+
+FULL = Sizes(
+  product=8192,
+  copied=2**28,
+  tokens=8192,
+  width=2560,
+  sequences=4,
+  time=4096,
+  heads=16,
+  steps=((512, 8, 32, 1024), (1024, 16, 8, 2048), (2048, 16, 4, 2048)),
+)
+SMALL = Sizes(
+  product=256,
+  copied=2**20,
+  tokens=128,
+  width=128,
+  sequences=1,
+  time=128,
+  heads=1,
+  steps=((32, 1, 1, 128),),
+  arms=('residual', 'mhc'),
+  dtypes=('float32',),
+  constraints=('birkhoff_sinkhorn',),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+  """One row: a function without arguments, and what a call of it moves and computes at the least."""
+
+  names: dict[str, Any]
+  build: Callable[[], Callable[[], Any]]
+  flops: float = 0.0
+  bytes: float = 0.0
+  tokens: int = 0
+
+
+def limits(sizes: Sizes) -> Iterator[Part]:
+  """Matrix products and a copy: what all others are measured by."""
+  n = sizes.product
+  for dtype in sizes.dtypes:
+
+    def product(dtype=dtype):
+      a, b = (jax.random.normal(jax.random.key(i), (n, n), dtype) for i in range(2))
+      return functools.partial(jax.jit(jnp.matmul), a, b)
+
+    yield Part({'part': 'peak', 'dtype': dtype}, product, flops=2.0 * n**3)
+
+  def copy():
+    return functools.partial(jax.jit(lambda x: x + 1), jnp.zeros(sizes.copied, jnp.float32))
+
+  yield Part({'part': 'bandwidth', 'dtype': 'float32'}, copy, bytes=8.0 * sizes.copied)
+
+
+def attentions(sizes: Sizes, chip: Chip | None) -> Iterator[Part]:
+  """Forward and backward; FLOPs of the causal half, 2 products forward and 4 backward."""
+  shape = sizes.sequences, sizes.time, sizes.heads
+  scale, segments = 192**-0.5, jnp.zeros(shape[:2], jnp.int32)
+  functions = {'xla': lambda q, k, v: formula(q, k, v, causal_mask(segments), scale)}
+  if chip is not None:
+    kernel = attention.triton if chip.platform == 'gpu' else attention.splash
+    functions['kernel'] = lambda q, k, v: kernel(q, k, v, segments, scale, chip.platform == 'interpret')
+  if chip is not None and chip.platform == 'gpu':  # for comparison: it knows no documents
+
+    def cudnn(q, k, v):
+      v = jnp.pad(v, [(0, 0)] * 3 + [(0, 64)])
+      whole = jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=True, implementation='cudnn')
+      return whole[..., :128]
+
+    functions['cudnn'] = cudnn
+  flops = 6.0 * sizes.sequences * sizes.heads * sizes.time**2 * (192 + 128) / 2
+  for dtype in sizes.dtypes:
+    for by, function in functions.items():
+
+      def build(function=function, dtype=dtype):
+        sizes_K = (192, 192, 128)
+        arrays = [jax.random.normal(jax.random.key(i), (*shape, k), dtype) for i, k in enumerate(sizes_K)]
+        return functools.partial(jax.jit(with_pull(function)), *arrays)
+
+      yield Part({'part': 'attention', 'by': by, 'dtype': dtype}, build, flops=flops)
+
+
+def with_pull(function: Callable) -> Callable:
+  """function's value and the gradients of its outputs' sum by all arguments."""
+
+  def run(*arguments):
+    value, pull = jax.vjp(function, *arguments)
+    return value, pull(jax.tree.map(jnp.ones_like, value))
+
+  return run
+
+
+def boundaries(sizes: Sizes, chip: Chip | None) -> Iterator[Part]:
+  """mHC's write, generation and read between two sublayers, 4 streams."""
+  spec, n, width, tokens = connection_spec('mhc', streams=4), 4, sizes.width, (1, sizes.tokens)
+
+  def by_definition(params, *pending):
+    return hc.boundary(params, boundary.definition(boundary.Pending(*pending), spec), spec)
+
+  functions = {'xla': by_definition}
+  if chip is not None:
+    functions['kernel'] = lambda params, *pending: boundary.boundary(
+      params, boundary.Pending(*pending), spec, jnp.int32(0), chip
+    )
+  for dtype in sizes.dtypes:
+    said = None if chip is None else boundary.why_not(spec, width, sizes.tokens, jnp.dtype(dtype), chip)
+    for by, function in functions.items():
+      for what, units in (('forward', 2 * n + 2), ('forward_backward', 5 * n + 5)):
+
+        def build(function=function, dtype=dtype, what=what, said=said if by == 'kernel' else None):
+          if said is not None:
+            raise NotImplementedError(said)
+          params = hc.init_params(jax.random.key(0), spec, width, 0)
+          keys = jax.random.split(jax.random.key(1), 3)
+          arrays = [
+            jax.random.normal(key, s, dtype) for key, s in zip(keys, _shapes(n, tokens, width), strict=False)
+          ]
+          mix = jax.random.uniform(keys[2], (n + n * n, *tokens), jnp.float32)
+          run = function if what == 'forward' else with_pull(function)
+          return functools.partial(jax.jit(run), params, *arrays, mix)
+
+        moved = units * sizes.tokens * width * jnp.dtype(dtype).itemsize
+        yield Part({'part': f'boundary {what}', 'by': by, 'dtype': dtype}, build, bytes=float(moved))
+
+
+def _shapes(n: int, tokens: tuple[int, int], width: int) -> tuple[tuple[int, ...], ...]:
+  return (n, *tokens, width), (*tokens, width)
+
+
+def constraints(sizes: Sizes, chip: Chip | None) -> Iterator[Part]:
+  """Each constraint's matrix and its vjp at n = 4, float32."""
+  for name in sizes.constraints:
+    constraint = CONSTRAINTS[name]()
+    if not constraint.num_coordinates(4):
+      continue
+    functions = {'xla': functools.partial(constraint.matrix, n=4)}
+    if chip is not None:
+      functions['kernel'] = functools.partial(lanes.matrix_kernel, constraint, n=4, platform=chip.platform)
+    for by, function in functions.items():
+
+      def build(function=function, constraint=constraint):
+        shape = constraint.num_coordinates(4), 1, sizes.tokens
+        coords = jax.random.normal(jax.random.key(0), shape)
+        return functools.partial(jax.jit(with_pull(lambda coords: function(coords))), coords)
+
+      yield Part({'part': 'constraint', 'constraint': name, 'by': by, 'dtype': 'float32'}, build)
+
+
+def steps(sizes: Sizes) -> Iterator[Part]:
+  """train_step of every arm, FLOPs by cost.py."""
+  for width, depth, batch, time in sizes.steps:
+    for dtype in sizes.dtypes:
+      for arm in sizes.arms:
+        c = base_config()
+        c.model.update({'width': width, 'depth': depth, 'heads': max(1, width // 128), 'dtype': dtype})
+        c.model.connection.name, c.data.batch_size, c.data.seq_len = arm, batch, time
+        c.optimizer.warmup_fraction = 0.05
+        names = {'part': 'step', 'arm': arm, 'width': width, 'depth': depth, 'dtype': dtype}
+        flops = cost.train_flops_per_token(build_model(c), time) * batch * time
+        yield Part(names, functools.partial(_step, c), flops=flops, tokens=batch * time)
+
+
+def _step(c) -> Callable[[], Any]:
+  model, optimizer = build_model(c), build_optimizer(c)
+  of_arm = programs(model, optimizer, make_mesh({}))
+  shape = c.data.batch_size, c.data.seq_len
+  tokens = jax.random.randint(jax.random.key(0), shape, 0, model.vocab_size - 1)
+  batch = {'inputs': tokens, 'targets': tokens, 'weights': jnp.ones(shape)}
+  batch['segments'] = jnp.zeros(shape, jnp.int32)
+  values = {'lr': 1e-3, 'weight_decay': 0.1, 'num_steps': 100, 'warmup': optim.warmup_steps(optimizer, 100)}
+  hparams = {name: jnp.float32(value) for name, value in values.items()}
+  state = of_arm.init(jax.random.key(0))
+
+  def run() -> Any:
+    nonlocal state
+    state, metrics = of_arm.step(state, batch, hparams)
+    return metrics
+
+  return run
