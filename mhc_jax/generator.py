@@ -14,10 +14,13 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from mhc_jax.connection import ConnectionSpec
 from mhc_jax.derivatives import with_backward
 
+# What the generator sums over C: a name for policies of recomputation.
+COORDINATES = 'coordinates of connections'
 # Float32 products of the generator take at least tf32's accuracy on accelerators (paper: phi in tf32).
 PRECISION = lax.Precision.HIGH
 
@@ -97,6 +100,7 @@ def _normed_product(phi_NDK: jax.Array, x_NBTD: jax.Array, inverse: Callable) ->
 def _normed_product_forward(phi_NDK, x_NBTD, inverse):
   raw_KBT = _raw_product(phi_NDK, x_NBTD).reshape(-1, *x_NBTD.shape[1:3])
   mean_square_BT = jnp.mean(jnp.square(x_NBTD.astype(phi_NDK.dtype)), (0, 3))
+  raw_KBT, mean_square_BT = checkpoint_name((raw_KBT, mean_square_BT), COORDINATES)
   return raw_KBT * inverse(mean_square_BT)[None], (phi_NDK, x_NBTD, raw_KBT, mean_square_BT)
 
 
@@ -119,8 +123,11 @@ def _normed_product_backward(inverse, saved, g_KBT):
 _normed_product = with_backward(_normed_product, _normed_product_forward, _normed_product_backward, (2,))
 
 
-def project(params: dict[str, jax.Array], x_NBTD: jax.Array, spec: ConnectionSpec) -> jax.Array:
-  """The generator's outputs for normed streams, before alpha: (K, B, T)."""
+def factors(params: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array | None]:
+  """(phi, out): phi (n or 1, C, K) makes products with the streams, and out (R, K') maps the last R of them.
+
+  The weight of the norm is in phi. out is None for a generator of full rank.
+  """
   if 'phi_res_width' in params:
     phi_NDK, out_RK = _cp_factors(params)
   elif 'phi_in' in params:
@@ -129,6 +136,12 @@ def project(params: dict[str, jax.Array], x_NBTD: jax.Array, spec: ConnectionSpe
     phi_NDK, out_RK = params['phi'], None
   if 'norm_weight' in params:
     phi_NDK = params['norm_weight'][..., None] * phi_NDK
+  return phi_NDK, out_RK
+
+
+def project(params: dict[str, jax.Array], x_NBTD: jax.Array, spec: ConnectionSpec) -> jax.Array:
+  """The generator's outputs for normed streams, before alpha: (K, B, T)."""
+  phi_NDK, out_RK = factors(params)
   phi_NDK = phi_NDK.astype(jnp.promote_types(x_NBTD.dtype, phi_NDK.dtype))
   inverse = functools.partial(inverse_rms, spec=spec)
   if spec.scope == 'joint' and spec.norm_scope == 'per_stream':
@@ -136,12 +149,61 @@ def project(params: dict[str, jax.Array], x_NBTD: jax.Array, spec: ConnectionSpe
     out_KBT = functools.reduce(jnp.add, single)
   else:
     out_KBT = _normed_product(phi_NDK, x_NBTD, inverse)
+  return _outputs(out_RK, out_KBT)
+
+
+def _outputs(out_RK: jax.Array | None, normed_KX: jax.Array) -> jax.Array:
+  """The last R of the normed products through out, (K, *X)."""
   if out_RK is None:
-    return out_KBT
-  out_KX = out_KBT.reshape(len(out_KBT), -1)
-  full_KX, low_RX = out_KX[: -len(out_RK)], out_KX[-len(out_RK) :]
-  out_KX = jnp.concatenate([full_KX, jnp.dot(out_RK.T, low_RX, precision=PRECISION)])
-  return out_KX.reshape(-1, *out_KBT.shape[1:])
+    return normed_KX
+  flat_KX = normed_KX.reshape(len(normed_KX), -1)
+  full_KX, low_RX = flat_KX[: -len(out_RK)], flat_KX[-len(out_RK) :]
+  flat_KX = jnp.concatenate([full_KX, jnp.dot(out_RK.T, low_RX, precision=PRECISION)])
+  return flat_KX.reshape(-1, *normed_KX.shape[1:])
+
+
+def products(spec: ConnectionSpec) -> int:
+  """Number of products with the streams, K of factors()'s phi."""
+  outputs = spec.generator_shape[1]
+  if spec.rank is None:
+    return outputs
+  return spec.rank if spec.generator == 'matrix' else outputs - spec.parts['res'] + spec.rank
+
+
+def separate(spec: ConnectionSpec) -> bool:
+  """Whether each stream's products are normed by that stream alone, so that they are not added up before."""
+  return spec.scope == 'per_stream' or spec.norm_scope == 'per_stream'
+
+
+def coordinates_of_products(
+  out_RK: jax.Array | None, raw_KX: jax.Array, mean_square_SX: jax.Array, spec: ConnectionSpec
+) -> dict[str, jax.Array]:
+  """dynamic_coordinates from phi^T x, not yet normed, and mean squares: what a kernel has summed over C.
+
+  raw (K, *X) and mean_square (1, *X) of all streams; where they are separate, raw (n, K, *X) and (n, *X).
+  """
+  inverse_SX = inverse_rms(mean_square_SX, spec)
+  if not separate(spec):
+    return _split(_outputs(out_RK, raw_KX * inverse_SX), spec)
+  normed_NKX = raw_KX * inverse_SX[:, None]
+  if spec.scope == 'joint':
+    return _split(_outputs(out_RK, functools.reduce(jnp.add, normed_NKX)), spec)
+  return _regrouped(_outputs(out_RK, normed_NKX.swapaxes(0, 1)), spec)
+
+
+def _split(out_KX: jax.Array, spec: ConnectionSpec) -> dict[str, jax.Array]:
+  stops = list(itertools.accumulate(spec.parts.values()))
+  return dict(zip(spec.parts, jnp.split(out_KX, stops[:-1]), strict=True))
+
+
+def _regrouped(out_KNX: jax.Array, spec: ConnectionSpec) -> dict[str, jax.Array]:
+  """Of one map for all streams: stream j yields coordinates j, j + n, j + 2n, ... of each part."""
+  dynamic, start = {}, 0
+  for part, size in spec.parts.items():
+    stop = start + -(-size // spec.streams)
+    dynamic[part] = out_KNX[start:stop].reshape(-1, *out_KNX.shape[2:])[:size]
+    start = stop
+  return dynamic
 
 
 def dynamic_coordinates(
@@ -154,16 +216,10 @@ def dynamic_coordinates(
   each part, whether n divides their number or not.
   """
   if spec.scope == 'joint':
-    stops = list(itertools.accumulate(spec.parts.values()))
-    return dict(zip(spec.parts, jnp.split(project(params, x_NBTD, spec), stops[:-1]), strict=True))
+    return _split(project(params, x_NBTD, spec), spec)
   n, b, t, width = x_NBTD.shape
   raw_KNBT = project(params, x_NBTD.reshape(1, n * b, t, width), spec).reshape(-1, n, b, t)
-  dynamic, start = {}, 0
-  for part, size in spec.parts.items():
-    stop = start + -(-size // n)
-    dynamic[part] = raw_KNBT[start:stop].reshape(-1, b, t)[:size]
-    start = stop
-  return dynamic
+  return _regrouped(raw_KNBT, spec)
 
 
 def init_elementwise_read(key: jax.Array, spec: ConnectionSpec, width: int) -> dict[str, jax.Array]:

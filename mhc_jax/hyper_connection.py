@@ -12,6 +12,7 @@ computed in at least float32. Axes: N streams out, M streams in, B batch, T time
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -32,6 +33,19 @@ class Coefficients(NamedTuple):
   pre_NBT: jax.Array | None
   post_NBT: jax.Array | None
   res_NMBT: jax.Array | None
+
+
+class Pending(NamedTuple):
+  """Streams x, and a sublayer's output y that is still to be written to them, if there is one.
+
+  pre: in single-pass order, the read weights that the sublayer before generated for the next one.
+  """
+
+  x_NBTD: jax.Array
+  y_BTD: jax.Array | None = None
+  post_NBT: jax.Array | None = None
+  res_NMBT: jax.Array | None = None
+  pre_NBT: jax.Array | None = None
 
 
 def init_params(
@@ -74,16 +88,34 @@ def coordinates(
   params: dict[str, jax.Array], x_NBTD: jax.Array, spec: ConnectionSpec
 ) -> dict[str, jax.Array]:
   """alpha * f(phi^T norm(x)) + b of each part, (K_part, B, T), before gates and constraint (mHC eq. 7)."""
-  tokens, dtype = x_NBTD.shape[1:3], jnp.promote_types(x_NBTD.dtype, jnp.float32)
-  start = {
-    part: jnp.zeros(size) if spec.phi_only else params[f'b_{part}'] for part, size in spec.parts.items()
-  }
-  coords = {part: value[:, None, None].astype(dtype) for part, value in start.items()}
+  dynamic = {}
   if spec.dynamic and spec.parts:
     phi = {name: value for name, value in params.items() if name.startswith(('phi', 'norm_weight'))}
-    for part, value in generator.dynamic_coordinates(phi, x_NBTD, spec).items():
+    dynamic = generator.dynamic_coordinates(phi, x_NBTD, spec)
+  return start_and_dynamic(params, dynamic, spec, x_NBTD.shape[1:3], x_NBTD.dtype)
+
+
+def start_and_dynamic(
+  params: dict[str, jax.Array],
+  dynamic: dict[str, jax.Array],
+  spec: ConnectionSpec,
+  tokens: tuple[int, ...],
+  dtype: Any,
+  parts: Sequence[str] | None = None,
+) -> dict[str, jax.Array]:
+  """b + alpha f(dynamic) of each part, (K_part, *tokens), in at least float32; dynamic may be {}.
+
+  dtype: of the streams. params: b_PART and alpha_PART. parts: those wanted, None for all.
+  """
+  dtype, coords = jnp.promote_types(dtype, jnp.float32), {}
+  for part in spec.parts if parts is None else parts:
+    size = spec.parts[part]
+    start = jnp.zeros(size) if spec.phi_only else params[f'b_{part}']
+    coords[part] = start.reshape(-1, *(1 for _ in tokens)).astype(dtype)
+    if part in dynamic:
       alpha = spec.init.alpha if spec.phi_only else params[f'alpha_{spec.alpha_of(part)}']
-      coords[part] = coords[part] + alpha * (jnp.tanh(value) if spec.activation == 'tanh' else value)
+      value = jnp.tanh(dynamic[part]) if spec.activation == 'tanh' else dynamic[part]
+      coords[part] = coords[part] + alpha * value
   return {part: jnp.broadcast_to(value, (value.shape[0], *tokens)) for part, value in coords.items()}
 
 
@@ -95,30 +127,41 @@ def generate(
   pre (n, B, T), post (n, B, T), res (n, n, B, T); each coordinate is alpha * f(norm(x) phi) + b, taken
   through the gates and the constraint. sublayer is its index, for writes to one stream each.
   """
-  n, tokens = spec.streams, x_NBTD.shape[1:3]
-  dtype = jnp.promote_types(x_NBTD.dtype, jnp.float32)
-  coords = coordinates(params, x_NBTD, spec)
+  tokens, coords = x_NBTD.shape[1:3], coordinates(params, x_NBTD, spec)
   if spec.read_gate.kind == 'elementwise':
     pre_NBT = generator.elementwise_read(params, x_NBTD, spec, spec.read_gate.scale)
   else:
-    pre_NBT = _gate(
-      spec.read_gate, coords.get('pre'), (n, *tokens), dtype, free=n == 1
-    )  # None: stream 0 alone
+    pre_NBT = read_weights(coords, spec, tokens, x_NBTD.dtype)
+  return Coefficients(pre_NBT, *write_weights(coords, spec, tokens, x_NBTD.dtype, sublayer))
+
+
+def read_weights(
+  coords: dict[str, jax.Array], spec: ConnectionSpec, tokens: Any, dtype: Any
+) -> jax.Array | None:
+  """pre (n, *tokens) from its coordinates, for all gates but 'elementwise'; None reads stream 0 alone."""
+  shape, dtype = (spec.streams, *tokens), jnp.promote_types(dtype, jnp.float32)
+  return _gate(spec.read_gate, coords.get('pre'), shape, dtype, free=spec.streams == 1)
+
+
+def write_weights(
+  coords: dict[str, jax.Array], spec: ConnectionSpec, tokens: Any, dtype: Any, sublayer: jax.Array | int
+) -> tuple[jax.Array | None, jax.Array | None]:
+  """(post (n, *tokens), res (n, n, *tokens)) from their coordinates; None as in Coefficients."""
+  n, dtype = spec.streams, jnp.promote_types(dtype, jnp.float32)
   if spec.write_gate.kind == 'one_hot':
-    post_NBT = spec.write_gate.scale * one_hot((sublayer + 1) % n, x_NBTD)
+    post = spec.write_gate.scale * one_hot((sublayer + 1) % n, n, tokens, dtype)
   else:
-    post_NBT = _gate(spec.write_gate, coords.get('post'), (n, *tokens), dtype, free=True)
-  res_NMBT = None
-  if spec.constraint.name != 'identity':  # with one stream, some sets have no coordinates
-    res_NMBT = spec.constraint.matrix(coords.get('res', jnp.zeros((0, *tokens), dtype)), n)
-  return Coefficients(pre_NBT, post_NBT, res_NMBT)
+    post = _gate(spec.write_gate, coords.get('post'), (n, *tokens), dtype, free=True)
+  if spec.constraint.name == 'identity':
+    return post, None
+  # With one stream, some sets have no coordinates.
+  return post, spec.constraint.matrix(coords.get('res', jnp.zeros((0, *tokens), dtype)), n)
 
 
-def one_hot(stream: jax.Array | int, x_NBTD: jax.Array) -> jax.Array:
-  """Weights (n, B, T) of that one stream alone."""
-  is_stream_N = jnp.arange(len(x_NBTD)) == stream
-  dtype = jnp.promote_types(x_NBTD.dtype, jnp.float32)
-  return jnp.broadcast_to(is_stream_N.astype(dtype)[:, None, None], x_NBTD.shape[:3])
+def one_hot(stream: jax.Array | int, n: int, tokens: Any, dtype: Any) -> jax.Array:
+  """Weights (n, *tokens) of that one of n streams alone, in at least float32."""
+  is_stream_N = (jnp.arange(n) == stream).astype(jnp.promote_types(dtype, jnp.float32))
+  return jnp.broadcast_to(is_stream_N.reshape(n, *(1 for _ in tokens)), (n, *tokens))
 
 
 def _gate(
@@ -208,6 +251,25 @@ def write(
   if post_NBT is None:
     post_NBT = jnp.ones(x_NBTD.shape[:3], res_NMBT.dtype)
   return _write(res_NMBT, post_NBT, x_NBTD, y_BTD)
+
+
+def boundary(
+  params: dict[str, jax.Array], pending: Pending, spec: ConnectionSpec, sublayer: jax.Array | int = 0
+) -> tuple[jax.Array, jax.Array, Coefficients]:
+  """(the streams with y written, the next sublayer's input, its coefficients): write, generate, read.
+
+  The definition of what kernels/boundary.py does in one pass.
+  """
+  x_NBTD = settled(pending)
+  own = generate(params, x_NBTD, spec, sublayer)
+  return x_NBTD, read(pending.pre_NBT if spec.single_pass else own.pre_NBT, x_NBTD), own
+
+
+def settled(pending: Pending) -> jax.Array:
+  """The streams with y written to them."""
+  if pending.y_BTD is None:
+    return pending.x_NBTD
+  return write(pending.res_NMBT, pending.post_NBT, pending.x_NBTD, pending.y_BTD)
 
 
 def init_expand(spec: ConnectionSpec, width: int) -> dict[str, jax.Array]:

@@ -17,14 +17,16 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 from mhc_jax import hyper_connection as hc
-from mhc_jax.layers.attention import Attention, causal_mask
+from mhc_jax.kernels import boundary as kernels
+from mhc_jax.kernels.choice import chip_of
+from mhc_jax.layers.attention import Attention, visible
 from mhc_jax.layers.feed_forward import FeedForward
 from mhc_jax.layers.latent_attention import LatentAttention
 from mhc_jax.layers.moe import MixtureOfExperts
-from mhc_jax.layers.parts import normal, ones, rms_norm
+from mhc_jax.layers.parts import Visible, normal, ones, rms_norm
 from mhc_jax.model_config import ModelConfig
 from mhc_jax.recompute import OUTPUTS, block_layers, policy, scan_blocks
-from mhc_jax.sharding import constrain, token_local
+from mhc_jax.sharding import constrain, local_parts, token_local
 
 
 class Block(nn.Module):
@@ -36,38 +38,39 @@ class Block(nn.Module):
   dense: bool = False  # a leading layer: no experts
 
   @nn.compact
-  def __call__(self, carry, layer: jax.Array, mask_BTS: jax.Array):
-    """carry: the streams, and in single-pass order the read map of the sublayer before, else None."""
-    (x_NBTD, earlier_NBT), c, records, mesh = carry, self.config, [], self.mesh
+  def __call__(self, pending: hc.Pending | kernels.Pending, layer: jax.Array, seen: Visible):
+    """pending: of the layer before. Kernels do a write with the reads after it, so theirs is to come."""
+    c, records, mesh, spec = self.config, [], self.mesh, self.config.connection
     sublayers = {
       'attention': Attention if c.mla is None else LatentAttention,
       'feed_forward': FeedForward if c.moe is None or self.dense else MixtureOfExperts,
     }
-    generate = token_local(
-      lambda params, x_NBTD, sublayer: hc.generate(params, x_NBTD, c.connection, sublayer),
-      mesh,
-      (None, 'NBTD', None),
-      hc.Coefficients('NBT', 'NBT', 'NMBT'),
-    )
-    coordinates = token_local(
-      lambda params, x_NBTD: hc.coordinates(params, x_NBTD, c.connection), mesh, (None, 'NBTD'), 'KBT'
-    )
     for index, (name, sublayer) in enumerate(sublayers.items()):
       params = self._connection(f'{name}_connection', 2 * layer + index)
-      own = generate(params, x_NBTD, 2 * layer + index)
-      pre_NBT = earlier_NBT if c.connection.single_pass else own.pre_NBT
+      fused = isinstance(pending, kernels.Pending)
+      x_NBTD, x_BTD, own = (fused_boundary if fused else boundary)(
+        params, pending, 2 * layer + index, c, mesh
+      )
+      if fused and index:  # kept, so that only the boundary before it is run again
+        x_BTD = checkpoint_name(x_BTD, OUTPUTS)
       records.append({})
       if self.record:
-        records[-1] |= {**own._asdict(), 'pre_NBT': pre_NBT, 'coords': coordinates(params, x_NBTD)}
-      x_BTD = constrain(hc.read(pre_NBT, x_NBTD), 'BTD', mesh)
-      y_BTD, sublayer_records = sublayer(c, mesh, self.record, name=name)(x_BTD, mask_BTS)
+        pre_NBT = pending.pre_NBT if spec.single_pass else own.pre_NBT
+        records[-1] |= {**own._asdict(), 'pre_NBT': pre_NBT}
+        records[-1]['coords'] = token_local(
+          lambda params, x_NBTD: hc.coordinates(params, x_NBTD, spec), mesh, (None, 'NBTD'), 'KBT'
+        )(params, x_NBTD)
+      y_BTD, sublayer_records = sublayer(c, mesh, self.record, name=name)(x_BTD, seen)
       records[-1] |= sublayer_records
       y_BTD = checkpoint_name(constrain(y_BTD, 'BTD', mesh), OUTPUTS) / c.depth_ratio
+      if fused:
+        pending = kernels.Pending(x_NBTD, y_BTD, own)
+        continue
       x_NBTD = constrain(hc.write(own.res_NMBT, own.post_NBT, x_NBTD, y_BTD), 'NBTD', mesh)
-      earlier_NBT = own.pre_NBT if c.connection.single_pass else None
+      pending = hc.Pending(x_NBTD, pre_NBT=own.pre_NBT if spec.single_pass else None)
       if self.record:
-        records[-1]['gram_NMBT'] = _gram(x_NBTD)
-    return (x_NBTD, earlier_NBT), records
+        records[-1]['gram_NMBT'] = _gram(pending.x_NBTD)
+    return pending, records
 
   def _connection(self, name: str, sublayer: jax.Array) -> dict[str, jax.Array]:
     c = self.config
@@ -76,6 +79,48 @@ class Block(nn.Module):
     # phi is output-like (infinite fan-in, finite fan-out): its start falls as 1 / width, not 1 / sqrt(width).
     init = functools.partial(hc.init_params, spec=c.connection, width=c.width, phi_scale=c.width_ratio**-0.5)
     return self.param(name, lambda key: init(key, sublayer=sublayer))
+
+
+def boundary(
+  params: dict[str, jax.Array], pending: hc.Pending, sublayer: jax.Array, c: ModelConfig, mesh: Mesh | None
+) -> tuple[jax.Array, jax.Array, hc.Coefficients]:
+  """hyper_connection.boundary on a mesh, of streams to which all is written."""
+  spec = c.connection
+  generate = token_local(
+    lambda params, x_NBTD, sublayer: hc.generate(params, x_NBTD, spec, sublayer),
+    mesh,
+    (None, 'NBTD', None),
+    hc.Coefficients('NBT', 'NBT', 'NMBT'),
+  )
+  own = generate(params, pending.x_NBTD, sublayer)
+  pre_NBT = pending.pre_NBT if spec.single_pass else own.pre_NBT
+  return pending.x_NBTD, constrain(hc.read(pre_NBT, pending.x_NBTD), 'BTD', mesh), own
+
+
+def fused_boundary(
+  params: dict[str, jax.Array],
+  pending: kernels.Pending,
+  sublayer: jax.Array,
+  c: ModelConfig,
+  mesh: Mesh | None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """kernels.boundary on a mesh: each device its own tokens."""
+  chip = chip_of(c.kernels, mesh)
+
+  def run(params, sublayer, *pending):
+    return kernels.boundary(params, kernels.Pending(*pending), c.connection, sublayer, chip)
+
+  local = token_local(run, mesh, (None, None, 'NBTD', 'BTD', 'MBT'), ('NBTD', 'BTD', 'MBT'))
+  return local(params, sublayer, *pending)
+
+
+def why_no_kernels(c: ModelConfig, batch: int, time: int, mesh: Mesh | None) -> str | None:
+  """Why XLA's program does the boundaries of `batch` windows of `time` tokens; None where kernels do."""
+  chip = chip_of(c.kernels, mesh)
+  if chip is None:
+    return 'model.kernels=xla' if c.kernels == 'xla' else 'no kernels for this platform'
+  tokens = batch * time // local_parts('BT', {'B': batch, 'T': time}, mesh)
+  return kernels.why_not(c.connection, c.width, tokens, c.dtype, chip)
 
 
 def _gram(x_NBTD: jax.Array) -> jax.Array:
@@ -108,8 +153,17 @@ class Transformer(nn.Module):
     x_BTD = constrain(embedding_VD[tokens_BT].astype(c.dtype), 'BTD', mesh)
     x_NBTD = hc.expand(x_BTD, c.connection.streams, c.connection.expansion, copies)
     x_NBTD = constrain(x_NBTD, 'NBTD', mesh)
-    first_NBT = hc.one_hot(0, x_NBTD) if c.connection.single_pass else None
-    (x_NBTD, last_NBT), records = self._layers((x_NBTD, first_NBT), causal_mask(segments_BT), record)
+    spec, first_NBT = c.connection, None
+    if spec.single_pass:
+      first_NBT = hc.one_hot(0, spec.streams, tokens_BT.shape, c.dtype)
+    pending = hc.Pending(x_NBTD, pre_NBT=first_NBT)
+    # Diagnostics are those of the definition.
+    if not (record or self.is_initializing() or why_no_kernels(c, *tokens_BT.shape, mesh)):
+      pending = kernels.start(pending, spec)
+    pending, records = self._layers(pending, visible(segments_BT, c, mesh), record)
+    if isinstance(pending, kernels.Pending):
+      pending = kernels.definition(pending, spec)
+    x_NBTD, last_NBT = constrain(hc.settled(pending), 'NBTD', mesh), pending.pre_NBT
     collapse = token_local(
       lambda head, x_NBTD, pre_NBT: hc.collapse(x_NBTD, c.connection.collapse, head, c.connection, pre_NBT),
       mesh,
@@ -125,7 +179,7 @@ class Transformer(nn.Module):
     c = self.config
     return self.param(name, lambda key: init(c.connection, c.width)) if init(c.connection, c.width) else {}
 
-  def _layers(self, carry, mask_BTS: jax.Array, record: bool):
+  def _layers(self, carry, seen: Visible, record: bool):
     c = self.config
     # Only a loop with one block per iteration keeps XLA from merging the recomputation with the forward pass.
     prevent_cse = not c.scan or c.scan_unroll > 1
@@ -134,12 +188,12 @@ class Transformer(nn.Module):
     leading, records = Block if c.remat == 'none' else nn.remat(Block, **kept), []
     for layer in range(c.dense_layers if c.scan else c.depth):
       dense = layer < c.dense_layers
-      carry, record_l = leading(c, record, self.mesh, dense, name=f'layer_{layer}')(carry, layer, mask_BTS)
+      carry, record_l = leading(c, record, self.mesh, dense, name=f'layer_{layer}')(carry, layer, seen)
       records.append(record_l)
     if not c.scan:
       return carry, _joined(records[: c.dense_layers], _stacked(records[c.dense_layers :]))
     if c.remat == 'block' and not self.is_initializing():  # which makes the parameters, as for any remat
-      carry, block_records = self._blocks(carry, mask_BTS, record)
+      carry, block_records = self._blocks(carry, seen, record)
       return carry, _joined(records, block_records)
     scanned = nn.scan(
       block,
@@ -150,15 +204,15 @@ class Transformer(nn.Module):
       unroll=min(c.scan_unroll, c.depth - c.dense_layers),
     )
     layers = jnp.arange(c.dense_layers, c.depth)
-    carry, scanned_records = scanned(c, record, self.mesh, name='layers')(carry, layers, mask_BTS)
+    carry, scanned_records = scanned(c, record, self.mesh, name='layers')(carry, layers, seen)
     return carry, _joined(records, scanned_records)
 
-  def _blocks(self, carry, mask_BTS: jax.Array, record: bool):
+  def _blocks(self, carry, seen: Visible, record: bool):
     c, block = self.config, Block(self.config, record, self.mesh, parent=None)
 
     def layer(carry, inputs):
       params, index = inputs
-      return block.apply({'params': params}, carry, index, mask_BTS)
+      return block.apply({'params': params}, carry, index, seen)
 
     layers = jnp.arange(c.dense_layers, c.depth)
     inputs_L = (self.get_variable('params', 'layers'), layers)

@@ -2,7 +2,8 @@
 
 'layer': a layer's start, the output F of each of its sublayers and the coordinates of their connections, by
 which neither the last product of F with its collective nor the generator are run again. 'products': the
-products with weights too. 'block': the paper's blocks of layers (mHC, arXiv 2512.24880, section 4.3.2).
+products with weights too, and what attention's backward kernel needs of the forward one. 'block': the paper's
+blocks of layers (mHC, arXiv 2512.24880, section 4.3.2).
 """
 
 import functools
@@ -14,10 +15,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from mhc_jax.generator import COORDINATES
+from mhc_jax.kernels.attention import ATTENTION
 from mhc_jax.layers.grouped_experts import PRODUCTS
 
-# Names of what every policy keeps, (n + 3) C numbers of a token and layer with its start.
-OUTPUTS, COORDINATES = 'outputs of sublayers', 'coordinates of connections'
+# With the coordinates, what every policy keeps, (n + 3) C numbers of a token and layer with its start.
+OUTPUTS = 'outputs of sublayers'
 
 
 def policy(remat: str) -> Callable:
@@ -27,7 +30,7 @@ def policy(remat: str) -> Callable:
     return policies.save_only_these_names(OUTPUTS, COORDINATES)
   return policies.save_from_both_policies(
     policies.dots_with_no_batch_dims_saveable,
-    policies.save_only_these_names(PRODUCTS, OUTPUTS, COORDINATES),
+    policies.save_only_these_names(PRODUCTS, OUTPUTS, COORDINATES, ATTENTION),
   )
 
 

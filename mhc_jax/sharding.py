@@ -121,6 +121,13 @@ def partition(letters: str, sizes: dict[str, int], mesh: Mesh) -> list[tuple[str
   return [split_by.get(letter, ()) for letter in letters]
 
 
+def local_parts(letters: str, sizes: dict[str, int], mesh: Mesh | None) -> int:
+  """Into how many parts the mesh cuts an array of these dimensions."""
+  if mesh is None:
+    return 1
+  return math.prod(mesh.shape[axis] for axes in partition(letters, sizes, mesh) for axis in axes)
+
+
 def constrain(x: jax.Array, letters: str, mesh: Mesh | None) -> jax.Array:
   """x, laid out by the letters of its shape suffix; x itself without a mesh or on one device."""
   if mesh is None or mesh.size == 1:

@@ -15,7 +15,7 @@ from test_oracles import SEEDS, close, load, stream_major
 
 from mhc_jax import hyper_connection as hc
 from mhc_jax.connection import Gate
-from mhc_jax.layers.attention import Attention, causal_mask
+from mhc_jax.layers.attention import Attention, visible
 from mhc_jax.layers.feed_forward import FeedForward
 from mhc_jax.layers.parts import rms_norm
 from mhc_jax.model import Transformer
@@ -150,11 +150,11 @@ def test_expansions(rng):
 
 def sublayers(config, params):
   """(connection parameters, function) of every sublayer in order, from the scanned tree."""
-  mask = causal_mask(SEGMENTS)
+  seen = visible(SEGMENTS, config, None)
   for layer in range(config.depth):
     tree = jax.tree.map(lambda leaf, layer=layer: leaf[layer], params['layers'])
     for name, module in (('attention', Attention(config)), ('feed_forward', FeedForward(config))):
-      apply = jax.jit(lambda h, module=module, p=tree[name]: module.apply({'params': p}, h, mask)[0])
+      apply = jax.jit(lambda h, module=module, p=tree[name]: module.apply({'params': p}, h, seen)[0])
       yield tree[f'{name}_connection'], apply
 
 

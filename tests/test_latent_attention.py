@@ -9,11 +9,13 @@ import pytest
 
 from mhc_jax.config import base_config
 from mhc_jax.layers.latent_attention import LatentAttention
+from mhc_jax.layers.parts import Visible
 from mhc_jax.model_config import build_model
 
 B, T, D, H, R, K, P, V = 2, 5, 12, 3, 6, 4, 2, 5  # K without position, P rotary, V of values
 SEGMENTS = np.array([[0, 0, 0, 0, 0], [0, 0, 1, 1, 1]])
 MASK = np.tril(np.ones((T, T), bool))[None] & (SEGMENTS[:, :, None] == SEGMENTS[:, None])
+SEEN = Visible(SEGMENTS, MASK)
 
 
 def model(base_width=None):
@@ -28,7 +30,7 @@ def model(base_width=None):
 def layer(x64, rng):
   """(parameters, x), the norms' weights too at random."""
   x_BTD = jnp.asarray(rng.normal(size=(B, T, D)))
-  params = jax.jit(lambda key: LatentAttention(model()).init(key, x_BTD, MASK)['params'])(jax.random.key(0))
+  params = jax.jit(lambda key: LatentAttention(model()).init(key, x_BTD, SEEN)['params'])(jax.random.key(0))
   params |= {name: jnp.asarray(rng.normal(1, 0.3, params[name].shape)) for name in ('norm', 'latent_norm')}
   return params, x_BTD
 
@@ -68,7 +70,7 @@ def textbook(params, x_BTD, scale):
 def test_it_is_the_textbook(layer):
   """Float64 rounding of some hundred additions; with transfer the scale is 1 / (K + P)."""
   for base_width, scale in ((None, (K + P) ** -0.5), (D, 1 / (K + P))):
-    found = LatentAttention(model(base_width)).apply({'params': layer[0]}, layer[1], MASK)[0]
+    found = LatentAttention(model(base_width)).apply({'params': layer[0]}, layer[1], SEEN)[0]
     np.testing.assert_allclose(found, textbook(*layer, scale), rtol=1e-10, atol=1e-13)
 
 
@@ -91,7 +93,7 @@ def test_values_and_gradients_are_those_of_the_absorbed_form(layer, rng):
   weight_BTD = rng.normal(size=(B, T, D))
 
   def ours(params, x_BTD):
-    return jnp.sum(weight_BTD * LatentAttention(model()).apply({'params': params}, x_BTD, MASK)[0])
+    return jnp.sum(weight_BTD * LatentAttention(model()).apply({'params': params}, x_BTD, SEEN)[0])
 
   def reference(params, x_BTD):
     return jnp.sum(weight_BTD * absorbed(params, x_BTD))

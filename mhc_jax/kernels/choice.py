@@ -3,6 +3,8 @@
 `hyper_connection.py` and `layers/attention.py` are the definitions; kernels are tested against them.
 """
 
+import dataclasses
+
 import jax
 from jax.sharding import Mesh
 
@@ -20,3 +22,27 @@ def kernels_for(setting: str, mesh: Mesh | None) -> str:
   if setting == 'xla' or (setting == 'auto' and platform == 'cpu'):
     return 'xla'
   return {'cpu': 'interpret', 'tpu': 'tpu', 'cuda': 'gpu', 'gpu': 'gpu'}.get(platform, 'xla')
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """What kernels must know of a device."""
+
+  platform: str  # 'tpu', 'gpu' or 'interpret'
+  cores: int = 1  # TensorCores that work on one device's program, which share a kernel's grid
+  vmem: int = 110 * 2**20  # bytes of on-chip memory that one kernel may use; v5e and v6e have 128 MiB
+
+
+# By how JAX names the device: half of the others' memory.
+_SMALL = {'TPU v4': 28, 'TPU v5': 60, 'TPU v5p': 60, 'TPU7x': 60}
+
+
+def chip_of(setting: str, mesh: Mesh | None) -> Chip | None:
+  """The chip for which Pallas kernels are made; None where XLA's programs are used."""
+  platform = kernels_for(setting, mesh)
+  if platform == 'xla':
+    return None
+  if platform != 'tpu':
+    return Chip(platform)
+  device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+  return Chip(platform, getattr(device, 'num_cores', 1), _SMALL.get(device.device_kind, 110) * 2**20)

@@ -1,13 +1,29 @@
 """Causal attention within documents: heads in groups that share keys and values (GQA, arXiv 2305.13245)."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from mhc_jax.layers.parts import Output, linear_of, ones, rms_norm
+from mhc_jax.kernels.attention import splash, triton, why_not
+from mhc_jax.kernels.choice import kernels_for
+from mhc_jax.layers.parts import Output, Visible, linear_of, ones, rms_norm
 from mhc_jax.model_config import ModelConfig
-from mhc_jax.sharding import constrain
+from mhc_jax.sharding import constrain, token_local
+
+
+def why_formula(c: ModelConfig, mesh: Mesh | None, time: int) -> str | None:
+  """For people: why attention over `time` tokens runs the formula below; None where it runs a kernel."""
+  kind = kernels_for(c.kernels, mesh)
+  return "XLA's programs are chosen" if kind == 'xla' else why_not(time, c.dtype)
+
+
+def visible(segments_BT: jax.Array, c: ModelConfig, mesh: Mesh | None) -> Visible:
+  """What `attention` is told by the model, once for all layers."""
+  formula = why_formula(c, mesh, segments_BT.shape[1]) is not None
+  return Visible(segments_BT, causal_mask(segments_BT) if formula else None)
 
 
 @jax.named_scope('attention_scores')
@@ -20,12 +36,27 @@ def causal_mask(segments_BT: jax.Array) -> jax.Array:
 
 @jax.named_scope('attention_scores')  # a part whose cost experiments/compile reports
 def attention(
+  q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, seen: Visible, c: ModelConfig, mesh: Mesh | None
+) -> jax.Array:
+  """Causal attention within documents of H query heads in G groups: the formula, or a kernel (why_formula).
+
+  Returns (B, T, H, size of a value) in v's dtype. Each device runs a kernel on its own sequences and heads;
+  XLA, which cannot cut a kernel, cuts the formula.
+  """
+  if seen.mask_BTS is not None:
+    return formula(q_BTHK, k_BSGK, v_BSGK, seen.mask_BTS, c.attention_scale)
+  kind = kernels_for(c.kernels, mesh)
+  kernel = triton if kind == 'gpu' else functools.partial(splash, interpret=kind == 'interpret')
+  local = token_local(
+    functools.partial(kernel, scale=c.attention_scale), mesh, ('BSHK', 'BSGK', 'BSGK', 'BS'), 'BSHK'
+  )
+  return local(q_BTHK, k_BSGK, v_BSGK, seen.segments_BT)
+
+
+def formula(
   q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, mask_BTS: jax.Array, scale: float
 ) -> jax.Array:
-  """softmax(scale q k^T) v for H query heads in G groups of H / G; logits and softmax in float32.
-
-  Returns (B, T, H, size of a value) in v's dtype.
-  """
+  """softmax(scale q k^T) v, the definition; logits and softmax in float32."""
   batch, time, heads, head_dim = q_BTHK.shape
   groups = k_BSGK.shape[2]
   wide = jnp.promote_types(q_BTHK.dtype, jnp.float32)
@@ -44,7 +75,7 @@ class Attention(nn.Module):
   record: bool = False
 
   @nn.compact
-  def __call__(self, x_BTD: jax.Array, mask_BTS: jax.Array) -> Output:
+  def __call__(self, x_BTD: jax.Array, seen: Visible) -> Output:
     c = self.config
     linear = linear_of(c, self.mesh)
     x_BTD = rms_norm(x_BTD, self.param('norm', ones, (c.width,)), c.norm_eps)
@@ -55,7 +86,7 @@ class Attention(nn.Module):
     q_BTHK = constrain(q_BTHK, 'BTHK', self.mesh)
     k_BSGK, v_BSGK = constrain(k_BSGK, 'BSGK', self.mesh), constrain(v_BSGK, 'BSGK', self.mesh)
     q_BTHK, k_BSGK = rope(q_BTHK, c.rope_theta), rope(k_BSGK, c.rope_theta)
-    out_BTHK = attention(q_BTHK, k_BSGK, v_BSGK, mask_BTS, c.attention_scale)
+    out_BTHK = attention(q_BTHK, k_BSGK, v_BSGK, seen, c, self.mesh)
     out_BTHK = constrain(out_BTHK, 'BTHK', self.mesh)
     out_BTE = out_BTHK.reshape(*x_BTD.shape[:2], c.heads * c.head_dim)
     return linear((c.heads * c.head_dim, c.width), gain=c.output_gain, name='output')(out_BTE), {}

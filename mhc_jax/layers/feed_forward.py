@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 from jax.sharding import Mesh
 
-from mhc_jax.layers.parts import Output, linear_of, ones, rms_norm
+from mhc_jax.layers.parts import Output, Visible, linear_of, ones, rms_norm
 from mhc_jax.model_config import ModelConfig
 from mhc_jax.sharding import constrain
 
@@ -26,7 +26,7 @@ class FeedForward(nn.Module):
   record: bool = False
 
   @nn.compact
-  def __call__(self, x_BTD: jax.Array, mask_BTS: jax.Array) -> Output:
+  def __call__(self, x_BTD: jax.Array, seen: Visible) -> Output:
     c = self.config
     x_BTD = rms_norm(x_BTD, self.param('norm', ones, (c.width,)), c.norm_eps)
     return swiglu(constrain(x_BTD, 'BSD', self.mesh), c.ffn_width, c, self.mesh), {}

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from mhc_jax.layers.attention import attention, rope
-from mhc_jax.layers.parts import Output, linear_of, ones, rms_norm
+from mhc_jax.layers.parts import Output, Visible, linear_of, ones, rms_norm
 from mhc_jax.model_config import ModelConfig
 from mhc_jax.sharding import constrain
 
@@ -23,7 +23,7 @@ class LatentAttention(nn.Module):
   record: bool = False
 
   @nn.compact
-  def __call__(self, x_BTD: jax.Array, mask_BTS: jax.Array) -> Output:
+  def __call__(self, x_BTD: jax.Array, seen: Visible) -> Output:
     c, m = self.config, self.config.mla
     linear = linear_of(c, self.mesh)
     x_BTD = rms_norm(x_BTD, self.param('norm', ones, (c.width,)), c.norm_eps)
@@ -40,7 +40,7 @@ class LatentAttention(nn.Module):
     k_rope_BSHK = jnp.broadcast_to(rope(k_rope_BSK[:, :, None], c.rope_theta), q_rope_BTHK.shape)
     q_BTHK = jnp.concatenate([q_BTHK, rope(q_rope_BTHK, c.rope_theta)], -1)
     k_BSHK = jnp.concatenate([k_BSHK, k_rope_BSHK], -1)
-    out_BTHK = attention(q_BTHK, k_BSHK, v_BSHK, mask_BTS, c.attention_scale)
+    out_BTHK = attention(q_BTHK, k_BSHK, v_BSHK, seen, c, self.mesh)
     out_BTHK = constrain(out_BTHK, 'BTHK', self.mesh)
     out_BTE = out_BTHK.reshape(*x_BTD.shape[:2], c.heads * m.value_dim)
     return linear((c.heads * m.value_dim, c.width), gain=c.output_gain, name='output')(out_BTE), {}

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from mhc_jax.layers.feed_forward import swiglu
 from mhc_jax.layers.grouped_experts import Routing, experts
-from mhc_jax.layers.parts import Output, normal, ones, rms_norm, zeros
+from mhc_jax.layers.parts import Output, Visible, normal, ones, rms_norm, zeros
 from mhc_jax.model_config import ModelConfig, MoEConfig
 from mhc_jax.sharding import constrain
 
@@ -94,7 +94,7 @@ class MixtureOfExperts(nn.Module):
   record: bool = False
 
   @nn.compact
-  def __call__(self, x_BTD: jax.Array, mask_BTS: jax.Array) -> Output:
+  def __call__(self, x_BTD: jax.Array, seen: Visible) -> Output:
     """load_E: tokens per routed expert; with `record` also margin_BT (moe.margin)."""
     c, m = self.config, self.config.moe
     x_BTD = rms_norm(x_BTD, self.param('norm', ones, (c.width,)), c.norm_eps)

@@ -1,11 +1,12 @@
 """What sublayers are made of: the norm before them, linear maps of full rank or factored, start values.
 
-A sublayer is a module Sublayer(config, mesh, record)(x_BTD, mask_BTS) -> Output, with its own pre-norm.
+A sublayer is a module Sublayer(config, mesh, record)(x_BTD, seen: Visible) -> Output, with its own
+pre-norm.
 """
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -18,6 +19,13 @@ from mhc_jax.sharding import splits_time
 
 # A sublayer's result F(x), (B, T, D), and what it records: {}, or by name what all layers of its kind record.
 Output = tuple[jax.Array, dict[str, jax.Array]]
+
+
+class Visible(NamedTuple):
+  """What queries may see, the same in all layers: documents, and a mask where attention is the formula."""
+
+  segments_BT: jax.Array  # document numbers
+  mask_BTS: jax.Array | None  # None: kernels make their own
 
 
 def normal(std: float):
