@@ -203,3 +203,14 @@ def test_the_page_is_what_the_reports_say():
   reports = {cell.name: json.loads((folder / f'{cell.name}.json').read_text()) for cell in cells}
   assert (ROOT / 'docs' / 'scale.md').read_text() == overhead.page_of(reports)
   assert {path.stem for path in (ROOT / 'configs').glob('paper_*.py')} == {cell.config for cell in cells}
+
+
+def test_kernels_take_no_config(monkeypatch, capsys):
+  """And without a config one is asked for."""
+  for arguments, words in (
+    (['--kernels', '--config=laptop'], '--small take no config'),
+    ([], 'name a config'),
+    (['--connection=mhc', '--topology=v5p:2'], 'a topology is a chip and its sides'),
+  ):
+    code, out, error = run(capsys, *arguments)
+    assert code == 2 and not out and words in error

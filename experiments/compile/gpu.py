@@ -39,7 +39,7 @@ from .step_time import Sides, advice
 class Target:
   """What XLA wants to know of a GPU; memory and its bandwidth are those of chips.py.
 
-  Sources: NVIDIA's white papers and tuning guides of Ampere, Hopper and Blackwell, tables of compute capabilities.
+  Sources: NVIDIA's white papers and tuning guides of Ampere, Hopper and Blackwell (compute capabilities).
   """
 
   capability: tuple[int, int]
@@ -97,8 +97,7 @@ def cluster(gpus: str) -> tuple[str, int, int]:
   name, _, size = gpus.partition(':')
   require(
     name in GPUS and re.fullmatch(r'[1-9]\d*(x[1-9]\d*)?', size) is not None,
-    f'--gpu is a chip of {", ".join(GPUS)}, and hosts x GPUs or their number, like H100:2x8 or H100:64; '
-    f'got {gpus!r}',
+    f'--gpu is a chip of {", ".join(GPUS)}, and hosts x GPUs or their number, like H100:2x8; got {gpus!r}',
   )
   if 'x' in size:
     hosts, each = map(int, size.split('x'))
@@ -106,7 +105,7 @@ def cluster(gpus: str) -> tuple[str, int, int]:
   number, domain = int(size), CHIPS[name].domain
   require(
     number < domain or number % domain == 0,
-    f'--gpu {gpus}: hosts have {domain} GPUs, and {number} is not a multiple; name the hosts, like {name}:3x4',
+    f'--gpu {gpus}: {number} is no multiple of the {domain} GPUs of a host; name the hosts, like {name}:3x4',
   )
   return name, max(1, number // domain), min(number, domain)
 

@@ -39,8 +39,8 @@ LIBTPU = {
 }
 
 
-def described_devices(topology: str) -> list[jax.Device]:
-  """The devices of a TPU slice that need not be there; raises ConfigError for an impossible one."""
+def check_topology(topology: str) -> None:
+  """Raises ConfigError unless it names a chip and its sides, and libtpu is installed."""
   name, _, sides = topology.partition(':')
   known = name in TPUS and re.fullmatch(r'\d+(x\d+)*', sides)
   require(
@@ -52,6 +52,11 @@ def described_devices(topology: str) -> list[jax.Device]:
     importlib.util.find_spec('libtpu') is not None,
     "libtpu, the TPU compiler, is missing (it needs no TPU): pip install 'jax[tpu]'",
   )
+
+
+def described_devices(topology: str) -> list[jax.Device]:
+  """The devices of a TPU slice that need not be there; raises ConfigError for an impossible one."""
+  check_topology(topology)
   for variable, value in LIBTPU.items():
     os.environ.setdefault(variable, value)
   try:
