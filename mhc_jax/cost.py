@@ -1,10 +1,10 @@
 """Parameters and FLOPs of a model by term, hyper-connections included: pure functions of its sizes.
 
 Conventions. A multiply-add is 2 FLOPs; training is 3 x forward (no recomputation counted). Attention is
-counted in full, T x T, as it is executed without a kernel; of the routed experts, those that a token goes to. Left out: norms,
-softmax, activations, rotary embedding, sorting by expert and residual additions (O(C) per token and
-sublayer), except the connection's own norm. XLA's count of matrix products equals the terms that are matrix
-products (tests/test_cost.py).
+counted in full, T x T, as it is executed without a kernel; of the routed experts, those that a token goes
+to. Left out: norms, softmax, activations, rotary embedding, sorting by expert and residual additions (O(C)
+per token and sublayer), except the connection's own norm. XLA's count of matrix products equals the terms
+that are matrix products (tests/test_cost.py).
 """
 
 import jax.numpy as jnp

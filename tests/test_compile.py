@@ -163,7 +163,7 @@ two"}
 
 ENTRY %main (p: f32[8]) -> f32[8] {
   %p = f32[8]{0} parameter(0)
-  %k = (f32[8]{0}, f32[8]{0}) custom-call(%p), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+  %k = (f32[8]{0}, f32[8]{0}) custom-call(%p), custom_call_target="tpu_custom_call", frontend_attributes={k={
 "xprof_metadata":"{\\"block_q\\": 512, calls=%none, )]}"
 }}, metadata={op_name="a/pallas_call"}, backend_config={"body":"x
 }
@@ -294,7 +294,7 @@ def test_collectives_overlap_what_is_between_their_start_and_end(name):
 
 def test_more_than_a_chip_can_do_is_an_error():
   """As a program that was not read whole gave: 0.010 s a step and an MFU of 7,138 %."""
-  with pytest.raises(ConfigError, match='MFU is 108.9 %'):
+  with pytest.raises(ConfigError, match=r'MFU is 108\.9 %'):
     speed(1.0, 1000, {'causal': 5e11, 'full': 1e12}, 1, CHIPS['v5p'])
   unknown = speed(1.0, 1000, {'causal': 5e11, 'full': 1e12}, 1, CHIPS['v5p'], counted=False)
   assert unknown == {'tokens_per_second': 1000, 'mfu': None, 'mfu_full': None}
@@ -510,6 +510,23 @@ def test_collectives_take_the_links_that_their_group_has(case):
   found = operation(collective=kind, payload=800e9, group=group)
   rings = [(side, side == 8) for side in sides]
   assert link_seconds(found, CHIPS['v5p'], rings) == pytest.approx(LINKS[case])
+
+
+SWITCHED = {  # kind, members on a host of H100 (450 GB/s, 50 GB/s beyond), hosts -> seconds for 800 GB
+  ('all-gather', 8, 1): 800 * 7 / 8 / 450,
+  ('all-gather', 8, 2): max(800 * 15 / 16 / 450, 800 / 2 / (8 * 50)),
+  ('all-reduce', 1, 8): 2 * 800 * 7 / 8 / 50,
+  ('collective-permute', 4, 2): 800 / 50,
+  ('collective-permute', 2, 1): 800 / 450,
+}
+
+
+@pytest.mark.parametrize('case', SWITCHED)
+def test_gpus_have_a_switch_and_a_port_each(case):
+  kind, members, hosts = case
+  found = operation(collective=kind, payload=800e9, group=tuple(range(members * hosts)))
+  sides = [(members, False), (hosts, False)]
+  assert link_seconds(found, CHIPS['H100'], sides) == pytest.approx(SWITCHED[case])
 
 
 def test_a_group_is_a_ring_where_it_fills_an_axis_that_wraps():

@@ -8,7 +8,7 @@ import pytest
 
 from experiments.compile import __main__ as compile_command
 from experiments.compile import gpu as compile_gpu
-from experiments.compile import overhead, scale_page, tpu
+from experiments.compile import overhead, report, scale_page, tpu
 from experiments.compile.hlo_cost import count
 from experiments.compile.hlo_text import parse_module
 from mhc_jax.command import end_with_message
@@ -46,9 +46,9 @@ def test_the_report_on_a_slice(on_cpu, capsys):
   """The whole path but for the TPU's compiler; text and JSON tell the same."""
   connection = '--config.model.connection.name=identity'  # compiles sooner than mhc
   code, out, _ = run(capsys, *SMALL, connection, '--topology=v5p:2x2x1', '--json')
-  report = json.loads(out)
-  assert code == 0 and report['fits'] and report['devices'] == 4 and report['mesh']['fsdp'] == 4
-  memory, held, predicted = report['memory_bytes'], report['argument_bytes'], report['predicted']
+  found = json.loads(out)
+  assert code == 0 and found['fits'] and found['devices'] == 4 and found['mesh']['fsdp'] == 4
+  memory, held, predicted = found['memory_bytes'], found['argument_bytes'], found['predicted']
   assert memory['arguments'] == pytest.approx(sum(held.values()), rel=0.01)  # and four scalars
   assert memory['total'] < memory['capacity'] == 95 * 2**30
   assert (
@@ -63,7 +63,7 @@ def test_the_report_on_a_slice(on_cpu, capsys):
   assert 0 < sum(scope['seconds'] for scope in scopes) < seconds['step']
   # CPUs multiply all rows by every expert, and for the weights' gradient too: 4 experts, 2 in use.
   assert predicted['routed_experts']['over_ideal'] == pytest.approx(4, rel=0.01)
-  words = tpu.text(report)
+  words = report.text(found)
   assert words.splitlines()[1].startswith('fits: 0.0') and 'Predictions, not measurements' in words
   assert 'all-gather' in words and 'what they need' in words
 
@@ -111,15 +111,19 @@ def test_without_memory_the_report_says_what_to_change(on_cpu, monkeypatch, caps
     (['--topology=v5p:2x2'], 'a topology is a chip and its sides'),
     (['--topology=H100:8'], 'a topology is a chip and its sides'),
     (['--topology=v5p:2x2x2', '--config.mesh.fsdp=3'], 'mesh.fsdp'),
-    ([], 'name a slice: --topology v5p:8x8x8, or --gpu H100:64'),
+    ([], 'name a slice: --topology v5p:8x8x8, or --gpu H100:2x8'),
     (['--gpu=v5p:4'], '--gpu is a chip of A100'),
     (['--gpu=H100:4', '--topology=v5p:2x2x1'], 'exclude each other'),
     (['--gpu=H100:8'], '--gpu H100:8 has 8 devices'),
+    (['--gpu=H100:2x2x2'], '--gpu is a chip of A100'),
+    (['--gpu=H100:12'], 'name the hosts, like H100:3x4'),
+    (['--gpu=H100:2x2', '--config.mesh.fsdp=4'], "pip install 'mhc_jax[gpu-compiler]'"),
   ),
 )
 def test_mistakes_end_in_one_line(monkeypatch, capsys, arguments, words):
   if '--topology=v5p:2x2x2' in arguments:
     monkeypatch.setattr(tpu, 'described_devices', lambda topology: jax.devices())
+  monkeypatch.setattr(compile_gpu, 'WHEELS', ('not_installed.a', 'not_installed.b'))
   code, out, error = run(capsys, *SMALL, *arguments)
   assert code == 2 and not out and len(error.splitlines()) == 1 and words in error
 
@@ -131,18 +135,29 @@ def test_a_missing_compiler_is_named(monkeypatch):
 
 
 @pytest.mark.slow
-def test_lowering_for_gpus_has_no_kernel_of_other_machines(capsys):
-  """mHC, latent attention and experts. Sorting by expert is XLA's own."""
-  code, out, _ = run(capsys, *SMALL, '--gpu=H100:4', '--json')
-  report = json.loads(out)
-  assert code == 0 and report['fits'] and report['not_for_cuda'] == []
-  words = compile_gpu.text(report)
-  assert 'lowered for CUDA; custom calls' in words and 'Predictions, not measurements' in words
-  assert 'in use: 1' in words  # one shard of the experts
-  alien = {**report, 'not_for_cuda': ['lapack_sgesdd']}
-  assert 'NOT FOR CUDA: lapack_sgesdd' in compile_gpu.text(alien)
-  for target in ('lapack_sgesdd_ffi', 'tpu_custom_call', '__cpu$xla'):
-    assert compile_gpu.ELSEWHERE.search(target)
+def test_the_report_on_a_cluster(monkeypatch, capsys):
+  """The whole path but for XLA's GPU compiler, whose wheels need not be installed: two hosts of two."""
+
+  def devices(name, hosts, each):
+    assert (name, hosts, each) == ('H100', 2, 2)
+    return jax.devices()[:4]
+
+  monkeypatch.setattr(compile_gpu, 'described_devices', devices)
+  monkeypatch.setattr(compile_gpu.metadata, 'version', lambda name: '1')
+  code, out, _ = run(capsys, *SMALL, '--config.model.connection.name=identity', '--gpu=H100:2x2', '--json')
+  found = json.loads(out)
+  assert code == 0 and found['fits'] and found['memory_bytes']['capacity'] == 80e9
+  assert found['kernels']['fusions'] > 10 and found['predicted']['collectives']['all-gather']['seconds'] > 0
+  assert 'fusions in the text; custom calls: ' in report.text(found)
+
+
+def test_a_gpu_is_told_to_xla():
+  """Every GPU has a target; memory and bandwidth are those that times are computed with."""
+  assert set(compile_gpu.TARGETS) == set(compile_gpu.GPUS)
+  words = compile_gpu.target_text('H200')
+  assert 'memory_bandwidth: 4800000000000\n' in words and 'device_memory_size: 141000000000\n' in words
+  assert words.count('{') == words.count('}') == 4 and 'major: 9 minor: 0' in words
+  assert compile_gpu.cluster('H100:64') == ('H100', 8, 8) and compile_gpu.cluster('B200:4') == ('B200', 1, 4)
 
 
 def test_overhead_keeps_what_is_finished(monkeypatch, tmp_path, capsys):
@@ -188,3 +203,14 @@ def test_the_page_is_what_the_reports_say():
   reports = {cell.name: json.loads((folder / f'{cell.name}.json').read_text()) for cell in cells}
   assert (ROOT / 'docs' / 'scale.md').read_text() == overhead.page_of(reports)
   assert {path.stem for path in (ROOT / 'configs').glob('paper_*.py')} == {cell.config for cell in cells}
+
+
+def test_kernels_take_no_config(monkeypatch, capsys):
+  """And without a config one is asked for."""
+  for arguments, words in (
+    (['--kernels', '--config=laptop'], '--small take no config'),
+    ([], 'name a config'),
+    (['--connection=mhc', '--topology=v5p:2'], 'a topology is a chip and its sides'),
+  ):
+    code, out, error = run(capsys, *arguments)
+    assert code == 2 and not out and words in error

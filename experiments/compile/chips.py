@@ -56,7 +56,10 @@ def compute_seconds(operation: Operation, chip: Chip) -> float:
 
 
 def link_seconds(operation: Operation, chip: Chip, sides: Sequence[tuple[int, bool]]) -> float:
-  """Time of one execution of a TPU's collective on the links, bandwidth alone.
+  """Time of one execution of a collective on the links, bandwidth alone.
+
+  GPUs: sides are (members of the group on a host, hosts); what comes from other hosts is spread over the
+  members' ports, and everything passes the switch.
 
   sides: of each axis of the torus, how many chips the group has there (1: it does not extend along it), and
   whether it is a ring: all chips of an axis whose ends are connected. A ring receives from both neighbours, a
@@ -66,6 +69,16 @@ def link_seconds(operation: Operation, chip: Chip, sides: Sequence[tuple[int, bo
   group = len(operation.group) or 1
   if operation.collective is None or group == 1:
     return 0.0
+  twice = 2 if operation.collective == 'all-reduce' else 1
+  if chip.axes is None:
+    (members, _), (hosts, _) = sides
+    inside, outside = (
+      operation.payload / (chip.interconnect / 2),
+      operation.payload / (members * chip.network),
+    )
+    if operation.collective == 'collective-permute':
+      return outside * members if hosts > 1 else inside
+    return twice * max(inside * (group - 1) / group, outside * (hosts - 1) / hosts)
   link = chip.interconnect / 2 / (2 * chip.axes)  # one link, one direction
   if operation.collective == 'collective-permute':
     return operation.payload / link
@@ -76,5 +89,4 @@ def link_seconds(operation: Operation, chip: Chip, sides: Sequence[tuple[int, bo
     side, ring = max(used)
     return operation.payload * max(side / 4, 1) / (2 * link if ring else link)
   rate = sum(2 * link if ring else link for _, ring in used)
-  twice = 2 if operation.collective == 'all-reduce' else 1
   return twice * operation.payload * (group - 1) / group / rate

@@ -1,123 +1,188 @@
-"""train_step for NVIDIA GPUs that are not there: lowered for CUDA, with sizes and bounds by arithmetic.
+"""The train_step compiled for NVIDIA GPUs that are not there: its memory, collectives and predicted speed.
 
-`mhc compile --config ... --gpu H100:64`. XLA's GPU compiler needs a GPU, so nothing comes
-from it: lowering shows that every operation exists for CUDA and that no kernel of CPUs or TPUs is
-called; memory is that of the shards, and times are lower bounds.
+`mhc compile --config ... --gpu H100:2x8`, hosts x GPUs; H100:64 is hosts of 8. XLA's own GPU compiler, of
+the wheels of the extra `gpu-compiler`, compiles for a described target without a driver. It cannot try its
+kernels there, so that it takes the default tiles of its matrix products. Memory is the compiler's; FLOPs,
+bytes and times are counted in its program as for TPUs (hlo_cost.py, step_time.py).
 """
 
+import dataclasses
+import importlib.util
+import logging
 import math
+import os
 import re
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
 from typing import Any
 
-import numpy as np
-from jax.sharding import AbstractMesh, AxisType
+import jax
+from jax.experimental.topologies import get_topology_desc
 from ml_collections import ConfigDict
 
-from mhc_jax import cost
 from mhc_jax.errors import ConfigError, require
-from mhc_jax.model_config import ModelConfig
-from mhc_jax.recompute import block_layers
-from mhc_jax.sharding import BATCH
+from mhc_jax.sharding import BATCH, make_mesh
+from mhc_jax.workdir import revision
 
 from .abstract_step import describe, device_bytes, mesh_axes, trace_step
-from .chips import CHIPS, GPUS, Chip
-from .step_time import speed
+from .chips import CHIPS, GPUS
+from .hlo_cost import Operation
+from .report import finished
+from .step_time import Sides, advice
 
-# Custom calls of one kind of machine: LAPACK and Eigen of CPUs, Mosaic and others of TPUs.
-ELSEWHERE = re.compile(r'lapack|eigen|onednn|cpu|tpu', re.IGNORECASE)
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+  """What XLA wants to know of a GPU; memory and its bandwidth are those of chips.py.
+
+  Sources: NVIDIA's white papers and tuning guides of Ampere, Hopper and Blackwell (compute capabilities).
+  """
+
+  capability: tuple[int, int]
+  cores: int  # streaming multiprocessors
+  shared: int  # bytes of shared memory on each
+  l2: int  # bytes
+  clock: float  # GHz, boost
+  lanes: int = 128  # float32 units on each
 
 
-def lower_step(config: ConfigDict, gpus: str) -> dict[str, Any]:
-  """The report on one config and a number of GPUs; raises ConfigError for impossible ones."""
-  name, _, number = gpus.partition(':')
+TARGETS = {
+  'A100': Target((8, 0), 108, 164 * 1024, 40 * 2**20, 1.41, lanes=64),
+  'H100': Target((9, 0), 132, 228 * 1024, 50 * 2**20, 1.98),
+  'H200': Target((9, 0), 132, 228 * 1024, 50 * 2**20, 1.98),
+  'B200': Target((10, 0), 148, 228 * 1024, 126 * 2**20, 1.965),
+}
+WHEELS = ('jax_plugins.xla_cuda12', 'nvidia.cuda_nvcc')
+MISSING = "XLA's compiler for NVIDIA GPUs is missing (it needs no GPU): pip install 'mhc_jax[gpu-compiler]'"
+
+
+def target_text(name: str) -> str:
+  """XLA's GpuTargetConfigProto of a GPU."""
+  target, chip = TARGETS[name], CHIPS[name]
+  major, minor = target.capability
+  return f"""
+gpu_device_info {{
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: {48 * 1024}
+  shared_memory_per_core: {target.shared}
+  shared_memory_per_block_optin: {target.shared - 1024}
+  threads_per_core_limit: 2048
+  core_count: {target.cores}
+  fpus_per_core: {target.lanes}
+  block_dim_limit_x: {2**31 - 1}
+  block_dim_limit_y: {2**16 - 1}
+  block_dim_limit_z: {2**16 - 1}
+  memory_bandwidth: {int(chip.bandwidth)}
+  l2_cache_size: {target.l2}
+  clock_rate_ghz: {target.clock}
+  device_memory_size: {int(chip.memory)}
+  cuda_compute_capability {{ major: {major} minor: {minor} }}
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 8 patch: 0 }}
+runtime_version {{ major: 12 minor: 9 patch: 0 }}
+device_description_str: "NVIDIA {name}"
+"""
+
+
+def cluster(gpus: str) -> tuple[str, int, int]:
+  """(chip, hosts, GPUs on each) of H100:2x8, or of H100:64, hosts of 8; raises ConfigError for others."""
+  name, _, size = gpus.partition(':')
   require(
-    name in GPUS and number.isdigit() and int(number) > 0,
-    f'--gpu is a chip of {", ".join(GPUS)} and their number, like H100:64; got {gpus!r}',
+    name in GPUS and re.fullmatch(r'[1-9]\d*(x[1-9]\d*)?', size) is not None,
+    f'--gpu is a chip of {", ".join(GPUS)}, and hosts x GPUs or their number, like H100:2x8; got {gpus!r}',
   )
-  chip, axes = CHIPS[name], mesh_axes(config, int(number), f'--gpu {gpus}')
-  mesh = AbstractMesh(tuple(axes.values()), tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
-  traced, state, batch, model = trace_step(config, mesh)
+  if 'x' in size:
+    hosts, each = map(int, size.split('x'))
+    return name, hosts, each
+  number, domain = int(size), CHIPS[name].domain
+  require(
+    number < domain or number % domain == 0,
+    f'--gpu {gpus}: {number} is no multiple of the {domain} GPUs of a host; name the hosts, like {name}:3x4',
+  )
+  return name, max(1, number // domain), min(number, domain)
+
+
+def described_devices(name: str, hosts: int, each: int) -> list[jax.Device]:
+  """The GPUs of a cluster that need not be there; raises ConfigError where the wheels are not installed."""
   try:
-    lowered = traced.lower(lowering_platforms=('cuda',)).as_text()
+    folder = [importlib.util.find_spec(wheel) for wheel in WHEELS][1].submodule_search_locations[0]
+  except (AttributeError, ModuleNotFoundError):  # no such wheel, or no package above it
+    raise ConfigError(MISSING) from None
+  flags = f'--xla_gpu_cuda_data_dir={folder} --xla_gpu_autotune_level=0'
+  os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {flags}'.strip()  # read when backends start
+  os.environ['PATH'] += f'{os.pathsep}{folder}/bin'  # ptxas
+  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+  with _quiet():
+    jax.devices()
+    topology = f'1x{hosts}x{each}'
+    try:
+      found = get_topology_desc('', platform='cuda', target_config=target_text(name), topology=topology)
+    except RuntimeError as error:
+      raise ConfigError(f"XLA's GPU compiler: {' '.join(str(error).split())}") from None
+  return list(found.devices)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+  """The plugin logs that there is no driver; nothing here needs one."""
+  logging.disable(logging.CRITICAL)
+  try:
+    yield
+  finally:
+    logging.disable(logging.NOTSET)
+
+
+def compile_step(config: ConfigDict, gpus: str) -> dict[str, Any]:
+  """The report on one config and a cluster, as plain values; raises ConfigError for impossible ones."""
+  name, hosts, each = cluster(gpus)
+  chip, axes = CHIPS[name], mesh_axes(config, hosts * each, f'--gpu {gpus}')
+  devices = described_devices(name, hosts, each)
+  mesh = make_mesh(axes, devices)
+  traced, state, batch, model = trace_step(config, mesh)
+  arguments = {
+    'params': device_bytes(state.params),
+    'optimizer': device_bytes((state.opt_state, state.step)),
+    'batch': device_bytes(batch),
+  }
+  versions = {package: metadata.version(package) for package in ('jax', 'jaxlib', 'jax-cuda12-plugin')}
+  report = describe(config, model, gpus, len(devices))
+  report |= {'git_revision': revision(), 'versions': versions, 'argument_bytes': arguments}
+  print(f'compiling for {gpus}, some minutes for a large model', file=sys.stderr)
+  began = time.perf_counter()
+  try:
+    compiled = traced.lower().compile()
   except NotImplementedError as error:
     what = ' '.join(str(error).split())
     raise ConfigError(f'train_step has an operation that does not exist for CUDA: {what}') from None
-  targets = sorted(set(re.findall(r'custom_call @([\w.$]+)', lowered)))
-  held = {
-    'params': device_bytes(state.params),
-    'optimizer': device_bytes((state.opt_state, state.step)),
-    'gradients': device_bytes(state.params),
-    'batch': device_bytes(batch),
+  report['compile_seconds'] = time.perf_counter() - began
+  text = compiled.as_text()
+  report['kernels'] = {
+    'fusions': len(re.findall(r' fusion\(', text)),
+    'custom_calls': sorted(set(re.findall(r'custom_call_target="([^"]*)"', text))),
   }
-  held |= activation_bytes(config, model)
-  report = {
-    **describe(config, model, gpus, mesh.size),
-    'custom_calls': targets,
-    'not_for_cuda': [target for target in targets if ELSEWHERE.search(target)],
-    'memory_bytes': {**held, 'total': sum(held.values()), 'capacity': chip.memory},
-    'fits': sum(held.values()) < chip.memory,
-  }
-  tokens = config.data.batch_size * config.data.seq_len
-  length = config.data.seq_len
-  flops = {
-    name: cost.train_flops_per_token(model, length, causal=name == 'causal') for name in ('causal', 'full')
-  }
-  gathered = held['params'] * np.dtype(model.dtype).itemsize // 4  # cast before
-  seconds = bounds(chip, mesh.shape['fsdp'], held, gathered, flops['causal'] * tokens / mesh.size)
-  slowest = max(seconds.values())
-  return {
-    **report,
-    'bounds': {'seconds': seconds, **speed(slowest, tokens, flops, mesh.size, chip)},
-  }
+  report |= finished(compiled, config, model, group_sides(mesh), len(devices), chip)
+  sizes = report['memory_bytes']
+  if sizes['total'] < sizes['capacity']:
+    return {**report, 'fits': True}
+  parts = config.optimizer.microbatches or 1
+  rows = config.data.batch_size // (parts * math.prod(axes[axis] for axis in BATCH))
+  return {**report, 'fits': False, 'change': advice(model.remat, axes, rows, arguments, sizes['capacity'])}
 
 
-def activation_bytes(config: ConfigDict, model: ModelConfig) -> dict[str, int]:
-  """The two that recomputation leaves, of one GPU: the streams between blocks and the logits."""
-  axes, parts = config.mesh.to_dict(), config.optimizer.microbatches or 1
-  shards = math.prod(axes[axis] for axis in BATCH)
-  tokens = config.data.batch_size // parts * config.data.seq_len // shards
-  size = block_layers(model.connection.streams, model.depth) if model.remat == 'block' else 1
-  item = np.dtype(model.dtype).itemsize
-  streams = math.ceil(model.depth / size) * model.connection.streams * tokens * model.width * item
-  return {'streams': streams // axes['tensor'], 'logits': tokens * model.vocab_size * 4 // axes['tensor']}
+def group_sides(mesh: jax.sharding.Mesh) -> Sides:
+  """operation -> ((members of its group on a host, no ring), (hosts, no ring))."""
+  hosts = [device.process_index for device in mesh.devices.flat]
 
+  def sides(operation: Operation) -> list[tuple[int, bool]]:
+    members = Counter(hosts[member] for member in operation.group) or {0: 1}
+    return [(max(members.values()), False), (len(members), False)]
 
-def bounds(chip: Chip, fsdp: int, held: dict[str, int], gathered: int, flops: float) -> dict[str, float]:
-  """Lower bounds of a step's seconds on one GPU: its FLOPs, its optimizer's traffic, fsdp's collectives.
-
-  Every parameter is gathered twice and its gradient reduced once, over NVLink within a domain and over the
-  network beyond it; gathered: bytes of this GPU's shards as they travel. The optimizer reads parameters,
-  gradients and moments and writes all but the gradients.
-  """
-  inside = fsdp <= chip.domain
-  rate = chip.interconnect / 2 if inside else chip.network
-  traffic = 3 * held['params'] + 2 * held['optimizer']
-  return {
-    'flops': flops / chip.flops,
-    'optimizer_bytes': traffic / chip.bandwidth,
-    # A gather or reduction of all shards moves (fsdp - 1) shards through each GPU.
-    'fsdp_collectives': 3 * gathered * (fsdp - 1) / rate,
-  }
-
-
-def text(report: dict[str, Any]) -> str:
-  """The report for people."""
-  gib = {name: f'{size / 2**30:.2f} GiB' for name, size in report['memory_bytes'].items()}
-  kinds = ', '.join(f'{name} {size}' for name, size in gib.items() if name not in ('total', 'capacity'))
-  foreign, calls = (', '.join(report[name]) for name in ('not_for_cuda', 'custom_calls'))
-  bounds_of, buffers = report['bounds'], report['routed_buffer_over_used']
-  least = (f'{value:.4g} s for its {name.replace("_", " ")}' for name, value in bounds_of['seconds'].items())
-  lines = [
-    f'{report["connection"]} (n = {report["streams"]}), {report["params"]["total"] / 1e9:.3g} B parameters '
-    f'on {report["topology"]}, mesh {report["mesh"]}',
-    'lowered for CUDA; ' + (f'NOT FOR CUDA: {foreign}' if foreign else f'custom calls: {calls or "none"}'),
-    f'at least {gib["total"]} of {gib["capacity"]} a GPU: {kinds}' + ' - DOES NOT FIT' * (not report['fits']),
-    f'Predictions, not measurements: a step takes at least {", ".join(least)}',
-    f'at most {bounds_of["tokens_per_second"]:.4g} tokens/s, MFU {100 * bounds_of["mfu"]:.1f} %',
-  ]
-  if buffers is not None:
-    lines.append(
-      "the experts' products are ragged_dot: where XLA has no kernel for it, every expert meets every row; "
-      f'rows of their buffers over those in use: {buffers:.3g}'
-    )
-  return '\n'.join(lines)
+  return sides

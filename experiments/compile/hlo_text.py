@@ -2,7 +2,7 @@
 
 Reads what `compiled.as_text()` prints for CPU and TPU: operands are looked up by name in their computation,
 layouts may have tiles and a memory space, `bf16[32,1024]{1,0:T(8,128)(2,1)S(1)}`. An instruction may span
-lines and its strings may hold anything: it ends at the line that closes its brackets. Everything in the text is
+lines and its strings may hold anything: it ends at the line that closes its brackets. All of the text is
 read, or it is a ValueError: what was dropped without a word would be missing from every count.
 """
 
@@ -196,7 +196,7 @@ def _statements(lines: list[str]) -> Iterator[str]:
 
 
 def _opened(line: str, quoted: bool) -> tuple[int, bool]:
-  """(brackets opened less those closed, whether a string goes on) of a line that may begin within a string."""
+  """(brackets opened less closed, whether a string goes on) of a line; quoted: it begins in a string."""
   if quoted:
     end = re.match(r'(?:[^"\\]|\\.)*"', line)
     if end is None:

@@ -2,6 +2,7 @@
 
   mhc overhead                  # every cell, each some minutes; finished ones are skipped
   mhc overhead --only paper_27b # cells whose name contains this
+  mhc overhead --only paper_3b-v5p --out there --config.model.remat=products   # a field for both arms
 
 Each cell is one report of `mhc compile`, kept as docs/compile/CELL.json; docs/scale.md is written from all
 that are there. Both arms of a comparison have the same config, mesh and recomputation.
@@ -20,7 +21,9 @@ from mhc_jax.config_file import parse
 from mhc_jax.errors import require
 from mhc_jax.paths import user_path
 from mhc_jax.storage import read_json, write_json
+from mhc_jax.workdir import revision
 
+from . import kernels
 from .scale_page import page
 from .tpu import compile_step
 
@@ -50,6 +53,7 @@ class Cell:
     return [*streams, *(f'--config.{field}' for field in self.fields)]
 
 
+# Both arms of a comparison have these fields: recomputation too, `model.remat=products` where the memory allows.
 # Slices of as many chips as the configs' own on v5p; v6e ends at 256 chips, whose 32 GB need microbatches.
 SLICES = {
   'paper_3b': {'v5p': ('v5p:4x4x4', ()), 'v6e': ('v6e:8x8', ())},
@@ -62,6 +66,12 @@ SLICES = {
     'v5p': ('v5p:8x8x8', ()),
     'v6e': ('v6e:16x16', ('mesh.data=1', 'optimizer.microbatches=2')),
   },
+}
+# What else the page shows: the options of `mhc compile --kernels`, `--connection` and `--small`.
+TABLES = {
+  'kernels-v5p': {'topology': 'v5p:2x2x1'},
+  'connection-v5p': {'topology': 'v5p:2x2x1', 'connection': 'mhc'},
+  'small-v5e': {'topology': 'v5e:2x2', 'small': True},
 }
 STREAMS_AT = 'paper_9b'  # n = 2 and 8 besides 4, on v5p
 
@@ -87,8 +97,13 @@ def compile_cell(cell: Cell, path: pathlib.Path) -> dict[str, Any]:
   return report
 
 
-def page_of(reports: dict[str, dict[str, Any]]) -> str:
-  """docs/scale.md from the reports of the cells that are there."""
+def _measured(name: str) -> dict[str, Any]:
+  options = kernels.DEFAULTS | TABLES[name]
+  return {'options': options, 'programs': kernels.measured(options)}
+
+
+def page_of(reports: dict[str, dict[str, Any]], tables: dict[str, dict[str, Any]]) -> str:
+  """docs/scale.md from the reports of the cells and the tables that are there."""
   pairs, detailed = {}, {}
   for cell in cells():
     base = dataclasses.replace(cell, arm='residual', streams=1).name
@@ -98,7 +113,8 @@ def page_of(reports: dict[str, dict[str, Any]]) -> str:
       pairs[f'{model}, n = {cell.streams}, {cell.topology}{fields}'] = reports[base], reports[cell.name]
     if cell.config == 'paper_27b' and cell.topology.startswith('v5p') and cell.name in reports:
       detailed[f'{cell.config}, {cell.arm}, {cell.topology}'] = reports[cell.name]
-  return page(pairs, detailed, sorted({str(report['git_revision']) for report in reports.values()}))
+  revisions = sorted({str(report['git_revision']) for report in reports.values()})
+  return page(pairs, detailed, tables, revisions)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -110,18 +126,33 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument(
     '--out', type=user_path, default=pathlib.Path('docs'), help='folder of compile/ and scale.md (docs)'
   )
-  args = parser.parse_args(argv)
+  args, fields = parser.parse_known_args(argv)
+  wrong = [field for field in fields if not field.startswith('--config.')]
+  require(not wrong, f'what is {", ".join(wrong)}? Fields of the config are --config.section.field=value')
+  require(not fields or args.out != pathlib.Path('docs'), 'other fields need a folder of their own: --out')
   jax.config.update('jax_platforms', 'cpu')
   chosen = [cell for cell in cells() if args.only in cell.name]
-  require(bool(chosen), f'no cell has {args.only!r} in its name: {", ".join(c.name for c in cells())}')
+  chosen_tables = [] if fields else [name for name in TABLES if args.only in name]
+  require(
+    bool(chosen or chosen_tables),
+    f'no cell has {args.only!r} in its name: {", ".join(c.name for c in cells())}',
+  )
   paths = {cell.name: args.out / 'compile' / f'{cell.name}.json' for cell in cells()}
   reports = {name: read_json(path) for name, path in paths.items() if path.exists()}
   for index, cell in enumerate(chosen):
     what = 'kept' if cell.name in reports else 'compiling'
     print(f'{index + 1}/{len(chosen)} {cell.name}: {what}', file=sys.stderr)
     if cell.name not in reports:
-      reports[cell.name] = compile_cell(cell, paths[cell.name])
-  (args.out / 'scale.md').write_text(page_of(reports))
+      more = tuple(field.removeprefix('--config.') for field in fields)
+      cell_of = dataclasses.replace(cell, fields=(*cell.fields, *more))
+      reports[cell.name] = compile_cell(cell_of, paths[cell.name])
+  tables = {name: args.out / 'compile' / f'{name}.json' for name in TABLES}
+  for name in chosen_tables:
+    if not tables[name].exists():
+      print(f'{name}: compiling', file=sys.stderr)
+      write_json(str(tables[name]), {'git_revision': revision(), **_measured(name)})
+  kept = {name: read_json(path) for name, path in tables.items() if path.exists()}
+  (args.out / 'scale.md').write_text(page_of(reports, kept))
   return 0 if all(reports[cell.name]['fits'] for cell in chosen) else 1
 
 

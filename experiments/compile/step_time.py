@@ -1,14 +1,14 @@
 """From counted operations to a predicted step: times, collectives, memory, and what to change. Pure.
 
 Everything here is a prediction from peak rates. An operation takes max(FLOPs / peak, bytes / bandwidth), a
-collective its links' bandwidth. Operations follow each other as in the compiler's schedule, which is the order of
-the text. **A collective overlaps only with what the schedule has between its start and its done** (a -start and
--done pair, or the fusions over which a TPU spreads one collective): that window takes max(link time, time of the
-operations in it). Collectives share the links, one after the other. A collective without such a window waits for
-the links and holds up everything; a fusion that computes and communicates takes the larger of the two. What a
-loop's body starts ends within it. Memory traffic, that of collectives too, is never overlapped with other
-traffic. `serial` overlaps nothing; the roofline, max(all FLOPs / peak, all bytes / bandwidth, all link time),
-overlaps everything.
+collective its links' bandwidth. Operations follow each other as in the compiler's schedule, which is the
+order of the text. **A collective overlaps only with what the schedule has between its start and its done**
+(a -start and -done pair, or the fusions over which a TPU spreads one collective): that window takes
+max(link time, time of the operations in it). Collectives share the links, one after the other. A collective
+without such a window waits for the links and holds up everything; a fusion that computes and communicates
+takes the larger of the two. What a loop's body starts ends within it. Memory traffic, that of collectives
+too, is never overlapped with other traffic. `serial` overlaps nothing; the roofline, max(all FLOPs / peak,
+all bytes / bandwidth, all link time), overlaps everything.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -146,15 +146,15 @@ def speed(
 ) -> dict[str, float | None]:
   """Tokens per second of all chips, and MFU: a model's own FLOPs (cost.py) over what the chips could do.
 
-  flops: per token, `causal` (of attention's scores the half that a causal kernel needs) and `full`. `mfu` has the
-  causal ones and cannot exceed 1; `mfu_full` those of the laws. counted: False where a kernel's FLOPs are unknown:
-  its time is, too, and there is no MFU. Raises ConfigError for an MFU over 1.
+  flops: per token, `causal` (of attention's scores the half that a causal kernel needs) and `full`. `mfu`
+  has the causal ones and cannot exceed 1; `mfu_full` those of the laws. counted: False where a kernel's
+  FLOPs are unknown: its time is, too, and there is no MFU. Raises ConfigError for an MFU over 1.
   """
   rate = {name: value * tokens / (seconds * chips * chip.flops) for name, value in flops.items()}
   require(
     not counted or rate['causal'] <= 1,
-    f'predicted MFU is {100 * rate["causal"]:.4g} %: {seconds:.4g} s a step for {flops["causal"]:.3g} FLOPs a token '
-    f'and {tokens} tokens on {chips} chips; the program was not read whole',
+    f'predicted MFU is {100 * rate["causal"]:.4g} %: {seconds:.4g} s a step for {tokens} tokens of '
+    f'{flops["causal"]:.3g} FLOPs on {chips} chips; the program was not read whole',
   )
   known = {'mfu': rate['causal'], 'mfu_full': rate['full']} if counted else {'mfu': None, 'mfu_full': None}
   return {'tokens_per_second': tokens / seconds, **known}
@@ -166,8 +166,8 @@ def check_products(counted: Count, least: float) -> None:
   without = f'; FLOPs not counted in {", ".join(counted.custom_calls)}' if counted.custom_calls else ''
   require(
     found >= least,
-    f"counted {found:.4g} FLOPs of matrix products a device and step, below the model's own {least:.4g} (causal "
-    f'attention): the program was not read whole{without}',
+    f"counted {found:.4g} FLOPs of matrix products a device and step, below the model's own {least:.4g} "
+    f'(causal attention): the program was not read whole{without}',
   )
 
 
