@@ -37,7 +37,7 @@ def why_not(spec: ConnectionSpec, width: int, tokens: int, dtype: Any, chip: Chi
     return 'its read has a weight per channel'
   if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32):
     return f'streams in {jnp.dtype(dtype).name}'
-  said = lanes.why_not(spec.constraint, spec.streams) if 'res' in spec.parts else None
+  said = _why_no_weights(spec, chip.lanes)
   if said is not None:
     return said
   if _tile(spec, width, tokens, dtype, chip) is None:
@@ -87,8 +87,7 @@ def boundary(
   """
   n, batch, time, width = pending.x_NBTD.shape
   phi_NCK, out_RK = generator.factors(params)
-  small = {name: value for name, value in params.items() if name.startswith(('b_', 'alpha_'))}
-  small |= {} if out_RK is None else {'out': out_RK}
+  small = _small(params, out_RK)
   plan, rows = _plan(spec, small, width, batch * time, pending.x_NBTD.dtype, chip)
   x_NTC, h_TC, sums_RT = _boundary(
     plan,
@@ -101,6 +100,12 @@ def boundary(
   mix_MT = _mix(small, sums_RT, spec, sublayer, chip)
   tokens = batch, time
   return x_NTC.reshape(n, *tokens, width), h_TC.reshape(*tokens, width), mix_MT.reshape(-1, *tokens)
+
+
+def _small(params: dict[str, jax.Array], out_RK: jax.Array | None) -> dict[str, jax.Array]:
+  """The parameters that meet a token's sums."""
+  small = {name: value for name, value in params.items() if name.startswith(('b_', 'alpha_'))}
+  return small if out_RK is None else small | {'out': out_RK}
 
 
 def _mixes(spec: ConnectionSpec) -> bool:
@@ -145,10 +150,20 @@ def _mix(
   small: dict[str, jax.Array], sums_RT: jax.Array, spec: ConnectionSpec, sublayer: jax.Array, chip: Chip
 ) -> jax.Array:
   """Pending's rows of weights (M, T) from the sums."""
-  raw, mean = _sums(spec)
-  one_hot = spec.write_gate.kind == 'one_hot'  # of the sublayer's number, which is no constant
+  mix_MT = lanes.in_lanes(_weights_of_token(spec), chip.lanes)(small, sums_RT)
+  if spec.write_gate.kind != 'one_hot':
+    return mix_MT
+  # Of the sublayer's number, which is no constant.
+  where_NT = hc.one_hot((sublayer + 1) % spec.streams, spec.streams, sums_RT.shape[1:], jnp.float32)
+  return jnp.concatenate([spec.write_gate.scale * where_NT, mix_MT])
 
-  def of_token(small, sums_R):
+
+def _weights_of_token(spec: ConnectionSpec) -> Callable:
+  """Pending's rows of one token from its sums, less those of a write to one stream."""
+  raw, mean = _sums(spec)
+  one_hot = spec.write_gate.kind == 'one_hot'
+
+  def of_token(small: dict[str, jax.Array], sums_R: jax.Array) -> jax.Array:
     split = len(sums_R) - mean[0]
     dynamic = generator.coordinates_of_products(
       small.get('out'), sums_R[:split].reshape(raw), sums_R[split:], spec
@@ -161,11 +176,17 @@ def _mix(
     rows += [hc.read_weights(coords, spec, (), jnp.float32)] * read_is_given(spec)
     return jnp.concatenate(rows)
 
-  mix_MT = lanes.in_lanes(of_token, chip.lanes)(small, sums_RT)
-  if not one_hot:
-    return mix_MT
-  where_NT = hc.one_hot((sublayer + 1) % spec.streams, spec.streams, sums_RT.shape[1:], jnp.float32)
-  return jnp.concatenate([spec.write_gate.scale * where_NT, mix_MT])
+  return of_token
+
+
+@functools.lru_cache(256)
+def _why_no_weights(spec: ConnectionSpec, platform: str) -> str | None:
+  """Why the weights of a token cannot be computed in lanes."""
+  params = jax.eval_shape(lambda: hc.init_params(jax.random.key(0), spec, 128, 0))
+  small = jax.eval_shape(lambda params: _small(params, generator.factors(params)[1]), params)
+  raw, mean = _sums(spec)
+  sums_R = jax.ShapeDtypeStruct((math.prod(raw) + mean[0],), jnp.float32)
+  return lanes.refused(_weights_of_token(spec), platform, small, sums_R)
 
 
 def _plan(

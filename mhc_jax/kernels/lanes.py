@@ -22,7 +22,7 @@ from mhc_jax.kernels.single_token import evaluate
 
 # Instructions of the longest kernel. Sinkhorn's vjp of 8 streams has 19,265 and compiles for 12 s on a TPU's
 # compiler; of 4 streams 4,737, for 90 s and more by Triton, whose passes take 20 ms an instruction.
-LONGEST = {'tpu': 20_000, 'interpret': 20_000, 'gpu': 5_000}
+LONGEST = {'tpu': 24_000, 'interpret': 24_000, 'gpu': 5_000}
 
 
 def in_lanes(function: Callable[..., Any], platform: str) -> Callable[..., Any]:
@@ -57,18 +57,25 @@ def matrix_kernel(constraint: Constraint, coords_KX: jax.Array, n: int, platform
 
 @functools.lru_cache(256)
 def why_not(constraint: Constraint, n: int, platform: str = 'tpu') -> str | None:
-  """Why matrix_kernel cannot compute this constraint's matrix or its vjp, in a line; None if it can.
+  """Why matrix_kernel cannot compute this constraint's matrix or its vjp, in a line; None if it can."""
+  coords_K = jax.ShapeDtypeStruct((constraint.num_coordinates(n),), jnp.float32)
+  return refused(lambda _, coords_K: constraint.matrix(coords_K, n), platform, {}, coords_K)
 
-  Both are lowered for the platform, which need not be there.
+
+def refused(function: Callable[..., Any], platform: str, shared: Any, *arrays: Any) -> str | None:
+  """Why in_lanes cannot compute this function or its vjp, in a line; None if it can.
+
+  shared and one token's arrays as shapes. Both are lowered for the platform, which need not be there.
   """
 
-  def loss(coords_KX: jax.Array) -> jax.Array:
-    return jnp.sum(matrix_kernel(constraint, coords_KX, n, platform))
+  def loss(shared: Any, arrays: list[jax.Array]) -> jax.Array:
+    return sum(map(jnp.sum, jax.tree.leaves(in_lanes(function, platform)(shared, *arrays))))
 
-  coords = jax.ShapeDtypeStruct((constraint.num_coordinates(n), 1), jnp.float32)
+  tokens = [jax.ShapeDtypeStruct((*x.shape, 1), jnp.float32) for x in arrays]
   where = {'tpu': ('tpu',), 'gpu': ('cuda',)}.get(platform)
   try:
-    jax.jit(jax.value_and_grad(loss)).trace(coords).lower(lowering_platforms=where)
+    traced = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).trace(shared, tokens)
+    traced.lower(lowering_platforms=where)
   except NotInLanesError as error:
     return str(error)
   except Exception as error:  # whatever Pallas raises for what it cannot lower
