@@ -153,6 +153,7 @@ def test_what_has_no_kernel_says_why():
   assert said(spec, 256, 128, jnp.bfloat16) is None
   assert 'float64' in said(spec, 256, 128, jnp.float64)
   assert '100 tokens of width 256' in said(spec, 256, 100, jnp.bfloat16)
+  assert '8 streams' in kernels.why_not(connection_spec('hc', streams=8), 256, 128, jnp.float32, Chip('gpu'))
   assert 'MiB' in said(spec, 2**20, 128, jnp.bfloat16)
   assert 'generates nothing' in said(connection_spec('hc', streams=2, preset='static'), 256, 128, jnp.float32)
   assert 'generates nothing' in said(connection_spec('residual', streams=1), 256, 128, jnp.float32)

@@ -37,6 +37,8 @@ def why_not(spec: ConnectionSpec, width: int, tokens: int, dtype: Any, chip: Chi
     return 'its read has a weight per channel'
   if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32):
     return f'streams in {jnp.dtype(dtype).name}'
+  if chip.platform == 'gpu' and spec.streams > boundary_gpu.STREAMS:
+    return f'{spec.streams} streams, for which a GPU has too few registers; it takes {boundary_gpu.STREAMS}'
   said = _why_no_weights(spec, chip.lanes)
   if said is not None:
     return said

@@ -22,9 +22,13 @@ from jax.experimental.pallas import triton as plgpu
 
 from mhc_jax.kernels.boundary_plan import F32, Plan, add, mixed, pieces, read_gradients, row_gradients
 
+STREAMS = 4  # at most: eight spill 2 to 4 kB a thread, which moves more than the kernels save
 TILE = 16  # tokens of a step: the least that tensor cores take
 PARTS = 8  # of the tokens, in the backward's second kernel
 HELD = 2**14  # numbers of dphi that a program holds in registers
+# Channels of all streams together that a program has in registers: with twice as many, n = 4 spills hundreds
+# of bytes a thread (ptxas for an H100).
+FORWARD, BACKWARD = 128, 256
 
 
 def fits(plan: Plan, tokens: int) -> bool:
@@ -81,7 +85,7 @@ def _over(width: int, chunk: int, body: Callable, start: tuple) -> tuple:
 
 
 def _forward_kernel(x, y, mix, phi, small, x_new, h, sums, *, plan: Plan):
-  n, chunk, (_, groups) = plan.streams, _chunk(plan, 128), plan.sums
+  n, chunk, (_, groups) = plan.streams, _chunk(plan, FORWARD // plan.streams), plan.sums
   tokens = pl.ds(pl.program_id(0) * TILE, TILE)
   mix_M = _rows(mix, tokens)
 
@@ -146,7 +150,7 @@ def _wide_kernel(x, y, mix, pre, scale, d_raw, phi, g, gh, dx, dy, d_mix, d_phi,
     tokens = pl.ds((part * steps + s) * TILE, TILE)
     weight, pre_N, scale_S = _rows(mix, tokens), _rows(pre, tokens), _rows(scale, tokens)
     xs, y_TC = _streams(plan, x, y, tokens, at)
-    dh, total = gh[tokens, at].astype(F32), {}
+    dh = gh[tokens, at].astype(F32)
     d_y, d_x = jnp.zeros_like(y_TC), [jnp.zeros_like(y_TC)] * n
     for i, wide in enumerate(mixed(plan, xs, y_TC, lambda m: weight[m][:, None])):
       group = i * plan.separate
@@ -159,17 +163,15 @@ def _wide_kernel(x, y, mix, pre, scale, d_raw, phi, g, gh, dx, dy, d_mix, d_phi,
       for piece in left:
         d_maps[i % plan.maps] += _dot(piece, wide.astype(plan.dtype), (0, 0), plan)
       d_y += weight[i][:, None] * d_new
-      total[i] = jnp.sum(d_new * y_TC, 1)
+      d_mix[column, i, tokens] = jnp.sum(d_new * y_TC, 1)
       for j in range(n) if plan.mixes else (i,):
         m = n + i * n + j
         d_x[j] += weight[m][:, None] * d_new if plan.mixes else d_new
         if plan.mixes:
-          total[m] = jnp.sum(d_new * xs[j], 1)
+          d_mix[column, m, tokens] = jnp.sum(d_new * xs[j], 1)
     dy[tokens, at] = d_y.astype(plan.dtype)
     for j in range(n):
       dx[j, tokens, at] = d_x[j].astype(plan.dtype)
-    for m, row in total.items():
-      d_mix[column, m, tokens] = row
     return tuple(d_maps)
 
   d_maps = lax.fori_loop(0, steps, step, (jnp.zeros((_padded(plan), chunk), F32),) * plan.maps)
@@ -242,7 +244,7 @@ def backward(
   d_raw = d_rows[:raw].reshape(groups, plan.products, tokens).swapaxes(1, 2)
   d_raw = jnp.pad(d_raw, ((0, 0), (0, 0), (0, padded - plan.products)))
   scale = d_rows[raw:] * (2 / (width * (1 if plan.separate else n)))
-  chunk = _chunk(plan, min(128, HELD // (plan.maps * padded)))
+  chunk = _chunk(plan, min(BACKWARD // n, HELD // (plan.maps * padded)))
   parts = next(p for p in (PARTS, 4, 2, 1) if tokens % (p * TILE) == 0)
   mixing = n + n * n * plan.mixes
   d_x, d_y, d_mix, d_phi = _call(
