@@ -206,7 +206,10 @@ def main(folder: str, options: dict[str, Any]) -> None:
   for name, lower in chosen:
     if options['only'] in name:
       print(f'{name}', file=sys.stderr)
-      found[name] = compiled_program(lower, device, folder, chip)
+      try:
+        found[name] = compiled_program(lower, device, folder, chip)
+      except Exception as error:  # Mosaic's has no public name; the others are still of use
+        found[name] = {'error': ' '.join(f'{type(error).__name__}: {error}'.split())[:300]}
   print(json.dumps(found))
 
 
@@ -230,6 +233,8 @@ def text(programs: dict[str, Any], options: argparse.Namespace) -> str:
   where = f'{options.topology}, n = {options.streams}, {options.tokens} tokens of width {options.width}'
   lines = [f'Predictions, not measurements; {where}. A C-unit: a bfloat16 vector of the width per token.', '']
   lines.append(f'{"program":34} {"C-units":>8} {"XLA counts":>10} {"us":>8} {"cycles":>10} {"us":>8}')
+  failed = {name: found['error'] for name, found in programs.items() if 'error' in found}
+  programs = {name: found for name, found in programs.items() if name not in failed}
   for name, found in programs.items():
     xla, cycles = found['xla_bytes'] or float('nan'), found['cycles']
     lines.append(
@@ -245,7 +250,7 @@ def text(programs: dict[str, Any], options: argparse.Namespace) -> str:
         scheduled = row['cycles'] / clock / 1e3
         line += f' {scheduled:8.1f} {scheduled / us:6.2f}'
       lines.append(line)
-  return '\n'.join(lines)
+  return '\n'.join([*lines, *(f'{name} does not compile: {error}' for name, error in failed.items())])
 
 
 if __name__ == '__main__':
