@@ -12,6 +12,8 @@ import argparse
 import glob
 import json
 import os
+import pathlib
+import re
 import subprocess
 import sys
 import tempfile
@@ -27,7 +29,7 @@ from jax.sharding import PartitionSpec as P
 from mhc_jax import hyper_connection as hc
 from mhc_jax.connection import ConnectionSpec
 from mhc_jax.constraints import CONSTRAINTS
-from mhc_jax.errors import ConfigError, require
+from mhc_jax.errors import require
 from mhc_jax.kernels import boundary, lanes
 from mhc_jax.kernels.choice import Chip as KernelChip
 from mhc_jax.kernels.choice import chip_of
@@ -165,13 +167,18 @@ def compiled_program(lower: Callable, device: jax.Device, folder: str, chip: Chi
 
 
 def dumped_cycles(folder: str, kernel: str) -> int:
-  """Cycles of one run of a kernel on one core, from the dumped schedule."""
-  paths = glob.glob(f'{folder}/*-{glob.escape(kernel)}-*-final_bundles.txt')
-  paths = [path for path in paths if 'schedule-analysis' not in path]
-  if not paths:
-    raise ConfigError(f'libtpu dumped no schedule of {kernel}')
-  with open(max(paths)) as file:
-    return bundles.cycles(file.read())
+  """Cycles of one run of a kernel on one core, from the dumped schedule.
+
+  Equal kernels are compiled and dumped once, by the name of one of them: the same but for its number. Of
+  several such, the most cycles.
+  """
+  paths: list[str] = []
+  unnumbered = re.sub(r'[.]\d+$', '', kernel)
+  for name in (f'{kernel}-', f'{unnumbered}.'):
+    found = glob.glob(f'{folder}/*-{glob.escape(name)}*final_bundles.txt')
+    paths = paths or [path for path in found if 'schedule-analysis' not in path]
+  require(bool(paths), f'libtpu dumped no schedule of {kernel}')
+  return max(bundles.cycles(pathlib.Path(path).read_text()) for path in paths)
 
 
 def measured(options: dict[str, Any]) -> dict[str, Any]:

@@ -98,7 +98,7 @@ def compile_cell(cell: Cell, path: pathlib.Path) -> dict[str, Any]:
 
 
 def current(paths: dict[str, pathlib.Path]) -> dict[str, dict[str, Any]]:
-  """The reports that are there, but for those of the older rule, that overlapped nothing: no seconds.serial."""
+  """The reports that are there, but for those of the older rule, without seconds.serial."""
   found = {name: read_json(path) for name, path in paths.items() if path.exists()}
   return {
     name: report
