@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from eager_lanes import eager_lanes, value_and_pull
 from jax import lax
+from jax.extend.core import jaxpr_as_fun
 
 from mhc_jax.constraints import CONSTRAINTS
 from mhc_jax.kernels import lane_blocks
@@ -68,6 +69,44 @@ def test_a_function_of_ones_own(rng):
   x_KX, g_NMX = (rng.normal(size=s).astype(np.float32) for s in ((3, 17), (3, 3, 17)))
   run = value_and_pull(lambda coords_K: own_matrix(coords_K, 3))
   jax.tree.map(close, eager_lanes(run, x_KX, g_NMX), list(jax.vmap(run, -1, -1)(x_KX, g_NMX)))
+
+
+def stacking(coords_KX: jax.Array) -> jax.Array:
+  """Ten turns whose rows a loop takes from the last on, one from the first on, and a sum as an array."""
+
+  def turn(carry, _):
+    count, c_KX = carry
+    c_KX = jnp.sin(c_KX) + c_KX[::-1] / (count + 1)
+    return (count + 1, c_KX), (c_KX, c_KX[0] * count)
+
+  (_, last_KX), (rows_TKX, firsts_TX) = lax.scan(turn, (0.0, coords_KX), length=10)
+  back = lambda carry, xs: (0.9 * carry + xs[0] * xs[1], None)  # noqa: E731
+  ends = [lax.scan(back, last_KX, (rows_TKX, firsts_TX), reverse=reverse)[0] for reverse in (True, False)]
+  return jnp.stack([*ends, rows_TKX.sum(0)])
+
+
+@pytest.mark.parametrize('platform', ['gpu', 'interpret'])
+def test_loops_over_what_loops_stack(platform, rng):
+  x_KX, g_NKX = (rng.normal(size=s).astype(np.float32) for s in ((2, 9), (3, 2, 9)))
+  run = value_and_pull(stacking)
+  actual = eager_lanes(run, x_KX, g_NKX, platform=platform)
+  jax.tree.map(close, actual, list(jax.vmap(run, -1, -1)(x_KX, g_NKX)))
+
+
+def test_sinkhorn_backward_is_short_on_gpus(rng):
+  """Its iterations and their way back stay loops, of which 40 take no more instructions than 10."""
+  x_KX, g_NMX = (rng.normal(size=s).astype(np.float32) for s in ((4, 9), (2, 2, 9)))
+
+  def traced(iterations, platform):
+    constraint = CONSTRAINTS['birkhoff_sinkhorn'](iterations=iterations)
+    run = value_and_pull(lambda coords_K: constraint.matrix(coords_K, 2))
+    made = jax.make_jaxpr(lambda x, g: eager_lanes(run, x, g, platform=platform))(x_KX, g_NMX)
+    return lane_blocks.instructions(made.jaxpr), made, run
+
+  length, made, run = traced(10, 'gpu')
+  assert length == traced(40, 'gpu')[0] < traced(10, 'interpret')[0] / 2
+  kernel = jax.jit(jaxpr_as_fun(made))
+  jax.tree.map(close, kernel(x_KX, g_NMX), list(jax.vmap(run, -1, -1)(x_KX, g_NMX)))
 
 
 def test_a_loop_ends_for_each_token_by_its_own_condition(rng):

@@ -1,15 +1,17 @@
 """A function of one token, evaluated for many tokens that lie in lanes (entries.py).
 
 The function is traced as it is, (K,) -> (n, n) say, without any axis of tokens. Calls are inlined; a loop
-stays one where its body needs no index that the loop counts, and is written out elsewhere; what differs
-between platforms is decided. Each token gets what the function gives for it alone: a loop that ends by a
-condition runs until no token of the block wants another turn, and keeps the values of those that are done.
+stays one where its body needs no index that the loop counts and, on TPUs, stacks nothing, and is written out
+elsewhere; what differs between platforms is decided. Each token gets what the function gives for it alone: a
+loop that ends by a condition runs until no token of the block wants another turn, and keeps the values of
+those that are done.
 """
 
 import functools
 import itertools
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,8 +39,21 @@ CALLS = frozenset(
   'jit pjit closed_call core_call checkpoint remat remat2 custom_jvp_call custom_vjp_call custom_lin'.split()
 )
 PLATFORMS = {'tpu': 'tpu', 'interpret': 'tpu', 'gpu': 'cuda'}
-# A loop of at most so many turns is written out.
+# A loop of at most so many turns is written out, and one that stacks what it computes, of at most so many.
 SHORT = 2
+STACKED = {'tpu': math.inf, 'interpret': math.inf, 'gpu': 8}
+
+
+class Rows(NamedTuple):
+  """What a scan stacks, until something needs it as an array.
+
+  Triton takes 20 ms and more for each instruction of loops that are written out, and there is no memory to
+  stack in. So a scan over such rows computes each from the start: quadratic in the turns, in a few registers.
+  """
+
+  at: Callable[[jax.Array], list[np.ndarray]]  # index -> rows of everything that the scan stacks
+  whole: Callable[[], list[np.ndarray]]
+  place: int  # among what the scan stacks
 
 
 def evaluate(jaxpr: Any, consts: list[Any], inputs: list[np.ndarray], platform: str) -> list[np.ndarray]:
@@ -47,10 +62,19 @@ def evaluate(jaxpr: Any, consts: list[Any], inputs: list[np.ndarray], platform: 
   platform: 'tpu', 'gpu' or 'interpret', whose branches of lax.platform_dependent are taken. Raises
   NotInLanesError for a primitive without a rule, naming it, and for an index that depends on a token.
   """
+  return list(map(_whole, _evaluate(jaxpr, consts, inputs, platform)))
+
+
+def _whole(x: Any) -> np.ndarray:
+  return x.whole()[x.place] if isinstance(x, Rows) else x
+
+
+def _evaluate(jaxpr: Any, consts: list[Any], inputs: list[Any], platform: str) -> list[Any]:
+  """Outputs that are arrays or Rows."""
   values = dict(zip(jaxpr.constvars, map(_constant, consts), strict=True))
   values |= dict(zip(jaxpr.invars, inputs, strict=True))
 
-  def value(v: Any) -> np.ndarray:
+  def value(v: Any) -> Any:
     return np.asarray(v.val, v.aval.dtype) if isinstance(v, jex.Literal) else values[v]
 
   for eqn in _needed(jaxpr):
@@ -76,12 +100,15 @@ def _needed(jaxpr: Any) -> list[Any]:
   return needed[::-1]
 
 
-def _equation(eqn: Any, inputs: list[np.ndarray], platform: str) -> list[np.ndarray]:
+def _equation(eqn: Any, inputs: list[Any], platform: str) -> list[Any]:
   name = eqn.primitive.name
   if name == 'platform_index':
     return [np.asarray(_platform_index(eqn.params['platforms'], PLATFORMS[platform]), np.int32)]
   if name in CALLS:
-    return _closed(next(eqn.params[key] for key in INNER if key in eqn.params), inputs, platform)
+    return _called(next(eqn.params[key] for key in INNER if key in eqn.params), inputs, platform)
+  if name == 'scan':
+    return _scan(eqn, inputs, platform)
+  inputs = list(map(_whole, inputs))
   if name == 'push':  # J t of a function with a backward of its own (derivatives.py)
     traced = jax.make_jaxpr(lambda *args: eqn.primitive.impl(*args, **eqn.params))
     return _closed(traced(*(v.aval for v in eqn.invars)), inputs, platform)
@@ -99,9 +126,13 @@ def _platform_index(platforms: tuple, platform: str) -> int:
   return next(i for i, names in enumerate(platforms) if names is None or platform in names)
 
 
-def _closed(jaxpr: Any, inputs: list[np.ndarray], platform: str) -> list[np.ndarray]:
+def _called(jaxpr: Any, inputs: list[Any], platform: str) -> list[Any]:
   inner, consts = (jaxpr.jaxpr, jaxpr.consts) if hasattr(jaxpr, 'consts') else (jaxpr, [])
-  return evaluate(inner, consts, inputs, platform)
+  return _evaluate(inner, consts, inputs, platform)
+
+
+def _closed(jaxpr: Any, inputs: list[np.ndarray], platform: str) -> list[np.ndarray]:
+  return list(map(_whole, _called(jaxpr, inputs, platform)))
 
 
 def _cond(eqn: Any, inputs: list[np.ndarray], platform: str) -> list[np.ndarray]:
@@ -118,27 +149,49 @@ def _cond(eqn: Any, inputs: list[np.ndarray], platform: str) -> list[np.ndarray]
   return outputs
 
 
-def _scan(eqn: Any, inputs: list[np.ndarray], platform: str) -> list[np.ndarray]:
+def _scan(eqn: Any, inputs: list[Any], platform: str) -> list[Any]:
   p = eqn.params
-  consts, carry = inputs[: p['num_consts']], inputs[p['num_consts'] : p['num_consts'] + p['num_carry']]
-  xs, avals = inputs[p['num_consts'] + p['num_carry'] :], [v.aval for v in eqn.outvars]
+  split = p['num_consts'], p['num_consts'] + p['num_carry']
+  consts, carry = (list(map(_whole, part)) for part in (inputs[: split[0]], inputs[split[0] : split[1]]))
+  xs, avals = inputs[split[1] :], [v.aval for v in eqn.outvars]
+  length, stacks = p['length'], len(avals) > len(carry)
 
-  def turn(carry: list[np.ndarray], *xs: np.ndarray) -> list[np.ndarray]:
+  def turn(carry: list[np.ndarray], xs: list[np.ndarray]) -> list[np.ndarray]:
     return _closed(p['jaxpr'], [*consts, *carry, *xs], platform)
 
-  if not xs and len(avals) == len(carry) and p['length'] > SHORT:
-    try:
-      return _counted(turn, carry, avals, p['length'])
-    except NotInLanesError:
-      pass  # an index that the loop counts is known when it is written out
-  ys = [None] * p['length']
-  for i in reversed(range(p['length'])) if p['reverse'] else range(p['length']):
-    results = turn(carry, *(row_of(x, i) for x in xs))
-    carry, ys[i] = results[: len(carry)], results[len(carry) :]
-  stacked = [
-    _stacked(rows, aval) for rows, aval in zip(zip(*ys, strict=True), avals[len(carry) :], strict=True)
-  ]
-  return [*carry, *stacked]
+  def row(k: Any) -> Any:
+    return length - 1 - k if p['reverse'] else k
+
+  @functools.cache
+  def written_out() -> list[np.ndarray]:
+    now, ys, arrays = carry, [None] * length, list(map(_whole, xs))
+    for i in map(row, range(length)):
+      results = turn(now, [row_of(x, i) for x in arrays])
+      now, ys[i] = results[: len(carry)], results[len(carry) :]
+    rows = zip(zip(*ys, strict=True), avals[len(carry) :], strict=True)
+    return [*now, *itertools.starmap(_stacked, rows)]
+
+  def after(turns: Any) -> list[np.ndarray]:
+    """The carry after so many turns, by a loop."""
+    return _counted(
+      lambda now, k: turn(now, _rows(xs, row(k)))[: len(carry)], carry, avals[: len(carry)], turns
+    )
+
+  if length <= (STACKED[platform] if stacks else SHORT) or not all(isinstance(x, Rows) for x in xs):
+    return written_out()
+  try:
+    last = after(length)
+  except NotInLanesError:  # an index that the loop counts is known when it is written out
+    return written_out()
+  at = lambda i: turn(after(row(i)), _rows(xs, i))[len(carry) :]  # noqa: E731
+  whole = lambda: written_out()[len(carry) :]  # noqa: E731
+  return [*last, *(Rows(at, whole, place) for place in range(len(avals) - len(carry)))]
+
+
+def _rows(xs: list[Rows], i: Any) -> list[np.ndarray]:
+  """Row i of each; those of one scan are computed at once."""
+  made = {at: at(i) for at in dict.fromkeys(x.at for x in xs)}
+  return [made[x.at][x.place] for x in xs]
 
 
 def _stacked(rows: tuple[np.ndarray, ...], aval: Any) -> np.ndarray:
@@ -169,20 +222,20 @@ def _while(eqn: Any, inputs: list[np.ndarray], platform: str) -> list[np.ndarray
     return carry
 
 
-CONTROL: dict[str, Callable] = {'cond': _cond, 'scan': _scan, 'while': _while}
+CONTROL: dict[str, Callable] = {'cond': _cond, 'while': _while}
 # With known inputs these are computed by numpy or JAX at once; the others only move what they get.
 FOLDED = frozenset(name for name, rule in RULES.items() if getattr(rule, '__name__', '') == 'elementwise')
 
 
-def _counted(turn: Callable, carry: list[np.ndarray], avals: list[Any], length: int) -> list[np.ndarray]:
-  """`length` turns, as a loop."""
+def _counted(turn: Callable, carry: list[np.ndarray], avals: list[Any], length: Any) -> list[np.ndarray]:
+  """`length` turns (carry, counter) -> carry, as a loop."""
   entries, dtypes = _flat(carry, avals)
 
-  def body(entries: list[Any]) -> list[Any]:
-    return _flat(turn(_arrays(entries, avals)), avals)[0]
+  def body(entries: list[Any], k: Any) -> list[Any]:
+    return _flat(turn(_arrays(entries, avals), k), avals)[0]
 
   shapes = _carried(body, entries, dtypes)
-  loop = lambda _, moving: _packed(body(_merged(entries, shapes, dtypes, moving)), shapes, dtypes)  # noqa: E731
+  loop = lambda k, moving: _packed(body(_merged(entries, shapes, dtypes, moving), k), shapes, dtypes)  # noqa: E731
   moving = lax.fori_loop(0, length, loop, _packed(entries, shapes, dtypes, start=True))
   return _arrays(_merged(entries, shapes, dtypes, moving), avals)
 
@@ -196,7 +249,7 @@ def _conditional(
   if is_number(entries[0]) and not entries[0]:
     return carry
 
-  def body(entries: list[Any]) -> list[Any]:
+  def body(entries: list[Any], _: Any = None) -> list[Any]:
     going, *old = entries
     new = _flat(turn(_arrays(old, avals)), avals)[0]
     if not is_number(going) and going.shape:
@@ -230,15 +283,16 @@ def _carried(body: Callable, entries: list[Any], dtypes: list[Any]) -> list[tupl
   while True:
     after = []
 
-    def probe(*moving: jax.Array, shapes: list = shapes, after: list = after) -> jax.Array:
+    def probe(k: jax.Array, *moving: jax.Array, shapes: list = shapes, after: list = after) -> jax.Array:
       start = _merged(entries, shapes, dtypes, moving)
-      for old, new in zip(start, body(start), strict=True):
+      for old, new in zip(start, body(start, k), strict=True):
         same = is_number(old) and is_number(new) and (old == new or (old != old and new != new))
         after.append(None if same else () if is_number(new) else new.shape)
       return jnp.zeros(())
 
     moving = [(s, d) for s, d in zip(shapes, dtypes, strict=True) if s is not None]
-    jax.eval_shape(probe, *(jax.ShapeDtypeStruct(s, _carried_dtype(d)) for s, d in moving))
+    counter = jax.ShapeDtypeStruct((), np.int32)
+    jax.eval_shape(probe, counter, *(jax.ShapeDtypeStruct(s, _carried_dtype(d)) for s, d in moving))
     joined = [
       max(pair, key=lambda s: -1 if s is None else len(s)) for pair in zip(shapes, after, strict=True)
     ]
