@@ -56,15 +56,15 @@ class Cell:
 # Both arms of a comparison have these fields, recomputation too: model.remat=products where memory allows.
 # Slices of as many chips as the configs' own on v5p; v6e ends at 256 chips, whose 32 GB need microbatches.
 SLICES = {
-  'paper_3b': {'v5p': ('v5p:4x4x4', ()), 'v6e': ('v6e:8x8', ())},
-  'paper_9b': {'v5p': ('v5p:4x4x8', ()), 'v6e': ('v6e:8x16', ())},
+  'paper_3b': {'v5p': ('v5p:4x4x4', ()), 'v6e': ('v6e:8x8', ('model.remat=layer',))},
+  'paper_9b': {'v5p': ('v5p:4x4x8', ()), 'v6e': ('v6e:8x16', ('model.remat=layer',))},
   'paper_27b': {
     'v5p': ('v5p:8x8x8', ()),
-    'v6e': ('v6e:16x16', ('mesh.tensor=1', 'optimizer.microbatches=5')),
+    'v6e': ('v6e:16x16', ('mesh.tensor=1', 'optimizer.microbatches=5', 'model.remat=layer')),
   },
   'paper_3b_1t': {
     'v5p': ('v5p:8x8x8', ()),
-    'v6e': ('v6e:16x16', ('mesh.data=1', 'optimizer.microbatches=2')),
+    'v6e': ('v6e:16x16', ('mesh.data=1', 'optimizer.microbatches=2', 'model.remat=layer')),
   },
 }
 # What else the page shows: the options of `mhc compile --kernels`, `--connection` and `--small`.
