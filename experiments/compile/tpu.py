@@ -29,8 +29,8 @@ from .hlo_cost import Operation
 from .report import finished
 from .step_time import advice
 
-# Collectives run beside fusions that compute; without these the schedule has none of that. They are among those
-# that MaxText's guide to XLA flags gives, and a run needs them too: experiments/launch/tpu_slice.sh.
+# Collectives beside fusions that compute, of which the schedule has none without these. They are of those in
+# MaxText's guide to XLA flags, and a run needs them too: experiments/launch/tpu_slice.sh.
 OVERLAP = (
   '--xla_tpu_enable_async_collective_fusion=true '
   '--xla_tpu_enable_async_collective_fusion_fuse_all_gather=true '
