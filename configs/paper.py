@@ -45,7 +45,7 @@ def paper_config(
   c.model.mla.update({'kv_rank': 512, 'head_dim': 128, 'rope_dim': 64, 'value_dim': 128})
   c.model.moe.update({'experts': experts, 'active': 6, 'shared': 2, 'ffn_width': expert_width})
   c.model.update({'dense_layers': 1, 'ffn_width': 8 * expert_width, 'norm_eps': 1e-20})
-  c.model.update({'dtype': 'bfloat16', 'remat': 'layer', 'scan_unroll': 1})
+  c.model.update({'dtype': 'bfloat16', 'remat': 'products', 'scan_unroll': 1})
   c.data.update({'name': 'c4/en', 'seq_len': 4096, 'batch_size': batch_size})
   c.optimizer.update({'lr': lr, 'eps': 1e-20, 'schedule': 'step', 'warmup_steps': 2000})
   c.duration.steps = steps

@@ -2,11 +2,19 @@
 
 import importlib.util
 import json
+import re
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from experiments.compile import __main__ as compile_command
-from experiments.compile import bundles
+from experiments.compile import bundles, tpu
+from experiments.compile.hlo_cost import count
+from experiments.compile.hlo_text import parse_module
 
 # As libtpu writes it, shortened: a grid of 4 steps (6 with the pipeline's stages) around a loop of 8.
 # Comments span lines; branches back have delay slots.
@@ -56,3 +64,28 @@ def test_a_kernel_compiled_for_a_chip_that_is_not_there(capsys):
   found = json.loads(capsys.readouterr().out)['row_stochastic']
   assert len(found['kernels']) == 2 and found['bytes'] > 0
   assert all(0 < kernel['cycles'] < 20_000 for kernel in found['kernels'].values())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec('libtpu') is None, reason='needs libtpu')
+def test_a_real_program_with_splash_attention_is_read_whole():
+  """Its kernels' metadata has lines that begin with braces; without an estimate they are named."""
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+
+  device = tpu.described_devices('v5p:2x2x1')[0]
+  where = NamedSharding(Mesh(np.array([device]), ('d',)), P())
+  mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((256, 256))])
+
+  def loss(q_HTK):
+    kernel = splash_attention_kernel.make_splash_mha(mask, head_shards=1, q_seq_shards=1)
+    return jnp.sum(jnp.sin(kernel(q_HTK, q_HTK, q_HTK).astype(jnp.float32)))
+
+  q_HTK = jax.ShapeDtypeStruct((1, 256, 128), jnp.bfloat16, sharding=where)
+  text = jax.jit(jax.grad(loss)).lower(q_HTK).compile().as_text()
+  module = parse_module(text)
+  assert any(line.startswith('}}') for line in text.splitlines()), 'nothing is tested here any more'
+  found = count(module)
+  # Every line that is an instruction is one: names in the text are unique within a computation.
+  lines = sum(re.match(r'\s+(ROOT )?%\S+ = ', line) is not None for line in text.splitlines())
+  assert sum(len(computation.instructions) for computation in module.computations.values()) == lines
+  assert len(found.custom_calls) >= 2 and found.total('matmul_flops') == 0

@@ -170,7 +170,11 @@ def test_overhead_keeps_what_is_finished(monkeypatch, tmp_path, capsys):
   def kept(config, topology):
     calls.append((topology, config.model.connection.streams, config.mesh.fsdp))
     name = 'residual' if config.model.connection.name == 'residual' else 'mhc-n4'
-    return json.loads((ROOT / 'docs' / 'compile' / f'paper_27b-v5p-{name}.json').read_text())
+    report = json.loads((ROOT / 'docs' / 'compile' / f'paper_27b-v5p-{name}.json').read_text())
+    predicted = report['predicted']
+    predicted['seconds'].setdefault('serial', predicted['seconds']['step'])
+    predicted.setdefault('mfu_full', predicted['mfu'])
+    return report
 
   monkeypatch.setattr(overhead, 'compile_step', kept)
   monkeypatch.chdir(tmp_path)  # from any folder: configs are found beside the code
@@ -181,11 +185,17 @@ def test_overhead_keeps_what_is_finished(monkeypatch, tmp_path, capsys):
   first = page.read_text()
   assert overhead.main(arguments) == 0 and len(calls) == 2
   assert page.read_text() == first
-  assert first.count('| 27B, n = 4, v5p:8x8x8 |') == 1
+  assert first.count('| 27B, n = 4, v5p:8x8x8 |') == 2  # and before and now
   assert first.count('the ten costliest operations') == 2
   assert sum(first.count(f'| {limit} |') for limit in ('memory', 'compute', 'links')) == 20
   assert capsys.readouterr().err.count('kept') == 2
   assert len(list((tmp_path / 'docs' / 'compile').iterdir())) == 2
+  for fields, words in (
+    (['--config.model.remat=none'], 'folder of their own'),
+    (['--remat=none'], 'what is'),
+  ):
+    with pytest.raises(ConfigError, match=words):
+      overhead.main([*arguments, *fields])
   with pytest.raises(ConfigError, match='no cell has'):
     overhead.main(['--only', 'nothing', '--out', str(tmp_path)])
 
@@ -194,14 +204,18 @@ def test_a_pair_that_does_not_fit_has_no_numbers():
   fits, not_fits = {'fits': True, 'connection': 'residual'}, {'fits': False, 'connection': 'mhc'}
   line = scale_page.row('3B, n = 4, v6e:8x8', fits, not_fits)
   assert line.startswith('| 3B, n = 4, v6e:8x8 | mhc does not fit |')
-  assert {text.count('|') for text in (line, *scale_page.TABLE[1:])} == {10}
+  assert {text.count('|') for text in (line, *scale_page.TABLE)} == {11}
 
 
 def test_the_page_is_what_the_reports_say():
   """docs/scale.md is written from docs/compile/, and every paper config is there on both kinds of slice."""
   folder, cells = ROOT / 'docs' / 'compile', overhead.cells()
-  reports = {cell.name: json.loads((folder / f'{cell.name}.json').read_text()) for cell in cells}
-  assert (ROOT / 'docs' / 'scale.md').read_text() == overhead.page_of(reports)
+  paths = {cell.name: folder / f'{cell.name}.json' for cell in cells}
+  reports = overhead.current(paths)
+  assert all(path.exists() for path in paths.values())
+  kept = {name: folder / f'{name}.json' for name in overhead.TABLES}
+  tables = {name: json.loads(path.read_text()) for name, path in kept.items() if path.exists()}
+  assert (ROOT / 'docs' / 'scale.md').read_text() == overhead.page_of(reports, tables)
   assert {path.stem for path in (ROOT / 'configs').glob('paper_*.py')} == {cell.config for cell in cells}
 
 
@@ -214,3 +228,25 @@ def test_kernels_take_no_config(monkeypatch, capsys):
   ):
     code, out, error = run(capsys, *arguments)
     assert code == 2 and not out and words in error
+
+
+def test_the_page_has_the_kernels():
+  """Cycles beside the time of the bytes, their sum, and the ratio of the small steps."""
+  options = {'topology': 'v5p:2x2x1', 'streams': 4, 'width': 1000, 'tokens': 500, 'connection': None}
+  kernel = {'times': 1, 'bytes': 2765e3, 'cycles': 3500}  # 1 us and 2 us
+  program = {
+    'bytes': 2e6,
+    'xla_bytes': 4e6,
+    'seconds': 1e-5,
+    'cycles': 7000.0,
+    'kernels': {'a': kernel, 'b': kernel},
+  }
+  lines = scale_page.kernels('kernels-v5p', {'options': options, 'programs': {'pair': program}})
+  assert lines[-2:] == [
+    '| pair: b | 2.77 | 1.0 | 3,500 | 2.0 | 2.00 |',
+    '| pair, all |  | 2.0 |  | 4.0 | 2.00 |',
+  ]
+  both = {'options': options | {'connection': 'mhc'}, 'programs': {'xla': program}}
+  assert scale_page.kernels('connection-v5p', both)[-1] == '| xla | 2.00 | 4.0 | 10 | 7e+03 |'
+  steps = {'programs': {'residual': {'cycles': 100.0}, 'mhc': {'cycles': 150.0}}}
+  assert scale_page.small(steps)[-1] == '| mhc | 150 | 1.50 |'

@@ -1,4 +1,4 @@
-"""The kernels of the boundary between sublayers, in Pallas' interpreter, against hyper_connection.boundary."""
+"""Kernels of the boundary between sublayers, in Pallas' interpreter, against hyper_connection.boundary."""
 
 import dataclasses
 import functools
@@ -57,7 +57,7 @@ def inputs(case, dtype=jnp.float32):
     return jax.random.normal(next(keys), shape)
 
   params = hc.init_params(next(keys), spec, width, 1)
-  params = {name: v + (0.3 if v.ndim < 2 else 0.02) * normal(*v.shape) for name, v in params.items()}
+  params = {name: v + (0.3 if v.ndim < 3 else 0.02) * normal(*v.shape) for name, v in params.items()}
   n = spec.streams
   res_NMBT = normal(n, n, B, T) if spec.constraint.name != 'identity' else None
   pre_NBT = normal(n, B, T) if spec.single_pass else None
@@ -171,7 +171,7 @@ def tiny(**changes):
 def test_a_model_with_kernels_is_the_same_model():
   """Loss and gradients through scan, recomputation and a mesh whose devices have tokens of their own.
 
-  To 1e-5 of each gradient's maximum, as above.
+  To 1e-4 of each gradient's maximum: what float32 leaves of sums that cancel, after three layers.
   """
   rng = np.random.default_rng(0)
   token_BS = rng.integers(0, 11, (B, T + 1)).astype(np.int32)
@@ -191,4 +191,4 @@ def test_a_model_with_kernels_is_the_same_model():
   (loss, expected), (other, found) = (run[name](params, batch) for name in run)
   assert float(jax.tree.leaves(other)[0]) == pytest.approx(float(jax.tree.leaves(loss)[0]), rel=1e-6)
   for (path, one), (_, two) in zip(*map(jax.tree_util.tree_leaves_with_path, (expected, found)), strict=True):
-    np.testing.assert_allclose(two, one, rtol=0, atol=1e-5 * np.abs(one).max() + 1e-30, err_msg=str(path))
+    np.testing.assert_allclose(two, one, rtol=0, atol=1e-4 * np.abs(one).max(), err_msg=str(path))

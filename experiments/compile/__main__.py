@@ -69,7 +69,7 @@ def _kernels(args: argparse.Namespace, overrides: list[str]) -> int:
   tpu.check_topology(args.topology)
   found = kernels.measured(vars(args))
   print(json.dumps(found, indent=1) if args.json else kernels.text(found, args))
-  return 0
+  return 1 if any('error' in program for program in found.values()) else 0
 
 
 if __name__ == '__main__':

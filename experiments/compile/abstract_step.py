@@ -16,6 +16,8 @@ from mhc_jax import cost
 from mhc_jax.config import build_optimizer, check_counts
 from mhc_jax.config_file import check_fields
 from mhc_jax.errors import require
+from mhc_jax.layers.attention import why_formula
+from mhc_jax.model import why_no_kernels
 from mhc_jax.model_config import ModelConfig, build_model
 from mhc_jax.plan import check_size
 from mhc_jax.sharding import BATCH, check_mesh
@@ -66,7 +68,9 @@ def device_bytes(tree: Any) -> int:
   return int(sum(sizes))
 
 
-def describe(config: ConfigDict, model: ModelConfig, where: str, devices: int) -> dict[str, Any]:
+def describe(
+  config: ConfigDict, model: ModelConfig, where: str, devices: int, mesh: Mesh | AbstractMesh
+) -> dict[str, Any]:
   """What was compiled or lowered, for the report."""
   return {
     'topology': where,
@@ -75,8 +79,18 @@ def describe(config: ConfigDict, model: ModelConfig, where: str, devices: int) -
     'connection': config.model.connection.name,
     'streams': model.connection.streams,
     'remat': model.remat,
+    'kernels': kernels(config, model, mesh),
     'batch_size': config.data.batch_size,
     'seq_len': config.data.seq_len,
     'params': cost.parameters(model),
     'routed_buffer_over_used': cost.routed_flops_over_ideal(model, config.mesh.expert) if model.moe else None,
+  }
+
+
+def kernels(config: ConfigDict, model: ModelConfig, mesh: Mesh | AbstractMesh) -> dict[str, str | None]:
+  """Part of the model -> why XLA's program does it; None where a kernel does."""
+  rows = config.data.batch_size // (config.optimizer.microbatches or 1)
+  return {
+    'boundaries': why_no_kernels(model, rows, config.data.seq_len, mesh),
+    'attention': why_formula(model, mesh, config.data.seq_len),
   }

@@ -153,7 +153,7 @@ def compile_step(config: ConfigDict, gpus: str) -> dict[str, Any]:
     'batch': device_bytes(batch),
   }
   versions = {package: metadata.version(package) for package in ('jax', 'jaxlib', 'jax-cuda12-plugin')}
-  report = describe(config, model, gpus, len(devices))
+  report = describe(config, model, gpus, len(devices), mesh)
   report |= {'git_revision': revision(), 'versions': versions, 'argument_bytes': arguments}
   print(f'compiling for {gpus}, some minutes for a large model', file=sys.stderr)
   began = time.perf_counter()

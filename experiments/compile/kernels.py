@@ -12,6 +12,8 @@ import argparse
 import glob
 import json
 import os
+import pathlib
+import re
 import subprocess
 import sys
 import tempfile
@@ -27,7 +29,7 @@ from jax.sharding import PartitionSpec as P
 from mhc_jax import hyper_connection as hc
 from mhc_jax.connection import ConnectionSpec
 from mhc_jax.constraints import CONSTRAINTS
-from mhc_jax.errors import ConfigError, require
+from mhc_jax.errors import require
 from mhc_jax.kernels import boundary, lanes
 from mhc_jax.kernels.choice import Chip as KernelChip
 from mhc_jax.kernels.choice import chip_of
@@ -165,13 +167,18 @@ def compiled_program(lower: Callable, device: jax.Device, folder: str, chip: Chi
 
 
 def dumped_cycles(folder: str, kernel: str) -> int:
-  """Cycles of one run of a kernel on one core, from the dumped schedule."""
-  paths = glob.glob(f'{folder}/*-{glob.escape(kernel)}-*-final_bundles.txt')
-  paths = [path for path in paths if 'schedule-analysis' not in path]
-  if not paths:
-    raise ConfigError(f'libtpu dumped no schedule of {kernel}')
-  with open(max(paths)) as file:
-    return bundles.cycles(file.read())
+  """Cycles of one run of a kernel on one core, from the dumped schedule.
+
+  Equal kernels are compiled and dumped once, by the name of one of them: the same but for its number. Of
+  several such, the most cycles.
+  """
+  paths: list[str] = []
+  unnumbered = re.sub(r'[.]\d+$', '', kernel)
+  for name in (f'{kernel}-', f'{unnumbered}.'):
+    found = glob.glob(f'{folder}/*-{glob.escape(name)}*final_bundles.txt')
+    paths = paths or [path for path in found if 'schedule-analysis' not in path]
+  require(bool(paths), f'libtpu dumped no schedule of {kernel}')
+  return max(bundles.cycles(pathlib.Path(path).read_text()) for path in paths)
 
 
 def measured(options: dict[str, Any]) -> dict[str, Any]:
@@ -206,7 +213,10 @@ def main(folder: str, options: dict[str, Any]) -> None:
   for name, lower in chosen:
     if options['only'] in name:
       print(f'{name}', file=sys.stderr)
-      found[name] = compiled_program(lower, device, folder, chip)
+      try:
+        found[name] = compiled_program(lower, device, folder, chip)
+      except Exception as error:  # Mosaic's has no public name; the others are still of use
+        found[name] = {'error': ' '.join(f'{type(error).__name__}: {error}'.split())[:300]}
   print(json.dumps(found))
 
 
@@ -230,6 +240,8 @@ def text(programs: dict[str, Any], options: argparse.Namespace) -> str:
   where = f'{options.topology}, n = {options.streams}, {options.tokens} tokens of width {options.width}'
   lines = [f'Predictions, not measurements; {where}. A C-unit: a bfloat16 vector of the width per token.', '']
   lines.append(f'{"program":34} {"C-units":>8} {"XLA counts":>10} {"us":>8} {"cycles":>10} {"us":>8}')
+  failed = {name: found['error'] for name, found in programs.items() if 'error' in found}
+  programs = {name: found for name, found in programs.items() if name not in failed}
   for name, found in programs.items():
     xla, cycles = found['xla_bytes'] or float('nan'), found['cycles']
     lines.append(
@@ -245,7 +257,7 @@ def text(programs: dict[str, Any], options: argparse.Namespace) -> str:
         scheduled = row['cycles'] / clock / 1e3
         line += f' {scheduled:8.1f} {scheduled / us:6.2f}'
       lines.append(line)
-  return '\n'.join(lines)
+  return '\n'.join([*lines, *(f'{name} does not compile: {error}' for name, error in failed.items())])
 
 
 if __name__ == '__main__':

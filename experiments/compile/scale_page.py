@@ -1,44 +1,49 @@
 """docs/scale.md: an arm over another in one line each, and where the time of a step goes. Pure.
 
-Where: reports of overhead.py -> **here** -> docs/scale.md.
+Where: reports of overhead.py -> **here** -> docs/scale.md. before.json: the same steps before the project had
+kernels, with nothing overlapped.
 """
 
+import json
+import pathlib
 from typing import Any
 
+from .chips import CHIPS
+from .kernels import CLOCKS
+from .scale_words import HEAD, LIMITS, PEERS, SMALL, TABLES_HEAD
 from .step_time import GIB
 
 Report = dict[str, Any]
-HEAD = """# mHC at the paper's sizes: predicted cost over the plain residual model
-
-Written by `mhc overhead` from the reports in `docs/compile/`, each of them what `mhc compile --json` prints:
-the real train step (forward, backward, AdamW), compiled by the TPU's own compiler for a described slice.
-**Nothing here was measured on a TPU.** Memory is the compiler's. FLOPs and bytes are counted in its program
-with loops multiplied out, per device and step. The time of a step is the sum over its operations of
-max(FLOPs / peak, bytes / bandwidth), collectives at the links' bandwidth, nothing overlapped; the roofline
-overlaps everything; cycles are the compiler's own estimate of everything but collectives. Percentages: mHC
-over residual, same mesh, same recomputation. Attention's scores move through the memory here; "without
-scores" leaves them out of both arms (the scope `attention_scores`), as if a fused kernel made them free,
-which raises the percentage.
-"""
 TABLE = [
   '| model | FLOPs of residual (mHC) | bytes of memory (mHC) | seconds of a step | overhead '
-  '| without scores | of the roofline | of the cycles | GiB of a device |',
-  '|---' * 9 + '|',
+  '| nothing overlapped | of the roofline | of the cycles | MFU, causal (full) | GiB of a device |',
+  '|---' * 10 + '|',
 ]
-LIMITS = """
-What limits. Hyper-connections add few FLOPs; they move streams through the memory, and their cost is that of
-its traffic. Peak rates are never reached, and unequally: products come closer to theirs than small vector
-operations do, whose time on the vector unit (it has no published peak) is not counted; the compiler's cycles
-count it. Float32 products count three or six passes. On the real machine collectives overlap with
-products. The overheads are estimates, good for comparing two programs, not for promising a speed.
-"""
+CHANGES = [
+  '| model | seconds of a step, before | now | overhead, before | now '
+  '| MFU of residual and mHC, before | now |',
+  '|---' * 7 + '|',
+]
 
 
-def page(pairs: dict[str, tuple[Report, Report]], detailed: dict[str, Report], revisions: list[str]) -> str:
-  """The page: a line for each pair of residual and another arm, a section for each detailed report."""
-  lines = [HEAD, f'Git revision of the reports: {", ".join(revisions)}.', '', *TABLE]
+def page(
+  pairs: dict[str, tuple[Report, Report]],
+  detailed: dict[str, Report],
+  tables: dict[str, Report],
+  revisions: list[str],
+  missing: list[str],
+) -> str:
+  """The page: a line for each pair of residual and another arm, tables, sections of detailed reports.
+
+  missing: cells that are not compiled yet.
+  """
+  lines = [HEAD, f'Git revision of the reports: {", ".join(revisions) or "none"}.', '', *TABLE]
   lines += [row(name, *pair) for name, pair in pairs.items()]
-  lines += [LIMITS]
+  if missing:
+    lines += ['', f'Not compiled yet by this rule, and not shown: {", ".join(missing)}.']
+  lines += [LIMITS, *changes(pairs), PEERS]
+  for name, table in tables.items():
+    lines += small(table) if table['options']['small'] else kernels(name, table)
   for name, report in detailed.items():
     lines += costliest(name, report)
   return '\n'.join(lines) + '\n'
@@ -48,23 +53,88 @@ def row(name: str, base: Report, other: Report) -> str:
   """One line of the table: an arm over residual."""
   pair = (base, other)
   if not all(report['fits'] for report in pair):
-    which = ' and '.join(report['connection'] for report in pair if not report['fits'])
-    return _line(name, f'{which} does not fit', *[''] * 7)
+    return _line(name, _not_fitting(pair), *[''] * 8)
   predicted = [report['predicted'] for report in pair]
   flops, moved, cycles = (
     [p['per_device'][key] for p in predicted] for key in ('flops', 'hbm_bytes', 'compiler_cycles')
   )
-  step, roofline = ([p['seconds'][key] for p in predicted] for key in ('step', 'roofline'))
-  rest = [p['seconds']['step'] - p['scopes']['attention_scores']['seconds'] for p in predicted]
+  step, serial, roofline = ([p['seconds'][key] for p in predicted] for key in ('step', 'serial', 'roofline'))
   total = [report['memory_bytes']['total'] / GIB for report in pair]
   return _line(
     name,
     f'{flops[0]:.3g} ({_more(flops)})',
     f'{moved[0]:.3g} ({_more(moved)})',
     f'{step[0]:.3f} -> {step[1]:.3f}',
-    *map(_more, (step, rest, roofline, cycles)),
+    *map(_more, (step, serial, roofline, cycles)),
+    ' -> '.join(f'{_percent(p["mfu"])} ({_percent(p["mfu_full"])})' for p in predicted),
     f'{total[0]:.1f} -> {total[1]:.1f}',
   )
+
+
+def changes(pairs: dict[str, tuple[Report, Report]]) -> list[str]:
+  """The table of what the same steps were before."""
+  old = json.loads((pathlib.Path(__file__).parent / 'before.json').read_text())
+  lines = ['', '## Before and now', '', *CHANGES]
+  for name, pair in pairs.items():
+    was = [old.get(report['cell']) for report in pair]
+    if not all(was) or not all(report['fits'] for report in pair):
+      continue
+    now = [report['predicted'] for report in pair]
+    before, after = [w['seconds'] for w in was], [p['seconds']['step'] for p in now]
+    lines.append(
+      _line(
+        name,
+        *(f'{a:.3f} -> {b:.3f}' for a, b in (before, after)),
+        _more(before),
+        _more(after),
+        *(' -> '.join(_percent(p['mfu']) for p in arms) for arms in (was, now)),
+      )
+    )
+  revisions = sorted({row['revision'] for row in old.values()})
+  return [*lines, '', f'Before: revision {", ".join(revisions)}; MFU with the causal numerator in both.']
+
+
+def kernels(name: str, table: Report) -> list[str]:
+  """The tables of `mhc compile --kernels` and `--connection`: programs, and their kernels."""
+  options, programs = table['options'], table['programs']
+  chip = CHIPS[options['topology'].partition(':')[0]]
+  clock, unit = CLOCKS.get(chip.name), options['tokens'] * options['width'] * 2
+  where = f'{chip.name}, n = {options["streams"]}, {options["tokens"]} tokens, width {options["width"]}'
+  lines = ['', f'## {TABLES_HEAD[name.partition("-")[0]]} ({where})', '']
+  if options['connection']:
+    lines += [_line('program', 'C-units', "XLA's count", 'us, of bytes', 'cycles'), '|---' * 5 + '|']
+    for program, found in programs.items():
+      if 'error' in found:
+        lines.append(_line(program, 'does not compile', *[''] * 3))
+        continue
+      xla = f'{found["xla_bytes"] / unit:.1f}' if found['xla_bytes'] else ''
+      us, cycles = f'{1e6 * found["seconds"]:.0f}', f'{found["cycles"]:.3g}'
+      lines.append(_line(program, f'{found["bytes"] / unit:.2f}', xla, us, cycles))
+    return lines
+  lines += [_line('kernel', 'C-units', 'us, of bytes', 'cycles', 'us, of cycles', 'over'), '|---' * 6 + '|']
+  for program, found in programs.items():
+    if 'error' in found:
+      lines.append(_line(program, 'does not compile', *[''] * 4))
+      continue
+    sums = [0.0, 0.0]
+    for kernel, numbers in found['kernels'].items():
+      us = 1e6 * numbers['bytes'] / (chip.bandwidth / chip.devices)
+      of_cycles = numbers['cycles'] / clock / 1e3 if clock else float('nan')
+      sums = [sums[0] + us, sums[1] + of_cycles]
+      cells = f'{numbers["bytes"] / unit:.2f}', f'{us:.1f}', f'{numbers["cycles"]:,}', f'{of_cycles:.1f}'
+      lines.append(_line(f'{program}: {kernel}', *cells, f'{of_cycles / us:.2f}'))
+    if len(found['kernels']) > 1:
+      lines.append(
+        _line(f'{program}, all', '', f'{sums[0]:.1f}', '', f'{sums[1]:.1f}', f'{sums[1] / sums[0]:.2f}')
+      )
+  return lines
+
+
+def small(table: Report) -> list[str]:
+  """A small step of both arms by the compiler's cycles."""
+  cycles = {name: found['cycles'] for name, found in table['programs'].items()}
+  lines = ['', SMALL, '', _line('arm', 'cycles', 'over residual'), '|---|---|---|']
+  return [*lines, *(_line(arm, f'{n:.3g}', f'{n / cycles["residual"]:.2f}') for arm, n in cycles.items())]
 
 
 def costliest(name: str, report: Report) -> list[str]:
@@ -85,7 +155,17 @@ def costliest(name: str, report: Report) -> list[str]:
   ]
 
 
+def _not_fitting(pair: tuple[Report, Report]) -> str:
+  return f'{" and ".join(report["connection"] for report in pair if not report["fits"])} does not fit'
+
+
+def _percent(share: float | None) -> str:
+  return 'unknown' if share is None else f'{100 * share:.1f} %'
+
+
 def _more(pair: list[float]) -> str:
+  if not pair[0]:
+    return ''
   return f'{100 * (pair[1] / pair[0] - 1):+.1f} %'
 
 

@@ -29,6 +29,14 @@ from .hlo_cost import Operation
 from .report import finished
 from .step_time import advice
 
+# Collectives beside fusions that compute, of which the schedule has none without these. They are of those in
+# MaxText's guide to XLA flags, and a run needs them too: experiments/launch/tpu_slice.sh.
+OVERLAP = (
+  '--xla_tpu_enable_async_collective_fusion=true '
+  '--xla_tpu_enable_async_collective_fusion_fuse_all_gather=true '
+  '--xla_tpu_enable_async_collective_fusion_multiple_steps=true --xla_tpu_overlap_compute_collective_tc=true '
+  '--xla_enable_async_all_gather=true'
+)
 # libtpu looks for the machine it runs on, and two compilations at once collide on its lock file.
 LIBTPU = {
   'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
@@ -36,6 +44,7 @@ LIBTPU = {
   'TPU_ACCELERATOR_TYPE': 'v5p-8',
   'TPU_WORKER_HOSTNAMES': 'localhost',
   'TF_CPP_MIN_LOG_LEVEL': '3',
+  'LIBTPU_INIT_ARGS': OVERLAP,
 }
 
 
@@ -77,7 +86,7 @@ def compile_step(config: ConfigDict, topology: str) -> dict[str, Any]:
     'optimizer': device_bytes((state.opt_state, state.step)),
     'batch': device_bytes(batch),
   }
-  report = describe(config, model, topology, len(devices))
+  report = describe(config, model, topology, len(devices), mesh)
   report |= {'git_revision': revision()}
   report |= {'versions': {name: metadata.version(name) for name in ('jax', 'jaxlib', 'libtpu')}}
   report |= {'argument_bytes': arguments}
