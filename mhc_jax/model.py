@@ -85,7 +85,7 @@ class Block(nn.Module):
 def boundary(
   params: dict[str, jax.Array], pending: hc.Pending, sublayer: jax.Array, c: ModelConfig, mesh: Mesh | None
 ) -> tuple[jax.Array, jax.Array, hc.Coefficients]:
-  """hyper_connection.boundary on a mesh, of streams to which all is written."""
+  """(streams, the sublayer's input, its coefficients), of streams to which all is written."""
   spec = c.connection
   generate = token_local(
     lambda params, x_NBTD, sublayer: hc.generate(params, x_NBTD, spec, sublayer),

@@ -66,7 +66,7 @@ def inputs(case, dtype=jnp.float32):
 
 
 def by_kernels(spec, chip, params, pending):
-  """hyper_connection.boundary's results that training needs, from the kernels'."""
+  """The same from kernels, of the results that training needs."""
   n = spec.streams
   rows = [pending.post_NBT]
   rows += [] if pending.res_NMBT is None else [pending.res_NMBT.reshape(n * n, B, T)]

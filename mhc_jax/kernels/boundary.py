@@ -83,9 +83,9 @@ def definition(pending: Pending, spec: ConnectionSpec) -> hc.Pending:
 def boundary(
   params: dict[str, jax.Array], pending: Pending, spec: ConnectionSpec, sublayer: jax.Array, chip: Chip
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """(x', h, mix) of the tokens of one device, as hyper_connection.boundary, where why_not says None.
+  """(x', h, mix): the streams with y written, the next sublayer's input and its weights.
 
-  Reverse mode only.
+  Of the tokens of one device, where why_not says None. Reverse mode only.
   """
   n, batch, time, width = pending.x_NBTD.shape
   phi_NCK, out_RK = generator.factors(params)

@@ -18,10 +18,13 @@ def kernels_for(setting: str, mesh: Mesh | None) -> str:
   interpreter, slow and for tests. Known when the program is traced, from the devices of the mesh (those of
   this machine without one), so that only one of the two is traced and compiled, and status.json can name it.
   """
-  platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-  if setting == 'xla' or (setting == 'auto' and platform == 'cpu'):
+  device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+  amd = 'rocm' in getattr(
+    getattr(device, 'client', None), 'platform_version', ''
+  )  # nothing here was tried there
+  if setting == 'xla' or amd or (setting == 'auto' and device.platform == 'cpu'):
     return 'xla'
-  return {'cpu': 'interpret', 'tpu': 'tpu', 'cuda': 'gpu', 'gpu': 'gpu'}.get(platform, 'xla')
+  return {'cpu': 'interpret', 'tpu': 'tpu', 'cuda': 'gpu', 'gpu': 'gpu'}.get(device.platform, 'xla')
 
 
 @dataclasses.dataclass(frozen=True)
