@@ -147,7 +147,7 @@ def test_the_report_on_a_cluster(monkeypatch, capsys):
   code, out, _ = run(capsys, *SMALL, '--config.model.connection.name=identity', '--gpu=H100:2x2', '--json')
   found = json.loads(out)
   assert code == 0 and found['fits'] and found['memory_bytes']['capacity'] == 80e9
-  assert found['kernels']['fusions'] > 10 and found['predicted']['collectives']['all-gather']['seconds'] > 0
+  assert found['program']['fusions'] > 10 and found['predicted']['collectives']['all-gather']['seconds'] > 0
   assert 'fusions in the text; custom calls: ' in report.text(found)
 
 

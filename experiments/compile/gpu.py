@@ -164,7 +164,7 @@ def compile_step(config: ConfigDict, gpus: str) -> dict[str, Any]:
     raise ConfigError(f'train_step has an operation that does not exist for CUDA: {what}') from None
   report['compile_seconds'] = time.perf_counter() - began
   text = compiled.as_text()
-  report['kernels'] = {
+  report['program'] = {
     'fusions': len(re.findall(r' fusion\(', text)),
     'custom_calls': sorted(set(re.findall(r'custom_call_target="([^"]*)"', text))),
   }

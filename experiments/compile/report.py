@@ -100,10 +100,14 @@ def text(report: dict[str, Any]) -> str:
     return '\n'.join([*lines, *(f'- {line}' for line in report['change'])])
   kinds = ('arguments', 'outputs', 'aliased', 'temporaries', 'generated_code')
   lines.append('  ' + ', '.join(f'{kind.replace("_", " ")} {gib[kind]}' for kind in kinds))
-  if 'kernels' in report:
-    calls = ', '.join(report['kernels']['custom_calls']) or 'none'
-    lines.append(f'  {report["kernels"]["fusions"]} fusions in the text; custom calls: {calls}')
+  if 'program' in report:
+    calls = ', '.join(report['program']['custom_calls']) or 'none'
+    lines.append(f'  {report["program"]["fusions"]} fusions in the text; custom calls: {calls}')
   lines.append('  of the arguments: ' + ', '.join(f'{kind} {gib[kind]}' for kind in held))
+  lines += [
+    f'  {part}: ' + ('kernels' if reason is None else f"XLA's program, since {reason}")
+    for part, reason in report['kernels'].items()
+  ]
   return '\n'.join([*lines, '', *predicted_lines(report['predicted'], report['compile_seconds'])])
 
 

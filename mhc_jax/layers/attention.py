@@ -17,7 +17,7 @@ from mhc_jax.sharding import constrain, token_local
 def why_formula(c: ModelConfig, mesh: Mesh | None, time: int) -> str | None:
   """For people: why attention over `time` tokens runs the formula below; None where it runs a kernel."""
   kind = kernels_for(c.kernels, mesh)
-  return "XLA's programs are chosen" if kind == 'xla' else why_not(time, c.dtype)
+  return 'model.kernels chooses it here' if kind == 'xla' else why_not(time, c.dtype)
 
 
 def visible(segments_BT: jax.Array, c: ModelConfig, mesh: Mesh | None) -> Visible:
