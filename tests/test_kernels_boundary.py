@@ -43,12 +43,19 @@ CASES = {
 }
 
 
+# What differs only in functions of one token is traced by both platforms alike.
+OF_ONE_TOKEN = 'norm weight, eps outside', 'low rank', 'CP product', 'softmax read', 'fixed write'
+BOTH = [(case, platform) for case in CASES for platform in ('tpu', 'gpu')]
+BOTH = [(case, platform) for case, platform in BOTH if platform == 'tpu' or case not in OF_ONE_TOKEN]
+
+
 @functools.cache
 def spec_of(case):
   name, width, options = CASES[case]
   return connection_spec(name, **{'streams': 2, **options}), width
 
 
+@functools.cache
 def inputs(case, dtype=jnp.float32):
   """(params, pending) with every part of them away from its start."""
   spec, width = spec_of(case)
@@ -92,18 +99,20 @@ def results(spec, pre_NBT, post_NBT, res_NMBT):
 def values_and_gradients(function, arguments):
   """Values, and the gradients of a random linear function of them with respect to every array."""
 
-  def loss(arguments):
+  shapes = jax.tree.leaves(jax.eval_shape(function, *arguments))
+  keys = jax.random.split(jax.random.key(1), len(shapes))
+  weights = [jax.random.normal(key, v.shape).astype(v.dtype) for key, v in zip(keys, shapes, strict=True)]
+
+  def loss(arguments, weights):
     values = function(*arguments)
-    leaves = jax.tree.leaves(values)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    weights = [jax.random.normal(key, v.shape).astype(v.dtype) for key, v in zip(keys, leaves, strict=True)]
     wide = [
-      (w.astype(v.dtype) * v).astype(jnp.promote_types(v.dtype, jnp.float32)).sum()
-      for w, v in zip(weights, leaves, strict=True)
+      (w * v).astype(jnp.promote_types(v.dtype, jnp.float32)).sum()
+      for w, v in zip(weights, jax.tree.leaves(values), strict=True)
     ]
     return sum(wide), values
 
-  (_, values), found = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=ONCE)(arguments)
+  run = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=ONCE)
+  (_, values), found = run(arguments, weights)
   return values, found
 
 
@@ -113,8 +122,7 @@ def defined(case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('platform', ['tpu', 'gpu'])
-@pytest.mark.parametrize('case', CASES)
+@pytest.mark.parametrize('case,platform', BOTH)
 def test_values_and_gradients_are_the_definitions(case, platform):
   """To 1e-5 of the maximum of each array: sums over 64 tokens and up to 512 numbers in another order."""
   spec, width = spec_of(case)
