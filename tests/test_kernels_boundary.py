@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from collectives import token_arrays
 
 from mhc_jax import hyper_connection as hc
 from mhc_jax.config import base_config
@@ -42,12 +43,19 @@ CASES = {
 }
 
 
+# What differs only in functions of one token is traced by both platforms alike.
+OF_ONE_TOKEN = 'norm weight, eps outside', 'low rank', 'CP product', 'softmax read', 'fixed write'
+BOTH = [(case, platform) for case in CASES for platform in ('tpu', 'gpu')]
+BOTH = [(case, platform) for case, platform in BOTH if platform == 'tpu' or case not in OF_ONE_TOKEN]
+
+
 @functools.cache
 def spec_of(case):
   name, width, options = CASES[case]
   return connection_spec(name, **{'streams': 2, **options}), width
 
 
+@functools.cache
 def inputs(case, dtype=jnp.float32):
   """(params, pending) with every part of them away from its start."""
   spec, width = spec_of(case)
@@ -91,18 +99,20 @@ def results(spec, pre_NBT, post_NBT, res_NMBT):
 def values_and_gradients(function, arguments):
   """Values, and the gradients of a random linear function of them with respect to every array."""
 
-  def loss(arguments):
+  shapes = jax.tree.leaves(jax.eval_shape(function, *arguments))
+  keys = jax.random.split(jax.random.key(1), len(shapes))
+  weights = [jax.random.normal(key, v.shape).astype(v.dtype) for key, v in zip(keys, shapes, strict=True)]
+
+  def loss(arguments, weights):
     values = function(*arguments)
-    leaves = jax.tree.leaves(values)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    weights = [jax.random.normal(key, v.shape).astype(v.dtype) for key, v in zip(keys, leaves, strict=True)]
     wide = [
-      (w.astype(v.dtype) * v).astype(jnp.promote_types(v.dtype, jnp.float32)).sum()
-      for w, v in zip(weights, leaves, strict=True)
+      (w * v).astype(jnp.promote_types(v.dtype, jnp.float32)).sum()
+      for w, v in zip(weights, jax.tree.leaves(values), strict=True)
     ]
     return sum(wide), values
 
-  (_, values), found = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=ONCE)(arguments)
+  run = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=ONCE)
+  (_, values), found = run(arguments, weights)
   return values, found
 
 
@@ -112,8 +122,7 @@ def defined(case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('platform', ['tpu', 'gpu'])
-@pytest.mark.parametrize('case', CASES)
+@pytest.mark.parametrize('case,platform', BOTH)
 def test_values_and_gradients_are_the_definitions(case, platform):
   """To 1e-5 of the maximum of each array: sums over 64 tokens and up to 512 numbers in another order."""
   spec, width = spec_of(case)
@@ -163,7 +172,7 @@ def test_what_has_no_kernel_says_why():
 def tiny(**changes):
   c = base_config()
   c.model.update({'width': 16, 'depth': 3, 'heads': 2, 'scan_unroll': 1, **changes})
-  c.model.connection.update({'streams': 2, 'constraint': 'row_stochastic', 'expansion': 'one_hot'})
+  c.model.connection.update({'streams': 3, 'constraint': 'row_stochastic', 'expansion': 'one_hot'})
   return dataclasses.replace(build_model(c), vocab_size=11)
 
 
@@ -171,24 +180,28 @@ def tiny(**changes):
 def test_a_model_with_kernels_is_the_same_model():
   """Loss and gradients through scan, recomputation and a mesh whose devices have tokens of their own.
 
-  To 1e-4 of each gradient's maximum: what float32 leaves of sums that cancel, after three layers.
+  To 1e-4 of each gradient's maximum: what float32 leaves of sums that cancel, after three layers. Streams
+  stay where they are, as in test_sharding.py: 5 divides no dimension of a parameter.
   """
-  rng = np.random.default_rng(0)
-  token_BS = rng.integers(0, 11, (B, T + 1)).astype(np.int32)
-  batch = {'inputs': token_BS[:, :-1], 'targets': token_BS[:, 1:], 'segments': np.zeros((B, T), np.int32)}
-  batch['weights'] = np.ones((B, T), np.float32)
-  model, mesh = tiny(remat='layer'), make_mesh({'fsdp': 2})
+  rng, time = np.random.default_rng(0), 160
+  token_BS = rng.integers(0, 11, (B, time + 1)).astype(np.int32)
+  batch = {'inputs': token_BS[:, :-1], 'targets': token_BS[:, 1:], 'segments': np.zeros((B, time), np.int32)}
+  batch['weights'] = np.ones((B, time), np.float32)
+  model, mesh = tiny(remat='layer'), make_mesh({'fsdp': 2, 'tensor': 2})
   params = Transformer(model).init(jax.random.key(0), batch['inputs'], batch['segments'])['params']
   keys = iter(jax.random.split(jax.random.key(1), 100))
   params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape), params)
-  run = {
-    name: jax.jit(functools.partial(gradients, model=m, parts=None, mesh=where), compiler_options=ONCE)
-    for name, m, where in (
-      ('xla', dataclasses.replace(model, kernels='xla', remat='none'), None),
-      ('pallas', dataclasses.replace(model, kernels='pallas'), mesh),
-    )
-  }
-  (loss, expected), (other, found) = (run[name](params, batch) for name in run)
+
+  def run(mesh, **changes):
+    program = functools.partial(gradients, model=dataclasses.replace(model, **changes), parts=None, mesh=mesh)
+    compiled = jax.jit(program).lower(params, batch).compile(compiler_options=ONCE)
+    return compiled(params, batch), compiled.as_text()
+
+  (loss, expected), _ = run(None, kernels='xla', remat='none')
+  (other, found), text = run(mesh, kernels='pallas')
   assert float(jax.tree.leaves(other)[0]) == pytest.approx(float(jax.tree.leaves(loss)[0]), rel=1e-6)
   for (path, one), (_, two) in zip(*map(jax.tree_util.tree_leaves_with_path, (expected, found)), strict=True):
     np.testing.assert_allclose(two, one, rtol=0, atol=1e-4 * np.abs(one).max(), err_msg=str(path))
+  moved, one_input = token_arrays(text, 5 * model.width), time * model.width
+  assert max(moved) == one_input < model.connection.streams * one_input // 2
+  assert 2 * model.depth < len(moved) <= 6 * model.depth + 2

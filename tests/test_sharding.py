@@ -7,12 +7,11 @@ import types
 import jax
 import numpy as np
 import pytest
+from collectives import token_arrays
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from experiments.compile.abstract_step import device_bytes
-from experiments.compile.hlo_cost import count
-from experiments.compile.hlo_text import parse_module
 from mhc_jax.config import base_config, build_optimizer
 from mhc_jax.errors import ConfigError
 from mhc_jax.model import Transformer
@@ -134,33 +133,27 @@ def test_loss_and_gradients_on_a_mesh_are_those_of_one_device(x64, name, shape):
     np.testing.assert_allclose(found, leaf, rtol=0, atol=atol, err_msg=str(path))
 
 
-def token_arrays(hlo_text, kind):
-  """Elements of every array with tokens and the full width that a kind of collective moves."""
-  found = []
-  for operation in count(parse_module(hlo_text)).operations:
-    for elements in operation.arrays if operation.collective == kind else ():
-      found += [elements] * operation.times * (elements % (7 * D) == 0)
-  return found
-
-
 @pytest.mark.slow
-def test_streams_are_never_gathered(x64):
+@pytest.mark.parametrize('name,shape', CASES)
+def test_streams_are_never_gathered(x64, name, shape):
   """By size: with n = 3 streams, a device's own streams are larger than one sublayer's input of all its time.
 
   A gather of each stream by itself has the size of such an input, so those are counted: per layer the inputs
   of attention and feed-forward, and in the backward pass the gradients of their outputs, perhaps twice.
+  Where each device has whole sequences, only experts get tokens of others, one input at a time.
   """
-  text, (data, fsdp, tensor, expert) = compiled('dense', (1, 2, 2, 2))[0].as_text(), (1, 2, 2, 2)
-  for operation in count(parse_module(text)).operations:
-    if operation.collective:
-      print(operation.collective, operation.payload, 'bytes', operation.times, 'times', operation.arrays)
-  rows, layers = B // (data * fsdp * expert), 3
+  (data, fsdp, tensor, expert), parts = shape, MODELS[name][1] or 1
+  rows, layers = B // (data * fsdp * expert * parts), 3
   own_streams, one_input = N * rows * (T // tensor) * D, rows * T * D
-  assert one_input < own_streams
-  for kind in ('all-gather', 'all-to-all', 'collective-permute'):
-    assert max(token_arrays(text, kind), default=0) < own_streams, kind
-  assert 2 * layers < len(token_arrays(text, 'all-gather')) <= 6 * layers + 2
-  assert max(token_arrays(text, 'all-reduce')) == one_input  # the outputs' sums over heads are seen
+  text = compiled(name, shape)[0].as_text()
+  found, routed = (token_arrays(text, 7 * D, routed=flag) for flag in (False, True))
+  assert max(routed, default=0) <= one_input * expert
+  if tensor == 1:
+    assert not found
+    return
+  assert max(found) == one_input < own_streams
+  assert 2 * layers < len(found) / parts <= 6 * layers + 2
+  assert max(token_arrays(text, 7 * D, ('all-reduce',))) == one_input  # the outputs' sums over heads are seen
 
 
 def test_two_updates_on_a_mesh_are_those_of_one_device():
