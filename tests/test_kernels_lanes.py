@@ -168,4 +168,6 @@ def test_what_has_no_kernel_is_named(function, why):
 @pytest.mark.parametrize('platform', ['tpu', 'gpu'])
 @pytest.mark.parametrize('name', ['birkhoff_permutations', 'circulant', 'orthogonal_cayley', 'birkhoff_dual'])
 def test_kernels_lower_for_what_is_not_here(name, platform):
+  if platform == 'gpu' and jax.__version_info__ >= (0, 12):
+    pytest.skip('from JAX 0.12 on, Triton kernels are lowered where a GPU is')
   assert why_not(CONSTRAINTS[name](), 2, platform) is None

@@ -356,9 +356,9 @@ NUMPY: dict[str, Callable] = {
   'sub': np.subtract,
 }
 ELEMENTWISE = frozenset(NUMPY) | frozenset(
-  """acos acosh asin asinh atan atan2 atanh cbrt ceil clamp cos cosh div erf erf_inv erfc exp exp2 expm1 floor
-  integer_pow is_finite lgamma log log1p logistic nextafter pow reduce_precision round rsqrt select_n sign sin
-  sinh sqrt square tan tanh xor""".split()
+  """acos acosh asin asinh atan atan2 atanh cbrt ceil clamp cos cosh div erf erf_inv erfc exp exp2 expm1
+  floor integer_pow is_finite lgamma log log1p logistic nextafter one_minus_square pow reduce_precision
+  round rsqrt select_n sign sin sinh sqrt square tan tanh xor""".split()
 )
 DATA = {'gather': (0,), 'scatter': (0, 2)}
 RULES: dict[str, Callable] = {

@@ -8,6 +8,7 @@ formula. The backward recomputes the forward, so nothing but the inputs is kept.
 import functools
 import itertools
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -74,8 +75,12 @@ def refused(function: Callable[..., Any], platform: str, shared: Any, *arrays: A
   tokens = [jax.ShapeDtypeStruct((*x.shape, 1), jnp.float32) for x in arrays]
   where = {'tpu': ('tpu',), 'gpu': ('cuda',)}.get(platform)
   try:
-    traced = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).trace(shared, tokens)
-    traced.lower(lowering_platforms=where)
+    with warnings.catch_warnings():
+      warnings.simplefilter(
+        'ignore', DeprecationWarning
+      )  # of Triton, by JAX 0.12: no reason against a kernel
+      traced = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).trace(shared, tokens)
+      traced.lower(lowering_platforms=where)
   except NotInLanesError as error:
     return str(error)
   except Exception as error:  # whatever Pallas raises for what it cannot lower

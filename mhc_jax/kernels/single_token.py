@@ -149,9 +149,22 @@ def _cond(eqn: Any, inputs: list[np.ndarray], platform: str) -> list[np.ndarray]
   return outputs
 
 
+def _carried_inputs(eqn: Any) -> tuple[int, int]:
+  """Where a scan's carry begins among its inputs and ends: what is stacked has an axis more than in the body.
+
+  By shapes, as versions of JAX name these counts differently.
+  """
+  body = eqn.params['jaxpr'].jaxpr
+  carry, rows = (
+    sum((one.aval.ndim == other.aval.ndim) == same for one, other in zip(outer, inner, strict=True))
+    for outer, inner, same in ((eqn.outvars, body.outvars, True), (eqn.invars, body.invars, False))
+  )
+  stop = len(eqn.invars) - rows
+  return stop - carry, stop
+
+
 def _scan(eqn: Any, inputs: list[Any], platform: str) -> list[Any]:
-  p = eqn.params
-  split = p['num_consts'], p['num_consts'] + p['num_carry']
+  p, split = eqn.params, _carried_inputs(eqn)
   consts, carry = (list(map(_whole, part)) for part in (inputs[: split[0]], inputs[split[0] : split[1]]))
   xs, avals = inputs[split[1] :], [v.aval for v in eqn.outvars]
   length, stacks = p['length'], len(avals) > len(carry)
