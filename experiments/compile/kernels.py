@@ -145,7 +145,12 @@ def lowering(program: Program, device: jax.Device) -> Callable:
 
 
 def compiled_program(lower: Callable, device: jax.Device, folder: str, chip: Chip) -> dict[str, Any]:
-  """Bytes, predicted seconds and cycles of one program, and of each of its kernels by name."""
+  """Bytes, predicted seconds and cycles of one program, and of each of its kernels by name.
+
+  What lies in the folder is of programs before: kernels of one name would be taken for each other.
+  """
+  for path in glob.glob(f'{folder}/*'):
+    os.remove(path)
   compiled = lower().compile()
   module = parse_module(compiled.as_text())
   counted = count(module)
@@ -257,7 +262,7 @@ def text(programs: dict[str, Any], options: argparse.Namespace) -> str:
         scheduled = row['cycles'] / clock / 1e3
         line += f' {scheduled:8.1f} {scheduled / us:6.2f}'
       lines.append(line)
-  return '\n'.join([*lines, *(f'{name} does not compile: {error}' for name, error in failed.items())])
+  return '\n'.join([*lines, *(f'{name} has no figures: {error}' for name, error in failed.items())])
 
 
 if __name__ == '__main__':

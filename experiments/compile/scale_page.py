@@ -105,7 +105,7 @@ def kernels(name: str, table: Report) -> list[str]:
     lines += [_line('program', 'C-units', "XLA's count", 'us, of bytes', 'cycles'), '|---' * 5 + '|']
     for program, found in programs.items():
       if 'error' in found:
-        lines.append(_line(program, 'does not compile', *[''] * 3))
+        lines.append(_line(program, found['error'], *[''] * 3))
         continue
       xla = f'{found["xla_bytes"] / unit:.1f}' if found['xla_bytes'] else ''
       us, cycles = f'{1e6 * found["seconds"]:.0f}', f'{found["cycles"]:.3g}'
@@ -114,7 +114,7 @@ def kernels(name: str, table: Report) -> list[str]:
   lines += [_line('kernel', 'C-units', 'us, of bytes', 'cycles', 'us, of cycles', 'over'), '|---' * 6 + '|']
   for program, found in programs.items():
     if 'error' in found:
-      lines.append(_line(program, 'does not compile', *[''] * 4))
+      lines.append(_line(program, found['error'], *[''] * 4))
       continue
     sums = [0.0, 0.0]
     for kernel, numbers in found['kernels'].items():
