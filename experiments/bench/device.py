@@ -116,9 +116,12 @@ def draw(report: dict[str, Any], path: Path) -> None:
     'train step over residual': [row for row in rows if 'ratio_to_residual' in row],
     "kernels over XLA's program": [row for row in rows if 'ratio_to_xla' in row and row['by'] != 'xla'],
   }
+  panels = {title: shown for title, shown in panels.items() if shown} or panels
   height = 2 + 0.2 * max(map(len, panels.values()))
-  figure, axes = plt.subplots(1, 2, figsize=(13, height), constrained_layout=True)
-  for axis, (title, shown) in zip(axes, panels.items(), strict=True):
+  figure, axes = plt.subplots(
+    1, len(panels), figsize=(6.5 * len(panels), height), constrained_layout=True, squeeze=False
+  )
+  for axis, (title, shown) in zip(axes[0], panels.items(), strict=True):
     names = [' '.join(str(x) for x in key_of(row) if x not in (None, 'step')) for row in shown]
     ratios = [row.get('ratio_to_residual', row.get('ratio_to_xla')) for row in shown]
     axis.barh(range(len(shown)), ratios)

@@ -11,17 +11,21 @@ from jax.sharding import Mesh
 KERNELS = ('auto', 'xla', 'pallas')
 
 
+def _first(mesh: Mesh | None) -> jax.Device:
+  return jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+
+
 def kernels_for(setting: str, mesh: Mesh | None) -> str:
   """'xla', or whose Pallas kernels are used: 'tpu', 'gpu', or 'interpret', the TPU's run by the interpreter.
 
   setting: model.kernels. 'auto' takes XLA's programs on CPU and Pallas's elsewhere; 'pallas' on CPU is the
-  interpreter, slow and for tests. Known when the program is traced, from the devices of the mesh (those of
-  this machine without one), so that only one of the two is traced and compiled, and status.json can name it.
+  interpreter, slow and for tests; AMD's GPUs have XLA's. Known when the program is traced, from devices of
+  the mesh (those of this machine without one), so that only one of the two is traced and compiled, and
+  status.json can name it.
   """
-  device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
-  amd = 'rocm' in getattr(
-    getattr(device, 'client', None), 'platform_version', ''
-  )  # nothing here was tried there
+  device = _first(mesh)
+  # Nothing was tried on AMD's GPUs, which JAX calls gpu too.
+  amd = 'rocm' in getattr(getattr(device, 'client', None), 'platform_version', '')
   if setting == 'xla' or amd or (setting == 'auto' and device.platform == 'cpu'):
     return 'xla'
   return {'cpu': 'interpret', 'tpu': 'tpu', 'cuda': 'gpu', 'gpu': 'gpu'}.get(device.platform, 'xla')
@@ -53,5 +57,5 @@ def chip_of(setting: str, mesh: Mesh | None) -> Chip | None:
     return None
   if platform != 'tpu':
     return Chip('gpu') if platform == 'gpu' else Chip('tpu', interpret=True)
-  device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+  device = _first(mesh)
   return Chip(platform, getattr(device, 'num_cores', 1), _SMALL.get(device.device_kind, 110) * 2**20)
