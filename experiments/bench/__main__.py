@@ -2,6 +2,7 @@
 
   mhc bench step                 # train_step of each arm over residual
   mhc bench step --width 128 --repeats 9
+  mhc bench step --against HEAD~1    # of each arm over itself at a commit
   mhc bench constraints          # each constraint over 20 Sinkhorn iterations
   mhc bench scaling              # communication and memory on 1 to 8 fake devices
   mhc bench memory               # memory of each recomputation, from the compiler
@@ -51,6 +52,7 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument('--tokens', type=int, default=16384, help='of the constraints bench')
   parser.add_argument('--repeats', type=int, default=7, help='rounds (default 7)')
   parser.add_argument('--calls', type=int, default=4, help='steps in a round (default 4)')
+  parser.add_argument('--against', metavar='COMMIT', help='of the step bench: over each arm at that commit')
   parser.add_argument('--small', action='store_true', help='of the device bench: sizes to try it with')
   parser.add_argument('--minutes', type=int, default=10, help='of the device bench (default 10)')
   parser.add_argument('--out', default='bench_device', help='folder of its JSON and figure')
