@@ -11,6 +11,7 @@ Results: runs/NAME/plan.json and runs/NAME/RUN_ID/{config.json, metrics.jsonl, s
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable
 
@@ -185,10 +186,19 @@ def main(argv: list[str] | None = None) -> int:
   )
   parser.add_argument('--shard', metavar='i/k', help='only every k-th planned run, from the i-th on')
   parser.add_argument('--workers', type=int, default=1, help='processes on this machine (default 1)')
+  parser.add_argument(
+    '--population',
+    default='auto',
+    metavar='P',
+    help='runs of equal shapes in one program: auto (on accelerators, as many as a small run leaves room '
+    'for), off, or at most P',
+  )
   parser.add_argument('--out', default='runs', help='folder above the sweep (default runs)')
   args = parser.parse_args(argv)
   if args.workers < 1:
     raise ConfigError(f'--workers must be at least 1, got {args.workers}')
+  if args.population not in ('auto', 'off') and not re.fullmatch('[1-9][0-9]{0,3}', args.population):
+    raise ConfigError(f'--population takes auto, off or a number from 1 to 9999, got {args.population!r}')
   if '://' in args.out:
     raise ConfigError(f'--out {args.out} must be a local folder: copy it to the store after the sweep')
   folder = os.path.join(expand(args.out), args.name.replace(':', '-'))
@@ -211,7 +221,7 @@ def main(argv: list[str] | None = None) -> int:
   ended = []
   if chosen:
     todo = [configs[i] for i in chosen], [planned[i] for i in chosen]
-    ended = execute(*todo, folder, args.workers, args.continue_diverged)
+    ended = execute(*todo, folder, args.workers, args.continue_diverged, args.population)
   states = [state_of(planned[i], folder) for i in asked]
   hint = '; --retry-failed tries failed runs again' if 'failed' in states else ''
   say(', '.join(f'{states.count(s)} {s}' for s in sorted(set(states))) + hint)
