@@ -48,12 +48,17 @@ def parse(path: str, overrides: list[str]) -> ConfigDict:
   config.update(checked_fields)
   if locked:
     config.lock()
-  for override in overrides:
-    name, equals, text = override.partition('=')
-    if not name.startswith('--config.') or not equals:
-      raise ConfigError(f'cannot read {override!r}: write --config.section.field=value')
-    _set(config, name.removeprefix('--config.').split('.'), text)
+  override(config, overrides)
   return config
+
+
+def override(config: ConfigDict, overrides: list[str]) -> None:
+  """Applies `--config.a.b=v`, in place; ConfigError for an unknown field or a value of the wrong type."""
+  for text in overrides:
+    name, equals, value = text.partition('=')
+    if not name.startswith('--config.') or not equals:
+      raise ConfigError(f'cannot read {text!r}: write --config.section.field=value')
+    _set(config, name.removeprefix('--config.').split('.'), value)
 
 
 def _configs() -> str:

@@ -406,3 +406,15 @@ def load_plan(folder: str) -> tuple[str | None, dict[str, str]]:
     runs[run_id] = item['arm']
   name = plan.get('sweep')
   return (name if isinstance(name, str) else None), runs
+
+
+def load_options(folder: str) -> list[str]:
+  """The options of the command that made a sweep's plan.json (overrides, seeds); none without a plan.
+
+  Raises ConfigError where the file holds something else in their place.
+  """
+  plan, _ = load_json(os.path.join(folder, 'plan.json'), MOST_PLANNED_BYTES)
+  options = (plan.get('options') if isinstance(plan, dict) else None) or []
+  if not (isinstance(options, list) and all(_text(item) for item in options)):
+    raise ConfigError(f'{folder}: plan.json is broken: its options are not a list of texts')
+  return options
