@@ -23,7 +23,6 @@ from mhc_jax.errors import FULL_DISK, BusyError
 from mhc_jax.log import say, tolerant_streams
 from mhc_jax.plan import Run, resolve
 from mhc_jax.run_folder import write_status
-from mhc_jax.train_step import without_traced
 from mhc_jax.workdir import read_status
 
 from . import progress
@@ -39,8 +38,7 @@ def corpus_of(name: str, data_dir: str | None, tokenizer: str | None) -> Corpus:
 
 def shapes(run: Run) -> tuple[Any, ...]:
   """What must be equal for two runs to share a compilation."""
-  data = run.resolved['data']
-  return run.model, without_traced(run.optimizer), data['batch_size'], data['seq_len']
+  return run.shapes
 
 
 @tolerant_streams()
@@ -99,7 +97,8 @@ def execute(
     groups.setdefault(shapes(run), []).append(index)
   ordered = sorted(groups.values(), key=lambda group: -sum(planned[i].derived['flops'] for i in group))
   if workers == 1:
-    return run_group([configs[i] for group in ordered for i in group], folder, False, continue_diverged)
+    with progress.watched(planned, folder):
+      return run_group([configs[i] for group in ordered for i in group], folder, True, continue_diverged)
   # One thread per worker: small matrices do not feed two, and idle threads of XLA:CPU spin.
   os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {ONE_THREAD}'.strip()
   workdirs = [os.path.join(folder, run.run_id) for run in planned]
@@ -150,18 +149,42 @@ def _in_workers(
   """
   context, stopped = multiprocessing.get_context('spawn'), False
   with concurrent.futures.ProcessPoolExecutor(workers, context, _stop_with_parent) as pool, _signals_stop():
-    futures = [pool.submit(work, job) for job in jobs]
+    with _no_interrupt():
+      futures = [pool.submit(work, job) for job in jobs]
     try:
-      progress.watch(futures, planned, folder)
+      progress.watch(futures, planned, folder, workers)
     except KeyboardInterrupt:
       stopped = True
-      for process in multiprocessing.active_children():
-        os.kill(process.pid, signal.SIGUSR1)
-      pool.shutdown(wait=True, cancel_futures=True)
+      _stop(pool, min(workers, sum(not future.done() for future in futures)))
   done = [future for future in futures if not future.cancelled()]
   broken = [future for future in done if isinstance(future.exception(), BrokenProcessPool)]
   ended = [item for future in done if future not in broken for item in future.result()]
   return ended, bool(broken) and not stopped
+
+
+@contextlib.contextmanager
+def _no_interrupt() -> Iterator[None]:
+  """Processes that start in the block never see a terminal's Ctrl-C, not while they import either: the sweep
+  tells them."""
+  before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+  try:
+    yield
+  finally:
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _stop(pool: concurrent.futures.ProcessPoolExecutor, running: int) -> None:
+  """Has the workers save and stop; a second Ctrl-C ends them as a kill would, which runs survive too."""
+  say(f'stopping: {running} running runs save and end; once more ends them at once')
+  children = multiprocessing.active_children()
+  for process in children:
+    os.kill(process.pid, signal.SIGUSR1)
+  try:
+    pool.shutdown(wait=True, cancel_futures=True)
+  except KeyboardInterrupt:
+    for process in children:
+      process.kill()
+    raise
 
 
 @contextlib.contextmanager
