@@ -184,6 +184,10 @@ def _train(
 
   side_by_side: as a population, also on CPU; elsewhere a run on one device is one of a single member.
   """
+  if not quiet and jax.process_index() == 0:
+    first, device = members[0].plan, mesh.devices.flat[0].device_kind
+    many = f' and {len(members) - 1} runs like it' if len(members) > 1 else ''
+    say(f'{first.resolved["arm"]}{many}: {first.num_steps} updates on {mesh.size} x {device}, compiling')
   compiled = programs(members[0].plan.model, members[0].plan.optimizer, mesh)
   for member in members:
     member.record.population = max(member.record.population, len(members))

@@ -81,7 +81,9 @@ def worktree(commit: str) -> Iterator[str]:
   """A folder with the files of that commit, removed at the end."""
   with tempfile.TemporaryDirectory() as folder:
     path = os.path.join(folder, 'then')
-    made = subprocess.run(['git', 'worktree', 'add', '--detach', path, commit], capture_output=True, text=True)
+    made = subprocess.run(
+      ['git', 'worktree', 'add', '--detach', path, commit], capture_output=True, text=True
+    )
     if made.returncode:
       raise ConfigError(f'--against {commit}: {made.stderr.strip().splitlines()[-1]}')
     try:
@@ -93,7 +95,9 @@ def worktree(commit: str) -> Iterator[str]:
 @contextlib.contextmanager
 def process(folder: str, args: argparse.Namespace) -> Iterator[subprocess.Popen]:
   """A process that answers ask() with the package of that folder."""
-  settings = {name: getattr(args, name) for name in ('streams', 'width', 'depth', 'dtype', 'batch', 'seq_len')}
+  settings = {
+    name: getattr(args, name) for name in ('streams', 'width', 'depth', 'dtype', 'batch', 'seq_len')
+  }
   command = [sys.executable, '-P', arm_steps.__file__, json.dumps(settings)]
   environment = os.environ | {'PYTHONPATH': folder}
   pipes = {'stdin': subprocess.PIPE, 'stdout': subprocess.PIPE, 'text': True}
