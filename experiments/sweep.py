@@ -21,6 +21,7 @@ import sys
 
 import pandas as pd
 
+from mhc_jax import runtime
 from mhc_jax.command import end_with_message
 from mhc_jax.errors import FULL_DISK, ConfigError, require
 from mhc_jax.log import say
@@ -163,6 +164,7 @@ def main(argv: list[str] | None = None) -> int:
     metavar='K',
     help="every configuration of the plan at seeds 0 to K - 1, in place of the plan's own seeds",
   )
+  runtime.add_flag(parser)
   args, overrides = parser.parse_known_args(argv)
   if args.list:
     print(listing())
@@ -182,6 +184,7 @@ def main(argv: list[str] | None = None) -> int:
     kept, overrides = parser.parse_known_args(options)
     args.seeds = kept.seeds
   require(args.seeds is None or args.seeds >= 1, f'--seeds must be at least 1, got {args.seeds}')
+  runtime.prepare(args)
   say(f'{args.name}: planning')
   configs, planned = plan(args.name, overrides, args.seeds)
   check_extends(folder, args.name, options, planned)

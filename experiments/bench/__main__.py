@@ -17,7 +17,7 @@ import json
 import os
 import sys
 
-from mhc_jax import settings
+from mhc_jax import runtime, settings
 from mhc_jax.command import end_with_message
 from mhc_jax.errors import require
 
@@ -70,6 +70,7 @@ def main(argv: list[str] | None = None) -> int:
       not isinstance(value, int) or isinstance(value, bool) or value >= least,
       f'--{name.replace("_", "-")} must be at least {least}',
     )
+  runtime.keep_memory()
   # As in a sweep's workers; XLA reads it when the first computation starts.
   os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {ONE_THREAD}'.strip()
   if args.what == 'scaling':
