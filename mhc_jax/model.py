@@ -206,7 +206,7 @@ class Transformer(nn.Module):
   def _layers(self, carry, seen: Visible, record: int):
     c = self.config
     # Only a loop with one block per iteration keeps XLA from merging the recomputation with the forward pass.
-    prevent_cse = not c.scan or c.scan_unroll > 1
+    prevent_cse = not c.scan
     kept = {'policy': policy(c.remat)} if c.remat in ('layer', 'products') else {}
     block = nn.remat(Block, prevent_cse=prevent_cse, **kept) if kept else Block
     leading, records = Block if c.remat == 'none' else nn.remat(Block, **kept), []
@@ -229,7 +229,6 @@ class Transformer(nn.Module):
       split_rngs={'params': True},
       in_axes=(0, nn.broadcast),
       length=c.depth - c.dense_layers,
-      unroll=1 if self.is_initializing() else min(c.scan_unroll, c.depth - c.dense_layers),
     )
     layers = jnp.arange(c.dense_layers, c.depth)
     carry, scanned_records = scanned(c, record, self.mesh, name='layers')(carry, layers, seen)

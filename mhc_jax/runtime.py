@@ -6,11 +6,13 @@ Both are for speed alone and change no number. What the environment says of eith
 import argparse
 import contextlib
 import ctypes
+import functools
 import hashlib
 import os
 import platform
 import sys
 import warnings
+from collections.abc import Callable
 
 import jax
 
@@ -18,7 +20,7 @@ from mhc_jax.errors import ConfigError
 from mhc_jax.log import say_once
 from mhc_jax.paths import cache_folder
 
-# glibc's names of three settings: numbers for mallopt, and variables for processes that are started from here.
+# Settings of glibc: variables for processes that are started from here, mallopt's numbers for this one.
 # XLA:CPU allocates the temporaries of every step anew; beyond 32 MB, and 64 MB outside of the first arena,
 # glibc would return them to the system, which fills them with zeros again, page by page.
 _MALLOC = {
@@ -53,26 +55,26 @@ def keep_programs(wanted: bool = True) -> None:
   if wanted:
     try:
       folder = os.path.join(cache_folder(), 'compiled', _processor())
-    except ConfigError:  # no home folder
+      os.makedirs(folder, exist_ok=True)
+    except (ConfigError, OSError):  # no home folder, or one that is read only: as if it were off
       return
     values = {'JAX_COMPILATION_CACHE_DIR': folder, **_CACHE}
   for variable, value in values.items():
     if variable not in os.environ or not wanted:
       os.environ[variable] = str(value)
       jax.config.update(variable.lower(), value)
-  show = warnings.showwarning
+  warnings.showwarning = functools.partial(_show, warnings.showwarning)
 
-  def said(message: Warning | str, *rest: object, **more: object) -> None:
-    text = ' '.join(str(message).split())
-    if 'persistent compilation cache' not in text:
-      show(message, *rest, **more)
-      return
-    say_once(
-      f'warning: compiled programs cannot be kept in {jax.config.jax_compilation_cache_dir}, so that they are '
-      f'compiled every time ({text[:200]}); --no-compilation-cache turns it off'
-    )
 
-  warnings.showwarning = said
+def _show(show: Callable[..., None], message: Warning | str, *rest: object, **more: object) -> None:
+  """warnings.showwarning, but for what JAX says of every entry: that once."""
+  if 'persistent compilation cache' not in str(message):
+    show(message, *rest, **more)
+    return
+  say_once(
+    f'warning: programs kept in {jax.config.jax_compilation_cache_dir} cannot be read or written, and are '
+    'compiled anew: remove the folder, or give --no-compilation-cache'
+  )
 
 
 def add_flag(parser: argparse.ArgumentParser) -> None:
