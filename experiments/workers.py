@@ -9,25 +9,25 @@ import functools
 import multiprocessing
 import os
 import signal
-import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import filelock
+import jax
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from mhc_jax import distributed, train
 from mhc_jax.data import Corpus, load_corpus, tokenizer_of
 from mhc_jax.errors import FULL_DISK, BusyError
 from mhc_jax.log import say, tolerant_streams
 from mhc_jax.plan import Run, resolve
-from mhc_jax.run_folder import last_flops, write_status
-from mhc_jax.train_step import without_traced
-from mhc_jax.workdir import ENDED, read_status
+from mhc_jax.population import alike, most_members, on_one_device
+from mhc_jax.run_folder import write_status
+from mhc_jax.workdir import read_status
+
+from . import progress
 
 ONE_THREAD = '--xla_cpu_multi_thread_eigen=false'
 
@@ -38,43 +38,73 @@ def corpus_of(name: str, data_dir: str | None, tokenizer: str | None) -> Corpus:
   return load_corpus(name, data_dir, tokenizer_of(tokenizer))
 
 
-def shapes(run: Run) -> tuple[Any, ...]:
-  """What must be equal for two runs to share a compilation."""
-  data = run.resolved['data']
-  return run.model, without_traced(run.optimizer), data['batch_size'], data['seq_len']
-
-
 @tolerant_streams()
 def run_group(
-  configs: list[ConfigDict], folder: str, quiet: bool, continue_diverged: bool = False
+  configs: list[ConfigDict],
+  folder: str,
+  quiet: bool,
+  continue_diverged: bool = False,
+  population: str = 'off',
 ) -> list[tuple[str, str]]:
-  """Trains runs one after another; returns (run_id, state) of each.
+  """Trains runs one after another, or side by side; returns (run_id, state) of each.
 
   After a stop, which may come at any moment, the last is 'interrupted': the run that it stopped or kept from
-  beginning.
+  beginning. population: 'auto', 'off' or how many at the most (population.most_members).
   """
   ended = []
   with distributed.stop_on_signal() as stops_at:
-    for config in configs:
-      corpus = corpus_of(config.data.name, config.data.dir, config.data.tokenizer)
-      run_id = resolve(config, corpus.digest).run_id
-      options = {'continue_diverged': continue_diverged, 'stops_at': stops_at}
-      try:
-        stopped = stops_at(0)
-        status = {} if stopped else train.run(config, os.path.join(folder, run_id), corpus, quiet, **options)
-        state = status.get('state', 'interrupted')
-      except Exception as error:  # recorded in status.json by the loop; the sweep goes on
-        if isinstance(error, OSError) and error.errno in FULL_DISK:
-          raise
-        state = 'busy' if isinstance(error, BusyError) else 'failed'
-        say(f'{run_id} {state}: {type(error).__name__}: {error}')
-      ended.append((run_id, state))
-      if state == 'interrupted':
+    options = {'continue_diverged': continue_diverged, 'stops_at': stops_at}
+    for members in side_by_side(configs, population):
+      ended += _run_members(members, folder, quiet, options)
+      if any(state == 'interrupted' for _, state in ended):
         break
   parent = multiprocessing.parent_process()
   if parent is not None and not parent.is_alive():
     os._exit(130)  # nobody takes the answer
   return ended
+
+
+def _run_members(
+  configs: list[ConfigDict], folder: str, quiet: bool, options: dict[str, Any]
+) -> list[tuple[str, str]]:
+  """Trains one run, or several as a population; failures are in status.json too, and the sweep goes on."""
+  data = configs[0].data
+  corpus = corpus_of(data.name, data.dir, data.tokenizer)
+  ids = [resolve(config, corpus.digest).run_id for config in configs]
+  workdirs = [os.path.join(folder, run_id) for run_id in ids]
+  try:
+    if options['stops_at'](0):
+      found = [{'state': 'interrupted'} for _ in ids]
+    elif len(configs) > 1:
+      found = train.run_population(configs, workdirs, corpus, quiet, **options)
+    else:
+      found = [train.run(configs[0], workdirs[0], corpus, quiet, **options)]
+  except Exception as error:
+    if isinstance(error, OSError) and error.errno in FULL_DISK:
+      raise
+    state = 'busy' if isinstance(error, BusyError) else 'failed'
+    found = [{'state': state, 'error': f'{type(error).__name__}: {error}'} for _ in ids]
+  for run_id, status in zip(ids, found, strict=True):
+    if status['state'] in ('busy', 'failed'):
+      say(f'{run_id} {status["state"]}: {status["error"]}')
+  return [(run_id, status['state']) for run_id, status in zip(ids, found, strict=True)]
+
+
+def side_by_side(configs: list[ConfigDict], population: str) -> Iterator[list[ConfigDict]]:
+  """The runs, in the order of the first of each, as populations: alike, and of similar lengths."""
+  if population == 'off' or (population == 'auto' and jax.default_backend() == 'cpu'):
+    yield from ([config] for config in configs)
+    return
+  groups: dict[tuple[Any, ...], list[tuple[ConfigDict, Run]]] = {}
+  for config in configs:
+    digest = corpus_of(config.data.name, config.data.dir, config.data.tokenizer).digest
+    run = resolve(config, digest)
+    groups.setdefault(alike(run), []).append((config, run))
+  for group in groups.values():
+    run = group[0][1]
+    most = most_members(run) if population == 'auto' else int(population) if on_one_device(run) else 1
+    longest_first = [config for config, run in sorted(group, key=lambda pair: -pair[1].num_steps)]
+    yield from (longest_first[i : i + most] for i in range(0, len(group), most))
 
 
 def _stop_with_parent() -> None:
@@ -92,15 +122,22 @@ def _stop_with_parent() -> None:
 
 
 def execute(
-  configs: list[ConfigDict], planned: list[Run], folder: str, workers: int, continue_diverged: bool = False
+  configs: list[ConfigDict],
+  planned: list[Run],
+  folder: str,
+  workers: int,
+  continue_diverged: bool = False,
+  population: str = 'off',
 ) -> list[tuple[str, str]]:
   """Trains all runs in `workers` processes, groups of equal shapes together and the longest first."""
   groups: dict[tuple[Any, ...], list[int]] = {}
   for index, run in enumerate(planned):
-    groups.setdefault(shapes(run), []).append(index)
+    groups.setdefault(run.shapes, []).append(index)
   ordered = sorted(groups.values(), key=lambda group: -sum(planned[i].derived['flops'] for i in group))
   if workers == 1:
-    return run_group([configs[i] for group in ordered for i in group], folder, False, continue_diverged)
+    with progress.watched(planned, folder):
+      everything = [configs[i] for group in ordered for i in group]
+      return run_group(everything, folder, True, continue_diverged, population)
   # One thread per worker: small matrices do not feed two, and idle threads of XLA:CPU spin.
   os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {ONE_THREAD}'.strip()
   workdirs = [os.path.join(folder, run.run_id) for run in planned]
@@ -108,7 +145,8 @@ def execute(
   while todo:
     before = [_written(workdir) for workdir in workdirs]
     jobs = [[configs[i] for i in group if i in todo] for group in ordered]
-    work = functools.partial(run_group, folder=folder, quiet=True, continue_diverged=continue_diverged)
+    options = {'continue_diverged': continue_diverged, 'population': population}
+    work = functools.partial(run_group, folder=folder, quiet=True, **options)
     now, broken = _in_workers(work, [job for job in jobs if job], planned, folder, workers)
     ended += now
     reached = [i for i in todo if _written(workdirs[i]) != before[i]]
@@ -151,18 +189,42 @@ def _in_workers(
   """
   context, stopped = multiprocessing.get_context('spawn'), False
   with concurrent.futures.ProcessPoolExecutor(workers, context, _stop_with_parent) as pool, _signals_stop():
-    futures = [pool.submit(work, job) for job in jobs]
+    with _no_interrupt():
+      futures = [pool.submit(work, job) for job in jobs]
     try:
-      _watch(futures, planned, folder)
+      progress.watch(futures, planned, folder, workers)
     except KeyboardInterrupt:
       stopped = True
-      for process in multiprocessing.active_children():
-        os.kill(process.pid, signal.SIGUSR1)
-      pool.shutdown(wait=True, cancel_futures=True)
+      _stop(pool, min(workers, sum(not future.done() for future in futures)))
   done = [future for future in futures if not future.cancelled()]
   broken = [future for future in done if isinstance(future.exception(), BrokenProcessPool)]
   ended = [item for future in done if future not in broken for item in future.result()]
   return ended, bool(broken) and not stopped
+
+
+@contextlib.contextmanager
+def _no_interrupt() -> Iterator[None]:
+  """Processes that start in the block never see a terminal's Ctrl-C, not while they import either: the sweep
+  tells them."""
+  before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+  try:
+    yield
+  finally:
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _stop(pool: concurrent.futures.ProcessPoolExecutor, running: int) -> None:
+  """Has the workers save and stop; a second Ctrl-C ends them as a kill would, which runs survive too."""
+  say(f'stopping: {running} running runs save and end; once more ends them at once')
+  children = multiprocessing.active_children()
+  for process in children:
+    os.kill(process.pid, signal.SIGUSR1)
+  try:
+    pool.shutdown(wait=True, cancel_futures=True)
+  except KeyboardInterrupt:
+    for process in children:
+      process.kill()
+    raise
 
 
 @contextlib.contextmanager
@@ -175,42 +237,3 @@ def _signals_stop() -> Iterator[None]:
           before = signal.signal(number, lambda *_: signal.raise_signal(signal.SIGINT))
           stack.callback(signal.signal, number, before)
     yield
-
-
-def _watch(futures: list[concurrent.futures.Future], planned: list[Run], folder: str) -> None:
-  """One bar over all runs, in FLOPs done, read from their metrics; after Ctrl-C no new group starts."""
-  total = sum(run.derived['flops'] for run in planned)
-  plain, printed = not sys.stderr.isatty(), 0.0
-  began, at_start = time.monotonic(), sum(_flops_done(run, folder) for run in planned)
-  form = '{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining} {postfix}'
-  with tqdm(total=total, initial=at_start, desc='sweep', bar_format=form, disable=plain) as bar:
-    while True:
-      waiting = concurrent.futures.wait([f for f in futures if not f.done()], 1).not_done
-      done = [f for f in futures if f.done() and not f.cancelled()]
-      if any(f.exception() or _interrupted(f.result()) for f in done):
-        for future in waiting:
-          future.cancel()
-      states = [read_status(os.path.join(folder, run.run_id))['state'] for run in planned]
-      ended, now = sum(state in ENDED for state in states), time.monotonic()
-      flops = sum(_flops_done(run, folder) for run in planned)
-      bar.set_postfix_str(f'{ended}/{len(planned)} runs', refresh=False)
-      bar.update(flops - bar.n)
-      if plain and (now - printed > 15 or not waiting):
-        printed = now
-        left = (now - began) * (total - flops) / (flops - at_start) if flops > at_start else None
-        text = 'compiling' if left is None else f'about {left:.0f} s left'
-        say(f'sweep: {ended}/{len(planned)} runs, {flops / total:.0%} of the FLOPs, {text}')
-      if not waiting:
-        return
-
-
-def _interrupted(ended: list[tuple[str, str]]) -> bool:
-  return any(state == 'interrupted' for _, state in ended)
-
-
-def _flops_done(run: Run, folder: str) -> float:
-  """FLOPs of a run so far, from the last line of its metrics."""
-  status = read_status(os.path.join(folder, run.run_id))
-  if status['state'] in (*ENDED, 'failed'):
-    return run.derived['flops']
-  return min(last_flops(os.path.join(folder, run.run_id)), run.derived['flops'])

@@ -34,7 +34,7 @@ from mhc_jax.model_config import (
 from mhc_jax.patterns import check_pattern
 from mhc_jax.presets import PRESETS, connection_spec
 from mhc_jax.sharding import check_mesh, find_devices
-from mhc_jax.train_step import init_state
+from mhc_jax.train_step import init_state, without_traced
 from mhc_jax.values import INT32
 
 MOST_BYTES = 2**50  # of parameters, moments and the least activations
@@ -55,13 +55,28 @@ class Run:
     """Number of optimizer updates."""
     return self.derived['num_steps']
 
+  @property
+  def shapes(self) -> tuple[Any, ...]:
+    """What must be equal for two runs to share a compilation."""
+    data = self.resolved['data']
+    return self.model, without_traced(self.optimizer), data['batch_size'], data['seq_len']
+
+  @property
+  def _every(self) -> dict[str, int | None]:
+    every = {name: self.resolved[name]['every_steps'] for name in ('log', 'evaluation', 'checkpoint')}
+    return every | {'diagnostics': self.resolved['log']['diagnostics_every_steps']}  # None is off
+
   def due(self, step: int) -> set[str]:
     """What comes after update `step`, the last one included: log, evaluation, diagnostics, checkpoint."""
-    every = {name: self.resolved[name]['every_steps'] for name in ('log', 'evaluation', 'checkpoint')}
-    every['diagnostics'] = self.resolved['log']['diagnostics_every_steps']  # None is off
+    every = self._every
     always = {'log', 'evaluation', 'checkpoint'} | {name for name, steps in every.items() if steps}
     periodic = {name for name, steps in every.items() if steps and step % steps == 0}
     return always if step == self.num_steps else periodic
+
+  def until_due(self, step: int) -> int:
+    """How many updates after `step` the state is wanted next, for anything but the log."""
+    every = [steps for name, steps in self._every.items() if steps and name != 'log']
+    return min(self.num_steps - step, *(steps - step % steps for steps in every))
 
 
 def resolve(config: ConfigDict, digest: str, constraint: Constraint | None = None) -> Run:
@@ -85,7 +100,7 @@ def resolve(config: ConfigDict, digest: str, constraint: Constraint | None = Non
   check_connection(spec, config.model.width)
   resolved['model']['connection'] = _resolved_connection(resolved['model']['connection'], spec)
   optimizer = build_optimizer(config)
-  _check_fit(model, optimizer)
+  _check_fit(model, without_traced(optimizer))
   check_mesh(config.mesh.to_dict(), model, config.data.seq_len)
   flops_per_token = cost.train_flops_per_token(model, config.data.seq_len)
   params = cost.parameters(model)
@@ -123,6 +138,7 @@ def check_size(model: ModelConfig, config: ConfigDict) -> None:
   )
 
 
+@functools.lru_cache(maxsize=1024)
 def _check_fit(model: ModelConfig, optimizer: OptimizerConfig) -> None:
   """Raises ConfigError where the manifold does not fit the parameters that its pattern matches."""
   if optimizer.manifold is None:

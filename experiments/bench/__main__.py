@@ -2,9 +2,11 @@
 
   mhc bench step                 # train_step of each arm over residual
   mhc bench step --width 128 --repeats 9
+  mhc bench step --against HEAD~1    # of each arm over itself at a commit
   mhc bench constraints          # each constraint over 20 Sinkhorn iterations
   mhc bench scaling              # communication and memory on 1 to 8 fake devices
   mhc bench memory               # memory of each recomputation, from the compiler
+  mhc bench harness              # planning, resuming, reporting and watching many runs
   mhc bench device               # what the device that is here does: JSON and figure, in 10 minutes
   mhc bench peers                # one sublayer on CPU beside MaxText, tokamax, transformers and lucidrains
 
@@ -16,7 +18,7 @@ import json
 import os
 import sys
 
-from mhc_jax import settings
+from mhc_jax import runtime, settings
 from mhc_jax.command import end_with_message
 from mhc_jax.errors import require
 
@@ -24,6 +26,7 @@ from ..workers import ONE_THREAD
 from .compiled import DEVICES, bench_memory, bench_scaling, fake_devices
 from .constraints import bench_constraints
 from .device import bench_device
+from .harness import bench_harness
 from .peers import bench_peers
 from .step import bench_step
 
@@ -32,6 +35,7 @@ BENCHES = {
   'constraints': bench_constraints,
   'scaling': bench_scaling,
   'memory': bench_memory,
+  'harness': bench_harness,
   'device': bench_device,
   'peers': bench_peers,
 }
@@ -54,6 +58,10 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument('--tokens', type=int, default=16384, help='of the constraints bench')
   parser.add_argument('--repeats', type=int, default=7, help='rounds (default 7)')
   parser.add_argument('--calls', type=int, default=4, help='steps in a round (default 4)')
+  parser.add_argument('--against', metavar='COMMIT', help='of the step bench: over each arm at that commit')
+  parser.add_argument(
+    '--runs', type=int, nargs='+', default=[50, 500, 5000], help='of the harness bench (default 50 500 5000)'
+  )
   parser.add_argument('--small', action='store_true', help='of the device bench: sizes to try it with')
   parser.add_argument('--minutes', type=int, default=10, help='of the device bench (default 10)')
   parser.add_argument('--out', help='of the device and peers benches: folder of what they write')
@@ -70,6 +78,7 @@ def main(argv: list[str] | None = None) -> int:
       not isinstance(value, int) or isinstance(value, bool) or value >= least,
       f'--{name.replace("_", "-")} must be at least {least}',
     )
+  runtime.keep_memory()
   # As in a sweep's workers; XLA reads it when the first computation starts.
   os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {ONE_THREAD}'.strip()
   if args.what == 'scaling':
