@@ -3,7 +3,7 @@
   mhc sweep quick              # all of it; finished runs are skipped
   mhc sweep quick --dry-run    # what it would do
   mhc sweep quick --only mhc --retry-failed
-  mhc sweep quick --shard 0/8  # every 8th run: one per GPU, or a SLURM array
+  mhc sweep quick --workers 4  # four processes; on other machines the same command takes runs of it too
   mhc sweep quick --seeds 4 --config.optimizer.lr=8e-3 --out runs/slow
   mhc sweep --list             # the experiments
 
@@ -101,34 +101,23 @@ def warn_of_mixtures(planned: list[Run], folder: str) -> None:
 
 
 def select(
-  planned: list[Run], folder: str, only: str | None, shard: str | None, again: tuple[str, ...]
+  planned: list[Run], folder: str, only: str | None, again: tuple[str, ...]
 ) -> tuple[list[int], list[int]]:
-  """Indices of the runs asked for, and of those to do now; ConfigError for an unknown arm or shard.
+  """Indices of the runs asked for, and of those to do now; ConfigError for an unknown arm.
 
   again: states, of failed and diverged, whose runs are to do too.
   """
   arms = {run.resolved['arm'] for run in planned}
   if only is not None and only not in arms:
     raise ConfigError(f'no arm {only!r} in this experiment; there are {", ".join(sorted(arms))}')
-  index, count = _parse_shard(shard)
   asked, chosen = [], []
   for i, run in enumerate(planned):
     state = state_of(run, folder)
-    if i % count == index and only in (None, run.resolved['arm']):
+    if only in (None, run.resolved['arm']):
       asked.append(i)
       if state not in (*ENDED, 'failed') or state in again:
         chosen.append(i)
   return asked, chosen
-
-
-def _parse_shard(shard: str | None) -> tuple[int, int]:
-  try:
-    index, count = (0, 1) if shard is None else map(int, shard.split('/'))
-  except ValueError:
-    raise ConfigError(f'--shard takes i/k, for example 0/8, got {shard!r}') from None
-  if not 0 <= index < count:
-    raise ConfigError(f'--shard i/k needs 0 <= i < k, got {shard}')
-  return index, count
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -146,8 +135,18 @@ def main(argv: list[str] | None = None) -> int:
     action='store_true',
     help='also runs that were called diverged, from their last checkpoints; only NaN and inf end them then',
   )
-  parser.add_argument('--shard', metavar='i/k', help='only every k-th planned run, from the i-th on')
-  parser.add_argument('--workers', type=int, default=1, help='processes on this machine (default 1)')
+  parser.add_argument(
+    '--workers',
+    type=int,
+    default=1,
+    help='processes on this machine (default 1); the same command on other machines takes runs of the same '
+    "folder too, each run is one process's, and what a dead process held is taken after a minute",
+  )
+  parser.add_argument(
+    '--no-wait',
+    action='store_true',
+    help='end when all runs left are held by others; else it waits, and takes over what they do not finish',
+  )
   parser.add_argument('--out', default='runs', help='folder above the sweep (default runs)')
   parser.add_argument(
     '--seeds',
@@ -175,7 +174,7 @@ def main(argv: list[str] | None = None) -> int:
   configs, planned = plan(args.name, overrides, args.seeds)
   check_extends(folder, args.name, options, planned)
   again = ('failed',) * args.retry_failed + ('diverged',) * args.continue_diverged
-  asked, chosen = select(planned, folder, args.only, args.shard, again)
+  asked, chosen = select(planned, folder, args.only, again)
   if args.dry_run:
     print(table(planned, folder))
     return 0
@@ -191,7 +190,7 @@ def main(argv: list[str] | None = None) -> int:
   ended = []
   if chosen:
     todo = [configs[i] for i in chosen], [planned[i] for i in chosen]
-    ended = execute(*todo, folder, args.workers, args.continue_diverged)
+    ended = execute(*todo, folder, args.workers, args.continue_diverged, not args.no_wait)
   states = [state_of(planned[i], folder) for i in asked]
   hint = '; --retry-failed tries failed runs again' if 'failed' in states else ''
   say(', '.join(f'{states.count(s)} {s}' for s in sorted(set(states))) + hint)

@@ -1,34 +1,35 @@
-"""The processes of a sweep: groups of runs of equal shapes, trained side by side, watched by one bar.
+"""The processes of a sweep on this machine: each takes runs and trains them, and one bar watches.
 
-What is to run comes from sweep.py; every run's outcome is in its status.json.
+What is to run comes from sweep.py, and which of it is this process's from claims.py; every run's outcome is
+in its status.json.
 """
 
-import concurrent.futures
 import contextlib
 import functools
 import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
-from concurrent.futures.process import BrokenProcessPool
-from typing import Any
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 
-import filelock
 from ml_collections import ConfigDict
 
-from mhc_jax import distributed, train
+from mhc_jax import distributed, lease, storage, train
 from mhc_jax.data import Corpus, load_corpus, tokenizer_of
 from mhc_jax.errors import FULL_DISK, BusyError
+from mhc_jax.lease import Lease, LeaseLostError
 from mhc_jax.log import say, tolerant_streams
 from mhc_jax.plan import Run, resolve
-from mhc_jax.run_folder import write_status
-from mhc_jax.train_step import without_traced
-from mhc_jax.workdir import read_status
+from mhc_jax.workdir import ENDED, lease_of, read_status
 
 from . import progress
+from .claims import Claims, Job, fail, groups_of
 
 ONE_THREAD = '--xla_cpu_multi_thread_eigen=false'
+Ended = list[tuple[str, str]]  # (run_id, state)
 
 
 @functools.cache
@@ -37,27 +38,27 @@ def corpus_of(name: str, data_dir: str | None, tokenizer: str | None) -> Corpus:
   return load_corpus(name, data_dir, tokenizer_of(tokenizer))
 
 
-def shapes(run: Run) -> tuple[Any, ...]:
-  """What must be equal for two runs to share a compilation."""
-  data = run.resolved['data']
-  return run.model, without_traced(run.optimizer), data['batch_size'], data['seq_len']
-
-
 @tolerant_streams()
 def run_group(
-  configs: list[ConfigDict], folder: str, quiet: bool, continue_diverged: bool = False
-) -> list[tuple[str, str]]:
-  """Trains runs one after another; returns (run_id, state) of each.
+  configs: list[ConfigDict],
+  folder: str,
+  quiet: bool,
+  continue_diverged: bool = False,
+  stops_at: Callable[[int], bool] | None = None,
+  leases: list[Lease] | None = None,
+) -> Ended:
+  """Trains runs of equal shapes one after another; returns (run_id, state) of each.
 
   After a stop, which may come at any moment, the last is 'interrupted': the run that it stopped or kept from
-  beginning.
+  beginning. stops_at: the caller's distributed.stop_on_signal. leases: the caller's, of the runs.
   """
   ended = []
-  with distributed.stop_on_signal() as stops_at:
-    for config in configs:
+  stop = contextlib.nullcontext(stops_at) if stops_at else distributed.stop_on_signal()
+  with stop as stops_at:
+    for config, held in zip(configs, leases or [None] * len(configs), strict=True):
       corpus = corpus_of(config.data.name, config.data.dir, config.data.tokenizer)
       run_id = resolve(config, corpus.digest).run_id
-      options = {'continue_diverged': continue_diverged, 'stops_at': stops_at}
+      options = {'continue_diverged': continue_diverged, 'stops_at': stops_at, 'held': held}
       try:
         stopped = stops_at(0)
         status = {} if stopped else train.run(config, os.path.join(folder, run_id), corpus, quiet, **options)
@@ -65,19 +66,160 @@ def run_group(
       except Exception as error:  # recorded in status.json by the loop; the sweep goes on
         if isinstance(error, OSError) and error.errno in FULL_DISK:
           raise
-        state = 'busy' if isinstance(error, BusyError) else 'failed'
+        lost = isinstance(error, LeaseLostError)
+        state = 'lost' if lost else 'busy' if isinstance(error, BusyError) else 'failed'
         say(f'{run_id} {state}: {type(error).__name__}: {error}')
       ended.append((run_id, state))
       if state == 'interrupted':
         break
-  parent = multiprocessing.parent_process()
-  if parent is not None and not parent.is_alive():
-    os._exit(130)  # nobody takes the answer
   return ended
 
 
-def _stop_with_parent() -> None:
-  """In a worker: the sweep's death, by whatever signal, ends its runs as Ctrl-C would, after a checkpoint.
+def work(groups: list[list[Job]], folder: str, quiet: bool, continue_diverged: bool, waits: bool) -> Ended:
+  """Takes runs and trains them until all have ended; what became of those that this process took.
+
+  waits: also for runs that others hold, which are this process's if those die. After a stop the last is
+  'interrupted', as run_group has it.
+  """
+  claims, ended, said = Claims(groups, folder), [], 0.0
+  with distributed.stop_on_signal() as stops_at:
+    while left := claims.left():
+      if stops_at(0):
+        return [*ended, (left[0].run_id, 'interrupted')]
+      taken = claims.take()
+      if taken:
+        jobs, leases = zip(*taken, strict=True)
+        try:
+          options = {'continue_diverged': continue_diverged, 'stops_at': stops_at, 'leases': list(leases)}
+          now = run_group([job.config for job in jobs], folder, quiet, **options)
+        finally:
+          for held in leases:
+            held.release()
+        ended += now
+        if now[-1][1] == 'interrupted':
+          break
+        for job, (_, state) in zip(jobs, now, strict=True):
+          if state != 'lost':  # another's now, and this process's again if that one dies
+            claims.done(job)
+      elif not (others := claims.others()) and not claims.left():
+        break
+      elif not waits:
+        break
+      else:
+        if not quiet and others and time.monotonic() > said + 60:
+          said = time.monotonic()
+          run_id, who = next(iter(others.items()))
+          say(f'sweep: waits for {len(others)} runs that others train, {run_id} by {who}; Ctrl-C ends this')
+        _pause(5.0 if storage.is_remote(folder) else 1.0, stops_at)
+  return ended
+
+
+def _pause(seconds: float, stops_at: Callable[[int], bool]) -> None:
+  end = time.monotonic() + min(seconds, lease.stale_seconds() / 4)
+  while time.monotonic() < end and not stops_at(0):
+    time.sleep(0.05)
+
+
+def execute(
+  configs: list[ConfigDict],
+  planned: list[Run],
+  folder: str,
+  workers: int,
+  continue_diverged: bool = False,
+  waits: bool = True,
+) -> Ended:
+  """Trains the runs in `workers` processes, and beside any others that are at the same; see `work`."""
+  groups = groups_of(configs, planned, folder)
+  options = {'continue_diverged': continue_diverged, 'waits': waits}
+  if workers == 1:
+    return work(groups, folder, quiet=False, **options)
+  # One thread per worker: small matrices do not feed two, and idle threads of XLA:CPU spin.
+  os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {ONE_THREAD}'.strip()
+  crew = Crew(functools.partial(work, groups, folder, quiet=True, **options), planned, folder)
+  with _signals_stop():
+    try:
+      for _ in range(workers):
+        crew.start()
+      progress.watch(crew.at_work, planned, folder)
+    except KeyboardInterrupt:
+      crew.stop()
+      if 'interrupted' not in dict(crew.ended).values():  # told while they started: they say nothing
+        crew.ended.append((planned[0].run_id, 'interrupted'))
+  return crew.ended
+
+
+class Crew:
+  """The worker processes: started, watched, told to stop, and buried."""
+
+  def __init__(self, work: Callable[[], Ended], planned: list[Run], folder: str):
+    self._work, self._planned, self._folder = work, planned, folder
+    self._processes: dict[Connection, BaseProcess] = {}
+    self.ended: Ended = []
+
+  def start(self) -> None:
+    """One more worker."""
+    context = multiprocessing.get_context('spawn')
+    answers, to_answer = context.Pipe(duplex=False)
+    process = context.Process(target=_worker, args=(self._work, to_answer), daemon=False)
+    # A terminal's Ctrl-C is the sweep's to pass on: workers have it blocked from before they can say so.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+      process.start()
+      self._processes[answers] = process
+    finally:
+      signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    to_answer.close()
+
+  def at_work(self, seconds: float) -> bool:
+    """Waits so long at most for a worker to end; whether any is left. Raises what a worker raised."""
+    for answers in wait(list(self._processes), seconds):
+      process = self._processes.pop(answers)
+      try:
+        ended, error = answers.recv()
+      except EOFError:  # killed, or out of memory
+        process.join()
+        if self._bury(process.pid):
+          self.start()  # the runs that it had not begun are done all the same
+        continue
+      process.join()
+      self.ended += ended
+      if error is not None or 'interrupted' in dict(ended).values():
+        self.stop()
+        if error is not None:
+          raise error
+    return bool(self._processes)
+
+  def stop(self) -> None:
+    """Tells the workers to stop after a checkpoint, and waits for them."""
+    for process in self._processes.values():
+      with contextlib.suppress(ProcessLookupError):
+        os.kill(process.pid, signal.SIGUSR1)
+    for answers, process in list(self._processes.items()):
+      with contextlib.suppress(EOFError):
+        self.ended += answers.recv()[0]
+      process.join()
+    self._processes.clear()
+
+  def _bury(self, pid: int) -> bool:
+    """Records the run that a dead worker held as failed, and gives its lease back; whether it held one."""
+    found = False
+    workdirs = [os.path.join(self._folder, run.run_id) for run in self._planned]
+    holders = lease.holders([lease_of(workdir) for workdir in workdirs], {})
+    for workdir, holder in zip(workdirs, holders, strict=True):
+      held = lease.bury(lease_of(workdir), pid) if holder and pid in holder.processes else None
+      if held is not None:
+        found = True
+        if read_status(workdir)['state'] not in (*ENDED, 'interrupted'):
+          fail(
+            workdir,
+            'the process died (killed, or out of memory); --retry-failed goes on from its last checkpoint',
+          )
+        held.release()
+    return found
+
+
+def _worker(work: Callable[[], Ended], answers: Connection) -> None:
+  """A worker's life: the sweep's death, by whatever signal, ends its run as Ctrl-C would, after a checkpoint.
 
   What a terminal that closes tells the sweep, the sweep tells its workers.
   """
@@ -88,80 +230,14 @@ def _stop_with_parent() -> None:
     os.kill(os.getpid(), signal.SIGUSR1)
 
   threading.Thread(target=watch, daemon=True).start()
-
-
-def execute(
-  configs: list[ConfigDict], planned: list[Run], folder: str, workers: int, continue_diverged: bool = False
-) -> list[tuple[str, str]]:
-  """Trains all runs in `workers` processes, groups of equal shapes together and the longest first."""
-  groups: dict[tuple[Any, ...], list[int]] = {}
-  for index, run in enumerate(planned):
-    groups.setdefault(shapes(run), []).append(index)
-  ordered = sorted(groups.values(), key=lambda group: -sum(planned[i].derived['flops'] for i in group))
-  if workers == 1:
-    return run_group([configs[i] for group in ordered for i in group], folder, False, continue_diverged)
-  # One thread per worker: small matrices do not feed two, and idle threads of XLA:CPU spin.
-  os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {ONE_THREAD}'.strip()
-  workdirs = [os.path.join(folder, run.run_id) for run in planned]
-  ended, todo = [], set(range(len(planned)))
-  while todo:
-    before = [_written(workdir) for workdir in workdirs]
-    jobs = [[configs[i] for i in group if i in todo] for group in ordered]
-    work = functools.partial(run_group, folder=folder, quiet=True, continue_diverged=continue_diverged)
-    now, broken = _in_workers(work, [job for job in jobs if job], planned, folder, workers)
-    ended += now
-    reached = [i for i in todo if _written(workdirs[i]) != before[i]]
-    if not (broken and reached):
-      break
-    # A worker that died (out of memory, kill) breaks its pool: its run is recorded, the others go on.
-    states = {i: read_status(workdirs[i])['state'] for i in reached}
-    for i in reached:
-      if states[i] == 'running':
-        _record_death(workdirs[i])
-    todo -= {i for i in reached if states[i] != 'interrupted'}  # the pool's end interrupts the others
-  return ended
-
-
-def _written(workdir: str) -> int:
-  """When status.json was last written, 0 for never: tells the runs that a pool came to."""
-  path = os.path.join(workdir, 'status.json')
-  return os.stat(path).st_mtime_ns if os.path.exists(path) else 0
-
-
-def _record_death(workdir: str) -> None:
-  lock = filelock.FileLock(os.path.join(workdir, '.lock'), timeout=0)
-  with contextlib.suppress(filelock.Timeout), lock:  # locked: another sweep's
-    error = 'the process died (killed, or out of memory); --retry-failed goes on from its last checkpoint'
-    status = read_status(workdir) | {'state': 'failed', 'error': error}
-    write_status(workdir, status)
-    say(f'{os.path.basename(workdir)} failed: {error}')
-
-
-def _in_workers(
-  work: Callable[[list[ConfigDict]], list[tuple[str, str]]],
-  jobs: list[list[ConfigDict]],
-  planned: list[Run],
-  folder: str,
-  workers: int,
-) -> tuple[list[tuple[str, str]], bool]:
-  """Runs the jobs in a pool of processes; (what ended, whether a worker's death broke the pool).
-
-  Ctrl-C, SIGTERM or SIGHUP: the workers are told, save and stop, and no new group starts.
-  """
-  context, stopped = multiprocessing.get_context('spawn'), False
-  with concurrent.futures.ProcessPoolExecutor(workers, context, _stop_with_parent) as pool, _signals_stop():
-    futures = [pool.submit(work, job) for job in jobs]
-    try:
-      progress.watch(futures, planned, folder)
-    except KeyboardInterrupt:
-      stopped = True
-      for process in multiprocessing.active_children():
-        os.kill(process.pid, signal.SIGUSR1)
-      pool.shutdown(wait=True, cancel_futures=True)
-  done = [future for future in futures if not future.cancelled()]
-  broken = [future for future in done if isinstance(future.exception(), BrokenProcessPool)]
-  ended = [item for future in done if future not in broken for item in future.result()]
-  return ended, bool(broken) and not stopped
+  try:
+    answer = work(), None
+  except Exception as error:
+    answer = [], error
+  try:
+    answers.send(answer)
+  except OSError:
+    os._exit(130)  # nobody takes the answer
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from mhc_jax import optimizer as optim
 from mhc_jax.checkpoint import Checkpoints
 from mhc_jax.divergence import Divergence
 from mhc_jax.kernels.choice import kernels_for
+from mhc_jax.lease import Lease
 from mhc_jax.log import Progress
 from mhc_jax.metrics_log import MetricsLog
 from mhc_jax.plan import Run
@@ -42,8 +43,11 @@ class Position:
 class Recorder:
   """Writes one run's rows and status, on process 0, and says after each update whether it diverged."""
 
-  def __init__(self, plan: Run, workdir: str, mesh: Mesh, earlier_revision: str | None):
-    self._plan, self._workdir, self._mesh = plan, workdir, mesh
+  def __init__(
+    self, plan: Run, workdir: str, mesh: Mesh, earlier_revision: str | None, held: Lease | None = None
+  ):
+    """held: the workdir's lease, asked before anything is written there: LeaseLostError where it is lost."""
+    self._plan, self._workdir, self._mesh, self._held = plan, workdir, mesh, held
     self._writes = jax.process_index() == 0  # all but checkpoints, of which every process writes its part
     self._revision = join_revisions(earlier_revision, revision())
     self._log: MetricsLog | None = None  # until it is opened
@@ -64,7 +68,17 @@ class Recorder:
     """Closes the files, and leaves the progress line as it stands."""
     self._progress.close()
     if self._writes:
-      self._log.close()
+      upload = False
+      try:
+        self.confirm()
+        upload = True
+      finally:
+        self._log.close(upload)
+
+  def confirm(self) -> None:
+    """Makes sure that the workdir is still this process's."""
+    if self._held is not None:
+      self._held.renew()
 
   def start_clock(self, step: int | None = None) -> None:
     """Training time goes on from here; speed is that of the updates after `step`, where it is given."""
@@ -102,6 +116,8 @@ class Recorder:
       at.final |= losses
       diverged = not np.isfinite(list(losses.values())).all()
     if self._writes and (measured or diverged or 'log' in self._plan.due(step)):
+      if self._held is not None:
+        self._held.check()
       self._log.write(row | measured)
     return diverged
 
@@ -120,6 +136,8 @@ class Recorder:
 
   def save(self, at: Position, checkpoints: Checkpoints) -> None:
     """Rows first, then the state: a checkpoint never knows more than the metrics on disk."""
+    if self._held is not None:
+      self._held.renew(progress=True)
     if self._writes:
       self._log.sync()
       at.rows_crc32 = self._log.crc
@@ -130,6 +148,7 @@ class Recorder:
 
   def status(self, at: Position, state: str, error: str | None = None) -> dict[str, Any]:
     """Writes status.json and returns what it says."""
+    self.confirm()
     devices = self._mesh.devices
     status = {
       'state': state,

@@ -38,6 +38,7 @@ from mhc_jax.data import (
 from mhc_jax.diagnostics import with_spectra
 from mhc_jax.errors import FULL_DISK, require
 from mhc_jax.evaluate import validation_arrays, validation_loss
+from mhc_jax.lease import Lease, LeaseLostError
 from mhc_jax.log import say, tolerant_streams
 from mhc_jax.memory import check_memory
 from mhc_jax.paths import expand
@@ -81,14 +82,17 @@ def run(
   *,
   continue_diverged: bool = False,
   stops_at: Callable[[int], bool] | None = None,
+  held: Lease | None = None,
 ) -> dict[str, Any]:
   """Trains one run in workdir, or goes on where it stopped; returns its status (status.json).
 
   constraint: a Constraint of the caller's own, in place of the one that the configuration names.
   continue_diverged: a run that was called diverged goes on, and only what is not finite ends it again.
   stops_at: the caller's distributed.stop_on_signal, where it covers several runs.
+  held: the lease of workdir, where the caller has it.
 
-  Raises ConfigError for a mistake in the configuration, with nothing written; OSError on a full disk.
+  Raises ConfigError for a mistake in the configuration, with nothing written; OSError on a full disk;
+  LeaseLostError where another process has taken the workdir, into which nothing is written then.
   """
   workdir = expand(workdir)
   storage.to_path(workdir)  # these refuse mistakes before a corpus is prepared
@@ -102,7 +106,7 @@ def run(
   check_workdir(workdir, plan)  # before anything is written
   distributed.require_same('configuration or corpus', plan.run_id)
   data = Data(train, validation_arrays(plan.resolved, validation, mesh), corpus.tokenizer.bytes_per_token)
-  with claim(workdir, plan) as status:
+  with claim(workdir, plan, held) as (status, held):
     goes_on = continue_diverged and status['state'] == 'diverged'
     if status['state'] in ENDED and not goes_on:
       return status
@@ -110,11 +114,13 @@ def run(
       for line in warnings_of(plan):
         say(f'warning: {line}')
     at = Position(step=status.get('step', 0))
-    record = Recorder(plan, workdir, mesh, status.get('git_revision'))
+    record = Recorder(plan, workdir, mesh, status.get('git_revision'), held)
     stop = contextlib.nullcontext(stops_at) if stops_at else distributed.stop_on_signal()
     try:
       with stop as stops_at:
         state = _restore_and_train(plan, workdir, data, mesh, at, record, quiet, goes_on, stops_at)
+    except LeaseLostError:
+      raise
     except BaseException as error:
       # The same command goes on after Ctrl-C and a full disk; after anything else it needs a look.
       full = isinstance(error, OSError) and error.errno in FULL_DISK
@@ -165,6 +171,7 @@ def _restore_and_train(
     state = loop(plan, compiled, inputs, measure, at, record, checkpoints, stops_at)
     checkpoints.wait()
     if state in ENDED:
+      record.confirm()
       checkpoints.remove_all_but_last()
     return state
 
