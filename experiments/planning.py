@@ -6,6 +6,7 @@ An experiment is a file of experiments/ with runs(arg) -> list of configs, named
 import contextlib
 import json
 import os
+import pickle
 import shlex
 import sys
 import textwrap
@@ -14,7 +15,6 @@ from collections.abc import Callable, Sequence
 from ml_collections import ConfigDict
 
 from mhc_jax import settings
-from mhc_jax.config import base_config
 from mhc_jax.config_file import override
 from mhc_jax.errors import ConfigError, require
 from mhc_jax.plan import Run, resolve
@@ -87,9 +87,9 @@ def at_seeds(configs: list[ConfigDict], seeds: int) -> list[ConfigDict]:
     distinct.setdefault(json.dumps(fields, sort_keys=True), config)
   seeded = []
   for config in distinct.values():
+    copied = pickle.dumps(config)
     for seed in range(seeds):
-      seeded.append(base_config())
-      seeded[-1].update(config.to_dict())
+      seeded.append(pickle.loads(copied))
       seeded[-1].seed = seed
   return seeded
 

@@ -136,17 +136,20 @@ def _plain(given: Any, kinds: dict[str, Any], path: list[str], whole: bool = Tru
   given, plain = dict(given.items()), ConfigDict()
   if path and path[-1] == _FREE:
     kinds = dict.fromkeys(given, Any)
-  if whole:
-    for key in [*given, *(key for key in kinds if key not in given)]:
+  if whole and given.keys() != kinds.keys():
+    for key in given:
       if key not in kinds:  # the search for a near one is slow
         raise ConfigError(f'unknown config field {".".join([*path, str(key)])}{_nearest(path, key, kinds)}')
-      require(key in given, f'config field {".".join([*path, key])} is missing')
+    missing = next(key for key in kinds if key not in given)
+    raise ConfigError(f'config field {".".join([*path, missing])} is missing')
+  above = ''.join(f'{name}.' for name in path)
   for key, kind in kinds.items():
     if key in given and isinstance(kind, dict):
       plain[key] = _plain(given[key], kind, [*path, key], whole)
     elif key in given:
-      name = '.'.join([*path, str(key)])
-      require(isinstance(key, str) and '.' not in key, f'{name} is no name of a field')
+      name = f'{above}{key}'
+      if not isinstance(key, str) or '.' in key:
+        raise ConfigError(f'{name} is no name of a field')
       plain[key] = checked(name, given[key], kind)
   return plain
 

@@ -6,6 +6,7 @@ import shlex
 import pytest
 
 from experiments import planning, sweep
+from mhc_jax import plan
 from mhc_jax.config_file import parse
 from mhc_jax.errors import ConfigError
 from mhc_jax.run_folder import load_options, load_plan
@@ -113,3 +114,15 @@ def test_the_list_names_every_experiment_its_arguments_and_counts(capsys):
   assert all(name in text for name in sweep.EXPERIMENTS)
   assert 'isoflop:large (80 runs)' in text and 'quick:small' not in text
   assert max(map(len, text.splitlines())) <= 100
+
+
+def test_runs_of_equal_shapes_are_traced_once(monkeypatch):
+  """What a manifold fits depends on shapes: seeds and learning rates do not trace the model again."""
+  traced, real = [], plan.check_matches
+  monkeypatch.setattr(plan, 'check_matches', lambda *rest: traced.append(rest) or real(*rest))
+  held = ['--config.optimizer.manifold=stiefel', '--config.optimizer.manifold_pattern=layers/attention/.*/w']
+  for lr in ('1e-2', '2e-2', '3e-2'):
+    config = parse('laptop:smoke', [*held, f'--config.optimizer.lr={lr}', '--config.model.width=48'])
+    for _ in range(2):
+      plan.resolve(config, 'digest')
+  assert len(traced) == 1
