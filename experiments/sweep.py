@@ -17,15 +17,17 @@ import argparse
 import os
 import shlex
 import sys
+from typing import Any
 
 import pandas as pd
 
+from mhc_jax import storage
 from mhc_jax.command import end_with_message
 from mhc_jax.errors import FULL_DISK, ConfigError, require
 from mhc_jax.log import say
 from mhc_jax.paths import expand
 from mhc_jax.plan import Run, warnings_of
-from mhc_jax.workdir import ENDED, read_status, revision, versions
+from mhc_jax.workdir import ENDED, read_statuses, revision, versions
 
 from .planning import EXPERIMENTS, check_extends, keep, listing, options_of, plan
 from .workers import execute
@@ -38,7 +40,7 @@ def table(planned: list[Run], folder: str) -> str:
   sums = ('total', 'active', 'matmul', 'non_embedding')
   groups = dict.fromkeys(name for run in planned for name in run.derived['params'] if name not in sums)
   rows, rate = [], _flops_per_second(planned, folder)
-  for run in planned:
+  for run, state in zip(planned, states_of(planned, folder), strict=True):
     c, model, params = run.resolved, run.resolved['model'], run.derived['params']
     rows.append(
       {
@@ -54,7 +56,7 @@ def table(planned: list[Run], folder: str) -> str:
         'tokens': f'{run.derived["tokens"]:,}',
         'FLOPs': f'{run.derived["flops"]:.2e}',
         'seconds': f'{run.derived["flops"] / rate:.0f}',
-        'state': state_of(run, folder),
+        'state': state,
       }
     )
   hardly_meant = [line for run in planned for line in warnings_of(run)]
@@ -68,17 +70,24 @@ def table(planned: list[Run], folder: str) -> str:
   )
 
 
-def state_of(run: Run, folder: str) -> str:
-  """A run's state; 'damaged' also where it has ended and its config.json is gone."""
-  workdir = os.path.join(folder, run.run_id)
-  state = read_status(workdir)['state']
-  return 'damaged' if state in ENDED and not os.path.exists(os.path.join(workdir, 'config.json')) else state
+def states_of(planned: list[Run], folder: str) -> list[str]:
+  """The runs' states; 'damaged' also where one has ended and its config.json is gone."""
+  workdirs = [os.path.join(folder, run.run_id) for run in planned]
+  states = [status['state'] for status in read_statuses(workdirs)]
+  ended = [workdir for workdir, state in zip(workdirs, states, strict=True) if state in ENDED]
+  configs = storage.read_many([os.path.join(workdir, 'config.json') for workdir in ended])
+  bare = {workdir for workdir, config in zip(ended, configs, strict=True) if config is None}
+  return ['damaged' if workdir in bare else state for workdir, state in zip(workdirs, states, strict=True)]
+
+
+def statuses_of(planned: list[Run], folder: str) -> list[dict[str, Any]]:
+  """The runs' status.json."""
+  return read_statuses([os.path.join(folder, run.run_id) for run in planned])
 
 
 def _flops_per_second(planned: list[Run], folder: str) -> float:
   flops = seconds = 0.0
-  for run in planned:
-    status = read_status(os.path.join(folder, run.run_id))
+  for run, status in zip(planned, statuses_of(planned, folder), strict=True):
     if status['state'] == 'finished' and (status.get('seconds') or 0) > 0:
       flops, seconds = flops + run.derived['flops'], seconds + status['seconds']
   return flops / seconds if seconds else ASSUMED_FLOPS_PER_SECOND
@@ -87,8 +96,7 @@ def _flops_per_second(planned: list[Run], folder: str) -> float:
 def warn_of_mixtures(planned: list[Run], folder: str) -> None:
   """Says on stderr where ended runs come from other code or versions than this process."""
   now = {'git revision': revision(), 'versions': versions()}
-  for run in planned:
-    status = read_status(os.path.join(folder, run.run_id))
+  for run, status in zip(planned, statuses_of(planned, folder), strict=True):
     if status['state'] in ENDED:
       then = {'git revision': status.get('git_revision'), 'versions': status.get('versions')}
       for what, value in then.items():
@@ -111,13 +119,21 @@ def select(
   if only is not None and only not in arms:
     raise ConfigError(f'no arm {only!r} in this experiment; there are {", ".join(sorted(arms))}')
   asked, chosen = [], []
-  for i, run in enumerate(planned):
-    state = state_of(run, folder)
+  for i, (run, state) in enumerate(zip(planned, states_of(planned, folder), strict=True)):
     if only in (None, run.resolved['arm']):
       asked.append(i)
       if state not in (*ENDED, 'failed') or state in again:
         chosen.append(i)
   return asked, chosen
+
+
+def _make(folder: str, out: str) -> None:
+  try:
+    os.makedirs(folder, exist_ok=True)
+  except OSError as error:
+    if error.errno in FULL_DISK:
+      raise
+    raise ConfigError(f'--out {out} cannot hold runs: {error.strerror}') from None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -147,7 +163,9 @@ def main(argv: list[str] | None = None) -> int:
     action='store_true',
     help='end when all runs left are held by others; else it waits, and takes over what they do not finish',
   )
-  parser.add_argument('--out', default='runs', help='folder above the sweep (default runs)')
+  parser.add_argument(
+    '--out', default='runs', help='folder above the sweep, or gs:// or s3:// (default runs)'
+  )
   parser.add_argument(
     '--seeds',
     type=int,
@@ -161,9 +179,8 @@ def main(argv: list[str] | None = None) -> int:
   require(args.name is not None, 'name an experiment; mhc sweep --list shows them')
   if args.workers < 1:
     raise ConfigError(f'--workers must be at least 1, got {args.workers}')
-  if '://' in args.out:
-    raise ConfigError(f'--out {args.out} must be a local folder: copy it to the store after the sweep')
   folder = os.path.join(expand(args.out), args.name.replace(':', '-'))
+  storage.to_path(folder)  # refuses what is no place for runs
   given = overrides + ([] if args.seeds is None else ['--seeds', f'{args.seeds}'])
   options = options_of(folder, given)
   if options != given:
@@ -179,19 +196,15 @@ def main(argv: list[str] | None = None) -> int:
     print(table(planned, folder))
     return 0
   warn_of_mixtures(planned, folder)
-  try:
-    os.makedirs(folder, exist_ok=True)
-  except OSError as error:
-    if error.errno in FULL_DISK:
-      raise
-    raise ConfigError(f'--out {args.out} cannot hold runs: {error.strerror}') from None
+  if not storage.is_remote(folder):
+    _make(folder, args.out)
   keep(folder, args.name, options, planned)
   say(f'{args.name}: {len(chosen)} of {len(planned)} runs to do, in {folder}')
   ended = []
   if chosen:
     todo = [configs[i] for i in chosen], [planned[i] for i in chosen]
     ended = execute(*todo, folder, args.workers, args.continue_diverged, not args.no_wait)
-  states = [state_of(planned[i], folder) for i in asked]
+  states = states_of([planned[i] for i in asked], folder)
   hint = '; --retry-failed tries failed runs again' if 'failed' in states else ''
   say(', '.join(f'{states.count(s)} {s}' for s in sorted(set(states))) + hint)
   stopped = 'interrupted' in {state for _, state in ended}  # now, not before

@@ -106,7 +106,7 @@ def work(groups: list[list[Job]], folder: str, quiet: bool, continue_diverged: b
       elif not waits:
         break
       else:
-        if not quiet and others and time.monotonic() > said + 60:
+        if others and time.monotonic() > said + 60 and multiprocessing.parent_process() is None:
           said = time.monotonic()
           run_id, who = next(iter(others.items()))
           say(f'sweep: waits for {len(others)} runs that others train, {run_id} by {who}; Ctrl-C ends this')

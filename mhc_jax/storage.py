@@ -79,9 +79,9 @@ def read_json(path: str | os.PathLike[str]) -> Any | None:
 
 
 def read_many(paths: list[str]) -> list[bytes | None]:
-  """The contents of files of one store, many requests at once; None where there is none."""
-  if not paths:
-    return []
+  """The contents of files, None where there is none; of files in one store with many requests at once."""
+  if not any(map(is_remote, paths)):
+    return [_read_here(path) for path in paths]
   with errors_of(paths[0]):
     to_path(paths[0])  # refuses what is not supported
     client = fsspec.filesystem(paths[0].partition('://')[0])
@@ -93,6 +93,13 @@ def read_many(paths: list[str]) -> list[bytes | None]:
         raise content
       contents.append(content if isinstance(content, bytes) else None)
     return contents
+
+
+def _read_here(path: str) -> bytes | None:
+  try:
+    return Path(path).read_bytes()
+  except (FileNotFoundError, NotADirectoryError):
+    return None
 
 
 def write_text(path: str, text: str) -> None:

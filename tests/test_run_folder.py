@@ -277,9 +277,9 @@ def test_a_sweep_shows_a_damaged_run_and_does_it_again(tmp_path, capsys):
   assert sweep.select([plan], str(tmp_path), None, None, False) == ([0], [0])
   assert capsys.readouterr().err.count('status.json is damaged') == 1, 'said once'
   (workdir / 'status.json').write_text('{"state": "finished", "seconds": 0}')
-  assert sweep.state_of(plan, str(tmp_path)) == 'damaged', 'results of no configuration'
+  assert sweep.states_of([plan], str(tmp_path)) == ['damaged'], 'results of no configuration'
   (workdir / 'config.json').write_text(json.dumps(plan.resolved))
-  assert sweep.state_of(plan, str(tmp_path)) == 'finished'
+  assert sweep.states_of([plan], str(tmp_path)) == ['finished']
   assert 'GFLOP/s (assumed)' in sweep.table([plan], str(tmp_path))
 
 

@@ -252,8 +252,10 @@ def test_mistakes_are_one_line(monkeypatch):
       train.run(config(), f'{scheme}://bucket/run', corpus())
   with pytest.raises(ConfigError, match='ftp://host/run: takes a local folder, gs://BUCKET/FOLDER or s3:'):
     train.run(config(), 'ftp://host/run', corpus())
-  with pytest.raises(ConfigError, match='--out gs://bucket must be a local folder'):
+  with pytest.raises(ConfigError, match='gs://bucket/quick needs the package gcsfs'):
     sweep.main(['quick', '--out', 'gs://bucket'])
+  with pytest.raises(ConfigError, match='ftp://host/quick: takes a local folder'):
+    sweep.main(['quick', '--out', 'ftp://host'])
 
 
 def test_orbax_writes_s3_by_tensorstore(monkeypatch):

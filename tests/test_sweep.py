@@ -16,6 +16,7 @@ from experiments import claims, progress, sweep, workers
 from mhc_jax.checkpoint import Checkpoints
 from mhc_jax.config_file import parse
 from mhc_jax.errors import ConfigError
+from mhc_jax.workdir import read_status
 
 
 @pytest.fixture(scope='module')
@@ -49,7 +50,7 @@ def experiment(tiny, monkeypatch):
 
 def states(folder):
   plan = json.loads((folder / 'plan.json').read_text())['runs']
-  return [sweep.read_status(str(folder / run['run_id']))['state'] for run in plan]
+  return [read_status(str(folder / run['run_id']))['state'] for run in plan]
 
 
 @pytest.mark.slow
@@ -73,7 +74,7 @@ def test_runs_records_failures_skips_finished_and_retries(experiment, tmp_path, 
   assert sweep.main([experiment, *out]) == 1
   assert states(tmp_path / 'tiny') == ['failed', 'finished', 'finished']
   failed = json.loads((tmp_path / 'tiny' / 'plan.json').read_text())['runs'][0]['run_id']
-  assert 'broken on purpose' in sweep.read_status(str(tmp_path / 'tiny' / failed))['error']
+  assert 'broken on purpose' in read_status(str(tmp_path / 'tiny' / failed))['error']
   assert 'broken on purpose' in capsys.readouterr().err
 
   monkeypatch.setattr(train, 'loop', real)
@@ -180,7 +181,7 @@ def test_interrupted_workers_are_not_started_again(experiment, tmp_path, monkeyp
   monkeypatch.setattr(workers.Crew, 'start', lambda crew: started.append(start(crew)))
   ended = workers.execute(configs, planned, str(tmp_path), workers=2)
   assert len(started) == 2 and 'interrupted' in dict(ended).values()
-  assert sweep.read_status(str(tmp_path / planned[2].run_id)) == stale
+  assert read_status(str(tmp_path / planned[2].run_id)) == stale
   monkeypatch.setattr(progress, 'watch', watch)
   ended = workers.execute(configs, planned, str(tmp_path), workers=2)
   assert {state for _, state in ended} == {'finished'} and len(ended) == 3
