@@ -16,7 +16,6 @@ from mhc_jax.lease import Lease
 from mhc_jax.log import say
 from mhc_jax.plan import Run
 from mhc_jax.run_folder import crc32, write_status
-from mhc_jax.train_step import without_traced
 from mhc_jax.workdir import ENDED, lease_of, read_statuses
 
 MOST_DEATHS = 3  # of processes in one run with no checkpoint between, after which it is left alone
@@ -32,19 +31,13 @@ class Job:
   before: int | None  # what its status said, of a run that had ended and is to do again
 
 
-def shapes(run: Run) -> tuple[Any, ...]:
-  """What must be equal for two runs to share a compilation."""
-  data = run.resolved['data']
-  return run.model, without_traced(run.optimizer), data['batch_size'], data['seq_len']
-
-
 def groups_of(configs: list[ConfigDict], planned: list[Run], folder: str) -> list[list[Job]]:
   """The runs in groups of equal shapes, the group of the most FLOPs first."""
   groups: dict[tuple[Any, ...], list[Job]] = {}
   statuses = read_statuses([os.path.join(folder, run.run_id) for run in planned])
   for config, run, status in zip(configs, planned, statuses, strict=True):
     job = Job(run.run_id, config, run.derived['flops'], _ended(status))
-    groups.setdefault(shapes(run), []).append(job)
+    groups.setdefault(run.shapes, []).append(job)
   return sorted(groups.values(), key=lambda group: -sum(job.flops for job in group))
 
 

@@ -188,6 +188,7 @@ def main(argv: list[str] | None = None) -> int:
     kept, overrides = parser.parse_known_args(options)
     args.seeds = kept.seeds
   require(args.seeds is None or args.seeds >= 1, f'--seeds must be at least 1, got {args.seeds}')
+  say(f'{args.name}: planning')
   configs, planned = plan(args.name, overrides, args.seeds)
   check_extends(folder, args.name, options, planned)
   again = ('failed',) * args.retry_failed + ('diverged',) * args.continue_diverged

@@ -132,7 +132,8 @@ def execute(
   groups = groups_of(configs, planned, folder)
   options = {'continue_diverged': continue_diverged, 'waits': waits}
   if workers == 1:
-    return work(groups, folder, quiet=False, **options)
+    with progress.watched(planned, folder):
+      return work(groups, folder, quiet=True, **options)
   # One thread per worker: small matrices do not feed two, and idle threads of XLA:CPU spin.
   os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {ONE_THREAD}'.strip()
   crew = Crew(functools.partial(work, groups, folder, quiet=True, **options), planned, folder)
@@ -140,8 +141,9 @@ def execute(
     try:
       for _ in range(workers):
         crew.start()
-      progress.watch(crew.at_work, planned, folder)
+      progress.watch(crew.at_work, planned, folder, workers)
     except KeyboardInterrupt:
+      say(f'stopping: {len(crew)} running runs save and end; once more ends them at once')
       crew.stop()
       if 'interrupted' not in dict(crew.ended).values():  # told while they started: they say nothing
         crew.ended.append((planned[0].run_id, 'interrupted'))
@@ -156,18 +158,17 @@ class Crew:
     self._processes: dict[Connection, BaseProcess] = {}
     self.ended: Ended = []
 
+  def __len__(self) -> int:
+    return len(self._processes)
+
   def start(self) -> None:
     """One more worker."""
     context = multiprocessing.get_context('spawn')
     answers, to_answer = context.Pipe(duplex=False)
     process = context.Process(target=_worker, args=(self._work, to_answer), daemon=False)
-    # A terminal's Ctrl-C is the sweep's to pass on: workers have it blocked from before they can say so.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
+    with _no_interrupt():
       process.start()
       self._processes[answers] = process
-    finally:
-      signal.pthread_sigmask(signal.SIG_SETMASK, before)
     to_answer.close()
 
   def at_work(self, seconds: float) -> bool:
@@ -190,14 +191,19 @@ class Crew:
     return bool(self._processes)
 
   def stop(self) -> None:
-    """Tells the workers to stop after a checkpoint, and waits for them."""
+    """Has the workers save and stop; Ctrl-C meanwhile ends them as a kill would, which runs survive too."""
     for process in self._processes.values():
       with contextlib.suppress(ProcessLookupError):
         os.kill(process.pid, signal.SIGUSR1)
-    for answers, process in list(self._processes.items()):
-      with contextlib.suppress(EOFError):
-        self.ended += answers.recv()[0]
-      process.join()
+    try:
+      for answers, process in list(self._processes.items()):
+        with contextlib.suppress(EOFError):
+          self.ended += answers.recv()[0]
+        process.join()
+    except KeyboardInterrupt:
+      for process in self._processes.values():
+        process.kill()
+      raise
     self._processes.clear()
 
   def _bury(self, pid: int) -> bool:
@@ -238,6 +244,17 @@ def _worker(work: Callable[[], Ended], answers: Connection) -> None:
     answers.send(answer)
   except OSError:
     os._exit(130)  # nobody takes the answer
+
+
+@contextlib.contextmanager
+def _no_interrupt() -> Iterator[None]:
+  """Processes that start in the block never see a terminal's Ctrl-C, not while they import either: the sweep
+  tells them."""
+  before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+  try:
+    yield
+  finally:
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager

@@ -55,6 +55,12 @@ class Run:
     """Number of optimizer updates."""
     return self.derived['num_steps']
 
+  @property
+  def shapes(self) -> tuple[Any, ...]:
+    """What must be equal for two runs to share a compilation."""
+    data = self.resolved['data']
+    return self.model, without_traced(self.optimizer), data['batch_size'], data['seq_len']
+
   def due(self, step: int) -> set[str]:
     """What comes after update `step`, the last one included: log, evaluation, diagnostics, checkpoint."""
     every = {name: self.resolved[name]['every_steps'] for name in ('log', 'evaluation', 'checkpoint')}

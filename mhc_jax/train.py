@@ -143,6 +143,10 @@ def _restore_and_train(
 ) -> str:
   """From the newest checkpoint, or from the start, to the end; moves `at`, returns how it ended."""
   c = plan.resolved
+  if not quiet and jax.process_index() == 0:
+    say(
+      f'{c["arm"]}: {plan.num_steps} updates on {mesh.size} x {mesh.devices.flat[0].device_kind}, compiling'
+    )
   with contextlib.ExitStack() as stack:
     compiled = programs(plan.model, plan.optimizer, mesh)
     folder = os.path.join(workdir, 'checkpoints')

@@ -5,12 +5,17 @@ import os
 import threading
 
 import fsspec
+import pandas as pd
 import pytest
 from etils.epath.backend import fsspec_backend
 
+from analysis import report, stores
+from analysis.runs import read_sweep
 from mhc_jax import lease, storage, versioned
 from mhc_jax.errors import ConfigError, StorageError
+from mhc_jax.run_folder import ENDED, load_status
 from tests import buckets
+from tests.synthetic_runs import write_sweep
 
 pytest.importorskip('s3fs')
 pytest.importorskip('gcsfs')
@@ -116,6 +121,34 @@ def _overwrite(real, client, bucket, key, content, version):
 def test_a_store_out_of_reach_is_one_line(store, monkeypatch):
   with pytest.raises(StorageError, match='://nowhere'):
     lease.take(f'{store.partition("://")[0]}://nowhere/.lease', {})
+
+
+def test_a_sweep_in_a_store_is_reported_from_a_copy(store, tmp_path, monkeypatch, capsys):
+  """Many requests at once; what has ended is copied once, what has gone goes, and results stay here."""
+  sweep = tmp_path / 'local'
+  write_sweep(sweep, arms=('residual', 'mhc'), sizes=((32, 2), (32, 4)), ranks=False)
+  client = fsspec.filesystem(store.partition('://')[0])
+  for path in sorted(sweep.rglob('*.json*')):
+    client.pipe_file(f'{store}/{path.relative_to(sweep)}', path.read_bytes())
+  monkeypatch.chdir(tmp_path)
+  assert report.main([store, '--resamples', '2']) == 0
+  copy = tmp_path / 'runs' / store.replace('://', '/')
+  assert (copy / 'report' / 'index.html').exists() and f'mhc report {store}' in (
+    copy / 'report' / 'index.html'
+  ).read_text()
+  assert f'runs copied to {copy.relative_to(tmp_path)}' in capsys.readouterr().err
+  pd.testing.assert_frame_equal(read_sweep(copy).table, read_sweep(sweep).table)
+  # A second time: only what may have changed.
+  asked, read_many = [], storage.read_many
+  monkeypatch.setattr(storage, 'read_many', lambda paths: asked.extend(paths) or read_many(paths))
+  first, *rest = (run.name for run in sorted(sweep.glob('*/')) if (run / 'metrics.jsonl').exists())
+  client.rm(f'{store}/{first}', recursive=True)
+  stores.here(store)
+  assert not (copy / first).exists() and (copy / rest[0]).exists()
+  ended = [run for run in rest if load_status(str(sweep / run))[0]['state'] in ENDED]
+  assert ended and not any(f'{store}/{run}/metrics.jsonl' in asked for run in ended)
+  with pytest.raises(ConfigError, match='json is missing'):
+    stores.here(f'{store}/none')
 
 
 def test_conditions_are_tried_once_per_bucket(store, monkeypatch):

@@ -12,7 +12,7 @@ import time
 import jax
 import pytest
 
-from experiments import claims, progress, sweep, workers
+from experiments import progress, sweep, workers
 from mhc_jax.checkpoint import Checkpoints
 from mhc_jax.config_file import parse
 from mhc_jax.errors import ConfigError
@@ -106,7 +106,7 @@ def test_arms_are_selected_by_name(experiment, tmp_path):
 def test_runs_of_equal_shapes_form_one_group():
   """quick: four arms at five sizes, whatever their seeds and rates, and nine ranks."""
   _, planned = sweep.plan('quick')
-  assert len({claims.shapes(run) for run in planned}) == 4 * 5 + 9
+  assert len({run.shapes for run in planned}) == 4 * 5 + 9
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(experiment, tmp_path, capsys):
