@@ -18,54 +18,16 @@ import os
 import shlex
 import sys
 
-import pandas as pd
-
 from mhc_jax.command import end_with_message
 from mhc_jax.errors import FULL_DISK, ConfigError, require
 from mhc_jax.log import say
 from mhc_jax.paths import expand
-from mhc_jax.plan import Run, warnings_of
+from mhc_jax.plan import Run
 from mhc_jax.workdir import ENDED, read_status, revision, versions
 
+from . import forecast
 from .planning import EXPERIMENTS, check_extends, keep, listing, options_of, plan
 from .workers import execute
-
-ASSUMED_FLOPS_PER_SECOND = 10e9  # of one worker, until a finished run of the sweep says better
-
-
-def table(planned: list[Run], folder: str) -> str:
-  """The plan as text: run, arm, parameters by group, tokens, FLOPs, estimated seconds, state."""
-  sums = ('total', 'active', 'matmul', 'non_embedding')
-  groups = dict.fromkeys(name for run in planned for name in run.derived['params'] if name not in sums)
-  rows, rate = [], _flops_per_second(planned, folder)
-  for run in planned:
-    c, model, params = run.resolved, run.resolved['model'], run.derived['params']
-    rows.append(
-      {
-        'run': run.run_id,
-        'arm': c['arm'],
-        'seed': c['seed'],
-        'width': model['width'],
-        'depth': model['depth'],
-        'n': model['connection']['streams'],
-        'rank': model['connection']['rank'] or '-',
-        'W rank': model['weights']['rank'] or '-',
-        **{group: f'{params.get(group, 0):,}' for group in groups},
-        'tokens': f'{run.derived["tokens"]:,}',
-        'FLOPs': f'{run.derived["flops"]:.2e}',
-        'seconds': f'{run.derived["flops"] / rate:.0f}',
-        'state': state_of(run, folder),
-      }
-    )
-  hardly_meant = [line for run in planned for line in warnings_of(run)]
-  minutes = sum(run.derived['flops'] for run in planned) / rate / 60
-  known = 'measured on finished runs' if rate != ASSUMED_FLOPS_PER_SECOND else 'assumed'
-  return (
-    ''.join(f'warning: {line} ({hardly_meant.count(line)} runs)\n' for line in dict.fromkeys(hardly_meant))
-    + f'{pd.DataFrame(rows).to_string(index=False)}\n'
-    f'{len(planned)} runs, about {minutes:.0f} minutes for one worker without compilation, '
-    f'at {rate / 1e9:.1f} GFLOP/s ({known})'
-  )
 
 
 def state_of(run: Run, folder: str) -> str:
@@ -73,15 +35,6 @@ def state_of(run: Run, folder: str) -> str:
   workdir = os.path.join(folder, run.run_id)
   state = read_status(workdir)['state']
   return 'damaged' if state in ENDED and not os.path.exists(os.path.join(workdir, 'config.json')) else state
-
-
-def _flops_per_second(planned: list[Run], folder: str) -> float:
-  flops = seconds = 0.0
-  for run in planned:
-    status = read_status(os.path.join(folder, run.run_id))
-    if status['state'] == 'finished' and (status.get('seconds') or 0) > 0:
-      flops, seconds = flops + run.derived['flops'], seconds + status['seconds']
-  return flops / seconds if seconds else ASSUMED_FLOPS_PER_SECOND
 
 
 def warn_of_mixtures(planned: list[Run], folder: str) -> None:
@@ -173,12 +126,13 @@ def main(argv: list[str] | None = None) -> int:
     args.seeds = kept.seeds
   require(args.seeds is None or args.seeds >= 1, f'--seeds must be at least 1, got {args.seeds}')
   say(f'{args.name}: planning')
-  configs, planned = plan(args.name, overrides, args.seeds)
+  configs, planned = plan(args.name, overrides, args.seeds, download=not args.dry_run)
   check_extends(folder, args.name, options, planned)
   again = ('failed',) * args.retry_failed + ('diverged',) * args.continue_diverged
   asked, chosen = select(planned, folder, args.only, args.shard, again)
   if args.dry_run:
-    print(table(planned, folder))
+    states = [state_of(run, folder) for run in planned]
+    print(forecast.report(planned, states, chosen, args.workers, forecast.speed_of(planned, folder)))
     return 0
   warn_of_mixtures(planned, folder)
   try:
@@ -193,6 +147,7 @@ def main(argv: list[str] | None = None) -> int:
   if chosen:
     todo = [configs[i] for i in chosen], [planned[i] for i in chosen]
     ended = execute(*todo, folder, args.workers, args.continue_diverged)
+    forecast.remember([run for run in planned if (run.run_id, 'finished') in ended], folder)
   states = [state_of(planned[i], folder) for i in asked]
   hint = '; --retry-failed tries failed runs again' if 'failed' in states else ''
   say(', '.join(f'{states.count(s)} {s}' for s in sorted(set(states))) + hint)
