@@ -15,6 +15,7 @@ may add runs to a folder's plan (more seeds), and are refused where they would d
 
 import argparse
 import os
+import re
 import shlex
 import sys
 
@@ -101,6 +102,13 @@ def main(argv: list[str] | None = None) -> int:
   )
   parser.add_argument('--shard', metavar='i/k', help='only every k-th planned run, from the i-th on')
   parser.add_argument('--workers', type=int, default=1, help='processes on this machine (default 1)')
+  parser.add_argument(
+    '--population',
+    default='auto',
+    metavar='P',
+    help='runs of equal shapes in one program: auto (on accelerators, as many as a small run leaves room '
+    'for), off, or at most P',
+  )
   parser.add_argument('--out', default='runs', help='folder above the sweep (default runs)')
   parser.add_argument(
     '--seeds',
@@ -115,6 +123,8 @@ def main(argv: list[str] | None = None) -> int:
   require(args.name is not None, 'name an experiment; mhc sweep --list shows them')
   if args.workers < 1:
     raise ConfigError(f'--workers must be at least 1, got {args.workers}')
+  if args.population not in ('auto', 'off') and not re.fullmatch('[1-9][0-9]{0,3}', args.population):
+    raise ConfigError(f'--population takes auto, off or a number from 1 to 9999, got {args.population!r}')
   if '://' in args.out:
     raise ConfigError(f'--out {args.out} must be a local folder: copy it to the store after the sweep')
   folder = os.path.join(expand(args.out), args.name.replace(':', '-'))
@@ -146,7 +156,7 @@ def main(argv: list[str] | None = None) -> int:
   ended = []
   if chosen:
     todo = [configs[i] for i in chosen], [planned[i] for i in chosen]
-    ended = execute(*todo, folder, args.workers, args.continue_diverged)
+    ended = execute(*todo, folder, args.workers, args.continue_diverged, args.population)
     forecast.remember([run for run in planned if (run.run_id, 'finished') in ended], folder)
   states = [state_of(planned[i], folder) for i in asked]
   hint = '; --retry-failed tries failed runs again' if 'failed' in states else ''

@@ -15,6 +15,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import filelock
+import jax
 from ml_collections import ConfigDict
 
 from mhc_jax import distributed, train
@@ -22,6 +23,7 @@ from mhc_jax.data import Corpus, load_corpus, tokenizer_of
 from mhc_jax.errors import FULL_DISK, BusyError
 from mhc_jax.log import say, tolerant_streams
 from mhc_jax.plan import Run, resolve
+from mhc_jax.population import alike, most_members, on_one_device
 from mhc_jax.run_folder import write_status
 from mhc_jax.workdir import read_status
 
@@ -36,42 +38,73 @@ def corpus_of(name: str, data_dir: str | None, tokenizer: str | None) -> Corpus:
   return load_corpus(name, data_dir, tokenizer_of(tokenizer))
 
 
-def shapes(run: Run) -> tuple[Any, ...]:
-  """What must be equal for two runs to share a compilation."""
-  return run.shapes
-
-
 @tolerant_streams()
 def run_group(
-  configs: list[ConfigDict], folder: str, quiet: bool, continue_diverged: bool = False
+  configs: list[ConfigDict],
+  folder: str,
+  quiet: bool,
+  continue_diverged: bool = False,
+  population: str = 'off',
 ) -> list[tuple[str, str]]:
-  """Trains runs one after another; returns (run_id, state) of each.
+  """Trains runs one after another, or side by side; returns (run_id, state) of each.
 
   After a stop, which may come at any moment, the last is 'interrupted': the run that it stopped or kept from
-  beginning.
+  beginning. population: 'auto', 'off' or how many at the most (population.most_members).
   """
   ended = []
   with distributed.stop_on_signal() as stops_at:
-    for config in configs:
-      corpus = corpus_of(config.data.name, config.data.dir, config.data.tokenizer)
-      run_id = resolve(config, corpus.digest).run_id
-      options = {'continue_diverged': continue_diverged, 'stops_at': stops_at}
-      try:
-        stopped = stops_at(0)
-        status = {} if stopped else train.run(config, os.path.join(folder, run_id), corpus, quiet, **options)
-        state = status.get('state', 'interrupted')
-      except Exception as error:  # recorded in status.json by the loop; the sweep goes on
-        if isinstance(error, OSError) and error.errno in FULL_DISK:
-          raise
-        state = 'busy' if isinstance(error, BusyError) else 'failed'
-        say(f'{run_id} {state}: {type(error).__name__}: {error}')
-      ended.append((run_id, state))
-      if state == 'interrupted':
+    options = {'continue_diverged': continue_diverged, 'stops_at': stops_at}
+    for members in side_by_side(configs, population):
+      ended += _run_members(members, folder, quiet, options)
+      if any(state == 'interrupted' for _, state in ended):
         break
   parent = multiprocessing.parent_process()
   if parent is not None and not parent.is_alive():
     os._exit(130)  # nobody takes the answer
   return ended
+
+
+def _run_members(
+  configs: list[ConfigDict], folder: str, quiet: bool, options: dict[str, Any]
+) -> list[tuple[str, str]]:
+  """Trains one run, or several as a population; failures are in status.json too, and the sweep goes on."""
+  data = configs[0].data
+  corpus = corpus_of(data.name, data.dir, data.tokenizer)
+  ids = [resolve(config, corpus.digest).run_id for config in configs]
+  workdirs = [os.path.join(folder, run_id) for run_id in ids]
+  try:
+    if options['stops_at'](0):
+      found = [{'state': 'interrupted'} for _ in ids]
+    elif len(configs) > 1:
+      found = train.run_population(configs, workdirs, corpus, quiet, **options)
+    else:
+      found = [train.run(configs[0], workdirs[0], corpus, quiet, **options)]
+  except Exception as error:
+    if isinstance(error, OSError) and error.errno in FULL_DISK:
+      raise
+    state = 'busy' if isinstance(error, BusyError) else 'failed'
+    found = [{'state': state, 'error': f'{type(error).__name__}: {error}'} for _ in ids]
+  for run_id, status in zip(ids, found, strict=True):
+    if status['state'] in ('busy', 'failed'):
+      say(f'{run_id} {status["state"]}: {status["error"]}')
+  return [(run_id, status['state']) for run_id, status in zip(ids, found, strict=True)]
+
+
+def side_by_side(configs: list[ConfigDict], population: str) -> Iterator[list[ConfigDict]]:
+  """The runs, in the order of the first of each, as populations: alike, and of similar lengths."""
+  if population == 'off' or (population == 'auto' and jax.default_backend() == 'cpu'):
+    yield from ([config] for config in configs)
+    return
+  groups: dict[tuple[Any, ...], list[tuple[ConfigDict, Run]]] = {}
+  for config in configs:
+    digest = corpus_of(config.data.name, config.data.dir, config.data.tokenizer).digest
+    run = resolve(config, digest)
+    groups.setdefault(alike(run), []).append((config, run))
+  for group in groups.values():
+    run = group[0][1]
+    most = most_members(run) if population == 'auto' else int(population) if on_one_device(run) else 1
+    longest_first = [config for config, run in sorted(group, key=lambda pair: -pair[1].num_steps)]
+    yield from (longest_first[i : i + most] for i in range(0, len(group), most))
 
 
 def _stop_with_parent() -> None:
@@ -89,16 +122,22 @@ def _stop_with_parent() -> None:
 
 
 def execute(
-  configs: list[ConfigDict], planned: list[Run], folder: str, workers: int, continue_diverged: bool = False
+  configs: list[ConfigDict],
+  planned: list[Run],
+  folder: str,
+  workers: int,
+  continue_diverged: bool = False,
+  population: str = 'off',
 ) -> list[tuple[str, str]]:
   """Trains all runs in `workers` processes, groups of equal shapes together and the longest first."""
   groups: dict[tuple[Any, ...], list[int]] = {}
   for index, run in enumerate(planned):
-    groups.setdefault(shapes(run), []).append(index)
+    groups.setdefault(run.shapes, []).append(index)
   ordered = sorted(groups.values(), key=lambda group: -sum(planned[i].derived['flops'] for i in group))
   if workers == 1:
     with progress.watched(planned, folder):
-      return run_group([configs[i] for group in ordered for i in group], folder, True, continue_diverged)
+      everything = [configs[i] for group in ordered for i in group]
+      return run_group(everything, folder, True, continue_diverged, population)
   # One thread per worker: small matrices do not feed two, and idle threads of XLA:CPU spin.
   os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {ONE_THREAD}'.strip()
   workdirs = [os.path.join(folder, run.run_id) for run in planned]
@@ -106,7 +145,8 @@ def execute(
   while todo:
     before = [_written(workdir) for workdir in workdirs]
     jobs = [[configs[i] for i in group if i in todo] for group in ordered]
-    work = functools.partial(run_group, folder=folder, quiet=True, continue_diverged=continue_diverged)
+    options = {'continue_diverged': continue_diverged, 'population': population}
+    work = functools.partial(run_group, folder=folder, quiet=True, **options)
     now, broken = _in_workers(work, [job for job in jobs if job], planned, folder, workers)
     ended += now
     reached = [i for i in todo if _written(workdirs[i]) != before[i]]

@@ -16,7 +16,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.registry import _registry
 
 from experiments import sweep
-from mhc_jax import evaluate, orbax_patches, storage, train
+from mhc_jax import evaluate, loop, orbax_patches, storage, train
 from mhc_jax.checkpoint import Checkpoints
 from mhc_jax.data import load_corpus
 from mhc_jax.errors import BusyError, ConfigError, StorageError
@@ -75,7 +75,7 @@ def store(tmp_path, monkeypatch):
 def test_a_run_in_a_store_equals_a_local_one(store, tmp_path, monkeypatch, scheme):
   """Also after it failed between two checkpoints and went on on another machine, with nothing local."""
   train.run(config(), str(tmp_path / 'local'), corpus(), quiet=True)
-  workdir, validate, calls = f'{scheme}://bucket/runs/a', train.validation_loss, []
+  workdir, validate, calls = f'{scheme}://bucket/runs/a', loop.mean_loss, []
 
   def broken(*arguments):
     calls.append(arguments)
@@ -83,7 +83,7 @@ def test_a_run_in_a_store_equals_a_local_one(store, tmp_path, monkeypatch, schem
       raise RuntimeError('no luck')
     return validate(*arguments)
 
-  monkeypatch.setattr(train, 'validation_loss', broken)
+  monkeypatch.setattr(loop, 'mean_loss', broken)
   with pytest.raises(RuntimeError, match='no luck'):  # at step 8, before it is saved
     train.run(config(), workdir, corpus(), quiet=True)
   folder = store / 'bucket' / 'runs' / 'a'

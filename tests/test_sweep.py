@@ -64,10 +64,10 @@ def test_runs_records_failures_skips_finished_and_retries(experiment, tmp_path, 
 
   real = train.loop
 
-  def broken(plan, *rest):
-    if plan.resolved['seed'] == 0:
+  def broken(members, *rest):
+    if members[0].plan.resolved['seed'] == 0:
       raise RuntimeError('broken on purpose')
-    return real(plan, *rest)
+    return real(members, *rest)
 
   monkeypatch.setattr(train, 'loop', broken)
   assert sweep.main([experiment, *out]) == 1
