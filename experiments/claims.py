@@ -7,6 +7,7 @@ when there is none left. What a dead process held is taken when its lease is sta
 
 import dataclasses
 import os
+from collections.abc import Callable
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -32,13 +33,14 @@ class Job:
 
 
 def groups_of(configs: list[ConfigDict], planned: list[Run], folder: str) -> list[list[Job]]:
-  """The runs in groups of equal shapes, the group of the most FLOPs first."""
+  """The runs in groups of equal shapes, the longest and the group of the most FLOPs first."""
   groups: dict[tuple[Any, ...], list[Job]] = {}
   statuses = read_statuses([os.path.join(folder, run.run_id) for run in planned])
   for config, run, status in zip(configs, planned, statuses, strict=True):
     job = Job(run.run_id, config, run.derived['flops'], _ended(status))
     groups.setdefault(run.shapes, []).append(job)
-  return sorted(groups.values(), key=lambda group: -sum(job.flops for job in group))
+  longest = [sorted(group, key=lambda job: -job.flops) for group in groups.values()]
+  return sorted(longest, key=lambda group: -sum(job.flops for job in group))
 
 
 def _ended(status: dict[str, Any]) -> int | None:
@@ -62,8 +64,8 @@ class Claims:
     """Runs that other processes held at the last look, and who they are."""
     return self._others
 
-  def take(self, most: int = 1) -> list[tuple[Job, Lease]]:
-    """Up to `most` runs of one group, held by this process until it gives their leases back."""
+  def take(self, most: Callable[[Job], int] = lambda job: 1) -> list[tuple[Job, Lease]]:
+    """Runs of one group, up to `most` of its first, held by this process until it gives their leases back."""
     self._others, shared = {}, []
     groups = [self._mine] if self._mine else []
     for group in groups + [group for group in self._groups if group is not self._mine]:
@@ -71,7 +73,7 @@ class Claims:
       if len(free) < len(group) and group is not self._mine:
         shared.append(free)
         continue
-      taken = self._take(free, most)
+      taken = self._take(free, most(free[0])) if free else []
       if taken:
         self._mine = group
         return taken

@@ -223,10 +223,12 @@ def name_of(run: Run) -> str:
 
 
 def duration(seconds: float) -> str:
-  """Seconds, minutes or hours, to two digits or so."""
+  """Seconds, minutes, hours or days, to two digits or so."""
   if seconds < 90:
     return f'{seconds:.0f} s'
-  return f'{seconds / 60:.0f} min' if seconds < 5400 else f'{seconds / 3600:.1f} h'
+  if seconds < 5400:
+    return f'{seconds / 60:.0f} min'
+  return f'{seconds / 3600:.1f} h' if seconds < 200_000 else f'{seconds / 86400:,.0f} days'
 
 
 def watch(at_work: Callable[[float], bool], planned: list[Run], folder: str, workers: int = 1) -> None:

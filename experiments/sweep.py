@@ -15,59 +15,21 @@ may add runs to a folder's plan (more seeds), and are refused where they would d
 
 import argparse
 import os
+import re
 import shlex
 import sys
-from typing import Any
-
-import pandas as pd
 
 from mhc_jax import storage
 from mhc_jax.command import end_with_message
 from mhc_jax.errors import FULL_DISK, ConfigError, require
 from mhc_jax.log import say
 from mhc_jax.paths import expand
-from mhc_jax.plan import Run, warnings_of
+from mhc_jax.plan import Run
 from mhc_jax.workdir import ENDED, read_statuses, revision, versions
 
+from . import forecast
 from .planning import EXPERIMENTS, check_extends, keep, listing, options_of, plan
 from .workers import execute
-
-ASSUMED_FLOPS_PER_SECOND = 10e9  # of one worker, until a finished run of the sweep says better
-
-
-def table(planned: list[Run], folder: str) -> str:
-  """The plan as text: run, arm, parameters by group, tokens, FLOPs, estimated seconds, state."""
-  sums = ('total', 'active', 'matmul', 'non_embedding')
-  groups = dict.fromkeys(name for run in planned for name in run.derived['params'] if name not in sums)
-  rows, rate = [], _flops_per_second(planned, folder)
-  for run, state in zip(planned, states_of(planned, folder), strict=True):
-    c, model, params = run.resolved, run.resolved['model'], run.derived['params']
-    rows.append(
-      {
-        'run': run.run_id,
-        'arm': c['arm'],
-        'seed': c['seed'],
-        'width': model['width'],
-        'depth': model['depth'],
-        'n': model['connection']['streams'],
-        'rank': model['connection']['rank'] or '-',
-        'W rank': model['weights']['rank'] or '-',
-        **{group: f'{params.get(group, 0):,}' for group in groups},
-        'tokens': f'{run.derived["tokens"]:,}',
-        'FLOPs': f'{run.derived["flops"]:.2e}',
-        'seconds': f'{run.derived["flops"] / rate:.0f}',
-        'state': state,
-      }
-    )
-  hardly_meant = [line for run in planned for line in warnings_of(run)]
-  minutes = sum(run.derived['flops'] for run in planned) / rate / 60
-  known = 'measured on finished runs' if rate != ASSUMED_FLOPS_PER_SECOND else 'assumed'
-  return (
-    ''.join(f'warning: {line} ({hardly_meant.count(line)} runs)\n' for line in dict.fromkeys(hardly_meant))
-    + f'{pd.DataFrame(rows).to_string(index=False)}\n'
-    f'{len(planned)} runs, about {minutes:.0f} minutes for one worker without compilation, '
-    f'at {rate / 1e9:.1f} GFLOP/s ({known})'
-  )
 
 
 def states_of(planned: list[Run], folder: str) -> list[str]:
@@ -80,23 +42,11 @@ def states_of(planned: list[Run], folder: str) -> list[str]:
   return ['damaged' if workdir in bare else state for workdir, state in zip(workdirs, states, strict=True)]
 
 
-def statuses_of(planned: list[Run], folder: str) -> list[dict[str, Any]]:
-  """The runs' status.json."""
-  return read_statuses([os.path.join(folder, run.run_id) for run in planned])
-
-
-def _flops_per_second(planned: list[Run], folder: str) -> float:
-  flops = seconds = 0.0
-  for run, status in zip(planned, statuses_of(planned, folder), strict=True):
-    if status['state'] == 'finished' and (status.get('seconds') or 0) > 0:
-      flops, seconds = flops + run.derived['flops'], seconds + status['seconds']
-  return flops / seconds if seconds else ASSUMED_FLOPS_PER_SECOND
-
-
 def warn_of_mixtures(planned: list[Run], folder: str) -> None:
   """Says on stderr where ended runs come from other code or versions than this process."""
   now = {'git revision': revision(), 'versions': versions()}
-  for run, status in zip(planned, statuses_of(planned, folder), strict=True):
+  statuses = read_statuses([os.path.join(folder, run.run_id) for run in planned])
+  for run, status in zip(planned, statuses, strict=True):
     if status['state'] in ENDED:
       then = {'git revision': status.get('git_revision'), 'versions': status.get('versions')}
       for what, value in then.items():
@@ -164,6 +114,13 @@ def main(argv: list[str] | None = None) -> int:
     help='end when all runs left are held by others; else it waits, and takes over what they do not finish',
   )
   parser.add_argument(
+    '--population',
+    default='auto',
+    metavar='P',
+    help='runs of equal shapes in one program: auto (on accelerators, as many as a small run leaves room '
+    'for), off, or at most P',
+  )
+  parser.add_argument(
     '--out', default='runs', help='folder above the sweep, or gs:// or s3:// (default runs)'
   )
   parser.add_argument(
@@ -179,6 +136,8 @@ def main(argv: list[str] | None = None) -> int:
   require(args.name is not None, 'name an experiment; mhc sweep --list shows them')
   if args.workers < 1:
     raise ConfigError(f'--workers must be at least 1, got {args.workers}')
+  if args.population not in ('auto', 'off') and not re.fullmatch('[1-9][0-9]{0,3}', args.population):
+    raise ConfigError(f'--population takes auto, off or a number from 1 to 9999, got {args.population!r}')
   folder = os.path.join(expand(args.out), args.name.replace(':', '-'))
   storage.to_path(folder)  # refuses what is no place for runs
   given = overrides + ([] if args.seeds is None else ['--seeds', f'{args.seeds}'])
@@ -189,12 +148,13 @@ def main(argv: list[str] | None = None) -> int:
     args.seeds = kept.seeds
   require(args.seeds is None or args.seeds >= 1, f'--seeds must be at least 1, got {args.seeds}')
   say(f'{args.name}: planning')
-  configs, planned = plan(args.name, overrides, args.seeds)
+  configs, planned = plan(args.name, overrides, args.seeds, download=not args.dry_run)
   check_extends(folder, args.name, options, planned)
   again = ('failed',) * args.retry_failed + ('diverged',) * args.continue_diverged
   asked, chosen = select(planned, folder, args.only, again)
   if args.dry_run:
-    print(table(planned, folder))
+    states = states_of(planned, folder)
+    print(forecast.report(planned, states, chosen, args.workers, forecast.speed_of(planned, folder)))
     return 0
   warn_of_mixtures(planned, folder)
   if not storage.is_remote(folder):
@@ -204,7 +164,8 @@ def main(argv: list[str] | None = None) -> int:
   ended = []
   if chosen:
     todo = [configs[i] for i in chosen], [planned[i] for i in chosen]
-    ended = execute(*todo, folder, args.workers, args.continue_diverged, not args.no_wait)
+    ended = execute(*todo, folder, args.workers, args.continue_diverged, args.population, not args.no_wait)
+    forecast.remember([run for run in planned if (run.run_id, 'finished') in ended], folder)
   states = states_of([planned[i] for i in asked], folder)
   hint = '; --retry-failed tries failed runs again' if 'failed' in states else ''
   say(', '.join(f'{states.count(s)} {s}' for s in sorted(set(states))) + hint)

@@ -6,6 +6,7 @@ in its status.json.
 
 import contextlib
 import functools
+import math
 import multiprocessing
 import os
 import signal
@@ -14,7 +15,9 @@ import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 from mhc_jax import distributed, lease, storage, train
@@ -23,6 +26,7 @@ from mhc_jax.errors import FULL_DISK, BusyError
 from mhc_jax.lease import Lease, LeaseLostError
 from mhc_jax.log import say, tolerant_streams
 from mhc_jax.plan import Run, resolve
+from mhc_jax.population import alike, most_members, on_one_device
 from mhc_jax.workdir import ENDED, lease_of, read_status
 
 from . import progress
@@ -44,73 +48,137 @@ def run_group(
   folder: str,
   quiet: bool,
   continue_diverged: bool = False,
+  population: str = 'off',
   stops_at: Callable[[int], bool] | None = None,
-  leases: list[Lease] | None = None,
+  leases: dict[str, Lease] | None = None,
 ) -> Ended:
-  """Trains runs of equal shapes one after another; returns (run_id, state) of each.
+  """Trains runs one after another, or side by side; returns (run_id, state) of each.
 
   After a stop, which may come at any moment, the last is 'interrupted': the run that it stopped or kept from
-  beginning. stops_at: the caller's distributed.stop_on_signal. leases: the caller's, of the runs.
+  beginning. population: 'auto', 'off' or how many at the most (population.most_members). stops_at: the
+  caller's distributed.stop_on_signal. leases: those that the caller has, by run.
   """
   ended = []
-  stop = contextlib.nullcontext(stops_at) if stops_at else distributed.stop_on_signal()
-  with stop as stops_at:
-    for config, held in zip(configs, leases or [None] * len(configs), strict=True):
-      corpus = corpus_of(config.data.name, config.data.dir, config.data.tokenizer)
-      run_id = resolve(config, corpus.digest).run_id
-      options = {'continue_diverged': continue_diverged, 'stops_at': stops_at, 'held': held}
-      try:
-        stopped = stops_at(0)
-        status = {} if stopped else train.run(config, os.path.join(folder, run_id), corpus, quiet, **options)
-        state = status.get('state', 'interrupted')
-      except Exception as error:  # recorded in status.json by the loop; the sweep goes on
-        if isinstance(error, OSError) and error.errno in FULL_DISK:
-          raise
-        lost = isinstance(error, LeaseLostError)
-        state = 'lost' if lost else 'busy' if isinstance(error, BusyError) else 'failed'
-        say(f'{run_id} {state}: {type(error).__name__}: {error}')
-      ended.append((run_id, state))
-      if state == 'interrupted':
+  with contextlib.nullcontext(stops_at) if stops_at else distributed.stop_on_signal() as stops_at:
+    options = {'continue_diverged': continue_diverged, 'stops_at': stops_at}
+    for members in side_by_side(configs, population):
+      ended += _run_members(members, folder, quiet, options, leases or {})
+      if any(state == 'interrupted' for _, state in ended):
         break
   return ended
 
 
-def work(groups: list[list[Job]], folder: str, quiet: bool, continue_diverged: bool, waits: bool) -> Ended:
+def _run_members(
+  configs: list[ConfigDict], folder: str, quiet: bool, options: dict[str, Any], leases: dict[str, Lease]
+) -> Ended:
+  """Trains one run, or several as a population; failures are in status.json too, and the sweep goes on."""
+  data = configs[0].data
+  corpus = corpus_of(data.name, data.dir, data.tokenizer)
+  ids = [resolve(config, corpus.digest).run_id for config in configs]
+  workdirs, held = [os.path.join(folder, run_id) for run_id in ids], [leases.get(run_id) for run_id in ids]
+  try:
+    if options['stops_at'](0):
+      found = [{'state': 'interrupted'} for _ in ids]
+    elif len(configs) > 1:
+      found = train.run_population(configs, workdirs, corpus, quiet, held=held, **options)
+    else:
+      found = [train.run(configs[0], workdirs[0], corpus, quiet, held=held[0], **options)]
+  except Exception as error:
+    if isinstance(error, OSError) and error.errno in FULL_DISK:
+      raise
+    lost = isinstance(error, LeaseLostError)
+    state = 'lost' if lost else 'busy' if isinstance(error, BusyError) else 'failed'
+    found = [{'state': state, 'error': f'{type(error).__name__}: {error}'} for _ in ids]
+  for run_id, status in zip(ids, found, strict=True):
+    if status['state'] in ('busy', 'lost', 'failed'):
+      say(f'{run_id} {status["state"]}: {status["error"]}')
+  return [(run_id, status['state']) for run_id, status in zip(ids, found, strict=True)]
+
+
+def side_by_side(configs: list[ConfigDict], population: str) -> Iterator[list[ConfigDict]]:
+  """The runs, in the order of the first of each, as populations: alike, and of similar lengths."""
+  if one_by_one(population):
+    yield from ([config] for config in configs)
+    return
+  groups: dict[tuple[Any, ...], list[tuple[ConfigDict, Run]]] = {}
+  for config in configs:
+    run = _resolved(config)
+    groups.setdefault(alike(run), []).append((config, run))
+  for group in groups.values():
+    most = _most(group[0][1], population)
+    longest_first = [config for config, run in sorted(group, key=lambda pair: -pair[1].num_steps)]
+    yield from (longest_first[i : i + most] for i in range(0, len(group), most))
+
+
+def one_by_one(population: str) -> bool:
+  """Whether no runs are to train side by side."""
+  return population == 'off' or (population == 'auto' and jax.default_backend() == 'cpu')
+
+
+def _most(run: Run, population: str) -> int:
+  return most_members(run) if population == 'auto' else int(population) if on_one_device(run) else 1
+
+
+def _resolved(config: ConfigDict) -> Run:
+  return resolve(config, corpus_of(config.data.name, config.data.dir, config.data.tokenizer).digest)
+
+
+def work(
+  groups: list[list[Job]],
+  folder: str,
+  quiet: bool,
+  continue_diverged: bool = False,
+  population: str = 'off',
+  waits: bool = True,
+) -> Ended:
   """Takes runs and trains them until all have ended; what became of those that this process took.
 
   waits: also for runs that others hold, which are this process's if those die. After a stop the last is
   'interrupted', as run_group has it.
   """
-  claims, ended, said = Claims(groups, folder), [], 0.0
+  claims, ended, said = Claims(groups, folder), [], -math.inf
+  alone = one_by_one(population)
   with distributed.stop_on_signal() as stops_at:
     while left := claims.left():
       if stops_at(0):
         return [*ended, (left[0].run_id, 'interrupted')]
-      taken = claims.take()
+      taken = claims.take(lambda job: 1 if alone else _most(_resolved(job.config), population))
       if taken:
-        jobs, leases = zip(*taken, strict=True)
-        try:
-          options = {'continue_diverged': continue_diverged, 'stops_at': stops_at, 'leases': list(leases)}
-          now = run_group([job.config for job in jobs], folder, quiet, **options)
-        finally:
-          for held in leases:
-            held.release()
-        ended += now
-        if now[-1][1] == 'interrupted':
+        ended += _train(taken, claims, folder, quiet, continue_diverged, population, stops_at)
+        if 'interrupted' in dict(ended).values():
           break
-        for job, (_, state) in zip(jobs, now, strict=True):
-          if state != 'lost':  # another's now, and this process's again if that one dies
-            claims.done(job)
-      elif not (others := claims.others()) and not claims.left():
-        break
       elif not waits:
         break
-      else:
+      elif claims.left():
+        others = claims.others()
         if others and time.monotonic() > said + 60 and multiprocessing.parent_process() is None:
           said = time.monotonic()
           run_id, who = next(iter(others.items()))
           say(f'sweep: waits for {len(others)} runs that others train, {run_id} by {who}; Ctrl-C ends this')
         _pause(5.0 if storage.is_remote(folder) else 1.0, stops_at)
+  return ended
+
+
+def _train(
+  taken: list[tuple[Job, Lease]],
+  claims: Claims,
+  folder: str,
+  quiet: bool,
+  continue_diverged: bool,
+  population: str,
+  stops_at: Callable[[int], bool],
+) -> Ended:
+  leases = {job.run_id: held for job, held in taken}
+  try:
+    configs = [job.config for job, _ in taken]
+    ended = run_group(configs, folder, quiet, continue_diverged, population, stops_at, leases)
+  finally:
+    for held in leases.values():
+      held.release()
+  states = dict(ended)
+  for job, _ in taken:  # a lost one is another's now, and this process's again if that one dies
+    if states.get(job.run_id, 'lost') not in ('lost', 'interrupted'):
+      claims.done(job)
   return ended
 
 
@@ -126,11 +194,12 @@ def execute(
   folder: str,
   workers: int,
   continue_diverged: bool = False,
+  population: str = 'off',
   waits: bool = True,
 ) -> Ended:
   """Trains the runs in `workers` processes, and beside any others that are at the same; see `work`."""
   groups = groups_of(configs, planned, folder)
-  options = {'continue_diverged': continue_diverged, 'waits': waits}
+  options = {'continue_diverged': continue_diverged, 'population': population, 'waits': waits}
   if workers == 1:
     with progress.watched(planned, folder):
       return work(groups, folder, quiet=True, **options)

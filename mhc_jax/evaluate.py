@@ -45,7 +45,11 @@ def validation_loss(
   evaluate: Callable, params: Any, batches: list[Batch], bytes_per_token: float
 ) -> dict[str, float]:
   """Nats per predicted token and bits per byte over the batches, each token weighing the same."""
-  sums = jax.device_get([evaluate(params, batch) for batch in batches])
+  return mean_loss(jax.device_get([evaluate(params, batch) for batch in batches]), bytes_per_token)
+
+
+def mean_loss(sums: list[tuple[Any, Any]], bytes_per_token: float) -> dict[str, float]:
+  """The same, of evaluate_sums of each batch."""
   total, count = (math.fsum(float(pair[i]) for pair in sums) for i in (0, 1))
   return {
     'validation/loss': total / count,

@@ -23,7 +23,7 @@ def check_memory(run: Run) -> None:
   size = c['mesh']['data'] * c['mesh']['fsdp'] * c['mesh']['tensor'] * c['mesh']['expert']
   needed = cost.least_bytes(run.model, tokens, c['optimizer']['microbatches'] or 1, size)
   here = [device for device in find_devices()[:size] if device.process_index == jax.process_index()]
-  have = _memory(here[0]) if here else None
+  have = memory_of(here[0]) if here else None
   if have is None:
     return
   if here[0].platform == 'cpu':
@@ -37,7 +37,7 @@ def check_memory(run: Run) -> None:
   )
 
 
-def _memory(device: jax.Device) -> int | None:
+def memory_of(device: jax.Device) -> int | None:
   """Bytes of an accelerator or, for a CPU device, of this machine with its swap; None where nobody says."""
   if device.platform == 'cpu':
     return psutil.virtual_memory().total + psutil.swap_memory().total

@@ -201,20 +201,43 @@ class Transformer(nn.Module):
       records.append(record_l)
     if not c.scan:
       return carry, _joined(records[: c.dense_layers], _stacked(records[c.dense_layers :]))
-    if c.remat == 'block' and not self.is_initializing():  # which makes the parameters, as for any remat
-      carry, block_records = self._blocks(carry, seen, record)
-      return carry, _joined(records, block_records)
+    if not self.is_initializing():  # which makes the parameters, stacked, by a loop of single layers
+      if c.remat == 'block':
+        carry, block_records = self._blocks(carry, seen, record)
+        return carry, _joined(records, block_records)
+      if c.depth - c.dense_layers <= c.scan_unroll:
+        carry, written = self._written_out(carry, seen, record, kept)
+        return carry, _joined(records, written)
     scanned = nn.scan(
       block,
       variable_axes={'params': 0},
       split_rngs={'params': True},
       in_axes=(0, nn.broadcast),
       length=c.depth - c.dense_layers,
-      unroll=min(c.scan_unroll, c.depth - c.dense_layers),
+      unroll=1 if self.is_initializing() else min(c.scan_unroll, c.depth - c.dense_layers),
     )
     layers = jnp.arange(c.dense_layers, c.depth)
     carry, scanned_records = scanned(c, record, self.mesh, name='layers')(carry, layers, seen)
     return carry, _joined(records, scanned_records)
+
+  def _written_out(self, carry, seen: Visible, record: bool, kept: dict[str, Any]):
+    """One layer after another: nothing that the backward pass needs is copied into stacks of all layers."""
+    c, block = self.config, Block(self.config, record, self.mesh, parent=None)
+    layers = range(c.dense_layers, c.depth)
+
+    def run(params, carry, layer):
+      return block.apply({'params': params}, carry, layer, seen)
+
+    if kept:
+      run = jax.checkpoint(run, prevent_cse=len(layers) > 1, static_argnums=2, **kept)
+    stacked, structure = jax.tree.flatten(self.get_variable('params', 'layers'))
+    rows = [jax.lax.split(leaf, [1] * len(layers)) for leaf in stacked]  # whose gradient is one concatenation
+    records = []
+    for index, layer in enumerate(layers):
+      params = structure.unflatten([row[index].squeeze(0) for row in rows])
+      carry, record_l = run(params, carry, layer)
+      records.append(record_l)
+    return carry, _stacked(records)
 
   def _blocks(self, carry, seen: Visible, record: bool):
     c, block = self.config, Block(self.config, record, self.mesh, parent=None)

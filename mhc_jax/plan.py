@@ -61,13 +61,22 @@ class Run:
     data = self.resolved['data']
     return self.model, without_traced(self.optimizer), data['batch_size'], data['seq_len']
 
+  @property
+  def _every(self) -> dict[str, int | None]:
+    every = {name: self.resolved[name]['every_steps'] for name in ('log', 'evaluation', 'checkpoint')}
+    return every | {'diagnostics': self.resolved['log']['diagnostics_every_steps']}  # None is off
+
   def due(self, step: int) -> set[str]:
     """What comes after update `step`, the last one included: log, evaluation, diagnostics, checkpoint."""
-    every = {name: self.resolved[name]['every_steps'] for name in ('log', 'evaluation', 'checkpoint')}
-    every['diagnostics'] = self.resolved['log']['diagnostics_every_steps']  # None is off
+    every = self._every
     always = {'log', 'evaluation', 'checkpoint'} | {name for name, steps in every.items() if steps}
     periodic = {name for name, steps in every.items() if steps and step % steps == 0}
     return always if step == self.num_steps else periodic
+
+  def until_due(self, step: int) -> int:
+    """How many updates after `step` the state is wanted next, for anything but the log."""
+    every = [steps for name, steps in self._every.items() if steps and name != 'log']
+    return min(self.num_steps - step, *(steps - step % steps for steps in every))
 
 
 def resolve(config: ConfigDict, digest: str, constraint: Constraint | None = None) -> Run:

@@ -5,7 +5,6 @@ times and writes what the loop has computed, and computes nothing itself.
 """
 
 import dataclasses
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -43,13 +42,13 @@ class Position:
 class Recorder:
   """Writes one run's rows and status, on process 0, and says after each update whether it diverged."""
 
-  def __init__(
-    self, plan: Run, workdir: str, mesh: Mesh, earlier_revision: str | None, held: Lease | None = None
-  ):
-    """held: the workdir's lease, asked before anything is written there: LeaseLostError where it is lost."""
+  def __init__(self, plan: Run, workdir: str, mesh: Mesh, before: dict[str, Any], held: Lease | None = None):
+    """before: what status.json says. held: the workdir's lease, asked before anything is written there:
+    LeaseLostError where another process has it."""
     self._plan, self._workdir, self._mesh, self._held = plan, workdir, mesh, held
     self._writes = jax.process_index() == 0  # all but checkpoints, of which every process writes its part
-    self._revision = join_revisions(earlier_revision, revision())
+    self._revision = join_revisions(before.get('git_revision'), revision())
+    self.population = before.get('population') or 1  # the most runs, itself included, that it trained beside
     self._log: MetricsLog | None = None  # until it is opened
 
   def open(self, at: Position, resumed: bool, quiet: bool) -> None:
@@ -62,7 +61,6 @@ class Recorder:
       last_step, every = at.step if resumed else None, c['log']['every_steps']
       self._log = MetricsLog(self._workdir, last_step, c['log']['tensorboard'], every, at.rows_crc32)
     self._progress = Progress(c['arm'], at.step, self._plan.num_steps, quiet or not self._writes)
-    self.start_clock(at.step)
 
   def close(self) -> None:
     """Closes the files, and leaves the progress line as it stands."""
@@ -80,22 +78,19 @@ class Recorder:
     if self._held is not None:
       self._held.renew()
 
-  def start_clock(self, step: int | None = None) -> None:
-    """Training time goes on from here; speed is that of the updates after `step`, where it is given."""
-    self._clock = time.monotonic()
-    self._timed_step = self._timed_step if step is None else step
-
   def update(
     self,
     at: Position,
     step: int,
     metrics: dict[str, jax.Array] | None,
     measure: Callable[[int], dict[str, Any]] | None = None,
+    seconds: float = 0.0,
   ) -> bool:
     """Moves `at` to `step` and writes its row where one is due; True if the run has diverged.
 
     metrics: of the update, None at step 0. measure: evaluation and diagnostics by the state after `step`,
-    called where the update itself is sound; a validation loss that is not finite is divergence too.
+    called where the update itself is sound; a validation loss that is not finite is divergence too. seconds:
+    of the device for this update, 0 where that is not known.
     """
     per_step = self._plan.derived['tokens_per_step']
     row: dict[str, Any] = {'step': step, 'tokens': step * per_step}
@@ -108,7 +103,7 @@ class Recorder:
         at.final['train/loss'] = values['loss']
       else:
         at.skipped += 1
-      row |= {f'train/{name}': value for name, value in values.items()} | self._timing(at)
+      row |= {f'train/{name}': value for name, value in values.items()} | self._timing(at, seconds)
       self._progress.update(step, values['loss'], row.get('time/tokens_per_second'))
     if measure is not None and not diverged:
       measured = measure(step)
@@ -121,20 +116,16 @@ class Recorder:
       self._log.write(row | measured)
     return diverged
 
-  def _timing(self, at: Position) -> dict[str, float]:
-    """Seconds spent on updates so far, over all restarts, and tokens per second since the last look.
+  def _timing(self, at: Position, seconds: float) -> dict[str, float]:
+    """Seconds spent on updates so far, over all restarts, and tokens per second of this one.
 
     Left out: compilation (the first update after each start, which has no speed), evaluation and checkpoints.
     """
-    now = time.monotonic()
-    passed, self._clock = now - self._clock, now
-    at.seconds += passed
-    tokens = (at.step - self._timed_step) * self._plan.derived['tokens_per_step']
-    self._timed_step = at.step
-    speed = {'time/tokens_per_second': tokens / max(passed, 1e-9)} if tokens else {}
-    return {'time/seconds': at.seconds} | speed
+    at.seconds += seconds
+    speed = self._plan.derived['tokens_per_step'] / max(seconds, 1e-9)
+    return {'time/seconds': at.seconds} | ({'time/tokens_per_second': speed} if seconds else {})
 
-  def save(self, at: Position, checkpoints: Checkpoints) -> None:
+  def save(self, at: Position, state: TrainState, checkpoints: Checkpoints) -> None:
     """Rows first, then the state: a checkpoint never knows more than the metrics on disk."""
     if self._held is not None:
       self._held.renew(progress=True)
@@ -143,7 +134,7 @@ class Recorder:
       at.rows_crc32 = self._log.crc
     names = ('seconds', 'divergence', 'final', 'skipped', 'rows_crc32')
     extra = {name: getattr(at, name) for name in names}
-    checkpoints.save(at.step, at.state, extra)
+    checkpoints.save(at.step, state, extra)
     self.status(at, 'running')
 
   def status(self, at: Position, state: str, error: str | None = None) -> dict[str, Any]:
@@ -163,6 +154,7 @@ class Recorder:
       'device_kind': devices.flat[0].device_kind,
       'device_count': devices.size,
       'kernels': kernels_for(self._plan.model.kernels, self._mesh),
+      'population': self.population,
       'seconds': at.seconds,
       'derived': self._plan.derived,
       'final': at.final if state == 'finished' else None,

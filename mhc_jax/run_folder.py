@@ -192,7 +192,7 @@ CONFIG: dict[str, Callable[[Any], bool]] = {
 }
 STATUS: dict[str, Callable[[Any], bool]] = {
   'state': _state,
-  **dict.fromkeys(('step', 'num_steps', 'diverged_at', 'device_count'), _count),
+  **dict.fromkeys(('step', 'num_steps', 'diverged_at', 'device_count', 'population'), _count),
   **dict.fromkeys(('crc32', 'config_crc32', 'rows_crc32', 'skipped_updates'), _count),
   **dict.fromkeys(('error', 'git_revision', 'device_kind', 'kernels', 'derived.data_digest'), _text),
   **dict.fromkeys(('seconds', 'derived.tokens', 'derived.flops', 'derived.flops_per_token'), _number),

@@ -7,21 +7,16 @@ config -> data -> model -> train_step -> checkpoint -> metrics.jsonl: the only p
 
 import argparse
 import contextlib
-import dataclasses
-import functools
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mhc_jax import distributed, settings, storage
-from mhc_jax import optimizer as optim
 from mhc_jax.checkpoint import Checkpoints
 from mhc_jax.command import end_with_message
 from mhc_jax.config_file import parse
@@ -35,27 +30,19 @@ from mhc_jax.data import (
   train_batches,
   windows,
 )
-from mhc_jax.diagnostics import with_spectra
-from mhc_jax.errors import FULL_DISK, require
-from mhc_jax.evaluate import validation_arrays, validation_loss
-from mhc_jax.lease import Lease, LeaseLostError
-from mhc_jax.log import say, tolerant_streams
+from mhc_jax.errors import BusyError, ConfigError, require
+from mhc_jax.evaluate import validation_arrays
+from mhc_jax.lease import Lease
+from mhc_jax.log import Progress, say, tolerant_streams
+from mhc_jax.loop import Data, Member, Single, alone, is_full, loop
 from mhc_jax.memory import check_memory
 from mhc_jax.paths import expand
 from mhc_jax.plan import Run, resolve, warnings_of
+from mhc_jax.population import Population, alike, on_one_device
 from mhc_jax.recorder import Position, Recorder
 from mhc_jax.sharding import local_rows, make_mesh, put_batch
 from mhc_jax.train_step import Batch, Programs, programs
 from mhc_jax.workdir import ENDED, check_workdir, claim
-
-
-@dataclasses.dataclass(frozen=True)
-class Data:
-  """What a run trains and is evaluated on."""
-
-  train: Windows
-  validation: list[Batch]  # on the devices
-  bytes_per_token: float
 
 
 def load_data(run: Run, corpus: Corpus) -> tuple[Windows, Windows]:
@@ -106,135 +93,158 @@ def run(
   check_workdir(workdir, plan)  # before anything is written
   distributed.require_same('configuration or corpus', plan.run_id)
   data = Data(train, validation_arrays(plan.resolved, validation, mesh), corpus.tokenizer.bytes_per_token)
-  with claim(workdir, plan, held) as (status, held):
-    goes_on = continue_diverged and status['state'] == 'diverged'
-    if status['state'] in ENDED and not goes_on:
-      return status
+  stop = contextlib.nullcontext(stops_at) if stops_at else distributed.stop_on_signal()
+  member = _claim(plan, workdir, mesh, continue_diverged, held)
+  if member.status is None:
     if not quiet and jax.process_index() == 0:
       for line in warnings_of(plan):
         say(f'warning: {line}')
+    with _failing([member]), stop as stops_at:
+      _train([member], data, mesh, stops_at, quiet)
+  if member.error:
+    raise member.error
+  return member.status
+
+
+@tolerant_streams()
+@settings.held()
+def run_population(
+  configs: list[ConfigDict],
+  workdirs: list[str],
+  corpus: Corpus,
+  quiet: bool = False,
+  *,
+  continue_diverged: bool = False,
+  stops_at: Callable[[int], bool] | None = None,
+  held: list[Lease | None] | None = None,
+) -> list[dict[str, Any]]:
+  """Trains runs that are population.alike, each as `run` would, in one program; the status of each.
+
+  A run that another process holds is left out, with the state 'busy'; so is one that has ended. Where one
+  fails, now or later, its status says why, and the others go on. held: the leases of the workdirs that the
+  caller has; a run whose lease is lost meanwhile has the state 'lost'. Raises ConfigError for runs that are
+  not alike or take several devices; OSError on a full disk.
+  """
+  plans = [resolve(config, corpus.digest) for config in configs]
+  require(len({alike(plan) for plan in plans}) == 1, 'the members of a population must have equal shapes')
+  require(on_one_device(plans[0]), 'a population takes one device: set mesh.data and the others to 1')
+  settings.check_precision(configs[0].model.dtype)
+  check_memory(plans[0])
+  mesh = make_mesh({})
+  members: list[Member] = []
+  found: list[Member | dict[str, Any]] = []
+  with _failing(members):
+    for plan, workdir, its in zip(plans, workdirs, held or [None] * len(plans), strict=True):
+      try:
+        splits = load_data(plan, corpus)
+        found.append(_claim(plan, expand(workdir), mesh, continue_diverged, its))
+        members += [found[-1]] if found[-1].status is None else []
+      except (ConfigError, OSError) as error:
+        if is_full(error):
+          raise
+        state = 'busy' if isinstance(error, BusyError) else 'failed'
+        found.append({'state': state, 'error': f'{type(error).__name__}: {error}'})
+    if members:
+      train, validation = splits
+      arrays = validation_arrays(plans[0].resolved, validation, mesh)
+      data = Data(train, arrays, corpus.tokenizer.bytes_per_token)
+      with contextlib.nullcontext(stops_at) if stops_at else distributed.stop_on_signal() as stops_at:
+        _train(members, data, mesh, stops_at, quiet, side_by_side=True)
+  return [item.status if isinstance(item, Member) else item for item in found]
+
+
+def _claim(plan: Run, workdir: str, mesh: Mesh, continue_diverged: bool, held: Lease | None) -> Member:
+  """The run as a member that holds the lock of its folder; or, where the run has ended, its status alone."""
+  with contextlib.ExitStack() as lock:
+    status, held = lock.enter_context(claim(workdir, plan, held))
+    goes_on = continue_diverged and status['state'] == 'diverged'
+    ended = status['state'] in ENDED and not goes_on
+    record = Recorder(plan, workdir, mesh, status, held)
     at = Position(step=status.get('step', 0))
-    record = Recorder(plan, workdir, mesh, status.get('git_revision'), held)
-    stop = contextlib.nullcontext(stops_at) if stops_at else distributed.stop_on_signal()
-    try:
-      with stop as stops_at:
-        state = _restore_and_train(plan, workdir, data, mesh, at, record, quiet, goes_on, stops_at)
-    except LeaseLostError:
-      raise
-    except BaseException as error:
-      # The same command goes on after Ctrl-C and a full disk; after anything else it needs a look.
-      full = isinstance(error, OSError) and error.errno in FULL_DISK
-      state = 'interrupted' if full or isinstance(error, KeyboardInterrupt) else 'failed'
-      record.status(at, state, error=f'{type(error).__name__}: {error}')
-      raise
-    return record.status(at, state)
+    kept = contextlib.ExitStack() if ended else lock.pop_all()
+    return Member(plan, workdir, record, at, kept, goes_on, status=status if ended else None)
 
 
-def _restore_and_train(
-  plan: Run,
-  workdir: str,
+@contextlib.contextmanager
+def _failing(members: list[Member]) -> Iterator[None]:
+  """An error that the block raises ends all of its members that have not ended."""
+  try:
+    yield
+  except BaseException as error:
+    for member in members:
+      if member.status is None:
+        member.fail(error)
+    if is_full(error) or not isinstance(error, Exception):
+      raise
+
+
+def _train(
+  members: list[Member],
   data: Data,
   mesh: Mesh,
-  at: Position,
-  record: Recorder,
+  stops_at: Callable[[int], bool],
   quiet: bool,
-  goes_on: bool,
-  stops_at: Callable[[int], bool],
-) -> str:
-  """From the newest checkpoint, or from the start, to the end; moves `at`, returns how it ended."""
-  c = plan.resolved
-  if not quiet and jax.process_index() == 0:
-    say(
-      f'{c["arm"]}: {plan.num_steps} updates on {mesh.size} x {mesh.devices.flat[0].device_kind}, compiling'
-    )
-  with contextlib.ExitStack() as stack:
-    compiled = programs(plan.model, plan.optimizer, mesh)
-    folder = os.path.join(workdir, 'checkpoints')
-    checkpoints = stack.enter_context(Checkpoints(folder, c['checkpoint']['keep']))
-    saved = checkpoints.restore_latest(compiled.abstract)
-    at.step, at.state, extra = saved or (0, compiled.init(jax.random.key(c['seed'])), {})
-    for name, value in extra.items():
-      setattr(at, name, value)
-    if goes_on:
-      at.divergence |= {'ignored': True}
-    record.open(at, resumed=saved is not None, quiet=quiet)
-    stack.callback(record.close)
-    record.status(at, 'running')
-    batches = train_batches(
-      data.train,
-      batch_size=c['data']['batch_size'],
-      seed=c['seed'],
-      repeat=c['data']['repeat'],
-      num_steps=plan.num_steps,
-      start_step=at.step,
-      rows=local_rows(c['data']['batch_size'], mesh),
-    )
-    stack.callback(batches.close)
-    inputs = (put_batch(batch, mesh) for batch in batches)
-    measure = functools.partial(_measure, plan, compiled, data, at)
-    state = loop(plan, compiled, inputs, measure, at, record, checkpoints, stops_at)
-    checkpoints.wait()
-    if state in ENDED:
-      record.confirm()
-      checkpoints.remove_all_but_last()
-    return state
+  side_by_side: bool = False,
+) -> None:
+  """Members from their newest checkpoints, or from the start, to their ends.
 
-
-def loop(
-  plan: Run,
-  compiled: Programs,
-  inputs: Iterable[Batch],
-  measure: Callable[[int], dict[str, Any]],
-  at: Position,
-  record: Recorder,
-  checkpoints: Checkpoints,
-  stops_at: Callable[[int], bool],
-) -> str:
-  """The updates after at.step; returns how they ended: 'finished', 'diverged' or 'interrupted'.
-
-  Update k is dispatched before the metrics of update k - 1 are looked at, but where the state after k - 1 is
-  wanted: for evaluation, diagnostics and checkpoints.
+  side_by_side: as a population, also on CPU; elsewhere a run on one device is one of a single member.
   """
-  hparams = {
-    'lr': jnp.float32(plan.optimizer.lr),
-    'weight_decay': jnp.float32(plan.optimizer.weight_decay),
-    'num_steps': jnp.int32(plan.num_steps),
-    'warmup': jnp.int32(optim.warmup_steps(plan.optimizer, plan.num_steps)),
-  }
-  start, waiting = at.step, None  # waiting: the update whose metrics have not been looked at
-  if start == 0:
-    record.update(at, 0, None, measure)
-  for step, batch in enumerate(inputs, start + 1):
-    at.state, metrics = compiled.step(at.state, batch, hparams)
-    if step == start + 1:  # it compiled: not counted as training time
-      jax.block_until_ready(metrics)
-      record.start_clock(step)
-    if waiting and record.update(at, *waiting):
-      return 'diverged'
-    waiting, due = (step, metrics), plan.due(step)
-    stop = stops_at(step) and step < plan.num_steps  # once: a signal may come at any moment
-    if stop or due - {'log'}:
-      if record.update(at, *waiting, measure):
-        return 'diverged'
-      waiting = None
-      if stop or 'checkpoint' in due:
-        record.save(at, checkpoints)
-      record.start_clock()  # evaluation and saving are not training time
-    if stop:
-      return 'interrupted'
-  return 'finished'
+  if not quiet and jax.process_index() == 0:
+    first, device = members[0].plan, mesh.devices.flat[0].device_kind
+    many = f' and {len(members) - 1} runs like it' if len(members) > 1 else ''
+    say(f'{first.resolved["arm"]}{many}: {first.num_steps} updates on {mesh.size} x {device}, compiling')
+  compiled = programs(members[0].plan.model, members[0].plan.optimizer, mesh)
+  for member in members:
+    member.record.population = max(member.record.population, len(members))
+    with alone(member):
+      _open(member, compiled, quiet or len(members) > 1)
+  opened = [member for member in members if member.status is None]
+  if not opened:
+    return
+  if side_by_side or (mesh.devices.flat[0].platform != 'cpu' and on_one_device(opened[0].plan)):
+    updates = Population(opened, compiled, data.train, mesh)
+  else:
+    (member,) = opened
+    updates = Single(member, compiled, _inputs(member, data.train, mesh))
+  progress = None
+  if len(members) > 1 and not quiet:
+    steps = sum(member.step for member in opened), sum(member.plan.num_steps for member in opened)
+    progress = Progress(f'{len(opened)} runs', *steps, quiet)
+  loop(opened, updates, compiled, data, stops_at, progress)
 
 
-def _measure(plan: Run, compiled: Programs, data: Data, at: Position, step: int) -> dict[str, Any]:
-  """What is due after `step` of validation losses, and of diagnostics on the first validation sequence."""
-  row, due = {}, plan.due(step)
-  if 'evaluation' in due:
-    row |= validation_loss(compiled.evaluate, at.state.params, data.validation, data.bytes_per_token)
-  if 'diagnostics' in due:
-    sequence = {name: value[:1] for name, value in data.validation[0].items()}
-    measures = with_spectra(jax.device_get(compiled.diagnose(at.state.params, sequence)))
-    row |= {f'diagnostics/{name}': np.asarray(value).tolist() for name, value in measures.items()}
-  return row
+def _open(member: Member, compiled: Programs, quiet: bool) -> None:
+  """Restores a member's state, or makes its first, and opens its files."""
+  c, at = member.plan.resolved, member.at
+  folder = os.path.join(member.workdir, 'checkpoints')
+  member.checkpoints = member.files.enter_context(Checkpoints(folder, c['checkpoint']['keep']))
+  saved = member.checkpoints.restore_latest(compiled.abstract)
+  at.step, at.state, extra = saved or (0, compiled.init(jax.random.key(c['seed'])), {})
+  for name, value in extra.items():
+    setattr(at, name, value)
+  if member.goes_on:
+    at.divergence |= {'ignored': True}
+  member.step = at.step
+  member.record.open(at, resumed=saved is not None, quiet=quiet)
+  member.files.callback(member.record.close)
+  member.record.status(at, 'running')
+
+
+def _inputs(member: Member, train: Windows, mesh: Mesh) -> Iterator[Batch]:
+  """The batches after a member's step, on the mesh."""
+  c = member.plan.resolved
+  batches = train_batches(
+    train,
+    batch_size=c['data']['batch_size'],
+    seed=c['seed'],
+    repeat=c['data']['repeat'],
+    num_steps=member.plan.num_steps,
+    start_step=member.step,
+    rows=local_rows(c['data']['batch_size'], mesh),
+  )
+  member.files.callback(batches.close)
+  return (put_batch(batch, mesh) for batch in batches)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -169,6 +170,16 @@ def balance(params: Any, load_LE: jax.Array, c: ModelConfig) -> Any:
     return {**params, 'layers': moved(params['layers'], move_LE)}
   names = [f'layer_{layer}' for layer in range(c.dense_layers, c.depth)]
   return params | {name: moved(params[name], move_E) for name, move_E in zip(names, move_LE, strict=True)}
+
+
+def hparams_of(optimizer: OptimizerConfig, num_steps: int) -> dict[str, np.ndarray]:
+  """What train_step takes as arrays of a run of that many updates."""
+  return {
+    'lr': np.float32(optimizer.lr),
+    'weight_decay': np.float32(optimizer.weight_decay),
+    'num_steps': np.int32(num_steps),
+    'warmup': np.int32(optim.warmup_steps(optimizer, num_steps)),
+  }
 
 
 def programs(model: ModelConfig, optimizer: OptimizerConfig, mesh: Mesh) -> Programs:

@@ -116,11 +116,14 @@ def test_device_measures_what_is_here_and_stops_in_time(run, monkeypatch, tmp_pa
     'boundary forward',
     'boundary forward_backward',
     'step',
+    'population',
     'constraint',
   ]
   residual, mhc = (row for row in report['rows'] if row['part'] == 'step')
   assert residual['ratio_to_residual'] == 1
   assert mhc['ratio_to_residual'] == pytest.approx(mhc['ms'] / residual['ms'])
+  alone, four = (row for row in report['rows'] if row['part'] == 'population')
+  assert alone['gain'] == 1 and four['gain'] == pytest.approx(four['updates_per_s'] / alone['updates_per_s'])
   peak = report['rows'][0]
   assert peak['tflops'] == pytest.approx(2 * 256**3 / peak['ms'] / 1e9)
   assert mhc['mfu'] == pytest.approx(mhc['tflops'] / peak['tflops'])

@@ -212,7 +212,7 @@ def test_processes_go_through_groups_of_their_own_and_then_help(tmp_path):
 
 def test_several_runs_of_a_group_are_taken_at_once(tmp_path):
   claimed = Claims(jobs(tmp_path, 1, 3), str(tmp_path))
-  assert [[job.run_id for job, _ in claimed.take(2)] for _ in range(3)] == [
+  assert [[job.run_id for job, _ in claimed.take(lambda job: 2)] for _ in range(3)] == [
     ['run00'],
     ['run10', 'run11'],
     ['run12'],

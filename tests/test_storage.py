@@ -17,7 +17,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.registry import _registry
 
 from experiments import sweep
-from mhc_jax import evaluate, orbax_patches, storage, train, versioned
+from mhc_jax import evaluate, loop, orbax_patches, storage, train, versioned
 from mhc_jax.checkpoint import Checkpoints
 from mhc_jax.data import load_corpus
 from mhc_jax.errors import BusyError, ConfigError, StorageError
@@ -98,7 +98,7 @@ def store(tmp_path, monkeypatch):
 def test_a_run_in_a_store_equals_a_local_one(store, tmp_path, monkeypatch, scheme):
   """Also after it failed between two checkpoints and went on on another machine, with nothing local."""
   train.run(config(), str(tmp_path / 'local'), corpus(), quiet=True)
-  workdir, validate, calls = f'{scheme}://bucket/runs/a', train.validation_loss, []
+  workdir, validate, calls = f'{scheme}://bucket/runs/a', loop.mean_loss, []
 
   def broken(*arguments):
     calls.append(arguments)
@@ -106,7 +106,7 @@ def test_a_run_in_a_store_equals_a_local_one(store, tmp_path, monkeypatch, schem
       raise RuntimeError('no luck')
     return validate(*arguments)
 
-  monkeypatch.setattr(train, 'validation_loss', broken)
+  monkeypatch.setattr(loop, 'mean_loss', broken)
   with pytest.raises(RuntimeError, match='no luck'):  # at step 8, before it is saved
     train.run(config(), workdir, corpus(), quiet=True)
   folder = store / 'bucket' / 'runs' / 'a'
@@ -276,7 +276,7 @@ def test_orbax_writes_s3_by_tensorstore(monkeypatch):
 
 def test_a_run_that_another_process_has_taken_writes_nothing_more(store, monkeypatch):
   """It slept too long: another has its lease, and its folder is left as that one has it."""
-  workdir, validate, calls = 'gs://bucket/run', train.validation_loss, []
+  workdir, validate, calls = 'gs://bucket/run', loop.mean_loss, []
   folder = store / 'bucket' / 'run'
 
   def slow(*arguments):
@@ -286,7 +286,7 @@ def test_a_run_that_another_process_has_taken_writes_nothing_more(store, monkeyp
       calls.append({path: path.read_bytes() for path in folder.rglob('*') if path.is_file()})
     return validate(*arguments)
 
-  monkeypatch.setattr(train, 'validation_loss', slow)
+  monkeypatch.setattr(loop, 'mean_loss', slow)
   with pytest.raises(LeaseLostError, match=r'run/\.lease was taken by another process'):
     train.run(config(), workdir, corpus(), quiet=True)
   left = {path: path.read_bytes() for path in folder.rglob('*') if path.is_file()}

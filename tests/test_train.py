@@ -121,9 +121,9 @@ def test_metrics_of_an_update_are_fetched_after_the_next_is_dispatched(tmp_path,
 
     return dataclasses.replace(found, step=step)
 
-  def recorded_log(self, at, step, metrics, measure=None):
+  def recorded_log(self, at, step, *rest):
     calls.append(step)
-    return log(self, at, step, metrics, measure)
+    return log(self, at, step, *rest)
 
   monkeypatch.setattr(train, 'programs', recorded)
   monkeypatch.setattr(train.Recorder, 'update', recorded_log)
@@ -132,13 +132,13 @@ def test_metrics_of_an_update_are_fetched_after_the_next_is_dispatched(tmp_path,
 
 
 def test_every_run_is_validated_on_the_same_batches(tmp_path, monkeypatch):
-  seen, real = [], train.validation_loss
+  seen, real = [], train.Single.sums
 
-  def recorded(evaluate, params, batches, bytes_per_token):
+  def recorded(self, batches):
     seen.append([{name: np.asarray(value) for name, value in batch.items()} for batch in batches])
-    return real(evaluate, params, batches, bytes_per_token)
+    return real(self, batches)
 
-  monkeypatch.setattr(train, 'validation_loss', recorded)
+  monkeypatch.setattr(train.Single, 'sums', recorded)
   losses = []
   for seed in (0, 1):
     losses.append(run(tmp_path / str(seed), seed=seed, duration__steps=4)[1][-1]['train/loss'])
@@ -262,10 +262,10 @@ def test_batches_without_a_target_change_nothing_and_are_counted(tmp_path):
 def test_an_error_is_recorded_as_failed_and_raised(tmp_path, monkeypatch):
   real, died_at = train.Recorder.save, 8
 
-  def broken(self, at, checkpoints):
+  def broken(self, at, *rest):
     if at.step == died_at:
       raise RuntimeError('no luck')
-    real(self, at, checkpoints)
+    real(self, at, *rest)
 
   monkeypatch.setattr(train.Recorder, 'save', broken)
   with pytest.raises(RuntimeError, match='no luck'):

@@ -2,6 +2,7 @@
 
   mhc bench step                 # train_step of each arm over residual
   mhc bench step --width 128 --repeats 9
+  mhc bench step --against HEAD~1    # of each arm over itself at a commit
   mhc bench constraints          # each constraint over 20 Sinkhorn iterations
   mhc bench scaling              # communication and memory on 1 to 8 fake devices
   mhc bench memory               # memory of each recomputation, from the compiler
@@ -54,6 +55,7 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument('--tokens', type=int, default=16384, help='of the constraints bench')
   parser.add_argument('--repeats', type=int, default=7, help='rounds (default 7)')
   parser.add_argument('--calls', type=int, default=4, help='steps in a round (default 4)')
+  parser.add_argument('--against', metavar='COMMIT', help='of the step bench: over each arm at that commit')
   parser.add_argument(
     '--runs', type=int, nargs='+', default=[50, 500, 5000], help='of the harness bench (default 50 500 5000)'
   )

@@ -1,8 +1,9 @@
 """`mhc bench device`: what the device that is here does, and what hyper-connections cost on it.
 
-Measured peak and bandwidth, attention, the boundary between sublayers, train steps of four connections and
-every constraint, kernels beside XLA's programs, float32 and bfloat16. It looks at the clock before each row
-and skips what is left when its time is up, saying so; a row that fails says why, and the others go on.
+Measured peak and bandwidth, attention, the boundary between sublayers, train steps of four connections,
+members of populations and every constraint, kernels beside XLA's programs, float32 and bfloat16. It looks at
+the clock before each row and skips what is left when its time is up, saying so; a row that fails says why,
+and the others go on.
 """
 
 import argparse
@@ -19,7 +20,17 @@ import jax
 
 from mhc_jax.kernels.choice import chip_of
 
-from .device_parts import FULL, SMALL, Part, attentions, boundaries, constraints, limits, steps
+from .device_parts import (
+  FULL,
+  SMALL,
+  Part,
+  attentions,
+  boundaries,
+  constraints,
+  limits,
+  populations,
+  steps,
+)
 
 ROUNDS = 5
 
@@ -28,7 +39,12 @@ def bench_device(args: argparse.Namespace) -> dict[str, Any]:
   """The report, also written to args.out with a figure; reads args.small, minutes, out."""
   sizes, chip = SMALL if args.small else FULL, chip_of('auto', None)
   parts = itertools.chain(
-    limits(sizes), attentions(sizes, chip), boundaries(sizes, chip), steps(sizes), constraints(sizes, chip)
+    limits(sizes),
+    attentions(sizes, chip),
+    boundaries(sizes, chip),
+    steps(sizes),
+    populations(sizes),
+    constraints(sizes, chip),
   )
   ends, rows = time.monotonic() + 60 * args.minutes, []
   for part in parts:
@@ -75,13 +91,15 @@ def measure(part: Part, rounds: int) -> dict[str, Any]:
     return {'error': f'{type(error).__name__}: {str(error).strip()[:300]}'}
   row: dict[str, Any] = {'ms': 1e3 * statistics.median(seconds), 'compile_s': compile_s}
   rates = {'tflops': part.flops / 1e12, 'gb_per_s': part.bytes / 1e9, 'tokens_per_s': part.tokens}
+  rates['updates_per_s'] = part.updates
   return row | {name: 1e3 * work / row['ms'] for name, work in rates.items() if work}
 
 
 def related(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
   """The rows with each rate over what was measured as the device's limit, and times over their reference's.
 
-  Kernels over XLA's program, steps over residual's. MFU: of the measured peak in that dtype.
+  Kernels over XLA's program, steps over residual's. MFU: of the measured peak in that dtype. gain: updates of
+  all members per second, over those of a member alone.
   """
   peak = {row['dtype']: row['tflops'] for row in rows if row['part'] == 'peak' and 'tflops' in row}
   bandwidth = next((row['gb_per_s'] for row in rows if row['part'] == 'bandwidth' and 'ms' in row), None)
@@ -95,12 +113,15 @@ def related(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     base = times.get(key_of(row | {field: reference})) if field in row else None
     if base and 'ms' in row:
       row[f'ratio_to_{reference}'] = row['ms'] / base
+    alone = times.get(key_of(row | {'members': 1})) if 'members' in row else None
+    if alone and 'ms' in row:
+      row['gain'] = row['members'] * alone / row['ms']
   return rows
 
 
 def key_of(row: dict[str, Any]) -> tuple:
   """Which row it is."""
-  names = ('part', 'constraint', 'arm', 'by', 'width', 'depth', 'dtype')
+  names = ('part', 'constraint', 'arm', 'by', 'width', 'depth', 'dtype', 'members')
   return tuple(row.get(name) for name in names)
 
 

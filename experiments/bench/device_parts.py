@@ -13,13 +13,17 @@ from mhc_jax import hyper_connection as hc
 from mhc_jax import optimizer as optim
 from mhc_jax.config import base_config, build_optimizer
 from mhc_jax.constraints import CONSTRAINTS
+from mhc_jax.data import BYTES
 from mhc_jax.kernels import attention, boundary, lanes
 from mhc_jax.kernels.choice import Chip
 from mhc_jax.layers.attention import causal_mask, formula
 from mhc_jax.model_config import build_model
+from mhc_jax.population import member_programs
 from mhc_jax.presets import connection_spec
 from mhc_jax.sharding import make_mesh
-from mhc_jax.train_step import programs
+from mhc_jax.train_step import hparams_of, init_state, programs, without_traced
+
+from .. import quick
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +41,9 @@ class Sizes:
   arms: tuple[str, ...] = ('residual', 'identity', 'hc', 'mhc')
   dtypes: tuple[str, ...] = ('bfloat16', 'float32')
   constraints: tuple[str, ...] = tuple(CONSTRAINTS)
+  populations: tuple[tuple[str, int, int], ...] = (('residual', 64, 4), ('residual', 256, 4), ('mhc', 64, 4))
+  members: tuple[int, ...] = (1, 4, 16, 64)
+  updates: int = 16  # of all members in a dispatch
 
 
 FULL = Sizes(
@@ -61,6 +68,9 @@ SMALL = Sizes(
   arms=('residual', 'mhc'),
   dtypes=('float32',),
   constraints=('birkhoff_sinkhorn',),
+  populations=(('residual', 32, 1),),
+  members=(1, 4),
+  updates=2,
 )
 
 
@@ -73,6 +83,7 @@ class Part:
   flops: float = 0.0
   bytes: float = 0.0
   tokens: int = 0
+  updates: int = 0  # of all members together
 
 
 def limits(sizes: Sizes) -> Iterator[Part]:
@@ -214,6 +225,36 @@ def _step(c) -> Callable[[], Any]:
   def run() -> Any:
     nonlocal state
     state, metrics = of_arm.step(state, batch, hparams)
+    return metrics
+
+  return run
+
+
+def populations(sizes: Sizes) -> Iterator[Part]:
+  """Runs of experiments/quick.py's kind as members of one program: several updates of all a dispatch."""
+  for arm, width, depth in sizes.populations:
+    for members in sizes.members:
+      c = quick.config(arm, width, depth, seed=0)
+      names = {'part': 'population', 'arm': arm, 'width': width, 'depth': depth, 'dtype': c.model.dtype}
+      tokens = c.data.batch_size * c.data.seq_len * members * sizes.updates
+      flops = cost.train_flops_per_token(build_model(c), c.data.seq_len) * tokens
+      build = functools.partial(_population, c, members, sizes.updates)
+      counts = {'flops': flops, 'tokens': tokens, 'updates': members * sizes.updates}
+      yield Part(names | {'members': members}, build, **counts)
+
+
+def _population(c, members: int, updates: int) -> Callable[[], Any]:
+  model, optimizer, mesh = build_model(c), without_traced(build_optimizer(c)), make_mesh({})
+  together = member_programs(model, optimizer, mesh, BYTES.bos, True, members, updates)
+  init = functools.partial(init_state, model=model, optimizer=optimizer)
+  state = jax.jit(jax.vmap(init))(jax.random.split(jax.random.key(0), members))
+  shape = updates, members, c.data.batch_size, c.data.seq_len + 1
+  window_KPBS = jax.random.randint(jax.random.key(1), shape, 0, BYTES.bos)
+  hparams = {name: jnp.full(members, value) for name, value in hparams_of(build_optimizer(c), 1000).items()}
+
+  def run() -> Any:
+    nonlocal state
+    state, metrics = together.advance(state, window_KPBS, hparams, jnp.int32(updates))
     return metrics
 
   return run

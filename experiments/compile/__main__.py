@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
   kernels.add_arguments(parser)
   args, overrides = parser.parse_known_args(argv)
   jax.config.update('jax_platforms', 'cpu')
-  if args.kernels or args.connection or args.small:
+  if args.kernels or args.connection or args.small or args.population:
     return _kernels(args, overrides)
   require(args.config is not None, 'name a config: --config laptop, or ask for --kernels or a --connection')
   config = parse(args.config, overrides)
@@ -60,10 +60,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _kernels(args: argparse.Namespace, overrides: list[str]) -> int:
-  """`--kernels`, `--connection` and `--small`."""
+  """`--kernels`, `--connection`, `--small` and `--population`."""
   require(
     not (args.config or args.gpu or overrides),
-    '--kernels, --connection and --small take no config and no --gpu',
+    '--kernels, --connection, --population and --small take no config and no --gpu',
   )
   args.topology = args.topology or 'v5p:2x2x1'
   tpu.check_topology(args.topology)

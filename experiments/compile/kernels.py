@@ -4,6 +4,7 @@
   mhc compile --kernels --topology v6e:2x2 --width 7168
   mhc compile --connection mhc --width 2560      # one sublayer's connection, XLA's program and the kernels
   mhc compile --small --topology v5e:2x2         # a step of residual and mhc at width 64 and depth 4
+  mhc compile --population --topology v5e:2x2    # steps of 1 to 32 members at four widths, an hour or two
 
 libtpu writes its schedules to a folder that is named before it starts: a process of its own makes them.
 """
@@ -37,7 +38,7 @@ from mhc_jax.presets import PRESETS, connection_spec
 from mhc_jax.sharding import make_mesh
 
 from .. import quick
-from . import bundles, tpu
+from . import bundles, population, tpu
 from .abstract_step import trace_step
 from .chips import CHIPS, Chip, compute_seconds
 from .hlo_cost import count, is_kernel
@@ -47,7 +48,8 @@ from .hlo_text import parse_module
 CLOCKS = {'v4': 1.05, 'v5e': 1.5, 'v5p': 1.75, 'v6e': 1.75}
 
 SMALL = (64, 4)  # width and depth
-DEFAULTS = {'connection': None, 'small': False, 'streams': 4, 'width': 2560, 'tokens': 4096, 'only': ''}
+DEFAULTS = {'connection': None, 'small': False, 'population': False}
+DEFAULTS |= {'streams': 4, 'width': 2560, 'tokens': 4096, 'only': ''}
 
 Program = tuple[Callable, tuple]  # a function and the shapes of its arguments
 
@@ -205,8 +207,8 @@ def main(folder: str, options: dict[str, Any]) -> None:
   device = tpu.described_devices(options['topology'])[0]
   on_chip = chip_of('pallas', Mesh(np.array([device]), ('d',)))
   sizes = options['streams'], options['width'], options['tokens']
-  if options['small']:
-    chosen = small_steps(device)
+  if options['small'] or options['population']:
+    chosen = (population.steps if options['population'] else small_steps)(device)
   else:
     programs = (
       connection_programs(on_chip, options['connection'], *sizes)
@@ -231,6 +233,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--connection', choices=PRESETS, help="one sublayer's connection: bytes, time, cycles")
   parser.add_argument(
     '--small', action='store_true', help='a step of width 64 and depth 4: cycles of two arms'
+  )
+  parser.add_argument(
+    '--population', action='store_true', help='steps of several members in one program: cycles of two arms'
   )
   parser.add_argument('--streams', type=int, default=4, help='of these two (4)')
   parser.add_argument('--width', type=int, default=2560, help='of these two (2560)')

@@ -39,12 +39,17 @@ def train_batches(
   """
   rows = range(batch_size) if rows is None else rows
   check_enough_tokens(source, num_steps * batch_size * source.seq_len, repeat)
-  order = grain.MapDataset.range(len(source)).shuffle(seed=_order_seed(seed))
-  order = order.repeat(None if repeat else 1)  # reshuffles each epoch
+  order = train_order(source, seed, repeat)
   steps = grain.MapDataset.range(start_step, num_steps).map(
     lambda step: source.take([order[step * batch_size + row] for row in rows])
   )
   return _drain(steps.to_iter_dataset(_READ_OPTIONS))
+
+
+def train_order(source: Windows, seed: int, repeat: bool) -> Sequence[int]:
+  """The order of `seed`: its place s * batch_size + r has the window of row r of step s."""
+  order = grain.MapDataset.range(len(source)).shuffle(seed=_order_seed(seed))
+  return order.repeat(None if repeat else 1)  # reshuffles each epoch
 
 
 def validation_batches(

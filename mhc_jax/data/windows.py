@@ -6,6 +6,8 @@ stream BOS document BOS document ..., cut once: every token is a target exactly 
 
 import dataclasses
 from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 
@@ -34,22 +36,29 @@ class Windows:
 
   def take(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
     """Several windows at once: arrays (len(indices), T). IndexError if one does not exist."""
-    index_B = np.asarray(indices, np.int64)
-    if not ((index_B >= 0) & (index_B < len(self))).all():
+    batch = as_batch(self.cut(indices), self.bos, self.cross_documents, np)
+    return {name: np.ascontiguousarray(rows_BT) for name, rows_BT in batch.items()}
+
+  def cut(self, indices: Sequence[int]) -> np.ndarray:
+    """The tokens of several windows, (*shape of indices, T + 1). IndexError if one does not exist."""
+    index_X = np.asarray(indices, np.int64)
+    if not ((index_X >= 0) & (index_X < len(self))).all():
       raise IndexError(f'windows {indices} of {len(self)}')
-    places_BS = index_B[:, None] * self.seq_len + np.arange(self.seq_len + 1)[None, :]
-    window_BS = self.tokens[places_BS].astype(np.int32)  # S = T + 1
-    inputs_BT, targets_BT = window_BS[:, :-1], window_BS[:, 1:]
-    begins_BT = inputs_BT == self.bos
-    begins_BT[:, 0] = False  # whatever document is open at the start has number 0
-    if self.cross_documents:
-      begins_BT[:] = False
-    return {
-      'inputs': np.ascontiguousarray(inputs_BT),
-      'targets': np.ascontiguousarray(targets_BT),
-      'weights': (targets_BT != self.bos).astype(np.float32),
-      'segments': np.cumsum(begins_BT, axis=1, dtype=np.int32),
-    }
+    return self.tokens[index_X[..., None] * self.seq_len + np.arange(self.seq_len + 1)]
+
+
+def as_batch(window_XS: Any, bos: int, cross_documents: bool, xp: ModuleType) -> dict[str, Any]:
+  """What Windows says of tokens (*X, T + 1), by xp: numpy, or jax.numpy where they are on a device."""
+  window_XS = window_XS.astype(xp.int32)
+  inputs_XT, targets_XT = window_XS[..., :-1], window_XS[..., 1:]
+  begins_XT = (inputs_XT == bos).astype(xp.int32) * (not cross_documents)
+  return {
+    'inputs': inputs_XT,
+    'targets': targets_XT,
+    'weights': (targets_XT != bos).astype(xp.float32),
+    # Whatever document is open at the start has number 0.
+    'segments': xp.cumsum(begins_XT, -1, dtype=xp.int32) - begins_XT[..., :1],
+  }
 
 
 def windows(tokens: np.ndarray, bos: int, seq_len: int, cross_documents: bool) -> Windows:

@@ -78,7 +78,8 @@ def tpu_call(work: Work, interpret: bool) -> tuple[list[jax.Array], jax.Array]:
   if total:
     specs.append(pl.BlockSpec((1, total, height, LANES), lambda core, i: (core, 0, 0, 0)))
     shapes.append(jax.ShapeDtypeStruct((cores, total, height, LANES), jnp.float32))
-  scalars = [work.scalars] if work.scalars.size else []
+  # Of two axes: members of a population add one, and Mosaic cuts rows of SMEM no shorter.
+  scalars = [work.scalars[None]] if work.scalars.size else []
   outputs = pl.pallas_call(
     functools.partial(_tpu_kernel, jaxpr, height, work.scalars.size, len(inputs), total),
     grid=(cores, steps),
@@ -112,7 +113,7 @@ def _tpu_kernel(jaxpr: Any, height: int, scalars: int, count: int, total: int, *
   """One grid step, a set of registers after the other. refs: scalars, `count` inputs, outputs, sums."""
   shared_ref, refs = (refs[0], refs[1:]) if scalars else (None, refs)
   ins, outs = refs[:count], refs[count : len(refs) - bool(total)]
-  shared = [jnp.full((height, LANES), shared_ref[p], jnp.float32) for p in range(scalars)]
+  shared = [jnp.full((height, LANES), shared_ref[0, p], jnp.float32) for p in range(scalars)]
   if total:
     sums_ref = refs[-1]
 

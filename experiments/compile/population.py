@@ -1,0 +1,67 @@
+"""Train steps of populations on one chip: what `mhc compile --population` compiles, and its table. Pure.
+
+The runs are of experiments/quick.py's kind (depth 4, batches of 8 x 128 tokens, float32) at four widths, as
+members of one program (mhc_jax/population.py). The step alone: the loop around it adds no operation of note.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from mhc_jax.config import build_optimizer
+from mhc_jax.model_config import build_model
+from mhc_jax.population import member_step
+from mhc_jax.sharding import make_mesh
+from mhc_jax.train_step import programs, without_traced
+
+from .. import quick
+from .abstract_step import abstract_inputs
+
+ARMS, DEPTH = ('residual', 'mhc'), 4
+WIDTHS, MEMBERS = (64, 128, 256, 512), (1, 4, 8, 16, 32)
+
+
+def steps(device: jax.Device) -> Iterator[tuple[str, Callable]]:
+  """(name, lowering) of every step, the smallest first."""
+  for members in MEMBERS:
+    for width in WIDTHS:
+      for arm in ARMS:
+        yield name(arm, width, members), lambda at=(arm, width, members): _lowered(*at, device)
+
+
+def name(arm: str, width: int, members: int) -> str:
+  """Of a step, in the table's data."""
+  return f'{arm} {width} x{members}'
+
+
+def _lowered(arm: str, width: int, members: int, device: jax.Device) -> Any:
+  config, mesh = quick.config(arm, width, DEPTH, seed=0), make_mesh({}, [device])
+  model, optimizer = build_model(config), without_traced(build_optimizer(config))
+
+  def stacked(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((members, *leaf.shape), leaf.dtype, sharding=NamedSharding(mesh, P()))
+
+  batch, hparams = abstract_inputs(config, mesh)
+  arguments = jax.tree.map(stacked, (programs(model, optimizer, mesh).abstract, batch, hparams))
+  return jax.jit(member_step(model, optimizer, mesh, members), donate_argnums=0).lower(*arguments)
+
+
+def table(programs: dict[str, dict[str, Any]], clock: float) -> list[list[str]]:
+  """Rows of (arm, width, microseconds of a member and update for each number of members, gain of the best).
+
+  programs: name -> kernels.compiled_program; clock in GHz. The time is that of the compiler's cycles; the
+  gain is over one member, whose process has the chip to itself: a chip of this kind has one at a time.
+  """
+  rows = []
+  for arm in ARMS:
+    for width in WIDTHS:
+      found = [programs.get(name(arm, width, members), {}).get('cycles', np.nan) for members in MEMBERS]
+      us = np.array(found) / clock / 1e3 / MEMBERS
+      best = int(np.nanargmin(us)) if np.isfinite(us).any() else 0
+      gain = f'{us[0] / us[best]:.1f} (P = {MEMBERS[best]})' if np.isfinite(us[0]) else ''
+      rows.append([arm, str(width), *(f'{value:.0f}' if np.isfinite(value) else '-' for value in us), gain])
+  return rows
