@@ -31,6 +31,10 @@ class Job:
   flops: float
   before: int | None  # what its status said, of a run that had ended and is to do again
 
+  def is_over(self, status: dict[str, Any]) -> bool:
+    """Whether there is no more to do, by what its status says now."""
+    return _ended(status) not in (None, self.before)
+
 
 def groups_of(configs: list[ConfigDict], planned: list[Run], folder: str) -> list[list[Job]]:
   """The runs in groups of equal shapes, the longest and the group of the most FLOPs first."""
@@ -93,7 +97,7 @@ class Claims:
     """The runs of a group that nobody holds; forgets those that have ended."""
     statuses = read_statuses([self._workdir(job) for job in group])
     for job, status in zip(list(group), statuses, strict=True):
-      if self._over(job, status):
+      if job.is_over(status):
         group.remove(job)
     free = []
     for job, holder in zip(
@@ -112,7 +116,7 @@ class Claims:
       if held is None:
         continue
       [status] = read_statuses([self._workdir(job)])  # another may have done it since the last look
-      if self._over(job, status):
+      if job.is_over(status):
         self.done(job)
         held.release()
       elif held.deaths >= MOST_DEATHS:
@@ -123,9 +127,6 @@ class Claims:
       else:
         taken.append((job, held))
     return taken
-
-  def _over(self, job: Job, status: dict[str, Any]) -> bool:
-    return _ended(status) not in (None, job.before)
 
   def _workdir(self, job: Job) -> str:
     return os.path.join(self._folder, job.run_id)

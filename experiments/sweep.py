@@ -109,6 +109,12 @@ def main(argv: list[str] | None = None) -> int:
     "folder too, each run is one process's, and what a dead process held is taken after a minute",
   )
   parser.add_argument(
+    '--engine',
+    choices=('processes', 'ray'),
+    default='processes',
+    help='processes of this command, or tasks on the Ray cluster of RAY_ADDRESS (pip install "mhc_jax[ray]")',
+  )
+  parser.add_argument(
     '--no-wait',
     action='store_true',
     help='end when all runs left are held by others; else it waits, and takes over what they do not finish',

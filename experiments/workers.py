@@ -206,7 +206,7 @@ def execute(
   # One thread per worker: small matrices do not feed two, and idle threads of XLA:CPU spin.
   os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {ONE_THREAD}'.strip()
   crew = Crew(functools.partial(work, groups, folder, quiet=True, **options), planned, folder)
-  with _signals_stop():
+  with signals_stop():
     try:
       for _ in range(workers):
         crew.start()
@@ -327,7 +327,7 @@ def _no_interrupt() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _signals_stop() -> Iterator[None]:
+def signals_stop() -> Iterator[None]:
   """SIGTERM (a batch system's) and SIGHUP (a closed terminal's) are a Ctrl-C, in the main thread."""
   with contextlib.ExitStack() as stack:
     if threading.current_thread() is threading.main_thread():

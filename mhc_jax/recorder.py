@@ -45,7 +45,7 @@ class Recorder:
   def __init__(self, plan: Run, workdir: str, mesh: Mesh, before: dict[str, Any], held: Lease | None = None):
     """before: what status.json says. held: the workdir's lease, asked before anything is written there:
     LeaseLostError where another process has it."""
-    self._plan, self._workdir, self._mesh, self._held = plan, workdir, mesh, held
+    self._plan, self._workdir, self._mesh, self.held = plan, workdir, mesh, held
     self._writes = jax.process_index() == 0  # all but checkpoints, of which every process writes its part
     self._revision = join_revisions(before.get('git_revision'), revision())
     self.population = before.get('population') or 1  # the most runs, itself included, that it trained beside
@@ -75,8 +75,8 @@ class Recorder:
 
   def confirm(self) -> None:
     """Makes sure that the workdir is still this process's."""
-    if self._held is not None:
-      self._held.renew()
+    if self.held is not None:
+      self.held.renew()
 
   def update(
     self,
@@ -111,8 +111,8 @@ class Recorder:
       at.final |= losses
       diverged = not np.isfinite(list(losses.values())).all()
     if self._writes and (measured or diverged or 'log' in self._plan.due(step)):
-      if self._held is not None:
-        self._held.check()
+      if self.held is not None:
+        self.held.check()
       self._log.write(row | measured)
     return diverged
 
@@ -127,8 +127,8 @@ class Recorder:
 
   def save(self, at: Position, state: TrainState, checkpoints: Checkpoints) -> None:
     """Rows first, then the state: a checkpoint never knows more than the metrics on disk."""
-    if self._held is not None:
-      self._held.renew(progress=True)
+    if self.held is not None:
+      self.held.renew(progress=True)
     if self._writes:
       self._log.sync()
       at.rows_crc32 = self._log.crc

@@ -218,7 +218,8 @@ def _open(member: Member, compiled: Programs, quiet: bool) -> None:
   """Restores a member's state, or makes its first, and opens its files."""
   c, at = member.plan.resolved, member.at
   folder = os.path.join(member.workdir, 'checkpoints')
-  member.checkpoints = member.files.enter_context(Checkpoints(folder, c['checkpoint']['keep']))
+  keep = c['checkpoint']['keep']
+  member.checkpoints = member.files.enter_context(Checkpoints(folder, keep, member.record.held))
   saved = member.checkpoints.restore_latest(compiled.abstract)
   at.step, at.state, extra = saved or (0, compiled.init(jax.random.key(c['seed'])), {})
   for name, value in extra.items():

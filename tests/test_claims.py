@@ -29,11 +29,12 @@ from mhc_jax.command import end_with_message
 from tests.campaign.tiny import Tiny
 tiny, loop = Tiny(Path(sys.argv[1])), train.loop
 
-def noted(plan, compiled, inputs, measure, at, *rest):
+def noted(members, updates, *rest):
   with open(os.environ['JOURNAL'], 'a') as file:
-    file.write(f'{{plan.run_id}} {{at.step}}\\n')
-  slow = (time.sleep(float(os.environ['PACE'])) or batch for batch in inputs)
-  return loop(plan, compiled, slow, measure, at, *rest)
+    file.writelines(f'{{member.plan.run_id}} {{member.step}}\\n' for member in members)
+  advance = updates.advance
+  updates.advance = lambda count: time.sleep(float(os.environ['PACE'])) or advance(count)
+  return loop(members, updates, *rest)
 
 train.loop = noted
 planning.EXPERIMENTS['claims'] = lambda _: [tiny.config(f'seed={{i}}') for i in range({RUNS})]
