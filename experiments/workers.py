@@ -107,6 +107,12 @@ def side_by_side(configs: list[ConfigDict], population: str) -> Iterator[list[Co
     yield from (longest_first[i : i + most] for i in range(0, len(group), most))
 
 
+def _begin(environments: Any) -> None:
+  """In a worker, before it starts JAX: takes its own environment, and follows its parent."""
+  os.environ.update(environments.get())
+  _stop_with_parent()
+
+
 def _stop_with_parent() -> None:
   """In a worker: the sweep's death, by whatever signal, ends its runs as Ctrl-C would, after a checkpoint.
 
@@ -128,13 +134,17 @@ def execute(
   workers: int,
   continue_diverged: bool = False,
   population: str = 'off',
+  environments: list[dict[str, str]] | None = None,
 ) -> list[tuple[str, str]]:
-  """Trains all runs in `workers` processes, groups of equal shapes together and the longest first."""
+  """Trains all runs in `workers` processes, groups of equal shapes together and the longest first.
+
+  environments: of each worker (devices.environment), where this process must leave the devices to them.
+  """
   groups: dict[tuple[Any, ...], list[int]] = {}
   for index, run in enumerate(planned):
     groups.setdefault(run.shapes, []).append(index)
   ordered = sorted(groups.values(), key=lambda group: -sum(planned[i].derived['flops'] for i in group))
-  if workers == 1:
+  if workers == 1 and environments is None:
     with progress.watched(planned, folder):
       everything = [configs[i] for group in ordered for i in group]
       return run_group(everything, folder, True, continue_diverged, population)
@@ -147,7 +157,8 @@ def execute(
     jobs = [[configs[i] for i in group if i in todo] for group in ordered]
     options = {'continue_diverged': continue_diverged, 'population': population}
     work = functools.partial(run_group, folder=folder, quiet=True, **options)
-    now, broken = _in_workers(work, [job for job in jobs if job], planned, folder, workers)
+    told = environments or [{}] * workers
+    now, broken = _in_workers(work, [job for job in jobs if job], planned, folder, told)
     ended += now
     reached = [i for i in todo if _written(workdirs[i]) != before[i]]
     if not (broken and reached):
@@ -181,14 +192,17 @@ def _in_workers(
   jobs: list[list[ConfigDict]],
   planned: list[Run],
   folder: str,
-  workers: int,
+  environments: list[dict[str, str]],
 ) -> tuple[list[tuple[str, str]], bool]:
   """Runs the jobs in a pool of processes; (what ended, whether a worker's death broke the pool).
 
   Ctrl-C, SIGTERM or SIGHUP: the workers are told, save and stop, and no new group starts.
   """
-  context, stopped = multiprocessing.get_context('spawn'), False
-  with concurrent.futures.ProcessPoolExecutor(workers, context, _stop_with_parent) as pool, _signals_stop():
+  context, stopped, workers = multiprocessing.get_context('spawn'), False, len(environments)
+  told = context.SimpleQueue()
+  for environment in environments:
+    told.put(environment)
+  with concurrent.futures.ProcessPoolExecutor(workers, context, _begin, (told,)) as pool, _signals_stop():
     with _no_interrupt():
       futures = [pool.submit(work, job) for job in jobs]
     try:

@@ -109,7 +109,7 @@ def test_shards_are_disjoint_and_cover_the_plan(experiment, tmp_path):
 def test_runs_of_equal_shapes_form_one_group():
   """quick: four arms at five sizes, whatever their seeds and rates, and nine ranks."""
   _, planned = sweep.plan('quick')
-  assert len({workers.shapes(run) for run in planned}) == 4 * 5 + 9
+  assert len({run.shapes for run in planned}) == 4 * 5 + 9
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(experiment, tmp_path, capsys):
