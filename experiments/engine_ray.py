@@ -1,8 +1,8 @@
 """A sweep on a Ray cluster: one task per group of runs of equal shapes, the longest first.
 
-sweep.py -> **engine_ray** -> workers.work on the cluster's machines. Ray places tasks and tries them again where
-a machine is lost; whether a run has ended is read from its folder, which all machines must reach. What a run
-is, computes and writes does not depend on it: other processes may take runs of the sweep at the same time.
+sweep.py -> **engine_ray** -> workers.work on the cluster's machines. Ray places tasks and tries them again
+where a machine is lost; whether a run has ended is read from its folder, which all machines must reach. What a
+run is, computes and writes does not depend on it: others may take runs of the same sweep at the same time.
 
   mhc sweep NAME --engine ray --out gs://BUCKET/runs   # on the head of a cluster, or alone on one machine
 """

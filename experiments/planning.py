@@ -40,18 +40,25 @@ EXPERIMENTS: dict[str, Callable[[str | None], list[ConfigDict]]] = {
 
 
 def plan(
-  name: str, overrides: Sequence[str] = (), seeds: int | None = None, *, download: bool = True
+  name: str,
+  overrides: Sequence[str] = (),
+  seeds: int | None = None,
+  *,
+  download: bool = True,
+  elsewhere: bool = False,
 ) -> tuple[list[ConfigDict], list[Run]]:
   """The experiment's configs and what they resolve to, in order; `name` may be NAME:argument.
 
   overrides: `--config.a.b=v`, for every run. seeds: every distinct configuration at seeds 0 .. seeds - 1.
   download: False leaves corpora that are not on this machine away: their runs have no digest, and other ids.
+  elsewhere: the devices are not this process's, so meshes are not held against them.
   Raises ConfigError for an unknown experiment, an invalid config or override, or two equal runs.
   """
   configs = configs_of(name, overrides, seeds)
   planned, seen = [], {}
   for config in configs:
-    make_mesh(config.mesh.to_dict())  # refuses what the devices do not fit
+    if not elsewhere:
+      make_mesh(config.mesh.to_dict())  # refuses what the devices do not fit
     settings.check_precision(config.model.dtype)
     if download or is_here(config.data.name, config.data.dir):
       corpus = corpus_of(config.data.name, config.data.dir, config.data.tokenizer)

@@ -171,7 +171,7 @@ class Bar:
 
   def __init__(self, planned: list[Run], folder: str, workers: int):
     self._folders, self._workers = Folders(planned, folder), workers
-    self._total = sum(run.derived['flops'] for run in planned)
+    self._total = sum(run.derived['flops'] for run in planned) or 1.0
     self._plain = not sys.stderr.isatty()
     self._least = REMOTE_SECONDS if is_remote(folder) else LOOK_SECONDS
     form = '{desc}: {percentage:3.0f}%|{bar}| {elapsed}{postfix}'

@@ -14,10 +14,14 @@ may add runs to a folder's plan (more seeds), and are refused where they would d
 """
 
 import argparse
+import math
 import os
 import re
 import shlex
 import sys
+
+import jax
+from ml_collections import ConfigDict
 
 from mhc_jax import storage
 from mhc_jax.command import end_with_message
@@ -27,7 +31,7 @@ from mhc_jax.paths import expand
 from mhc_jax.plan import Run
 from mhc_jax.workdir import ENDED, read_statuses, revision, versions
 
-from . import forecast
+from . import devices, engine_ray, forecast
 from .planning import EXPERIMENTS, check_extends, keep, listing, options_of, plan
 from .workers import execute
 
@@ -86,14 +90,13 @@ def _make(folder: str, out: str) -> None:
     raise ConfigError(f'--out {out} cannot hold runs: {error.strerror}') from None
 
 
-def main(argv: list[str] | None = None) -> int:
-  """The command line; returns 0 if every selected run ended, 1 if some failed, 130 if interrupted."""
+def _parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
     prog='mhc sweep', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument('name', nargs='?', help=f'{", ".join(EXPERIMENTS)}, with :argument if it takes one')
   parser.add_argument('--list', action='store_true', help='print the experiments and stop')
-  parser.add_argument('--dry-run', action='store_true', help='print the plan and stop')
+  parser.add_argument('--dry-run', action='store_true', help='print the plan and stop; downloads nothing')
   parser.add_argument('--only', metavar='ARM', help='only the runs of one arm')
   parser.add_argument('--retry-failed', action='store_true', help='also runs that failed before')
   parser.add_argument(
@@ -104,9 +107,9 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument(
     '--workers',
     type=int,
-    default=1,
-    help='processes on this machine (default 1); the same command on other machines takes runs of the same '
-    "folder too, each run is one process's, and what a dead process held is taken after a minute",
+    help='processes on this machine (default: one per accelerator, else 1); the same command on other '
+    "machines takes runs of the same folder too: each run is one process's, and what a dead one held is taken "
+    'after a minute',
   )
   parser.add_argument(
     '--engine',
@@ -118,6 +121,13 @@ def main(argv: list[str] | None = None) -> int:
     '--no-wait',
     action='store_true',
     help='end when all runs left are held by others; else it waits, and takes over what they do not finish',
+  )
+  parser.add_argument(
+    '--per-device',
+    type=int,
+    default=1,
+    metavar='K',
+    help="workers that share one GPU, each with 1/K of its memory (default 1); a TPU chip is one worker's",
   )
   parser.add_argument(
     '--population',
@@ -135,15 +145,63 @@ def main(argv: list[str] | None = None) -> int:
     metavar='K',
     help="every configuration of the plan at seeds 0 to K - 1, in place of the plan's own seeds",
   )
+  return parser
+
+
+def _check(args: argparse.Namespace) -> None:
+  """Raises ConfigError for options that are wrong whatever is planned."""
+  require(args.name is not None, 'name an experiment; mhc sweep --list shows them')
+  for name in ('workers', 'per_device', 'seeds'):
+    value = getattr(args, name)
+    require(value is None or value >= 1, f'--{name.replace("_", "-")} must be at least 1, got {value}')
+  if args.population not in ('auto', 'off') and not re.fullmatch('[1-9][0-9]{0,3}', args.population):
+    raise ConfigError(f'--population takes auto, off or a number from 1 to 9999, got {args.population!r}')
+  require(args.engine == 'processes' or args.workers is None, '--engine ray places runs: leave --workers out')
+
+
+def _for_workers(args: argparse.Namespace) -> devices.Accelerators | None:
+  """The accelerators that workers share out, and this process then leaves alone; None: it trains itself."""
+  if args.engine == 'ray':
+    jax.config.update('jax_platforms', 'cpu')  # the devices are the tasks'
+    return None
+  found = devices.find(os.environ)
+  require(found is not None or args.per_device == 1, '--per-device: no accelerator is here')
+  if found is None or (args.workers or len(found.names) * args.per_device) == 1:
+    return None
+  if args.dry_run:  # nothing is trained, but a rate may be measured: on a device, beside whatever is there
+    os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
+  else:
+    jax.config.update('jax_platforms', 'cpu')  # of this process: workers have the environment's
+  return found
+
+
+def _seats(
+  found: devices.Accelerators | None, args: argparse.Namespace, configs: list[ConfigDict]
+) -> tuple[int, list[dict[str, str]] | None]:
+  """(number of workers, what each is told of its devices)."""
+  if found is None:
+    return args.workers or 1, None
+  each = max(math.prod(config.mesh.to_dict().values()) for config in configs)
+  most = devices.most_workers(found, each, args.per_device)
+  workers = args.workers or most
+  require(
+    workers <= most,
+    f'--workers {workers}: {len(found.names)} devices take {most}; --per-device K lets K workers share a GPU',
+  )
+  told = [devices.environment(i, found, each, args.per_device, os.environ) for i in range(workers)]
+  left = len(found.names) - len({name for one in told for name in one[found.variable].split(',')})
+  say(f'{workers} workers on {len(found.names) - left} of {len(found.names)} {found.kind} devices')
+  return workers, told
+
+
+def main(argv: list[str] | None = None) -> int:
+  """The command line; returns 0 if every selected run ended, 1 if some failed, 130 if interrupted."""
+  parser = _parser()
   args, overrides = parser.parse_known_args(argv)
   if args.list:
     print(listing())
     return 0
-  require(args.name is not None, 'name an experiment; mhc sweep --list shows them')
-  if args.workers < 1:
-    raise ConfigError(f'--workers must be at least 1, got {args.workers}')
-  if args.population not in ('auto', 'off') and not re.fullmatch('[1-9][0-9]{0,3}', args.population):
-    raise ConfigError(f'--population takes auto, off or a number from 1 to 9999, got {args.population!r}')
+  _check(args)
   folder = os.path.join(expand(args.out), args.name.replace(':', '-'))
   storage.to_path(folder)  # refuses what is no place for runs
   given = overrides + ([] if args.seeds is None else ['--seeds', f'{args.seeds}'])
@@ -152,15 +210,17 @@ def main(argv: list[str] | None = None) -> int:
     say(f'{args.name} goes on with {shlex.join(options)}, as {folder}/plan.json says')
     kept, overrides = parser.parse_known_args(options)
     args.seeds = kept.seeds
-  require(args.seeds is None or args.seeds >= 1, f'--seeds must be at least 1, got {args.seeds}')
   say(f'{args.name}: planning')
-  configs, planned = plan(args.name, overrides, args.seeds, download=not args.dry_run)
+  found = _for_workers(args)
+  how = {'download': not args.dry_run, 'elsewhere': found is not None or args.engine == 'ray'}
+  configs, planned = plan(args.name, overrides, args.seeds, **how)
   check_extends(folder, args.name, options, planned)
   again = ('failed',) * args.retry_failed + ('diverged',) * args.continue_diverged
   asked, chosen = select(planned, folder, args.only, again)
+  workers, environments = _seats(found, args, configs)
   if args.dry_run:
     states = states_of(planned, folder)
-    print(forecast.report(planned, states, chosen, args.workers, forecast.speed_of(planned, folder)))
+    print(forecast.report(planned, states, chosen, workers, forecast.speed_of(planned, folder)))
     return 0
   warn_of_mixtures(planned, folder)
   if not storage.is_remote(folder):
@@ -170,7 +230,11 @@ def main(argv: list[str] | None = None) -> int:
   ended = []
   if chosen:
     todo = [configs[i] for i in chosen], [planned[i] for i in chosen]
-    ended = execute(*todo, folder, args.workers, args.continue_diverged, args.population, not args.no_wait)
+    how = args.continue_diverged, args.population
+    if args.engine == 'ray':
+      ended = engine_ray.execute(*todo, folder, *how, args.per_device)
+    else:
+      ended = execute(*todo, folder, workers, *how, environments, not args.no_wait)
     forecast.remember([run for run in planned if (run.run_id, 'finished') in ended], folder)
   states = states_of([planned[i] for i in asked], folder)
   hint = '; --retry-failed tries failed runs again' if 'failed' in states else ''

@@ -195,12 +195,16 @@ def execute(
   workers: int,
   continue_diverged: bool = False,
   population: str = 'off',
+  environments: list[dict[str, str]] | None = None,
   waits: bool = True,
 ) -> Ended:
-  """Trains the runs in `workers` processes, and beside any others that are at the same; see `work`."""
+  """Trains the runs in `workers` processes, and beside any others that are at the same; see `work`.
+
+  environments: of each worker (devices.environment), where this process must leave the devices to them.
+  """
   groups = groups_of(configs, planned, folder)
   options = {'continue_diverged': continue_diverged, 'population': population, 'waits': waits}
-  if workers == 1:
+  if workers == 1 and environments is None:
     with progress.watched(planned, folder):
       return work(groups, folder, quiet=True, **options)
   # One thread per worker: small matrices do not feed two, and idle threads of XLA:CPU spin.
@@ -208,8 +212,8 @@ def execute(
   crew = Crew(functools.partial(work, groups, folder, quiet=True, **options), planned, folder)
   with signals_stop():
     try:
-      for _ in range(workers):
-        crew.start()
+      for environment in environments or [{}] * workers:
+        crew.start(environment)
       progress.watch(crew.at_work, planned, folder, workers)
     except KeyboardInterrupt:
       say(f'stopping: {len(crew)} running runs save and end; once more ends them at once')
@@ -224,32 +228,32 @@ class Crew:
 
   def __init__(self, work: Callable[[], Ended], planned: list[Run], folder: str):
     self._work, self._planned, self._folder = work, planned, folder
-    self._processes: dict[Connection, BaseProcess] = {}
+    self._processes: dict[Connection, tuple[BaseProcess, dict[str, str]]] = {}
     self.ended: Ended = []
 
   def __len__(self) -> int:
     return len(self._processes)
 
-  def start(self) -> None:
-    """One more worker."""
+  def start(self, environment: dict[str, str]) -> None:
+    """One more worker, that is told this of its devices."""
     context = multiprocessing.get_context('spawn')
     answers, to_answer = context.Pipe(duplex=False)
-    process = context.Process(target=_worker, args=(self._work, to_answer), daemon=False)
+    process = context.Process(target=_worker, args=(self._work, to_answer, environment))
     with _no_interrupt():
       process.start()
-      self._processes[answers] = process
+      self._processes[answers] = process, environment
     to_answer.close()
 
   def at_work(self, seconds: float) -> bool:
     """Waits so long at most for a worker to end; whether any is left. Raises what a worker raised."""
     for answers in wait(list(self._processes), seconds):
-      process = self._processes.pop(answers)
+      process, environment = self._processes.pop(answers)
       try:
         ended, error = answers.recv()
       except EOFError:  # killed, or out of memory
         process.join()
         if self._bury(process.pid):
-          self.start()  # the runs that it had not begun are done all the same
+          self.start(environment)  # the runs that it had not begun are done all the same
         continue
       process.join()
       self.ended += ended
@@ -261,16 +265,16 @@ class Crew:
 
   def stop(self) -> None:
     """Has the workers save and stop; Ctrl-C meanwhile ends them as a kill would, which runs survive too."""
-    for process in self._processes.values():
+    for process, _ in self._processes.values():
       with contextlib.suppress(ProcessLookupError):
         os.kill(process.pid, signal.SIGUSR1)
     try:
-      for answers, process in list(self._processes.items()):
+      for answers, (process, _) in list(self._processes.items()):
         with contextlib.suppress(EOFError):
           self.ended += answers.recv()[0]
         process.join()
     except KeyboardInterrupt:
-      for process in self._processes.values():
+      for process, _ in self._processes.values():
         process.kill()
       raise
     self._processes.clear()
@@ -293,11 +297,12 @@ class Crew:
     return found
 
 
-def _worker(work: Callable[[], Ended], answers: Connection) -> None:
-  """A worker's life: the sweep's death, by whatever signal, ends its run as Ctrl-C would, after a checkpoint.
+def _worker(work: Callable[[], Ended], answers: Connection, environment: dict[str, str]) -> None:
+  """A worker's life, from before it starts JAX.
 
-  What a terminal that closes tells the sweep, the sweep tells its workers.
+  The sweep's death, by whatever signal, ends its run as Ctrl-C would, after a checkpoint. What a terminal that closes tells the sweep, the sweep tells its workers.
   """
+  os.environ.update(environment)
   signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
   def watch() -> None:

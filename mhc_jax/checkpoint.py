@@ -60,8 +60,8 @@ class Checkpoints:
   def __init__(self, directory: str | os.PathLike[str], keep: int = 2, held: Lease | None = None):
     """Names `directory` (created by the first save) and keeps the newest `keep` >= 1 steps.
 
-    held: the run's lease; where it is lost nothing is saved or deleted any more: LeaseLostError. With keep = 1
-    there is nothing to fall back to when the newest step turns out damaged.
+    held: the run's lease; where it is lost nothing is saved or deleted any more: LeaseLostError. With
+    keep = 1 there is nothing to fall back to when the newest step turns out damaged.
     """
     if keep < 1:
       raise ConfigError(f'checkpoints to keep must be at least 1, got {keep}')

@@ -40,7 +40,7 @@ from mhc_jax.paths import expand
 from mhc_jax.plan import Run, resolve, warnings_of
 from mhc_jax.population import Population, alike, on_one_device
 from mhc_jax.recorder import Position, Recorder
-from mhc_jax.sharding import local_rows, make_mesh, put_batch
+from mhc_jax.sharding import left_out, local_rows, make_mesh, put_batch
 from mhc_jax.train_step import Batch, Programs, programs
 from mhc_jax.workdir import ENDED, check_workdir, claim
 
@@ -194,6 +194,8 @@ def _train(
     first, device = members[0].plan, mesh.devices.flat[0].device_kind
     many = f' and {len(members) - 1} runs like it' if len(members) > 1 else ''
     say(f'{first.resolved["arm"]}{many}: {first.num_steps} updates on {mesh.size} x {device}, compiling')
+    if line := left_out(first.resolved, mesh):
+      say(line)
   compiled = programs(members[0].plan.model, members[0].plan.optimizer, mesh)
   for member in members:
     member.record.population = max(member.record.population, len(members))
