@@ -1,8 +1,8 @@
 """A sweep on a Ray cluster: one task per group of runs of equal shapes, the longest first.
 
 sweep.py -> **engine_ray** -> workers.work on the cluster's machines. Ray places tasks and tries them again
-where a machine is lost; whether a run has ended is read from its folder, which all machines must reach. What a
-run is, computes and writes does not depend on it: others may take runs of the same sweep at the same time.
+where a machine is lost; whether a run has ended is read from its folder, which all machines must reach. What
+a run is, computes and writes does not depend on it: others may take runs of the same sweep at the same time.
 
   mhc sweep NAME --engine ray --out gs://BUCKET/runs   # on the head of a cluster, or alone on one machine
 """
@@ -80,7 +80,7 @@ class Tasks:
 
   def submit(self, group: list[Job], devices: int) -> None:
     """Sends a group, for as many devices as its runs' mesh has."""
-    task = self._ray.remote(_task).options(**self._resources(devices))
+    task = self._ray.remote(**self._resources(devices))(_task)
     self._running[task.remote(self._work, [group])] = group, devices
 
   def _resources(self, devices: int) -> dict[str, Any]:

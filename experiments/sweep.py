@@ -108,8 +108,8 @@ def _parser() -> argparse.ArgumentParser:
     '--workers',
     type=int,
     help='processes on this machine (default: one per accelerator, else 1); the same command on other '
-    "machines takes runs of the same folder too: each run is one process's, and what a dead one held is taken "
-    'after a minute',
+    "machines takes runs of the same folder too: each run is one process's, and what a dead one held is "
+    'taken after a minute',
   )
   parser.add_argument(
     '--engine',

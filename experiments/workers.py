@@ -300,7 +300,8 @@ class Crew:
 def _worker(work: Callable[[], Ended], answers: Connection, environment: dict[str, str]) -> None:
   """A worker's life, from before it starts JAX.
 
-  The sweep's death, by whatever signal, ends its run as Ctrl-C would, after a checkpoint. What a terminal that closes tells the sweep, the sweep tells its workers.
+  The sweep's death, by whatever signal, ends its run as Ctrl-C would, after a checkpoint. What a terminal
+  that closes tells the sweep, the sweep tells its workers.
   """
   os.environ.update(environment)
   signal.signal(signal.SIGHUP, signal.SIG_IGN)
