@@ -86,7 +86,7 @@ def _write_file(path: str, content: bytes, version: str | None) -> str | None:
     return None
   # The number may have been there before, and gone again, since `version` was read: the highest counts.
   versions = _versions(path)
-  won = versions[-1] == number
+  won = versions[-1:] == [number]
   for other in versions[:-1] if won else [number]:
     with contextlib.suppress(FileNotFoundError):
       os.remove(os.path.join(path, _name(other)))

@@ -1,6 +1,5 @@
 """Sweeps on a Ray cluster of two nodes on this machine: the results of any sweep, whatever is killed."""
 
-import functools
 import os
 import subprocess
 import sys
@@ -26,7 +25,7 @@ from experiments import planning, sweep
 from mhc_jax.command import end_with_message
 from tests.campaign.tiny import Tiny
 tiny = Tiny(Path(sys.argv[1]))
-long = 'duration.steps={STEPS}', 'checkpoint.every_steps=100', 'evaluation.every_steps=500'
+long = 'duration.steps={STEPS}', 'checkpoint.every_steps=100', 'evaluation.every_steps=500', 'data.repeat=True'
 shapes = ('seed=0', 'data.batch_size=8'), ('seed=1', 'data.batch_size=8'), ('seed=2', 'data.batch_size=4')
 planning.EXPERIMENTS['claims'] = lambda _: [tiny.config(*long, *fields) for fields in shapes]
 if __name__ == '__main__':
@@ -88,14 +87,24 @@ def test_a_sweep_survives_the_loss_of_a_node(tmp_path, cluster, monkeypatch):
 @pytest.mark.slow
 def test_a_run_that_was_interrupted_is_sent_again_and_a_failed_one_is_not(tmp_path, cluster):
   """Whatever its task returned: a run's own state says whether it has ended."""
-  cluster, _ = cluster
+  cluster, folder = cluster[0], str(tmp_path)
+
+  def preempted(groups: list[list[Job]]) -> list[tuple[str, str]]:
+    """A task that ends its first run, one way or the other, and is told to stop in its second."""
+    first, *rest = groups[0]
+    with open(os.path.join(folder, 'calls'), 'a') as file:
+      file.write(','.join(job.run_id for job in groups[0]) + '\n')
+    state = 'failed' if first.run_id == 'two' else 'finished'
+    write_status(os.path.join(folder, first.run_id), {'state': state})
+    return [(first.run_id, state), *((job.run_id, 'interrupted') for job in rest[:1])]
+
   cluster.add_node(num_cpus=1)
   ray.init(address=cluster.address, log_to_driver=False, logging_level='error')
   try:
     jobs = [Job(name, None, 1.0, None) for name in ('one', 'two', 'three')]
     for job in jobs:
       (tmp_path / job.run_id).mkdir()
-    tasks = engine_ray.Tasks(functools.partial(_preempted, folder=str(tmp_path)), str(tmp_path), 1)
+    tasks = engine_ray.Tasks(preempted, folder, 1)
     tasks.submit(jobs, 1)
     while tasks.at_work(10.0):
       pass
@@ -103,16 +112,6 @@ def test_a_run_that_was_interrupted_is_sent_again_and_a_failed_one_is_not(tmp_pa
     ray.shutdown()
   assert dict(tasks.ended) == {'one': 'finished', 'two': 'failed', 'three': 'finished'}
   assert (tmp_path / 'calls').read_text().split() == ['one,two,three', 'two,three', 'three']
-
-
-def _preempted(groups: list[list[Job]], folder: str) -> list[tuple[str, str]]:
-  """A task that ends its first run, one way or the other, and is told to stop in its second."""
-  first, *rest = groups[0]
-  with open(os.path.join(folder, 'calls'), 'a') as file:
-    file.write(','.join(job.run_id for job in groups[0]) + '\n')
-  state = 'failed' if first.run_id == 'two' else 'finished'
-  write_status(os.path.join(folder, first.run_id), {'state': state})
-  return [(first.run_id, state), *((job.run_id, 'interrupted') for job in rest[:1])]
 
 
 def test_resources_are_those_of_the_mesh(monkeypatch):
