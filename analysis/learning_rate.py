@@ -16,12 +16,12 @@ import pandas as pd
 
 from mhc_jax.command import end_with_message
 from mhc_jax.errors import require
-from mhc_jax.paths import user_path
 
 from .output import csv_text, write_file
 from .rates import RateSweep, rate_sweeps
 from .runs import read_sweep
 from .selection import classify
+from .stores import here
 
 
 def summary(sweeps: list[RateSweep]) -> pd.DataFrame:
@@ -77,8 +77,8 @@ def main(argv: list[str] | None = None) -> int:
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  parser.add_argument('runs', type=user_path, help='folder of a sweep over learning rates')
-  folder = parser.parse_args(argv).runs
+  parser.add_argument('runs', help='folder of a sweep over learning rates, or gs:// or s3://')
+  folder = here(parser.parse_args(argv).runs)
   sweeps = rate_sweeps(classify(read_sweep(folder).table))
   require(bool(sweeps), f'{folder}: no arm has ended at three learning rates of one size')
   table = summary(sweeps)

@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
   )
   parser.add_argument('what', choices=('paper', 'coordinates', 'router'), help='the set of figures')
   parser.add_argument(
-    'runs', type=user_path, help='folder of a sweep, like runs/quick, or of a coordinate check'
+    'runs', help='folder of a sweep, like runs/quick, gs:// or s3://, or of a coordinate check'
   )
   parser.add_argument(
     '--out', type=user_path, help='folder for the figures (default: RUNS/paper, RUNS/figures)'
@@ -45,6 +45,9 @@ def main(argv: list[str] | None = None) -> int:
   a = parser.parse_args(argv)
   if a.out is not None:
     check_folder(a.out, '--out')
+  from .stores import here
+
+  a.runs = here(a.runs)
   out = a.out or a.runs / ('paper' if a.what == 'paper' else 'figures')
   if a.what == 'coordinates':
     _coordinates(a.runs, out)

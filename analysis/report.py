@@ -9,7 +9,6 @@ import sys
 
 from mhc_jax.command import end_with_message
 from mhc_jax.errors import require
-from mhc_jax.paths import user_path
 from mhc_jax.run_folder import load_options
 
 from .conventions import PARAMS
@@ -28,7 +27,9 @@ def main(argv: list[str] | None = None) -> int:
     epilog=EXAMPLES,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  parser.add_argument('runs', type=user_path, help='folder of a sweep, like runs/quick')
+  parser.add_argument(
+    'runs', help='folder of a sweep, like runs/quick, or gs:// or s3://, of which it makes a copy in runs/'
+  )
   parser.add_argument('--resamples', type=int, default=500, help='bootstrap draws (default %(default)s)')
   parser.add_argument(
     '--params', choices=tuple(PARAMS), default='matmul', help='what N counts (default %(default)s)'
@@ -40,11 +41,13 @@ def main(argv: list[str] | None = None) -> int:
   from .page.words import headlines
   from .page.write import write_report
   from .runs import clean, read_sweep
+  from .stores import here
   from .study import study
 
+  address, a.runs = a.runs, here(a.runs)
   s = study(read_sweep(a.runs), a.resamples, progress=True, params=a.params, reference=a.reference)
   options = ''.join(f' {shlex.quote(clean(option))}' for option in load_options(str(a.runs)))
-  command = f'mhc sweep {s.sweep.name}{options}\nmhc report {a.runs}'
+  command = f'mhc sweep {s.sweep.name}{options}\nmhc report {address}'
   for name in ('resamples', 'params', 'reference'):
     if getattr(a, name) != parser.get_default(name):
       command += f' --{name} {getattr(a, name)}'

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from mhc_jax import settings
 from mhc_jax.config_file import override
+from mhc_jax.data import is_here
 from mhc_jax.errors import ConfigError, require
 from mhc_jax.plan import Run, resolve
 from mhc_jax.run_folder import load_options, load_plan
@@ -39,21 +40,32 @@ EXPERIMENTS: dict[str, Callable[[str | None], list[ConfigDict]]] = {
 
 
 def plan(
-  name: str, overrides: Sequence[str] = (), seeds: int | None = None
+  name: str,
+  overrides: Sequence[str] = (),
+  seeds: int | None = None,
+  *,
+  download: bool = True,
+  elsewhere: bool = False,
 ) -> tuple[list[ConfigDict], list[Run]]:
   """The experiment's configs and what they resolve to, in order; `name` may be NAME:argument.
 
   overrides: `--config.a.b=v`, for every run. seeds: every distinct configuration at seeds 0 .. seeds - 1.
+  download: False leaves corpora that are not on this machine away: their runs have no digest, and other ids.
+  elsewhere: the devices are not this process's, so meshes are not held against them.
   Raises ConfigError for an unknown experiment, an invalid config or override, or two equal runs.
   """
   configs = configs_of(name, overrides, seeds)
   planned, seen = [], {}
   for config in configs:
-    make_mesh(config.mesh.to_dict())  # refuses what the devices do not fit
+    if not elsewhere:
+      make_mesh(config.mesh.to_dict())  # refuses what the devices do not fit
     settings.check_precision(config.model.dtype)
-    corpus = corpus_of(config.data.name, config.data.dir, config.data.tokenizer)
-    run = resolve(config, corpus.digest)
-    load_data(run, corpus)  # refuses what the corpus is too small for, before anything starts
+    if download or is_here(config.data.name, config.data.dir):
+      corpus = corpus_of(config.data.name, config.data.dir, config.data.tokenizer)
+      run = resolve(config, corpus.digest)
+      load_data(run, corpus)  # refuses what the corpus is too small for, before anything starts
+    else:
+      run = resolve(config, '')
     if run.run_id in seen:
       why = ': it varies what an override holds fast; choose another field, or --seeds' if overrides else ''
       raise ConfigError(f'{name} plans run {run.run_id} ({run.resolved["arm"]}) twice{why}')

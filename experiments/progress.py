@@ -3,7 +3,6 @@
 On a terminal a bar, elsewhere a line now and then: runs ended, FLOPs done, which shapes compile, time left.
 """
 
-import concurrent.futures
 import contextlib
 import dataclasses
 import math
@@ -11,7 +10,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from tqdm import tqdm
@@ -20,7 +19,7 @@ from mhc_jax.log import say
 from mhc_jax.plan import Run
 from mhc_jax.run_folder import last_row
 from mhc_jax.storage import is_remote
-from mhc_jax.workdir import ENDED, read_status
+from mhc_jax.workdir import ENDED, read_status, read_statuses
 
 LOOK_SECONDS = 1.0  # between looks, where they cost little
 REMOTE_SECONDS = 15.0  # a store counts requests
@@ -74,9 +73,15 @@ class Folders:
 
   def look(self) -> Summary:
     """Reads what is new."""
-    if not self._remote:
+    if self._remote:
+      run_ids = list(self._open)
+      statuses = read_statuses([os.path.join(self._folder, run_id) for run_id in run_ids])
+      changed = [
+        run_id for run_id, status in zip(run_ids, statuses, strict=True) if self._read(run_id, status)
+      ]
+    else:
       self._find()
-    changed = [run_id for run_id in self._open if self._read(run_id)]
+      changed = [run_id for run_id in self._open if self._read(run_id)]
     self._open -= {run_id for run_id in changed if self.runs[run_id].state in ENDED}
     if changed or self._summary is None:
       self._summary = _summary(list(self.runs.values()))
@@ -91,15 +96,23 @@ class Folders:
         there = [name for name in os.listdir(self._folder) if name in self.runs]
         self._open |= {name for name in there if self.runs[name].state not in ENDED}
 
-  def _read(self, run_id: str) -> bool:
-    """Whether there was anything new."""
+  def _read(self, run_id: str, status: dict[str, Any] | None = None) -> bool:
+    """Whether there was anything new; status: what a store has, whose rows would cost a request each."""
     seen, workdir = self.runs[run_id], os.path.join(self._folder, run_id)
     stamps = tuple(_written(os.path.join(workdir, name)) for name in FILES)
-    if stamps == seen.stamps and not self._remote:
+    if stamps == seen.stamps and status is None:
       return False
     first, seen.stamps = not seen.stamps, stamps
-    seen.state, seen.row = read_status(workdir)['state'], last_row(workdir)
     whole = seen.run.derived['flops']
+    if status is None:
+      seen.state, seen.row = read_status(workdir)['state'], last_row(workdir)
+    else:
+      seen.state, step = status['state'], status.get('step', 0)
+      seen.row = {
+        'step': step,
+        'flops': whole * step / seen.run.num_steps,
+        'time/seconds': status.get('seconds') or 0,
+      }
     seen.flops = whole if seen.over else min(max(0.0, seen.row.get('flops', 0.0)), whole)
     if stamps[0] >= self._began * 1e9:
       seen.started = stamps[0] / 1e9
@@ -158,7 +171,7 @@ class Bar:
 
   def __init__(self, planned: list[Run], folder: str, workers: int):
     self._folders, self._workers = Folders(planned, folder), workers
-    self._total = sum(run.derived['flops'] for run in planned)
+    self._total = sum(run.derived['flops'] for run in planned) or 1.0
     self._plain = not sys.stderr.isatty()
     self._least = REMOTE_SECONDS if is_remote(folder) else LOOK_SECONDS
     form = '{desc}: {percentage:3.0f}%|{bar}| {elapsed}{postfix}'
@@ -210,26 +223,25 @@ def name_of(run: Run) -> str:
 
 
 def duration(seconds: float) -> str:
-  """Seconds, minutes or hours, to two digits or so."""
+  """Seconds, minutes, hours or days, to two digits or so."""
   if seconds < 90:
     return f'{seconds:.0f} s'
-  return f'{seconds / 60:.0f} min' if seconds < 5400 else f'{seconds / 3600:.1f} h'
+  if seconds < 5400:
+    return f'{seconds / 60:.0f} min'
+  return f'{seconds / 3600:.1f} h' if seconds < 200_000 else f'{seconds / 86400:,.0f} days'
 
 
-def watch(
-  futures: list[concurrent.futures.Future], planned: list[Run], folder: str, workers: int = 1
-) -> None:
-  """One bar over all runs until the futures are done; where one was interrupted no new group starts."""
+def watch(at_work: Callable[[float], bool], planned: list[Run], folder: str, workers: int = 1) -> None:
+  """One bar over all runs while anybody is at work.
+
+  at_work: waits so many seconds for a worker to end, at most; whether any is left.
+  """
   bar, pause = Bar(planned, folder, workers), 0.0
   with contextlib.closing(bar):
     while True:
-      waiting = concurrent.futures.wait([f for f in futures if not f.done()], pause).not_done
-      done = [f for f in futures if f.done() and not f.cancelled()]
-      if any(f.exception() or _interrupted(f.result()) for f in done):
-        for future in waiting:
-          future.cancel()
-      pause = bar.show(last=not waiting)
-      if not waiting:
+      working = at_work(pause)
+      pause = bar.show(last=not working)
+      if not working:
         return
 
 
@@ -251,7 +263,3 @@ def watched(planned: list[Run], folder: str) -> Iterator[None]:
     thread.join()
     bar.show(last=True)
     bar.close()
-
-
-def _interrupted(ended: list[tuple[str, str]]) -> bool:
-  return any(state == 'interrupted' for _, state in ended)

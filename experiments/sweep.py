@@ -3,7 +3,7 @@
   mhc sweep quick              # all of it; finished runs are skipped
   mhc sweep quick --dry-run    # what it would do
   mhc sweep quick --only mhc --retry-failed
-  mhc sweep quick --shard 0/8  # every 8th run: one per GPU, or a SLURM array
+  mhc sweep quick --workers 4  # four processes; on other machines the same command takes runs of it too
   mhc sweep quick --seeds 4 --config.optimizer.lr=8e-3 --out runs/slow
   mhc sweep --list             # the experiments
 
@@ -14,83 +14,43 @@ may add runs to a folder's plan (more seeds), and are refused where they would d
 """
 
 import argparse
+import math
 import os
 import re
 import shlex
 import sys
 
-import pandas as pd
+import jax
+from ml_collections import ConfigDict
 
-from mhc_jax import runtime
+from mhc_jax import runtime, storage
 from mhc_jax.command import end_with_message
 from mhc_jax.errors import FULL_DISK, ConfigError, require
 from mhc_jax.log import say
 from mhc_jax.paths import expand
-from mhc_jax.plan import Run, warnings_of
-from mhc_jax.workdir import ENDED, read_status, revision, versions
+from mhc_jax.plan import Run
+from mhc_jax.workdir import ENDED, read_statuses, revision, versions
 
+from . import devices, engine_ray, forecast
 from .planning import EXPERIMENTS, check_extends, keep, listing, options_of, plan
 from .workers import execute
 
-ASSUMED_FLOPS_PER_SECOND = 10e9  # of one worker, until a finished run of the sweep says better
 
-
-def table(planned: list[Run], folder: str) -> str:
-  """The plan as text: run, arm, parameters by group, tokens, FLOPs, estimated seconds, state."""
-  sums = ('total', 'active', 'matmul', 'non_embedding')
-  groups = dict.fromkeys(name for run in planned for name in run.derived['params'] if name not in sums)
-  rows, rate = [], _flops_per_second(planned, folder)
-  for run in planned:
-    c, model, params = run.resolved, run.resolved['model'], run.derived['params']
-    rows.append(
-      {
-        'run': run.run_id,
-        'arm': c['arm'],
-        'seed': c['seed'],
-        'width': model['width'],
-        'depth': model['depth'],
-        'n': model['connection']['streams'],
-        'rank': model['connection']['rank'] or '-',
-        'W rank': model['weights']['rank'] or '-',
-        **{group: f'{params.get(group, 0):,}' for group in groups},
-        'tokens': f'{run.derived["tokens"]:,}',
-        'FLOPs': f'{run.derived["flops"]:.2e}',
-        'seconds': f'{run.derived["flops"] / rate:.0f}',
-        'state': state_of(run, folder),
-      }
-    )
-  hardly_meant = [line for run in planned for line in warnings_of(run)]
-  minutes = sum(run.derived['flops'] for run in planned) / rate / 60
-  known = 'measured on finished runs' if rate != ASSUMED_FLOPS_PER_SECOND else 'assumed'
-  return (
-    ''.join(f'warning: {line} ({hardly_meant.count(line)} runs)\n' for line in dict.fromkeys(hardly_meant))
-    + f'{pd.DataFrame(rows).to_string(index=False)}\n'
-    f'{len(planned)} runs, about {minutes:.0f} minutes for one worker without compilation, '
-    f'at {rate / 1e9:.1f} GFLOP/s ({known})'
-  )
-
-
-def state_of(run: Run, folder: str) -> str:
-  """A run's state; 'damaged' also where it has ended and its config.json is gone."""
-  workdir = os.path.join(folder, run.run_id)
-  state = read_status(workdir)['state']
-  return 'damaged' if state in ENDED and not os.path.exists(os.path.join(workdir, 'config.json')) else state
-
-
-def _flops_per_second(planned: list[Run], folder: str) -> float:
-  flops = seconds = 0.0
-  for run in planned:
-    status = read_status(os.path.join(folder, run.run_id))
-    if status['state'] == 'finished' and (status.get('seconds') or 0) > 0:
-      flops, seconds = flops + run.derived['flops'], seconds + status['seconds']
-  return flops / seconds if seconds else ASSUMED_FLOPS_PER_SECOND
+def states_of(planned: list[Run], folder: str) -> list[str]:
+  """The runs' states; 'damaged' also where one has ended and its config.json is gone."""
+  workdirs = [os.path.join(folder, run.run_id) for run in planned]
+  states = [status['state'] for status in read_statuses(workdirs)]
+  ended = [workdir for workdir, state in zip(workdirs, states, strict=True) if state in ENDED]
+  configs = storage.read_many([os.path.join(workdir, 'config.json') for workdir in ended])
+  bare = {workdir for workdir, config in zip(ended, configs, strict=True) if config is None}
+  return ['damaged' if workdir in bare else state for workdir, state in zip(workdirs, states, strict=True)]
 
 
 def warn_of_mixtures(planned: list[Run], folder: str) -> None:
   """Says on stderr where ended runs come from other code or versions than this process."""
   now = {'git revision': revision(), 'versions': versions()}
-  for run in planned:
-    status = read_status(os.path.join(folder, run.run_id))
+  statuses = read_statuses([os.path.join(folder, run.run_id) for run in planned])
+  for run, status in zip(planned, statuses, strict=True):
     if status['state'] in ENDED:
       then = {'git revision': status.get('git_revision'), 'versions': status.get('versions')}
       for what, value in then.items():
@@ -103,44 +63,40 @@ def warn_of_mixtures(planned: list[Run], folder: str) -> None:
 
 
 def select(
-  planned: list[Run], folder: str, only: str | None, shard: str | None, again: tuple[str, ...]
+  planned: list[Run], folder: str, only: str | None, again: tuple[str, ...]
 ) -> tuple[list[int], list[int]]:
-  """Indices of the runs asked for, and of those to do now; ConfigError for an unknown arm or shard.
+  """Indices of the runs asked for, and of those to do now; ConfigError for an unknown arm.
 
   again: states, of failed and diverged, whose runs are to do too.
   """
   arms = {run.resolved['arm'] for run in planned}
   if only is not None and only not in arms:
     raise ConfigError(f'no arm {only!r} in this experiment; there are {", ".join(sorted(arms))}')
-  index, count = _parse_shard(shard)
   asked, chosen = [], []
-  for i, run in enumerate(planned):
-    state = state_of(run, folder)
-    if i % count == index and only in (None, run.resolved['arm']):
+  for i, (run, state) in enumerate(zip(planned, states_of(planned, folder), strict=True)):
+    if only in (None, run.resolved['arm']):
       asked.append(i)
       if state not in (*ENDED, 'failed') or state in again:
         chosen.append(i)
   return asked, chosen
 
 
-def _parse_shard(shard: str | None) -> tuple[int, int]:
+def _make(folder: str, out: str) -> None:
   try:
-    index, count = (0, 1) if shard is None else map(int, shard.split('/'))
-  except ValueError:
-    raise ConfigError(f'--shard takes i/k, for example 0/8, got {shard!r}') from None
-  if not 0 <= index < count:
-    raise ConfigError(f'--shard i/k needs 0 <= i < k, got {shard}')
-  return index, count
+    os.makedirs(folder, exist_ok=True)
+  except OSError as error:
+    if error.errno in FULL_DISK:
+      raise
+    raise ConfigError(f'--out {out} cannot hold runs: {error.strerror}') from None
 
 
-def main(argv: list[str] | None = None) -> int:
-  """The command line; returns 0 if every selected run ended, 1 if some failed, 130 if interrupted."""
+def _parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
     prog='mhc sweep', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument('name', nargs='?', help=f'{", ".join(EXPERIMENTS)}, with :argument if it takes one')
   parser.add_argument('--list', action='store_true', help='print the experiments and stop')
-  parser.add_argument('--dry-run', action='store_true', help='print the plan and stop')
+  parser.add_argument('--dry-run', action='store_true', help='print the plan and stop; downloads nothing')
   parser.add_argument('--only', metavar='ARM', help='only the runs of one arm')
   parser.add_argument('--retry-failed', action='store_true', help='also runs that failed before')
   parser.add_argument(
@@ -148,8 +104,31 @@ def main(argv: list[str] | None = None) -> int:
     action='store_true',
     help='also runs that were called diverged, from their last checkpoints; only NaN and inf end them then',
   )
-  parser.add_argument('--shard', metavar='i/k', help='only every k-th planned run, from the i-th on')
-  parser.add_argument('--workers', type=int, default=1, help='processes on this machine (default 1)')
+  parser.add_argument(
+    '--workers',
+    type=int,
+    help='processes on this machine (default: one per accelerator, else 1); the same command on other '
+    "machines takes runs of the same folder too: each run is one process's, and what a dead one held is "
+    'taken after a minute',
+  )
+  parser.add_argument(
+    '--engine',
+    choices=('processes', 'ray'),
+    default='processes',
+    help='processes of this command, or tasks on the Ray cluster of RAY_ADDRESS (pip install "mhc_jax[ray]")',
+  )
+  parser.add_argument(
+    '--no-wait',
+    action='store_true',
+    help='end when all runs left are held by others; else it waits, and takes over what they do not finish',
+  )
+  parser.add_argument(
+    '--per-device',
+    type=int,
+    default=1,
+    metavar='K',
+    help="workers that share one GPU, each with 1/K of its memory (default 1); a TPU chip is one worker's",
+  )
   parser.add_argument(
     '--population',
     default='auto',
@@ -157,7 +136,9 @@ def main(argv: list[str] | None = None) -> int:
     help='runs of equal shapes in one program: auto (on accelerators, as many as a small run leaves room '
     'for), off, or at most P',
   )
-  parser.add_argument('--out', default='runs', help='folder above the sweep (default runs)')
+  parser.add_argument(
+    '--out', default='runs', help='folder above the sweep, or gs:// or s3:// (default runs)'
+  )
   parser.add_argument(
     '--seeds',
     type=int,
@@ -165,48 +146,99 @@ def main(argv: list[str] | None = None) -> int:
     help="every configuration of the plan at seeds 0 to K - 1, in place of the plan's own seeds",
   )
   runtime.add_flag(parser)
+  return parser
+
+
+def _check(args: argparse.Namespace) -> None:
+  """Raises ConfigError for options that are wrong whatever is planned."""
+  require(args.name is not None, 'name an experiment; mhc sweep --list shows them')
+  for name in ('workers', 'per_device', 'seeds'):
+    value = getattr(args, name)
+    require(value is None or value >= 1, f'--{name.replace("_", "-")} must be at least 1, got {value}')
+  if args.population not in ('auto', 'off') and not re.fullmatch('[1-9][0-9]{0,3}', args.population):
+    raise ConfigError(f'--population takes auto, off or a number from 1 to 9999, got {args.population!r}')
+  require(args.engine == 'processes' or args.workers is None, '--engine ray places runs: leave --workers out')
+
+
+def _for_workers(args: argparse.Namespace) -> devices.Accelerators | None:
+  """The accelerators that workers share out, and this process then leaves alone; None: it trains itself."""
+  if args.engine == 'ray':
+    jax.config.update('jax_platforms', 'cpu')  # the devices are the tasks'
+    return None
+  found = devices.find(os.environ)
+  require(found is not None or args.per_device == 1, '--per-device: no accelerator is here')
+  if found is None or (args.workers or len(found.names) * args.per_device) == 1:
+    return None
+  if args.dry_run:  # nothing is trained, but a rate may be measured: on a device, beside whatever is there
+    os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
+  else:
+    jax.config.update('jax_platforms', 'cpu')  # of this process: workers have the environment's
+  return found
+
+
+def _seats(
+  found: devices.Accelerators | None, args: argparse.Namespace, configs: list[ConfigDict]
+) -> tuple[int, list[dict[str, str]] | None]:
+  """(number of workers, what each is told of its devices)."""
+  if found is None:
+    return args.workers or 1, None
+  each = max(math.prod(config.mesh.to_dict().values()) for config in configs)
+  most = devices.most_workers(found, each, args.per_device)
+  workers = args.workers or most
+  require(
+    workers <= most,
+    f'--workers {workers}: {len(found.names)} devices take {most}; --per-device K lets K workers share a GPU',
+  )
+  told = [devices.environment(i, found, each, args.per_device, os.environ) for i in range(workers)]
+  left = len(found.names) - len({name for one in told for name in one[found.variable].split(',')})
+  say(f'{workers} workers on {len(found.names) - left} of {len(found.names)} {found.kind} devices')
+  return workers, told
+
+
+def main(argv: list[str] | None = None) -> int:
+  """The command line; returns 0 if every selected run ended, 1 if some failed, 130 if interrupted."""
+  parser = _parser()
   args, overrides = parser.parse_known_args(argv)
   if args.list:
     print(listing())
     return 0
-  require(args.name is not None, 'name an experiment; mhc sweep --list shows them')
-  if args.workers < 1:
-    raise ConfigError(f'--workers must be at least 1, got {args.workers}')
-  if args.population not in ('auto', 'off') and not re.fullmatch('[1-9][0-9]{0,3}', args.population):
-    raise ConfigError(f'--population takes auto, off or a number from 1 to 9999, got {args.population!r}')
-  if '://' in args.out:
-    raise ConfigError(f'--out {args.out} must be a local folder: copy it to the store after the sweep')
+  _check(args)
   folder = os.path.join(expand(args.out), args.name.replace(':', '-'))
+  storage.to_path(folder)  # refuses what is no place for runs
   given = overrides + ([] if args.seeds is None else ['--seeds', f'{args.seeds}'])
   options = options_of(folder, given)
   if options != given:
     say(f'{args.name} goes on with {shlex.join(options)}, as {folder}/plan.json says')
     kept, overrides = parser.parse_known_args(options)
     args.seeds = kept.seeds
-  require(args.seeds is None or args.seeds >= 1, f'--seeds must be at least 1, got {args.seeds}')
   runtime.prepare(args)
   say(f'{args.name}: planning')
-  configs, planned = plan(args.name, overrides, args.seeds)
+  found = _for_workers(args)
+  how = {'download': not args.dry_run, 'elsewhere': found is not None or args.engine == 'ray'}
+  configs, planned = plan(args.name, overrides, args.seeds, **how)
   check_extends(folder, args.name, options, planned)
   again = ('failed',) * args.retry_failed + ('diverged',) * args.continue_diverged
-  asked, chosen = select(planned, folder, args.only, args.shard, again)
+  asked, chosen = select(planned, folder, args.only, again)
+  workers, environments = _seats(found, args, configs)
   if args.dry_run:
-    print(table(planned, folder))
+    states = states_of(planned, folder)
+    print(forecast.report(planned, states, chosen, workers, forecast.speed_of(planned, folder)))
     return 0
   warn_of_mixtures(planned, folder)
-  try:
-    os.makedirs(folder, exist_ok=True)
-  except OSError as error:
-    if error.errno in FULL_DISK:
-      raise
-    raise ConfigError(f'--out {args.out} cannot hold runs: {error.strerror}') from None
+  if not storage.is_remote(folder):
+    _make(folder, args.out)
   keep(folder, args.name, options, planned)
   say(f'{args.name}: {len(chosen)} of {len(planned)} runs to do, in {folder}')
   ended = []
   if chosen:
     todo = [configs[i] for i in chosen], [planned[i] for i in chosen]
-    ended = execute(*todo, folder, args.workers, args.continue_diverged, args.population)
-  states = [state_of(planned[i], folder) for i in asked]
+    how = args.continue_diverged, args.population
+    if args.engine == 'ray':
+      ended = engine_ray.execute(*todo, folder, *how, args.per_device)
+    else:
+      ended = execute(*todo, folder, workers, *how, environments, not args.no_wait)
+    forecast.remember([run for run in planned if (run.run_id, 'finished') in ended], folder)
+  states = states_of([planned[i] for i in asked], folder)
   hint = '; --retry-failed tries failed runs again' if 'failed' in states else ''
   say(', '.join(f'{states.count(s)} {s}' for s in sorted(set(states))) + hint)
   stopped = 'interrupted' in {state for _, state in ended}  # now, not before

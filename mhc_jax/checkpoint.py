@@ -33,6 +33,7 @@ from mhc_jax import storage
 from mhc_jax.checksum import leaf_checksums
 from mhc_jax.distributed import any_process, require_same
 from mhc_jax.errors import CheckpointError, ConfigError
+from mhc_jax.lease import Lease
 from mhc_jax.log import say
 from mhc_jax.orbax_patches import bear_clock_steps, quieten_orbax, teach_orbax_s3
 from mhc_jax.run_folder import crc32
@@ -56,16 +57,17 @@ class Checkpoints:
   of the arrays. Close it, or use it in a `with` statement: saving goes on in the background.
   """
 
-  def __init__(self, directory: str | os.PathLike[str], keep: int = 2):
+  def __init__(self, directory: str | os.PathLike[str], keep: int = 2, held: Lease | None = None):
     """Names `directory` (created by the first save) and keeps the newest `keep` >= 1 steps.
 
-    With keep = 1 there is nothing to fall back to when the newest step turns out damaged.
+    held: the run's lease; where it is lost nothing is saved or deleted any more: LeaseLostError. With
+    keep = 1 there is nothing to fall back to when the newest step turns out damaged.
     """
     if keep < 1:
       raise ConfigError(f'checkpoints to keep must be at least 1, got {keep}')
     self._directory = storage.to_path(directory)
     self._remote = storage.is_remote(directory)
-    self._keep = keep
+    self._keep, self._held = keep, held
     self._manager = None
     self._saving: int | None = None  # the step being written in the background
     self._newest: int | None = None  # the step last restored or saved through this object
@@ -262,6 +264,8 @@ class Checkpoints:
     """The orbax manager, opened on first use; clears what killed or damaged saves left behind."""
     import orbax.checkpoint as ocp
 
+    if self._held is not None:
+      self._held.renew()
     if self._refused:
       self._remove(self._refused)
       self._refused = []
@@ -304,6 +308,8 @@ class Checkpoints:
   def _fail(self, error: Exception) -> NoReturn:
     """Removes the half-written step; raises `error`, as OSError if a system call was its cause."""
     step, self._saving, self._newest = self._saving, None, None
+    if self._held is not None:  # what is half-written there may be its new owner's
+      self._held.renew()
     with contextlib.suppress(storage.StorageError):
       self._remove_half_written()
     if self._remote:

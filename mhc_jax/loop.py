@@ -23,6 +23,7 @@ from mhc_jax.data import Windows
 from mhc_jax.diagnostics import diagnose
 from mhc_jax.errors import FULL_DISK
 from mhc_jax.evaluate import mean_loss
+from mhc_jax.lease import LeaseLostError
 from mhc_jax.log import Progress
 from mhc_jax.plan import Run
 from mhc_jax.population import Population
@@ -60,6 +61,7 @@ class Member:
     """Lets everything go and says how it ended: 'finished', 'diverged' or 'interrupted'."""
     self.checkpoints.wait()
     if state in ENDED:
+      self.record.confirm()
       self.checkpoints.remove_all_but_last()
     self.files.close()
     self.status = self.record.status(self.at, state)
@@ -73,7 +75,10 @@ class Member:
     with self.lock:
       with contextlib.suppress(BaseException), self.files:
         raise error  # so that what closes knows of it
-      self.status = self.record.status(self.at, state, error=f'{type(error).__name__}: {error}')
+      try:
+        self.status = self.record.status(self.at, state, error=f'{type(error).__name__}: {error}')
+      except LeaseLostError as lost:  # the run is another process's, and its folder stays as it is
+        self.error, self.status = lost, {'state': 'lost', 'error': f'{type(lost).__name__}: {lost}'}
 
 
 def is_full(error: BaseException) -> bool:

@@ -69,12 +69,13 @@ class MetricsLog:
     os.fsync(self._file.fileno())
     self._upload()
 
-  def close(self) -> None:
-    """Closes the files; those of a remote workdir are uploaded a last time."""
+  def close(self, upload: bool = True) -> None:
+    """Closes the files; those of a remote workdir are uploaded a last time, unless it is another's by now."""
     self._file.close()
     if self._board is not None:
       self._show(self._board.close)
-    self._upload()
+    if upload:
+      self._upload()
 
   def _upload(self) -> None:
     storage.upload('metrics.jsonl', self._workdir)

@@ -16,6 +16,7 @@ from mhc_jax import optimizer as optim
 from mhc_jax.checkpoint import Checkpoints
 from mhc_jax.divergence import Divergence
 from mhc_jax.kernels.choice import kernels_for
+from mhc_jax.lease import Lease
 from mhc_jax.log import Progress
 from mhc_jax.metrics_log import MetricsLog
 from mhc_jax.plan import Run
@@ -41,9 +42,10 @@ class Position:
 class Recorder:
   """Writes one run's rows and status, on process 0, and says after each update whether it diverged."""
 
-  def __init__(self, plan: Run, workdir: str, mesh: Mesh, before: dict[str, Any]):
-    """before: what status.json says."""
-    self._plan, self._workdir, self._mesh = plan, workdir, mesh
+  def __init__(self, plan: Run, workdir: str, mesh: Mesh, before: dict[str, Any], held: Lease | None = None):
+    """before: what status.json says. held: the workdir's lease, asked before anything is written there:
+    LeaseLostError where another process has it."""
+    self._plan, self._workdir, self._mesh, self.held = plan, workdir, mesh, held
     self._writes = jax.process_index() == 0  # all but checkpoints, of which every process writes its part
     self._revision = join_revisions(before.get('git_revision'), revision())
     self.population = before.get('population') or 1  # the most runs, itself included, that it trained beside
@@ -64,7 +66,17 @@ class Recorder:
     """Closes the files, and leaves the progress line as it stands."""
     self._progress.close()
     if self._writes:
-      self._log.close()
+      upload = False
+      try:
+        self.confirm()
+        upload = True
+      finally:
+        self._log.close(upload)
+
+  def confirm(self) -> None:
+    """Makes sure that the workdir is still this process's."""
+    if self.held is not None:
+      self.held.renew()
 
   def update(
     self,
@@ -99,6 +111,8 @@ class Recorder:
       at.final |= losses
       diverged = not np.isfinite(list(losses.values())).all()
     if self._writes and (measured or diverged or 'log' in self._plan.due(step)):
+      if self.held is not None:
+        self.held.check()
       self._log.write(row | measured)
     return diverged
 
@@ -113,6 +127,8 @@ class Recorder:
 
   def save(self, at: Position, state: TrainState, checkpoints: Checkpoints) -> None:
     """Rows first, then the state: a checkpoint never knows more than the metrics on disk."""
+    if self.held is not None:
+      self.held.renew(progress=True)
     if self._writes:
       self._log.sync()
       at.rows_crc32 = self._log.crc
@@ -123,6 +139,7 @@ class Recorder:
 
   def status(self, at: Position, state: str, error: str | None = None) -> dict[str, Any]:
     """Writes status.json and returns what it says."""
+    self.confirm()
     devices = self._mesh.devices
     status = {
       'state': state,

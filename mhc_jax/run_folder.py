@@ -42,14 +42,20 @@ def write_status(workdir: str, status: dict[str, Any]) -> dict[str, Any]:
   return said
 
 
-def load_json(path: str | os.PathLike[str], most: int = MOST_BYTES) -> tuple[Any, str | None]:
+Reader = Callable[[str], bytes | None]  # the content of a file, None where there is none
+
+
+def load_json(
+  path: str | os.PathLike[str], most: int = MOST_BYTES, read: Reader | None = None
+) -> tuple[Any, str | None]:
   """(content, None), (None, None) where there is no file, or (None, what is wrong).
 
-  Numbers that are not finite are None, as the writers have it. Raises StorageError for a store out of reach.
+  Numbers that are not finite are None, as the writers have it. read: of what has been read already. Raises
+  StorageError for a store out of reach.
   """
   name = os.path.basename(path)
   try:
-    content = _content(os.fspath(path), most)
+    content = read(os.fspath(path)) if read else _content(os.fspath(path), most)
     return (None if content is None else _parsed(content)), None
   except _DamagedError as error:
     return None, f'{name} {error}'
@@ -105,8 +111,8 @@ def _bounded(value: Any, depth: int) -> Any:
   return [_bounded(item, depth - 1) for item in value]
 
 
-def _load_object(path: str) -> tuple[dict[str, Any] | None, str | None]:
-  value, trouble = load_json(path)
+def _load_object(path: str, read: Reader | None = None) -> tuple[dict[str, Any] | None, str | None]:
+  value, trouble = load_json(path, read=read)
   if trouble or value is None or isinstance(value, dict):
     return value, trouble
   return None, f'{os.path.basename(path)} is not an object'
@@ -215,8 +221,10 @@ def _wrong(
   return None
 
 
-def _load_typed(workdir: str, name: str, fields: dict) -> tuple[dict[str, Any] | None, str | None]:
-  value, trouble = _load_object(os.path.join(workdir, name))
+def _load_typed(
+  workdir: str, name: str, fields: dict, read: Reader | None = None
+) -> tuple[dict[str, Any] | None, str | None]:
+  value, trouble = _load_object(os.path.join(workdir, name), read)
   wrong = None if value is None else _wrong(value, fields, NEEDED[name])
   return (None, f'{name} {wrong}') if wrong else (value, trouble)
 
@@ -226,9 +234,9 @@ def load_config(workdir: str) -> tuple[dict[str, Any] | None, str | None]:
   return _load_typed(workdir, 'config.json', CONFIG)
 
 
-def load_status(workdir: str) -> tuple[dict[str, Any], str | None]:
+def load_status(workdir: str, read: Reader | None = None) -> tuple[dict[str, Any], str | None]:
   """A run's status.json, and what is wrong; its state is 'missing' without a file, 'damaged' where it is."""
-  status, trouble = _load_typed(workdir, 'status.json', STATUS)
+  status, trouble = _load_typed(workdir, 'status.json', STATUS, read)
   if trouble is None and status is not None:
     rest = {name: value for name, value in status.items() if name != 'crc32'}
     if status.get('crc32') in (None, crc32(rest)):  # None: of before it had one

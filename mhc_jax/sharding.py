@@ -75,6 +75,24 @@ def make_mesh(axes: dict[str, int], devices: Sequence[jax.Device] | None = None)
   return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def left_out(resolved: dict[str, Any], mesh: Mesh) -> str | None:
+  """What to set to use more of this process's devices, in a line; None where the mesh has all that it can.
+
+  The mesh does not grow by itself: sums over more devices round otherwise, and a run's numbers would be those
+  of the machine that it met.
+  """
+  here, rows = jax.device_count(), resolved['data']['batch_size']
+  parts, evaluated = resolved['optimizer']['microbatches'] or 1, resolved['evaluation']['batch_size']
+  others = mesh.size // mesh.shape['data']
+  fits = (n for n in range(here // others, mesh.shape['data'], -1))
+  shards = mesh.shape['fsdp'] * mesh.shape['expert']
+  most = next((n for n in fits if rows % (n * shards * parts) == evaluated % (n * shards) == 0), None)
+  if most is None:
+    return None
+  more = f'--config.mesh.data={most} uses {most * others}, with numbers equal up to rounding'
+  return f'uses {mesh.size} of {here} devices; {more}'
+
+
 def _check_rows(grid: np.ndarray) -> None:
   """Raises ConfigError unless each row of the batch is one process's: processes read rows of their own."""
   data, fsdp, _, expert = grid.shape

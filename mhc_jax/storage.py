@@ -1,7 +1,7 @@
 """Paths that may lie in an object store: gs:// (Google Cloud Storage), s3:// (S3 and what speaks like it).
 
-An object is written whole or not at all; it cannot be appended to, and no lock guards it. So a run whose
-workdir is remote keeps its metrics and its lock in a local scratch folder, and uploads the metrics whole.
+An object is written whole or not at all; it cannot be appended to. So a run whose workdir is remote keeps its
+metrics in a local scratch folder, and uploads them whole; a lease there (lease.py) keeps others out.
 """
 
 import contextlib
@@ -76,6 +76,30 @@ def read_json(path: str | os.PathLike[str]) -> Any | None:
     except (FileNotFoundError, NotADirectoryError):
       return None
   return json.loads(text)
+
+
+def read_many(paths: list[str]) -> list[bytes | None]:
+  """The contents of files, None where there is none; of files in one store with many requests at once."""
+  if not any(map(is_remote, paths)):
+    return [_read_here(path) for path in paths]
+  with errors_of(paths[0]):
+    to_path(paths[0])  # refuses what is not supported
+    client = fsspec.filesystem(paths[0].partition('://')[0])
+    found = client.cat([client._strip_protocol(path) for path in paths], recursive=False, on_error='return')
+    contents = []
+    for path in paths:
+      content = found.get(client._strip_protocol(path))
+      if isinstance(content, Exception) and not isinstance(content, FileNotFoundError):
+        raise content
+      contents.append(content if isinstance(content, bytes) else None)
+    return contents
+
+
+def _read_here(path: str) -> bytes | None:
+  try:
+    return Path(path).read_bytes()
+  except (FileNotFoundError, NotADirectoryError):
+    return None
 
 
 def write_text(path: str, text: str) -> None:

@@ -32,6 +32,7 @@ from mhc_jax.data import (
 )
 from mhc_jax.errors import BusyError, ConfigError, require
 from mhc_jax.evaluate import validation_arrays
+from mhc_jax.lease import Lease
 from mhc_jax.log import Progress, say, tolerant_streams
 from mhc_jax.loop import Data, Member, Single, alone, is_full, loop
 from mhc_jax.memory import check_memory
@@ -39,7 +40,7 @@ from mhc_jax.paths import expand
 from mhc_jax.plan import Run, resolve, warnings_of
 from mhc_jax.population import Population, alike, on_one_device
 from mhc_jax.recorder import Position, Recorder
-from mhc_jax.sharding import local_rows, make_mesh, put_batch
+from mhc_jax.sharding import left_out, local_rows, make_mesh, put_batch
 from mhc_jax.train_step import Batch, Programs, programs
 from mhc_jax.workdir import ENDED, check_workdir, claim
 
@@ -68,14 +69,17 @@ def run(
   *,
   continue_diverged: bool = False,
   stops_at: Callable[[int], bool] | None = None,
+  held: Lease | None = None,
 ) -> dict[str, Any]:
   """Trains one run in workdir, or goes on where it stopped; returns its status (status.json).
 
   constraint: a Constraint of the caller's own, in place of the one that the configuration names.
   continue_diverged: a run that was called diverged goes on, and only what is not finite ends it again.
   stops_at: the caller's distributed.stop_on_signal, where it covers several runs.
+  held: the lease of workdir, where the caller has it.
 
-  Raises ConfigError for a mistake in the configuration, with nothing written; OSError on a full disk.
+  Raises ConfigError for a mistake in the configuration, with nothing written; OSError on a full disk;
+  LeaseLostError where another process has taken the workdir, into which nothing is written then.
   """
   workdir = expand(workdir)
   storage.to_path(workdir)  # these refuse mistakes before a corpus is prepared
@@ -90,7 +94,7 @@ def run(
   distributed.require_same('configuration or corpus', plan.run_id)
   data = Data(train, validation_arrays(plan.resolved, validation, mesh), corpus.tokenizer.bytes_per_token)
   stop = contextlib.nullcontext(stops_at) if stops_at else distributed.stop_on_signal()
-  member = _claim(plan, workdir, mesh, continue_diverged)
+  member = _claim(plan, workdir, mesh, continue_diverged, held)
   if member.status is None:
     if not quiet and jax.process_index() == 0:
       for line in warnings_of(plan):
@@ -112,12 +116,14 @@ def run_population(
   *,
   continue_diverged: bool = False,
   stops_at: Callable[[int], bool] | None = None,
+  held: list[Lease | None] | None = None,
 ) -> list[dict[str, Any]]:
   """Trains runs that are population.alike, each as `run` would, in one program; the status of each.
 
   A run that another process holds is left out, with the state 'busy'; so is one that has ended. Where one
-  fails, now or later, its status says why, and the others go on. Raises ConfigError for runs that are not
-  alike or take several devices; OSError on a full disk.
+  fails, now or later, its status says why, and the others go on. held: the leases of the workdirs that the
+  caller has; a run whose lease is lost meanwhile has the state 'lost'. Raises ConfigError for runs that are
+  not alike or take several devices; OSError on a full disk.
   """
   plans = [resolve(config, corpus.digest) for config in configs]
   require(len({alike(plan) for plan in plans}) == 1, 'the members of a population must have equal shapes')
@@ -128,10 +134,10 @@ def run_population(
   members: list[Member] = []
   found: list[Member | dict[str, Any]] = []
   with _failing(members):
-    for plan, workdir in zip(plans, workdirs, strict=True):
+    for plan, workdir, its in zip(plans, workdirs, held or [None] * len(plans), strict=True):
       try:
         splits = load_data(plan, corpus)
-        found.append(_claim(plan, expand(workdir), mesh, continue_diverged))
+        found.append(_claim(plan, expand(workdir), mesh, continue_diverged, its))
         members += [found[-1]] if found[-1].status is None else []
       except (ConfigError, OSError) as error:
         if is_full(error):
@@ -147,16 +153,16 @@ def run_population(
   return [item.status if isinstance(item, Member) else item for item in found]
 
 
-def _claim(plan: Run, workdir: str, mesh: Mesh, continue_diverged: bool) -> Member:
+def _claim(plan: Run, workdir: str, mesh: Mesh, continue_diverged: bool, held: Lease | None) -> Member:
   """The run as a member that holds the lock of its folder; or, where the run has ended, its status alone."""
   with contextlib.ExitStack() as lock:
-    status = lock.enter_context(claim(workdir, plan))
+    status, held = lock.enter_context(claim(workdir, plan, held))
     goes_on = continue_diverged and status['state'] == 'diverged'
     ended = status['state'] in ENDED and not goes_on
-    record = Recorder(plan, workdir, mesh, status)
+    record = Recorder(plan, workdir, mesh, status, held)
     at = Position(step=status.get('step', 0))
-    held = contextlib.ExitStack() if ended else lock.pop_all()
-    return Member(plan, workdir, record, at, held, goes_on, status=status if ended else None)
+    kept = contextlib.ExitStack() if ended else lock.pop_all()
+    return Member(plan, workdir, record, at, kept, goes_on, status=status if ended else None)
 
 
 @contextlib.contextmanager
@@ -188,6 +194,8 @@ def _train(
     first, device = members[0].plan, mesh.devices.flat[0].device_kind
     many = f' and {len(members) - 1} runs like it' if len(members) > 1 else ''
     say(f'{first.resolved["arm"]}{many}: {first.num_steps} updates on {mesh.size} x {device}, compiling')
+    if line := left_out(first.resolved, mesh):
+      say(line)
   compiled = programs(members[0].plan.model, members[0].plan.optimizer, mesh)
   for member in members:
     member.record.population = max(member.record.population, len(members))
@@ -212,7 +220,8 @@ def _open(member: Member, compiled: Programs, quiet: bool) -> None:
   """Restores a member's state, or makes its first, and opens its files."""
   c, at = member.plan.resolved, member.at
   folder = os.path.join(member.workdir, 'checkpoints')
-  member.checkpoints = member.files.enter_context(Checkpoints(folder, c['checkpoint']['keep']))
+  keep = c['checkpoint']['keep']
+  member.checkpoints = member.files.enter_context(Checkpoints(folder, keep, member.record.held))
   saved = member.checkpoints.restore_latest(compiled.abstract)
   at.step, at.state, extra = saved or (0, compiled.init(jax.random.key(c['seed'])), {})
   for name, value in extra.items():

@@ -15,12 +15,13 @@ from typing import Any
 import filelock
 import jax
 
-from mhc_jax import storage
+from mhc_jax import lease, storage
 from mhc_jax.distributed import any_process
 from mhc_jax.errors import FULL_DISK, BusyError, ConfigError
+from mhc_jax.lease import Lease
 from mhc_jax.log import say_once
 from mhc_jax.plan import Run, deciding, run_id
-from mhc_jax.run_folder import ENDED, load_config, load_status
+from mhc_jax.run_folder import ENDED, Reader, load_config, load_status
 from mhc_jax.storage import write_json
 
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
@@ -42,9 +43,21 @@ def read_config(workdir: str) -> dict[str, Any] | None:
   return resolved
 
 
-def read_status(workdir: str) -> dict[str, Any]:
-  """A run's status.json; its state is 'missing' without a file, 'damaged' for a damaged one: said once."""
-  status, trouble = load_status(workdir)
+def read_statuses(workdirs: list[str]) -> list[dict[str, Any]]:
+  """Of each `read_status`; of folders in a store with many requests at once."""
+  if not any(map(storage.is_remote, workdirs)):
+    return [read_status(workdir) for workdir in workdirs]
+  paths = [os.path.join(workdir, 'status.json') for workdir in workdirs]
+  found = dict(zip(paths, storage.read_many(paths), strict=True))
+  return [read_status(workdir, found.get) for workdir in workdirs]
+
+
+def read_status(workdir: str, read: Reader | None = None) -> dict[str, Any]:
+  """A run's status.json; its state is 'missing' without a file, 'damaged' for a damaged one: said once.
+
+  read: of what has been read already.
+  """
+  status, trouble = load_status(workdir, read)
   if trouble:
     say_once(
       f'warning: {os.path.join(workdir, "status.json")} is damaged ({trouble}): the run goes on from its '
@@ -53,13 +66,18 @@ def read_status(workdir: str) -> dict[str, Any]:
   return status
 
 
-@contextlib.contextmanager
-def claim(workdir: str, run: Run) -> Iterator[dict[str, Any]]:
-  """Holds a workdir for a run and yields its status; made, with its config.json, where it is new.
+def lease_of(workdir: str) -> str:
+  """Where the lease of a run lies: of every remote workdir, and of those of sweeps."""
+  return os.path.join(workdir, '.lease')
 
-  Process 0 looks, locks and writes for all. The operating system keeps the lock, on a file in the folder or,
-  for a remote workdir, on this machine. Two machines that train into one remote workdir are not kept apart:
-  every file there is whole, but they would overwrite each other's.
+
+@contextlib.contextmanager
+def claim(workdir: str, run: Run, held: Lease | None = None) -> Iterator[tuple[dict[str, Any], Lease | None]]:
+  """Holds a workdir for a run and yields its status and its lease; made, with config.json, where it is new.
+
+  Process 0 looks, locks and writes for all. Of a local folder the operating system keeps the lock, on a file
+  in it; a remote one is held by a lease there, and by the lock of a scratch folder. held: the caller's lease,
+  which stays the caller's. None is yielded where there is no lease.
 
   Raises ConfigError, BusyError where another process holds it; OSError on a full disk; in every process.
   """
@@ -68,6 +86,9 @@ def claim(workdir: str, run: Run) -> Iterator[dict[str, Any]]:
     if jax.process_index() == 0:
       try:
         stack.enter_context(_lock(workdir))
+        if held is None and storage.is_remote(workdir):
+          held = lease.wait_for(lease_of(workdir), workdir)
+          stack.callback(held.release)
         check_workdir(workdir, run)  # under the lock: another process may have been first
         if read_status(workdir)['state'] not in ENDED:
           write_json(os.path.join(workdir, 'config.json'), run.resolved)
@@ -75,7 +96,7 @@ def claim(workdir: str, run: Run) -> Iterator[dict[str, Any]]:
         refusal = error
     if any_process(refusal is not None):
       raise refusal or ConfigError('process 0 cannot begin this run: see its message')
-    yield read_status(workdir)
+    yield read_status(workdir), held
 
 
 def _lock(workdir: str) -> contextlib.AbstractContextManager:

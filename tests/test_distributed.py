@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 
 import jax
 import pytest
@@ -16,6 +17,7 @@ import yaml
 
 from experiments import sweep
 from experiments.compile.tpu import OVERLAP
+from experiments.planning import configs_of
 from mhc_jax import distributed, train
 from mhc_jax.distributed import Cluster
 from mhc_jax.errors import ConfigError
@@ -215,12 +217,11 @@ def test_slurm_runs_every_process_and_queues_a_stopped_run_again(launch, capsys)
   ]
   code, said = launch('slurm.sh', *RUN, **job, CODE='1')
   assert code == 1 and len(said) == 3, 'a failure is not queued again'
-  array = {'SLURM_ARRAY_JOB_ID': '9', 'SLURM_ARRAY_TASK_ID': '5', 'SLURM_ARRAY_TASK_MIN': '2'}
-  array |= {'SLURM_ARRAY_TASK_COUNT': '8', 'CODE': '130'}
+  array = {'SLURM_ARRAY_JOB_ID': '9', 'SLURM_ARRAY_TASK_ID': '5', 'CODE': '130'}
   code, said = launch('slurm_sweep.sh', 'quick', '--retry-failed', **job, **array)
-  sweep_command = ['-m', 'experiments.sweep', 'quick', '--retry-failed', '--shard', '3/8']
+  sweep_command = ['-m', 'experiments.sweep', 'quick', '--retry-failed', '--no-wait']
   assert said[-2:] == [['srun', '.venv/bin/python', *sweep_command], ['scontrol', 'requeue', '9_5']]
-  assert {'--retry-failed', '--shard'} <= known_flags(sweep.main, capsys)
+  assert {'--retry-failed', '--no-wait'} <= known_flags(sweep.main, capsys)
 
 
 def test_a_tpu_slice_gets_the_command_on_every_host(launch):
@@ -233,6 +234,42 @@ def test_a_tpu_slice_gets_the_command_on_every_host(launch):
   for verb in ('setup', 'stop'):
     code, said = launch('tpu_slice.sh', verb, TPU='slice', ZONE='zone')
     assert code == 0 and all('--worker=all' in line for line in said)
+
+
+def checked_sweep(command):
+  """The options of a sweep's command, read as it reads them, and its configurations."""
+  assert command[:4] in (['python', '-m', 'mhc_jax', 'sweep'], ['.venv/bin/python', '-m', 'mhc_jax', 'sweep'])
+  args, overrides = sweep._parser().parse_known_args(command[4:])
+  assert args.no_wait and args.out == 'gs://BUCKET/runs' and configs_of(args.name, overrides)
+  return args
+
+
+def test_the_jobset_and_the_skypilot_sweep_are_commands_that_exist():
+  """Every pod and machine the same command; and what a pod's exit codes lead to."""
+  jobset = yaml.safe_load((LAUNCH / 'jobset_sweep.yaml').read_text())
+  assert (jobset['apiVersion'], jobset['kind']) == ('jobset.x-k8s.io/v1alpha2', 'JobSet')
+  [workers] = jobset['spec']['replicatedJobs']
+  job = workers['template']['spec']
+  assert workers['replicas'] == 1 and job['parallelism'] == job['completions']
+  pod = job['template']['spec']
+  [container] = pod['containers']
+  assert (
+    checked_sweep(container['command']).workers == container['resources']['limits']['nvidia.com/gpu'] == 1
+  )
+  [rule] = job['podFailurePolicy']['rules']
+  codes = rule['onExitCodes']
+  assert codes['containerName'] == container['name'] and 130 not in codes['values'], 'interrupted: again'
+  assert rule['action'] == 'FailIndex' and job['completionMode'] == 'Indexed'  # the one needs the other
+  assert pod['restartPolicy'] == 'Never', 'a failure policy needs it'
+
+  sky = yaml.safe_load((LAUNCH / 'skypilot_sweep.yaml').read_text())
+  assert set(sky) == {'name', 'resources', 'workdir', 'setup', 'run'}
+  [line] = sky['run'].splitlines()
+  assert checked_sweep(shlex.split(line)).workers is None, 'one per accelerator'
+  extras = set(re.search('EXTRA=(.*)', sky['setup'])[1].split(','))
+  assert extras <= set(
+    tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']['optional-dependencies']
+  )
 
 
 def test_the_kubernetes_job_uses_flags_that_exist(capsys):

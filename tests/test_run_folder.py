@@ -13,7 +13,7 @@ from test_train import config, corpus, run
 
 from analysis.report import main
 from analysis.runs import clean, read_run, read_sweep
-from experiments import sweep
+from experiments import forecast, sweep
 from mhc_jax import evaluate
 from mhc_jax.errors import ConfigError
 from mhc_jax.log import say_once
@@ -273,14 +273,14 @@ def test_a_sweep_shows_a_damaged_run_and_does_it_again(tmp_path, capsys):
   workdir = tmp_path / plan.run_id
   workdir.mkdir()
   (workdir / 'status.json').write_text('{"state": "finished"')
-  assert sweep.table([plan], str(tmp_path)).splitlines()[1].endswith('damaged')
-  assert sweep.select([plan], str(tmp_path), None, None, False) == ([0], [0])
+  assert sweep.states_of([plan], str(tmp_path)) == ['damaged']
+  assert sweep.select([plan], str(tmp_path), None, ()) == ([0], [0])
   assert capsys.readouterr().err.count('status.json is damaged') == 1, 'said once'
   (workdir / 'status.json').write_text('{"state": "finished", "seconds": 0}')
-  assert sweep.state_of(plan, str(tmp_path)) == 'damaged', 'results of no configuration'
+  assert sweep.states_of([plan], str(tmp_path)) == ['damaged'], 'results of no configuration'
   (workdir / 'config.json').write_text(json.dumps(plan.resolved))
-  assert sweep.state_of(plan, str(tmp_path)) == 'finished'
-  assert 'GFLOP/s (assumed)' in sweep.table([plan], str(tmp_path))
+  assert sweep.states_of([plan], str(tmp_path)) == ['finished']
+  assert forecast.measured([plan], str(tmp_path)) is None, 'no second of training'
 
 
 def test_a_changed_digit_is_noticed_wherever_it_is(tmp_path):

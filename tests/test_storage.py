@@ -1,10 +1,11 @@
 """Workdirs and text in an object store, faked by a folder: no network, no gcsfs, and no rename or append.
 
-Not covered: the clients themselves (gcsfs, s3fs and tensorstore's own), credentials, and real latencies.
+The clients themselves are in test_buckets.py. Not covered: credentials, and real latencies.
 """
 
 import os
 import shutil
+import threading
 from pathlib import Path
 
 import fsspec
@@ -16,13 +17,16 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.registry import _registry
 
 from experiments import sweep
-from mhc_jax import evaluate, loop, orbax_patches, storage, train
+from mhc_jax import evaluate, loop, orbax_patches, storage, train, versioned
 from mhc_jax.checkpoint import Checkpoints
 from mhc_jax.data import load_corpus
 from mhc_jax.errors import BusyError, ConfigError, StorageError
+from mhc_jax.lease import LeaseLostError
 from mhc_jax.plan import resolve
 from mhc_jax.workdir import check_workdir, claim, read_status
 from tests.test_train import TIMES, config, corpus, rows
+
+CONDITIONS = threading.Lock()
 
 
 class Store(LocalFileSystem):
@@ -51,6 +55,23 @@ class Store(LocalFileSystem):
     raise AssertionError('an object cannot be renamed')
 
 
+def read_object(_, bucket, key):
+  """A conditional store of one process: the version is the content."""
+  path = Path(Store._strip_protocol(f'{bucket}/{key}'))
+  content = path.read_bytes() if path.is_file() else None
+  return content or b'', content and content.decode()
+
+
+def write_object(_, bucket, key, content, version):
+  with CONDITIONS:
+    if read_object(_, bucket, key)[1] != version:
+      return None
+    path = Path(Store._strip_protocol(f'{bucket}/{key}'))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return content.decode()
+
+
 @pytest.fixture
 def store(tmp_path, monkeypatch):
   """The folder that stands for all buckets; tensorstore writes there as well."""
@@ -62,6 +83,8 @@ def store(tmp_path, monkeypatch):
   monkeypatch.setattr('tempfile.tempdir', str(tmp_path))
   for protocol in Store.protocol:
     monkeypatch.setitem(_registry, protocol, Store)
+  monkeypatch.setattr(versioned, '_read_object', read_object)
+  monkeypatch.setattr(versioned, '_write_object', write_object)
   orbax_patches.teach_orbax_s3()
   monkeypatch.setattr(gcs_utils, 'is_hierarchical_namespace_enabled', lambda path: False)
   monkeypatch.setattr(tensorstore_utils, '_use_gcs_driver', lambda path: False)
@@ -105,12 +128,15 @@ def test_a_run_in_a_store_equals_a_local_one(store, tmp_path, monkeypatch, schem
   assert (resolved['arm'], step) == ('residual', 10) and 'embedding' in params
 
 
-def test_a_remote_workdir_is_locked_on_this_machine_and_belongs_to_one_configuration(store):
+def test_a_remote_workdir_is_held_by_one_process_and_belongs_to_one_configuration(store, monkeypatch):
   workdir = 'gs://bucket/run'
   plan = resolve(config(), 'digest')
-  with claim(workdir, plan) as status:
-    assert status == {'state': 'missing'}
+  with claim(workdir, plan) as (status, held):
+    assert status == {'state': 'missing'} and held is not None
     with pytest.raises(BusyError, match='in use'), claim(f'{workdir}/', plan):
+      pass
+    monkeypatch.setattr('tempfile.tempdir', str(store / 'elsewhere'))  # another machine's folder of scratch
+    with pytest.raises(BusyError, match=r'gs://bucket/run/? is in use by .* \(process'), claim(workdir, plan):
       pass
   with pytest.raises(ConfigError, match=r'holds a run with seed=0, this one has 1'):
     check_workdir(workdir, resolve(config(seed=1), 'digest'))
@@ -226,8 +252,10 @@ def test_mistakes_are_one_line(monkeypatch):
       train.run(config(), f'{scheme}://bucket/run', corpus())
   with pytest.raises(ConfigError, match='ftp://host/run: takes a local folder, gs://BUCKET/FOLDER or s3:'):
     train.run(config(), 'ftp://host/run', corpus())
-  with pytest.raises(ConfigError, match='--out gs://bucket must be a local folder'):
+  with pytest.raises(ConfigError, match='gs://bucket/quick needs the package gcsfs'):
     sweep.main(['quick', '--out', 'gs://bucket'])
+  with pytest.raises(ConfigError, match='ftp://host/quick: takes a local folder'):
+    sweep.main(['quick', '--out', 'ftp://host'])
 
 
 def test_orbax_writes_s3_by_tensorstore(monkeypatch):
@@ -244,3 +272,22 @@ def test_orbax_writes_s3_by_tensorstore(monkeypatch):
   assert spec == {'driver': 's3', 'bucket': 'bucket', 'path': 'state', **address}
   spec = tensorstore_utils.build_kvstore_tspec('gs://bucket/state', use_ocdbt=False)
   assert spec == {'driver': 'gcs', 'bucket': 'bucket', 'path': 'state'}
+
+
+def test_a_run_that_another_process_has_taken_writes_nothing_more(store, monkeypatch):
+  """It slept too long: another has its lease, and its folder is left as that one has it."""
+  workdir, validate, calls = 'gs://bucket/run', loop.mean_loss, []
+  folder = store / 'bucket' / 'run'
+
+  def slow(*arguments):
+    calls.append(arguments)
+    if len(calls) == 2:
+      (folder / '.lease').write_text('{"host": "other"}')
+      calls.append({path: path.read_bytes() for path in folder.rglob('*') if path.is_file()})
+    return validate(*arguments)
+
+  monkeypatch.setattr(loop, 'mean_loss', slow)
+  with pytest.raises(LeaseLostError, match=r'run/\.lease was taken by another process'):
+    train.run(config(), workdir, corpus(), quiet=True)
+  left = {path: path.read_bytes() for path in folder.rglob('*') if path.is_file()}
+  assert left == calls[2] and len(left) > 2

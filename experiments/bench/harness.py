@@ -7,6 +7,7 @@ files with losses of a known law. Each command runs as its user has it, imports 
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -29,33 +30,35 @@ _TOP = __package__.removesuffix('experiments.bench')  # 'mhc_jax.' where the pro
 
 
 def bench_harness(args: argparse.Namespace) -> dict[str, Any]:
-  """Wall seconds of each command for plans of about args.runs runs, and the bar's share of a core."""
-  return {'unit': 'wall seconds, of the bar percent of a core', 'rows': [_measure(n) for n in args.runs]}
+  """Wall and CPU seconds of each command for plans of about args.runs runs; the bar's percent of a core."""
+  return {'load': os.getloadavg()[0], 'rows': [_measure(n) for n in args.runs]}
 
 
-def _measure(wanted: int) -> dict[str, float]:
+def _measure(wanted: int) -> dict[str, Any]:
   distinct = len(configs_of('quick', (), 1))
   seeds = max(1, round(wanted / distinct))
   options = ['quick', '--seeds', f'{seeds}']
   with tempfile.TemporaryDirectory() as out:
     command = ['experiments.sweep', *options, '--out', out]
-    row = {'runs': distinct * seeds, 'plan': _seconds(*command, '--dry-run')}
+    row: dict[str, Any] = {'runs': distinct * seeds, 'plan': _seconds(*command, '--dry-run')}
     _, planned = plan('quick', (), seeds)
     folder = os.path.join(out, 'quick')
     for run in planned:
       write_finished(run, os.path.join(folder, run.run_id))
     row['resume'] = _seconds(*command)
     row['report'] = _seconds('analysis.report', folder, '--resamples', '100')
-    row['bar %'] = watching(planned, folder)
-  say(', '.join(f'{name} {value:.3g}' for name, value in row.items()))
+    row['bar %'] = round(watching(planned, folder), 3)
+  say(f'{row}')
   return row
 
 
-def _seconds(module: str, *arguments: str) -> float:
-  began = time.monotonic()
+def _seconds(module: str, *arguments: str) -> dict[str, float]:
+  began, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
   command = [sys.executable, '-m', f'{_TOP}{module}', *arguments]
   subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-  return time.monotonic() - began
+  after = resource.getrusage(resource.RUSAGE_CHILDREN)
+  cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+  return {'wall': round(time.monotonic() - began, 1), 'cpu': round(cpu, 1)}
 
 
 def write_finished(run: Run, workdir: str) -> None:

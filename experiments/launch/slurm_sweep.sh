@@ -1,9 +1,9 @@
 #!/bin/bash
-# A sweep, its runs spread over an array of single-GPU jobs:
+# A sweep, its runs taken by an array of single-GPU jobs:
 #   sbatch --array=0-7 experiments/launch/slurm_sweep.sh NAME [--retry-failed ...]
 #
-# Job i of k does every k-th planned run from the i-th on. Finished runs are skipped, so the same command does
-# what is left. The folder of the project, and so of the runs, must be one that all nodes share.
+# Every job is the same command: it takes runs that no other holds, takes over those of jobs that died, and ends
+# when none is left to take. The folder of the runs is one that all nodes share, or --out is gs:// or s3://.
 #SBATCH --job-name=mhc_jax_sweep
 #SBATCH --array=0-7
 #SBATCH --nodes=1
@@ -18,9 +18,9 @@
 set -uo pipefail
 
 cd "${SLURM_SUBMIT_DIR:?start this with sbatch from the top folder of the project}" || exit 1
-first=${SLURM_ARRAY_TASK_MIN:?start this with sbatch --array=0-K}
-shard="$((SLURM_ARRAY_TASK_ID - first))/$SLURM_ARRAY_TASK_COUNT"
-srun .venv/bin/python -m experiments.sweep "$@" --shard "$shard"
+: "${SLURM_ARRAY_JOB_ID:?start this with sbatch --array=0-K}"
+# A job that is killed is queued again by SLURM, and goes on: none needs to wait for what another holds.
+srun .venv/bin/python -m experiments.sweep "$@" --no-wait
 code=$?
 if [ "$code" -eq 130 ]; then
   scontrol requeue "${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"

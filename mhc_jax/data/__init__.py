@@ -4,7 +4,7 @@ corpus.py (what to read) -> windows.py (how it is cut) -> batches.py (in what or
 """
 
 from mhc_jax.data.batches import train_batches, train_order, validation_batches
-from mhc_jax.data.corpus import Corpus, load_corpus
+from mhc_jax.data.corpus import Corpus, is_here, load_corpus
 from mhc_jax.data.tokenizer import BYTES, Tokenizer, tokenizer_of
 from mhc_jax.data.windows import Windows, as_batch, check_enough_tokens, windows
 
@@ -15,6 +15,7 @@ __all__ = [
   'Windows',
   'as_batch',
   'check_enough_tokens',
+  'is_here',
   'load_corpus',
   'tokenizer_of',
   'train_batches',

@@ -62,6 +62,16 @@ def load_corpus(name: str, data_dir: str | None = None, tokenizer: Tokenizer = B
   return _load_tfds(name, root, tokenizer)
 
 
+def is_here(name: str, data_dir: str | None = None) -> bool:
+  """Whether load_corpus(name, data_dir) would find the text on this machine; asks no network."""
+  kind, separator, pattern = name.partition(':')
+  if name == 'python_stdlib':
+    return True
+  if kind == 'text_files' and separator:
+    return not is_remote(pattern)
+  return any(data_folder(data_dir).joinpath(kind).glob('**/dataset_info.json'))
+
+
 def load_files(name: str, files: text_files.TextFiles, root: Path, tokenizer: Tokenizer) -> Corpus:
   """Loads a corpus of text files; `name` is 'python_stdlib' or begins with 'text_files:'."""
   kind = name.partition(':')[0]

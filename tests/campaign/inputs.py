@@ -236,10 +236,9 @@ EVALUATE = {
 }
 SWEEP = {
   '--only': REFERENCES,
-  '--shard': ('0/1', '1/1', '0/0', '-1/2', '1', 'x/y', '0/9999999999'),
   '--out': PLACES,
 }
-SWEEP |= {'--workers': SOME, '--retry-failed': (), '--continue-diverged': ()}
+SWEEP |= {'--workers': SOME, '--retry-failed': (), '--continue-diverged': (), '--no-wait': ()}
 REPORT = {'--resamples': SOME, '--params': ('total', 'matmul', 'x'), '--reference': REFERENCES}
 PLOTS = {'--out': PLACES, '--reference': REFERENCES, '--params': ('total', 'non_embedding', 'x')}
 FIT = {'--resamples': SOME, '--out': (*PLACES, '-'), '--figure': (*PLACES, 'a.png', 'a.pdf', 'a.xyz')}
