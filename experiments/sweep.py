@@ -30,7 +30,7 @@ from mhc_jax.paths import expand
 from mhc_jax.plan import Run
 from mhc_jax.workdir import ENDED, read_status, revision, versions
 
-from . import devices, forecast
+from . import devices, forecast, plans
 from .planning import EXPERIMENTS, check_extends, keep, listing, options_of, plan
 from .workers import execute
 
@@ -201,6 +201,8 @@ def main(argv: list[str] | None = None) -> int:
   if args.dry_run:
     states = [state_of(run, folder) for run in planned]
     print(forecast.report(planned, states, chosen, workers, forecast.speed_of(planned, folder)))
+    if hours := plans.sentence([planned[i] for i in chosen]):
+      print(*forecast.wrapped(hours), sep='\n')
     return 0
   warn_of_mixtures(planned, folder)
   try:
