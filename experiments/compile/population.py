@@ -35,7 +35,7 @@ def steps(device: jax.Device) -> Iterator[tuple[str, Callable]]:
 
 def name(arm: str, width: int, members: int) -> str:
   """Of a step, in the table's data."""
-  return f'{arm} {width} x{members}'
+  return f'{members} x {arm} {width}'
 
 
 def _lowered(arm: str, width: int, members: int, device: jax.Device) -> Any:
@@ -43,7 +43,8 @@ def _lowered(arm: str, width: int, members: int, device: jax.Device) -> Any:
   model, optimizer = build_model(config), without_traced(build_optimizer(config))
 
   def stacked(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((members, *leaf.shape), leaf.dtype, sharding=NamedSharding(mesh, P()))
+    shape = leaf.shape if members == 1 else (members, *leaf.shape)
+    return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=NamedSharding(mesh, P()))
 
   batch, hparams = abstract_inputs(config, mesh)
   arguments = jax.tree.map(stacked, (programs(model, optimizer, mesh).abstract, batch, hparams))
