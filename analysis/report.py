@@ -4,11 +4,13 @@ Where: the end of the main path. RUNS/results.csv has every planned run; RUNS/re
 """
 
 import argparse
+import shlex
 import sys
 
 from mhc_jax.command import end_with_message
 from mhc_jax.errors import require
 from mhc_jax.paths import user_path
+from mhc_jax.run_folder import load_options
 
 from .conventions import PARAMS
 
@@ -37,11 +39,12 @@ def main(argv: list[str] | None = None) -> int:
   # scipy, pandas and matplotlib take longer to import than --help may take.
   from .page.words import headlines
   from .page.write import write_report
-  from .runs import read_sweep
+  from .runs import clean, read_sweep
   from .study import study
 
   s = study(read_sweep(a.runs), a.resamples, progress=True, params=a.params, reference=a.reference)
-  command = f'mhc sweep {s.sweep.name}\nmhc report {a.runs}'
+  options = ''.join(f' {shlex.quote(clean(option))}' for option in load_options(str(a.runs)))
+  command = f'mhc sweep {s.sweep.name}{options}\nmhc report {a.runs}'
   for name in ('resamples', 'params', 'reference'):
     if getattr(a, name) != parser.get_default(name):
       command += f' --{name} {getattr(a, name)}'

@@ -4,72 +4,35 @@
   mhc sweep quick --dry-run    # what it would do
   mhc sweep quick --only mhc --retry-failed
   mhc sweep quick --shard 0/8  # every 8th run: one per GPU, or a SLURM array
+  mhc sweep quick --seeds 4 --config.optimizer.lr=8e-3 --out runs/slow
+  mhc sweep --list             # the experiments
 
-An experiment is a file of experiments/ with runs(arg) -> list of configs, named in sweep.py.
-Results: runs/NAME/plan.json and runs/NAME/RUN_ID/{config.json, metrics.jsonl, status.json, checkpoints/}.
+--config.section.field=value, any number of them, holds for every run and enters its id, as in mhc train.
+Results: OUT/NAME/plan.json and OUT/NAME/RUN_ID/{config.json, metrics.jsonl, status.json, checkpoints/}.
+plan.json keeps the overrides and --seeds: without any, the command goes on with those of the folder. Others
+may add runs to a folder's plan (more seeds), and are refused where they would drop one.
 """
 
 import argparse
 import os
 import re
+import shlex
 import sys
-from collections.abc import Callable
 
 import pandas as pd
-from ml_collections import ConfigDict
 
-from mhc_jax import settings
+from mhc_jax import runtime
 from mhc_jax.command import end_with_message
-from mhc_jax.errors import FULL_DISK, ConfigError
+from mhc_jax.errors import FULL_DISK, ConfigError, require
 from mhc_jax.log import say
 from mhc_jax.paths import expand
-from mhc_jax.plan import Run, resolve, warnings_of
-from mhc_jax.sharding import make_mesh
-from mhc_jax.storage import write_json
-from mhc_jax.train import load_data
+from mhc_jax.plan import Run, warnings_of
 from mhc_jax.workdir import ENDED, read_status, revision, versions
 
-from . import ablation, identity_or_mixing, isoflop, learning_rate, quick, rank, router, stability
-from .workers import corpus_of, execute
-
-EXPERIMENTS: dict[str, Callable[[str | None], list[ConfigDict]]] = {
-  'quick': quick.runs,
-  'learning_rate': learning_rate.runs,
-  'identity_or_mixing': identity_or_mixing.runs,
-  'ablation': ablation.runs,
-  'stability': stability.runs,
-  'rank': rank.runs,
-  'isoflop': isoflop.runs,
-  'router': router.runs,
-}
+from .planning import EXPERIMENTS, check_extends, keep, listing, options_of, plan
+from .workers import execute
 
 ASSUMED_FLOPS_PER_SECOND = 10e9  # of one worker, until a finished run of the sweep says better
-
-
-def plan(name: str) -> tuple[list[ConfigDict], list[Run]]:
-  """The experiment's configs and what they resolve to, in order; `name` may be NAME:argument.
-
-  Raises ConfigError for an unknown experiment, an invalid config, or two equal runs.
-  """
-  name, _, argument = name.partition(':')
-  if name not in EXPERIMENTS:
-    raise ConfigError(f'no experiment {name!r}; there are {", ".join(EXPERIMENTS)}')
-  try:
-    configs = [config.lock() for config in EXPERIMENTS[name](argument or None)]
-  except ValueError as error:
-    raise ConfigError(f'{name}: {error}') from None
-  planned, seen = [], {}
-  for config in configs:
-    make_mesh(config.mesh.to_dict())  # refuses what the devices do not fit
-    settings.check_precision(config.model.dtype)
-    corpus = corpus_of(config.data.name, config.data.dir, config.data.tokenizer)
-    run = resolve(config, corpus.digest)
-    load_data(run, corpus)  # refuses what the corpus is too small for, before anything starts
-    if run.run_id in seen:
-      raise ConfigError(f'{name} plans run {run.run_id} ({run.resolved["arm"]}) twice')
-    seen[run.run_id] = run
-    planned.append(run)
-  return configs, planned
 
 
 def table(planned: list[Run], folder: str) -> str:
@@ -175,7 +138,8 @@ def main(argv: list[str] | None = None) -> int:
   parser = argparse.ArgumentParser(
     prog='mhc sweep', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument('name', help=f'{", ".join(EXPERIMENTS)}, with :argument if it takes one')
+  parser.add_argument('name', nargs='?', help=f'{", ".join(EXPERIMENTS)}, with :argument if it takes one')
+  parser.add_argument('--list', action='store_true', help='print the experiments and stop')
   parser.add_argument('--dry-run', action='store_true', help='print the plan and stop')
   parser.add_argument('--only', metavar='ARM', help='only the runs of one arm')
   parser.add_argument('--retry-failed', action='store_true', help='also runs that failed before')
@@ -194,7 +158,18 @@ def main(argv: list[str] | None = None) -> int:
     'for), off, or at most P',
   )
   parser.add_argument('--out', default='runs', help='folder above the sweep (default runs)')
-  args = parser.parse_args(argv)
+  parser.add_argument(
+    '--seeds',
+    type=int,
+    metavar='K',
+    help="every configuration of the plan at seeds 0 to K - 1, in place of the plan's own seeds",
+  )
+  runtime.add_flag(parser)
+  args, overrides = parser.parse_known_args(argv)
+  if args.list:
+    print(listing())
+    return 0
+  require(args.name is not None, 'name an experiment; mhc sweep --list shows them')
   if args.workers < 1:
     raise ConfigError(f'--workers must be at least 1, got {args.workers}')
   if args.population not in ('auto', 'off') and not re.fullmatch('[1-9][0-9]{0,3}', args.population):
@@ -202,7 +177,17 @@ def main(argv: list[str] | None = None) -> int:
   if '://' in args.out:
     raise ConfigError(f'--out {args.out} must be a local folder: copy it to the store after the sweep')
   folder = os.path.join(expand(args.out), args.name.replace(':', '-'))
-  configs, planned = plan(args.name)
+  given = overrides + ([] if args.seeds is None else ['--seeds', f'{args.seeds}'])
+  options = options_of(folder, given)
+  if options != given:
+    say(f'{args.name} goes on with {shlex.join(options)}, as {folder}/plan.json says')
+    kept, overrides = parser.parse_known_args(options)
+    args.seeds = kept.seeds
+  require(args.seeds is None or args.seeds >= 1, f'--seeds must be at least 1, got {args.seeds}')
+  runtime.prepare(args)
+  say(f'{args.name}: planning')
+  configs, planned = plan(args.name, overrides, args.seeds)
+  check_extends(folder, args.name, options, planned)
   again = ('failed',) * args.retry_failed + ('diverged',) * args.continue_diverged
   asked, chosen = select(planned, folder, args.only, args.shard, again)
   if args.dry_run:
@@ -215,8 +200,7 @@ def main(argv: list[str] | None = None) -> int:
     if error.errno in FULL_DISK:
       raise
     raise ConfigError(f'--out {args.out} cannot hold runs: {error.strerror}') from None
-  runs = [{'run_id': run.run_id, 'arm': run.resolved['arm']} for run in planned]
-  write_json(os.path.join(folder, 'plan.json'), {'sweep': args.name, 'runs': runs})
+  keep(folder, args.name, options, planned)
   say(f'{args.name}: {len(chosen)} of {len(planned)} runs to do, in {folder}')
   ended = []
   if chosen:

@@ -9,9 +9,7 @@ import functools
 import multiprocessing
 import os
 import signal
-import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
@@ -19,7 +17,6 @@ from typing import Any
 import filelock
 import jax
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from mhc_jax import distributed, train
 from mhc_jax.data import Corpus, load_corpus, tokenizer_of
@@ -27,9 +24,10 @@ from mhc_jax.errors import FULL_DISK, BusyError
 from mhc_jax.log import say, tolerant_streams
 from mhc_jax.plan import Run, resolve
 from mhc_jax.population import alike, most_members, on_one_device
-from mhc_jax.run_folder import last_flops, write_status
-from mhc_jax.train_step import without_traced
-from mhc_jax.workdir import ENDED, read_status
+from mhc_jax.run_folder import write_status
+from mhc_jax.workdir import read_status
+
+from . import progress
 
 ONE_THREAD = '--xla_cpu_multi_thread_eigen=false'
 
@@ -38,12 +36,6 @@ ONE_THREAD = '--xla_cpu_multi_thread_eigen=false'
 def corpus_of(name: str, data_dir: str | None, tokenizer: str | None) -> Corpus:
   """The corpus, loaded once per process."""
   return load_corpus(name, data_dir, tokenizer_of(tokenizer))
-
-
-def shapes(run: Run) -> tuple[Any, ...]:
-  """What must be equal for two runs to share a compilation."""
-  data = run.resolved['data']
-  return run.model, without_traced(run.optimizer), data['batch_size'], data['seq_len']
 
 
 @tolerant_streams()
@@ -144,11 +136,12 @@ def execute(
   """Trains all runs in `workers` processes, groups of equal shapes together and the longest first."""
   groups: dict[tuple[Any, ...], list[int]] = {}
   for index, run in enumerate(planned):
-    groups.setdefault(shapes(run), []).append(index)
+    groups.setdefault(run.shapes, []).append(index)
   ordered = sorted(groups.values(), key=lambda group: -sum(planned[i].derived['flops'] for i in group))
   if workers == 1:
-    everything = [configs[i] for group in ordered for i in group]
-    return run_group(everything, folder, False, continue_diverged, population)
+    with progress.watched(planned, folder):
+      everything = [configs[i] for group in ordered for i in group]
+      return run_group(everything, folder, True, continue_diverged, population)
   # One thread per worker: small matrices do not feed two, and idle threads of XLA:CPU spin.
   os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {ONE_THREAD}'.strip()
   workdirs = [os.path.join(folder, run.run_id) for run in planned]
@@ -200,18 +193,42 @@ def _in_workers(
   """
   context, stopped = multiprocessing.get_context('spawn'), False
   with concurrent.futures.ProcessPoolExecutor(workers, context, _stop_with_parent) as pool, _signals_stop():
-    futures = [pool.submit(work, job) for job in jobs]
+    with _no_interrupt():
+      futures = [pool.submit(work, job) for job in jobs]
     try:
-      _watch(futures, planned, folder)
+      progress.watch(futures, planned, folder, workers)
     except KeyboardInterrupt:
       stopped = True
-      for process in multiprocessing.active_children():
-        os.kill(process.pid, signal.SIGUSR1)
-      pool.shutdown(wait=True, cancel_futures=True)
+      _stop(pool, min(workers, sum(not future.done() for future in futures)))
   done = [future for future in futures if not future.cancelled()]
   broken = [future for future in done if isinstance(future.exception(), BrokenProcessPool)]
   ended = [item for future in done if future not in broken for item in future.result()]
   return ended, bool(broken) and not stopped
+
+
+@contextlib.contextmanager
+def _no_interrupt() -> Iterator[None]:
+  """Processes that start in the block never see a terminal's Ctrl-C, not while they import either: the sweep
+  tells them."""
+  before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+  try:
+    yield
+  finally:
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _stop(pool: concurrent.futures.ProcessPoolExecutor, running: int) -> None:
+  """Has the workers save and stop; a second Ctrl-C ends them as a kill would, which runs survive too."""
+  say(f'stopping: {running} running runs save and end; once more ends them at once')
+  children = multiprocessing.active_children()
+  for process in children:
+    os.kill(process.pid, signal.SIGUSR1)
+  try:
+    pool.shutdown(wait=True, cancel_futures=True)
+  except KeyboardInterrupt:
+    for process in children:
+      process.kill()
+    raise
 
 
 @contextlib.contextmanager
@@ -224,42 +241,3 @@ def _signals_stop() -> Iterator[None]:
           before = signal.signal(number, lambda *_: signal.raise_signal(signal.SIGINT))
           stack.callback(signal.signal, number, before)
     yield
-
-
-def _watch(futures: list[concurrent.futures.Future], planned: list[Run], folder: str) -> None:
-  """One bar over all runs, in FLOPs done, read from their metrics; after Ctrl-C no new group starts."""
-  total = sum(run.derived['flops'] for run in planned)
-  plain, printed = not sys.stderr.isatty(), 0.0
-  began, at_start = time.monotonic(), sum(_flops_done(run, folder) for run in planned)
-  form = '{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining} {postfix}'
-  with tqdm(total=total, initial=at_start, desc='sweep', bar_format=form, disable=plain) as bar:
-    while True:
-      waiting = concurrent.futures.wait([f for f in futures if not f.done()], 1).not_done
-      done = [f for f in futures if f.done() and not f.cancelled()]
-      if any(f.exception() or _interrupted(f.result()) for f in done):
-        for future in waiting:
-          future.cancel()
-      states = [read_status(os.path.join(folder, run.run_id))['state'] for run in planned]
-      ended, now = sum(state in ENDED for state in states), time.monotonic()
-      flops = sum(_flops_done(run, folder) for run in planned)
-      bar.set_postfix_str(f'{ended}/{len(planned)} runs', refresh=False)
-      bar.update(flops - bar.n)
-      if plain and (now - printed > 15 or not waiting):
-        printed = now
-        left = (now - began) * (total - flops) / (flops - at_start) if flops > at_start else None
-        text = 'compiling' if left is None else f'about {left:.0f} s left'
-        say(f'sweep: {ended}/{len(planned)} runs, {flops / total:.0%} of the FLOPs, {text}')
-      if not waiting:
-        return
-
-
-def _interrupted(ended: list[tuple[str, str]]) -> bool:
-  return any(state == 'interrupted' for _, state in ended)
-
-
-def _flops_done(run: Run, folder: str) -> float:
-  """FLOPs of a run so far, from the last line of its metrics."""
-  status = read_status(os.path.join(folder, run.run_id))
-  if status['state'] in (*ENDED, 'failed'):
-    return run.derived['flops']
-  return min(last_flops(os.path.join(folder, run.run_id)), run.derived['flops'])

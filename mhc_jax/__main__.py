@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 
 from mhc_jax.command import end_with_message
 from mhc_jax.errors import ConfigError
+from mhc_jax.log import say
 
 COMMANDS = {
   'train': 'train one model; the same command goes on where it stopped',
@@ -94,6 +95,18 @@ def _quiet_interrupt() -> Iterator[None]:
       signal.signal(signal.SIGINT, before)
 
 
+@contextlib.contextmanager
+def _said_if_slow(line: str) -> Iterator[None]:
+  """Says the line where the block takes longer than a second: JAX and the rest from a cold disk do."""
+  timer = threading.Timer(1.0, say, [line])
+  timer.daemon = True
+  timer.start()
+  try:
+    yield
+  finally:
+    timer.cancel()
+
+
 def _main(argv: list[str]) -> int:
   command, *rest = argv
   if command in ('-h', '--help', 'help'):
@@ -105,7 +118,7 @@ def _main(argv: list[str]) -> int:
     print(version('mhc_jax'))
     return 0
   try:
-    with _quiet_interrupt():
+    with _quiet_interrupt(), _said_if_slow(f'mhc {command}: loading'):
       run = main_of(command)
   except ValueError as error:
     if 'jax' in sys.modules or 'JAX' not in str(error):

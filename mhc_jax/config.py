@@ -6,6 +6,8 @@ None means off or derived.
 """
 
 import dataclasses
+import functools
+import pickle
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -53,6 +55,11 @@ class Section(ConfigDict):
 
 def base_config() -> ConfigDict:
   """Every field, unlocked, with the defaults of a small model on a laptop."""
+  return pickle.loads(_pickled_base())  # a quarter of the time of building it, for plans of thousands of runs
+
+
+@functools.cache
+def _pickled_base() -> bytes:
   c = Section()
   c.arm = optional(str)  # label of the arm in a sweep; None: the connection's name
   c.seed = 0  # of the initial weights and the order of the data
@@ -198,7 +205,7 @@ def base_config() -> ConfigDict:
   c.mesh = Section({'data': 1, 'fsdp': 1, 'tensor': 1, 'expert': 1})
   # The accelerators that the mesh is meant for, like v5p:4x4x4. Not part of the run id
   c.topology = optional(str)
-  return c
+  return pickle.dumps(c)
 
 
 # What does not change the numbers of a run, and so is left out of its id.

@@ -48,12 +48,17 @@ def parse(path: str, overrides: list[str]) -> ConfigDict:
   config.update(checked_fields)
   if locked:
     config.lock()
-  for override in overrides:
-    name, equals, text = override.partition('=')
-    if not name.startswith('--config.') or not equals:
-      raise ConfigError(f'cannot read {override!r}: write --config.section.field=value')
-    _set(config, name.removeprefix('--config.').split('.'), text)
+  override(config, overrides)
   return config
+
+
+def override(config: ConfigDict, overrides: list[str]) -> None:
+  """Applies `--config.a.b=v`, in place; ConfigError for an unknown field or a value of the wrong type."""
+  for text in overrides:
+    name, equals, value = text.partition('=')
+    if not name.startswith('--config.') or not equals:
+      raise ConfigError(f'cannot read {text!r}: write --config.section.field=value')
+    _set(config, name.removeprefix('--config.').split('.'), value)
 
 
 def _configs() -> str:
@@ -131,17 +136,20 @@ def _plain(given: Any, kinds: dict[str, Any], path: list[str], whole: bool = Tru
   given, plain = dict(given.items()), ConfigDict()
   if path and path[-1] == _FREE:
     kinds = dict.fromkeys(given, Any)
-  if whole:
-    for key in [*given, *(key for key in kinds if key not in given)]:
+  if whole and given.keys() != kinds.keys():
+    for key in given:
       if key not in kinds:  # the search for a near one is slow
         raise ConfigError(f'unknown config field {".".join([*path, str(key)])}{_nearest(path, key, kinds)}')
-      require(key in given, f'config field {".".join([*path, key])} is missing')
+    missing = next(key for key in kinds if key not in given)
+    raise ConfigError(f'config field {".".join([*path, missing])} is missing')
+  above = ''.join(f'{name}.' for name in path)
   for key, kind in kinds.items():
     if key in given and isinstance(kind, dict):
       plain[key] = _plain(given[key], kind, [*path, key], whole)
     elif key in given:
-      name = '.'.join([*path, str(key)])
-      require(isinstance(key, str) and '.' not in key, f'{name} is no name of a field')
+      name = f'{above}{key}'
+      if not isinstance(key, str) or '.' in key:
+        raise ConfigError(f'{name} is no name of a field')
       plain[key] = checked(name, given[key], kind)
   return plain
 

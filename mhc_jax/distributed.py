@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -19,7 +20,7 @@ import subprocess
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from typing import Any
 
 import jax
@@ -33,6 +34,7 @@ _DETECT_SECONDS = 300  # that JAX's detection may wait for the names of other ho
 _MOST_PROCESSES = 2**20  # far above any machine; the runtime takes 32 bits
 _WORD_SECONDS = 10  # between words about a wait
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+_LAST_SECONDS = 0.5  # that the second Ctrl-C leaves for an orderly end
 _END_SECONDS = 20  # that a process which ends, by a mistake for example, waits for the others to end too
 _CHILD = 'MHC_JAX_PROCESS'  # environment variable in which `supervise` tells its child who it is
 # The first line of what the runtime says, at some length, when it aborts a process that lost another.
@@ -295,12 +297,48 @@ def stop_on_signal() -> Iterator[Callable[[int], bool]]:
 
   numbers = (signal.SIGINT, signal.SIGHUP) if several else _STOP_SIGNALS
   previous: dict[int, Any] = {}
-  with contextlib.suppress(ValueError):  # not the main thread: its owner handles signals
-    for number in numbers:
-      if signal.getsignal(number) != signal.SIG_IGN:
-        previous[number] = signal.signal(number, handler)
-  try:
+  with contextlib.ExitStack() as stack:
+    with contextlib.suppress(ValueError):  # not the main thread: its owner handles signals
+      for number in numbers:
+        if signal.getsignal(number) != signal.SIG_IGN:
+          previous[number] = signal.signal(number, handler)
+          stack.callback(signal.signal, number, previous[number])
+      if not several and multiprocessing.parent_process() is None:  # a sweep answers for its workers
+        stack.enter_context(_answered(previous))
     yield multihost_utils.reached_preemption_sync_point if several else lambda step: bool(received)
+
+
+@contextlib.contextmanager
+def _answered(numbers: Container[int]) -> Iterator[None]:
+  """Says at once that a signal has been heard; the same one again ends the process.
+
+  The main thread may be in a compilation for half a minute, and runs no handler before it is back: this is a
+  thread, which the interpreter tells of signals when they come. A run survives any end. ValueError outside
+  of the main thread.
+  """
+  ours, theirs = socket.socketpair()
+  theirs.setblocking(False)
+  before = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+  over = threading.Event()
+
+  def answer() -> None:
+    heard: set[int] = set()
+    while number := ours.recv(1)[0]:  # 0 is ours, at the end
+      if number in heard and not over.wait(_LAST_SECONDS):
+        say('ended at once; the same command goes on from the last checkpoint')
+        os._exit(128 + number)
+      elif number in numbers and number not in heard:
+        heard.add(number)
+        say('stopping: the run is saved at its next step; once more ends it at once')
+
+  thread = threading.Thread(target=answer, daemon=True)
+  thread.start()
+  try:
+    yield
   finally:
-    for number, old in previous.items():
-      signal.signal(number, old)
+    signal.set_wakeup_fd(before)
+    over.set()
+    theirs.send(bytes(1))
+    thread.join()
+    ours.close()
+    theirs.close()

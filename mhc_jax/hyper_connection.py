@@ -296,7 +296,7 @@ def expand(
     return jnp.concatenate([x_BTD[None], jnp.zeros((n - 1, *x_BTD.shape), x_BTD.dtype)])
   if how not in ('replicate', 'learned'):
     raise ValueError(f'expansion must be replicate, one_hot or learned, got {how!r}')
-  x_NBTD = jnp.broadcast_to(x_BTD[None], (n, *x_BTD.shape))
+  x_NBTD = jnp.stack([x_BTD] * n)  # whose gradient adds n terms; that of broadcast_to is a slow sum on CPU
   return x_NBTD if how == 'replicate' else (params['scale'][:, None, None] * x_NBTD).astype(x_BTD.dtype)
 
 
@@ -341,5 +341,5 @@ def collapse(
   if how not in ('mean', 'sum'):
     raise ValueError(f'collapse must be mean, sum, learned, weights or read, got {how!r}')
   wide_NBTD = x_NBTD.astype(jnp.promote_types(x_NBTD.dtype, jnp.float32))
-  total_BTD = wide_NBTD.mean(0) if how == 'mean' else wide_NBTD.sum(0)
-  return total_BTD.astype(x_NBTD.dtype)
+  total_BTD = functools.reduce(jnp.add, wide_NBTD)  # XLA:CPU's sum over the first axis is slow
+  return (total_BTD / len(x_NBTD) if how == 'mean' else total_BTD).astype(x_NBTD.dtype)

@@ -107,7 +107,7 @@ class Progress:
     self._began = self._printed = time.monotonic()
     self._plain = not sys.stderr.isatty() and not quiet
     hidden = quiet or self._plain
-    self._bar = tqdm(desc=name, initial=start, total=total, unit='step', disable=hidden)
+    self._bar = tqdm(desc=name, initial=start, total=total, unit='step', postfix='compiling', disable=hidden)
 
   def update(self, step: int, loss: float, tokens_per_second: float | None) -> None:
     """Shows that `step` updates are done."""

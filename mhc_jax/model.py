@@ -34,7 +34,7 @@ class Block(nn.Module):
   """Two sublayers on the streams: x <- H_res x + H_post^T F(H_pre x) for F = attention, feed-forward."""
 
   config: ModelConfig
-  record: bool  # also return each sublayer's coefficients and stream products, for diagnostics
+  record: int  # of how many sequences to return each sublayer's coefficients and stream products too
   mesh: Mesh | None = None
   dense: bool = False  # a leading layer: no experts
 
@@ -56,12 +56,8 @@ class Block(nn.Module):
         x_BTD = checkpoint_name(x_BTD, OUTPUTS)
       records.append({})
       if self.record:
-        pre_NBT = pending.pre_NBT if spec.single_pass else own.pre_NBT
-        records[-1] |= {**own._asdict(), 'pre_NBT': pre_NBT}
-        records[-1]['coords'] = token_local(
-          lambda params, x_NBTD: hc.coordinates(params, x_NBTD, spec), mesh, (None, 'NBTD'), 'KBT'
-        )(params, x_NBTD)
-      y_BTD, sublayer_records = sublayer(c, mesh, self.record, name=name)(x_BTD, seen)
+        records[-1] |= self._recorded(params, pending, own)
+      y_BTD, sublayer_records = sublayer(c, mesh, self.record > 0, name=name)(x_BTD, seen)
       records[-1] |= sublayer_records
       y_BTD = checkpoint_name(constrain(y_BTD, 'BTD', mesh), OUTPUTS) / c.depth_ratio
       if fused:
@@ -70,8 +66,26 @@ class Block(nn.Module):
       x_NBTD = constrain(hc.write(own.res_NMBT, own.post_NBT, x_NBTD, y_BTD), 'NBTD', mesh)
       pending = hc.Pending(x_NBTD, pre_NBT=own.pre_NBT if spec.single_pass else None)
       if self.record:
-        records[-1]['gram_NMBT'] = _gram(pending.x_NBTD)
+        records[-1]['gram_NMBT'] = _gram(pending.x_NBTD[:, : self.record])
     return pending, records
+
+  def _recorded(
+    self, params: dict[str, jax.Array], pending: hc.Pending, own: hc.Coefficients
+  ) -> dict[str, jax.Array | None]:
+    """The coefficients, with those that the read used, and the coordinates of H_res."""
+    spec, first = self.config.connection, slice(self.record)
+    pre_NBT = pending.pre_NBT if spec.single_pass else own.pre_NBT
+    found = {
+      'pre_NBT': None if pre_NBT is None else pre_NBT[:, first],
+      'post_NBT': None if own.post_NBT is None else own.post_NBT[:, first],
+      'res_NMBT': None if own.res_NMBT is None else own.res_NMBT[:, :, first],
+    }
+    if 'res' in spec.parts:
+      coordinates = token_local(
+        lambda params, x_NBTD: hc.coordinates(params, x_NBTD, spec)['res'], self.mesh, (None, 'NBTD'), 'KBT'
+      )
+      found['coords_KBT'] = coordinates(params, pending.x_NBTD)[:, first]
+    return found
 
   def _connection(self, name: str, sublayer: jax.Array) -> dict[str, jax.Array]:
     c = self.config
@@ -136,7 +150,8 @@ class Transformer(nn.Module):
   labels: targets and weights, (B, T); then loss_sums of the logits in their place (layers/unembedding.py).
 
   Records: for attention and feed-forward a dict of what all layers found, (L, ...) each: always the loads of
-  experts, load_LE, of the layers that have them, and coefficients and stream products where asked for.
+  experts, load_LE, of the layers that have them; of the first `record` sequences also coefficients and stream
+  products.
   """
 
   config: ModelConfig
@@ -147,7 +162,7 @@ class Transformer(nn.Module):
     self,
     tokens_BT: jax.Array,
     segments_BT: jax.Array,
-    record: bool = False,
+    record: int = 0,
     labels: tuple[jax.Array, jax.Array] | None = None,
   ):
     c, mesh = self.config, self.mesh
@@ -188,7 +203,7 @@ class Transformer(nn.Module):
     c = self.config
     return self.param(name, lambda key: init(c.connection, c.width)) if init(c.connection, c.width) else {}
 
-  def _layers(self, carry, seen: Visible, record: bool):
+  def _layers(self, carry, seen: Visible, record: int):
     c = self.config
     # Only a loop with one block per iteration keeps XLA from merging the recomputation with the forward pass.
     prevent_cse = not c.scan or c.scan_unroll > 1
@@ -201,22 +216,45 @@ class Transformer(nn.Module):
       records.append(record_l)
     if not c.scan:
       return carry, _joined(records[: c.dense_layers], _stacked(records[c.dense_layers :]))
-    if c.remat == 'block' and not self.is_initializing():  # which makes the parameters, as for any remat
-      carry, block_records = self._blocks(carry, seen, record)
-      return carry, _joined(records, block_records)
+    if not self.is_initializing():  # which makes the parameters, stacked, by a loop of single layers
+      if c.remat == 'block':
+        carry, block_records = self._blocks(carry, seen, record)
+        return carry, _joined(records, block_records)
+      if c.depth - c.dense_layers <= c.scan_unroll:
+        carry, written = self._written_out(carry, seen, record, kept)
+        return carry, _joined(records, written)
     scanned = nn.scan(
       block,
       variable_axes={'params': 0},
       split_rngs={'params': True},
       in_axes=(0, nn.broadcast),
       length=c.depth - c.dense_layers,
-      unroll=min(c.scan_unroll, c.depth - c.dense_layers),
+      unroll=1 if self.is_initializing() else min(c.scan_unroll, c.depth - c.dense_layers),
     )
     layers = jnp.arange(c.dense_layers, c.depth)
     carry, scanned_records = scanned(c, record, self.mesh, name='layers')(carry, layers, seen)
     return carry, _joined(records, scanned_records)
 
-  def _blocks(self, carry, seen: Visible, record: bool):
+  def _written_out(self, carry, seen: Visible, record: int, kept: dict[str, Any]):
+    """One layer after another: nothing that the backward pass needs is copied into stacks of all layers."""
+    c, block = self.config, Block(self.config, record, self.mesh, parent=None)
+    layers = range(c.dense_layers, c.depth)
+
+    def run(params, carry, layer):
+      return block.apply({'params': params}, carry, layer, seen)
+
+    if kept:
+      run = jax.checkpoint(run, prevent_cse=len(layers) > 1, static_argnums=2, **kept)
+    stacked, structure = jax.tree.flatten(self.get_variable('params', 'layers'))
+    rows = [jax.lax.split(leaf, [1] * len(layers)) for leaf in stacked]  # whose gradient is one concatenation
+    records = []
+    for index, layer in enumerate(layers):
+      params = structure.unflatten([row[index].squeeze(0) for row in rows])
+      carry, record_l = run(params, carry, layer)
+      records.append(record_l)
+    return carry, _stacked(records)
+
+  def _blocks(self, carry, seen: Visible, record: int):
     c, block = self.config, Block(self.config, record, self.mesh, parent=None)
 
     def layer(carry, inputs):

@@ -34,7 +34,7 @@ from mhc_jax.model_config import (
 from mhc_jax.patterns import check_pattern
 from mhc_jax.presets import PRESETS, connection_spec
 from mhc_jax.sharding import check_mesh, find_devices
-from mhc_jax.train_step import init_state
+from mhc_jax.train_step import init_state, without_traced
 from mhc_jax.values import INT32
 
 MOST_BYTES = 2**50  # of parameters, moments and the least activations
@@ -54,6 +54,12 @@ class Run:
   def num_steps(self) -> int:
     """Number of optimizer updates."""
     return self.derived['num_steps']
+
+  @property
+  def shapes(self) -> tuple[Any, ...]:
+    """What must be equal for two runs to share a compilation."""
+    data = self.resolved['data']
+    return self.model, without_traced(self.optimizer), data['batch_size'], data['seq_len']
 
   @property
   def _every(self) -> dict[str, int | None]:
@@ -94,7 +100,7 @@ def resolve(config: ConfigDict, digest: str, constraint: Constraint | None = Non
   check_connection(spec, config.model.width)
   resolved['model']['connection'] = _resolved_connection(resolved['model']['connection'], spec)
   optimizer = build_optimizer(config)
-  _check_fit(model, optimizer)
+  _check_fit(model, without_traced(optimizer))
   check_mesh(config.mesh.to_dict(), model, config.data.seq_len)
   flops_per_token = cost.train_flops_per_token(model, config.data.seq_len)
   params = cost.parameters(model)
@@ -132,6 +138,7 @@ def check_size(model: ModelConfig, config: ConfigDict) -> None:
   )
 
 
+@functools.lru_cache(maxsize=1024)
 def _check_fit(model: ModelConfig, optimizer: OptimizerConfig) -> None:
   """Raises ConfigError where the manifold does not fit the parameters that its pattern matches."""
   if optimizer.manifold is None:

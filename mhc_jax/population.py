@@ -169,14 +169,14 @@ class Population:
       return self._state
     return self._of_size.take(self._state, self._places.index(member))
 
-  def sums(self, validation: list[Batch]) -> Callable[[Any], list[tuple[np.ndarray, np.ndarray]]]:
-    """member -> evaluate_sums of every batch."""
+  def sums(self, validation: list[Batch]) -> Callable[[Any], tuple[list[tuple[Any, Any]], Any]]:
+    """member -> evaluate_sums of every batch, and the first's records where they came with them: not here."""
     params = self._state.params
     found = jax.device_get([self._of_size.evaluate(params, batch) for batch in validation])
 
-    def of_member(member: Any) -> list[tuple[np.ndarray, np.ndarray]]:
+    def of_member(member: Any) -> tuple[list[tuple[Any, Any]], Any]:
       place = self._places.index(member)
-      return [tuple(np.reshape(x, -1)[place] for x in pair) for pair in found]
+      return [tuple(np.reshape(x, -1)[place] for x in pair) for pair in found], None
 
     return of_member
 

@@ -361,19 +361,20 @@ def load_rows(
   return [row for _, _, row in rows.sound], lost and f'{name} {lost}'
 
 
-def last_flops(workdir: str) -> float:
-  """FLOPs in the last whole row of metrics.jsonl, 0 without one: how far a run is."""
+def last_row(workdir: str) -> dict[str, Any]:
+  """The last whole row of metrics.jsonl, {} without one: how far a run is."""
   path = os.path.join(workdir, 'metrics.jsonl')
   try:
     if not os.path.isfile(path):
-      return 0.0
+      return {}
     with open(path, 'rb') as file:
       file.seek(max(0, os.path.getsize(path) - 20000))
       lines = file.read().split(b'\n')[:-1]
   except OSError:
-    return 0.0
-  flops = [row.get('flops') for row in map(_row, lines[-1:]) if row is not None]
-  return max(0.0, float(flops[0])) if flops and is_number(flops[0]) else 0.0
+    return {}
+  row = _row(lines[-1]) if lines else None
+  numbers = (name for name, value in (row or {}).items() if is_number(value))
+  return {name: row[name] for name in numbers}
 
 
 # plan.json
@@ -406,3 +407,15 @@ def load_plan(folder: str) -> tuple[str | None, dict[str, str]]:
     runs[run_id] = item['arm']
   name = plan.get('sweep')
   return (name if isinstance(name, str) else None), runs
+
+
+def load_options(folder: str) -> list[str]:
+  """The options of the command that made a sweep's plan.json (overrides, seeds); none without a plan.
+
+  Raises ConfigError where the file holds something else in their place.
+  """
+  plan, _ = load_json(os.path.join(folder, 'plan.json'), MOST_PLANNED_BYTES)
+  options = (plan.get('options') if isinstance(plan, dict) else None) or []
+  if not (isinstance(options, list) and all(_text(item) for item in options)):
+    raise ConfigError(f'{folder}: plan.json is broken: its options are not a list of texts')
+  return options

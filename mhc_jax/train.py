@@ -16,7 +16,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mhc_jax import distributed, settings, storage
+from mhc_jax import distributed, runtime, settings, storage
 from mhc_jax.checkpoint import Checkpoints
 from mhc_jax.command import end_with_message
 from mhc_jax.config_file import parse
@@ -184,6 +184,10 @@ def _train(
 
   side_by_side: as a population, also on CPU; elsewhere a run on one device is one of a single member.
   """
+  if not quiet and jax.process_index() == 0:
+    first, device = members[0].plan, mesh.devices.flat[0].device_kind
+    many = f' and {len(members) - 1} runs like it' if len(members) > 1 else ''
+    say(f'{first.resolved["arm"]}{many}: {first.num_steps} updates on {mesh.size} x {device}, compiling')
   compiled = programs(members[0].plan.model, members[0].plan.optimizer, mesh)
   for member in members:
     member.record.population = max(member.record.population, len(members))
@@ -256,8 +260,10 @@ def main(argv: list[str] | None = None) -> int:
     action='store_true',
     help='go on with a run that was called diverged, from its last checkpoint; only NaN and inf end it then',
   )
+  runtime.add_flag(parser)
   distributed.add_flags(parser)
   args, overrides = parser.parse_known_args(argv)
+  runtime.prepare(args)
   config = parse(args.config, overrides)
   cluster = distributed.find(args)
   if cluster and not distributed.is_supervised():

@@ -20,7 +20,7 @@ from mhc_jax.log import say_once
 from mhc_jax.plan import resolve
 from mhc_jax.run_folder import (
   crc32,
-  last_flops,
+  last_row,
   load_config,
   load_plan,
   load_rows,
@@ -97,7 +97,7 @@ def test_what_is_no_regular_file_is_not_waited_for(tmp_path):
   os.mkfifo(tmp_path / 'metrics.jsonl')
   assert load_status(str(tmp_path)) == ({'state': 'damaged'}, 'status.json is not a file')
   assert load_config(str(tmp_path)) == (None, 'config.json is not a file')
-  assert load_rows(str(tmp_path)) == ([], 'metrics.jsonl is not a file') and last_flops(str(tmp_path)) == 0
+  assert load_rows(str(tmp_path)) == ([], 'metrics.jsonl is not a file') and last_row(str(tmp_path)) == {}
   with pytest.raises(ConfigError, match='not a file'):
     rows_until(str(tmp_path / 'metrics.jsonl'), 5, 1)
 

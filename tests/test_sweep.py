@@ -12,7 +12,7 @@ import time
 import jax
 import pytest
 
-from experiments import sweep, workers
+from experiments import progress, sweep, workers
 from mhc_jax.checkpoint import Checkpoints
 from mhc_jax.config_file import parse
 from mhc_jax.errors import ConfigError
@@ -175,17 +175,17 @@ def test_an_interrupted_pool_is_not_started_again(experiment, tmp_path, monkeypa
   (tmp_path / planned[2].run_id).mkdir()
   stale = {'state': 'running', 'step': 0}
   (tmp_path / planned[2].run_id / 'status.json').write_text(json.dumps(stale))
-  pools, watch = [], workers._watch
+  pools, watch = [], progress.watch
 
   def interrupted(futures, *rest):
     pools.append(len(futures))
     raise KeyboardInterrupt
 
-  monkeypatch.setattr(workers, '_watch', interrupted)
+  monkeypatch.setattr(progress, 'watch', interrupted)
   workers.execute(configs, planned, str(tmp_path), workers=2)
   assert pools == [1]
   assert sweep.read_status(str(tmp_path / planned[2].run_id)) == stale
-  monkeypatch.setattr(workers, '_watch', watch)
+  monkeypatch.setattr(progress, 'watch', watch)
   ended = workers.execute(configs, planned, str(tmp_path), workers=2)
   assert {state for _, state in ended} == {'finished'} and len(ended) == 3
 

@@ -2,9 +2,11 @@
 
   mhc bench step                 # train_step of each arm over residual
   mhc bench step --width 128 --repeats 9
+  mhc bench step --against HEAD~1    # of each arm over itself at a commit
   mhc bench constraints          # each constraint over 20 Sinkhorn iterations
   mhc bench scaling              # communication and memory on 1 to 8 fake devices
   mhc bench memory               # memory of each recomputation, from the compiler
+  mhc bench harness              # planning, resuming, reporting and watching many runs
   mhc bench device               # what the device that is here does: JSON and figure, in 10 minutes
 
 Repeats are interleaved: A B C A B C ..., so that a machine whose speed drifts does not favour an arm.
@@ -15,7 +17,7 @@ import json
 import os
 import sys
 
-from mhc_jax import settings
+from mhc_jax import runtime, settings
 from mhc_jax.command import end_with_message
 from mhc_jax.errors import require
 
@@ -23,6 +25,7 @@ from ..workers import ONE_THREAD
 from .compiled import DEVICES, bench_memory, bench_scaling, fake_devices
 from .constraints import bench_constraints
 from .device import bench_device
+from .harness import bench_harness
 from .step import bench_step
 
 BENCHES = {
@@ -30,6 +33,7 @@ BENCHES = {
   'constraints': bench_constraints,
   'scaling': bench_scaling,
   'memory': bench_memory,
+  'harness': bench_harness,
   'device': bench_device,
 }
 
@@ -51,6 +55,10 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument('--tokens', type=int, default=16384, help='of the constraints bench')
   parser.add_argument('--repeats', type=int, default=7, help='rounds (default 7)')
   parser.add_argument('--calls', type=int, default=4, help='steps in a round (default 4)')
+  parser.add_argument('--against', metavar='COMMIT', help='of the step bench: over each arm at that commit')
+  parser.add_argument(
+    '--runs', type=int, nargs='+', default=[50, 500, 5000], help='of the harness bench (default 50 500 5000)'
+  )
   parser.add_argument('--small', action='store_true', help='of the device bench: sizes to try it with')
   parser.add_argument('--minutes', type=int, default=10, help='of the device bench (default 10)')
   parser.add_argument('--out', default='bench_device', help='folder of its JSON and figure')
@@ -62,6 +70,7 @@ def main(argv: list[str] | None = None) -> int:
       not isinstance(value, int) or isinstance(value, bool) or value >= least,
       f'--{name.replace("_", "-")} must be at least {least}',
     )
+  runtime.keep_memory()
   # As in a sweep's workers; XLA reads it when the first computation starts.
   os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {ONE_THREAD}'.strip()
   if args.what == 'scaling':

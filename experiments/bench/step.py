@@ -1,56 +1,34 @@
-"""`mhc bench step`: seconds of the train_step of every arm over residual's, and the share of diagnostics."""
+"""`mhc bench step`: seconds of the train_step of every arm over residual's, and the share of diagnostics.
+
+`--against COMMIT` takes them over their own of that commit instead.
+"""
 
 import argparse
-from collections.abc import Callable
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from mhc_jax import optimizer as optim
-from mhc_jax.config import base_config, build_optimizer
-from mhc_jax.diagnostics import with_spectra
-from mhc_jax.model_config import build_model
-from mhc_jax.sharding import make_mesh
-from mhc_jax.train_step import programs
+from mhc_jax.errors import ConfigError
 
+from . import arm_steps
+from .arm_steps import ARMS, STEPS, arm_functions
 from .timing import interleaved, summary
 
-ARMS = ('residual', 'hc', 'mhc', 'identity')
-
-
-def arm_functions(arm: str, args: argparse.Namespace) -> dict[str, Callable[[], object]]:
-  """Closures of one arm on a batch of random tokens: its train_step, its diagnostics of one sequence."""
-  c = base_config()
-  c.model.connection.name, c.model.connection.streams = arm, args.streams
-  c.model.width, c.model.depth, c.model.heads = args.width, args.depth, max(1, args.width // 16)
-  c.model.dtype, c.optimizer.warmup_fraction = args.dtype, 0.05
-  c.transfer.base_width, c.transfer.base_depth = 32, 2
-  model, optimizer = build_model(c), build_optimizer(c)
-  of_arm = programs(model, optimizer, make_mesh({}))
-  tokens = jax.random.randint(jax.random.key(0), (args.batch, args.seq_len), 0, model.vocab_size - 1)
-  weights, segments = jnp.ones(tokens.shape), jnp.zeros(tokens.shape, jnp.int32)
-  batch = {'inputs': tokens, 'targets': tokens, 'weights': weights, 'segments': segments}
-  warmup = optim.warmup_steps(optimizer, 100)
-  hparams = {'lr': 1e-3, 'weight_decay': 0.1, 'num_steps': 100, 'warmup': warmup}
-  hparams = {name: jnp.float32(value) for name, value in hparams.items()}
-  state = of_arm.init(jax.random.key(0))
-
-  def run() -> object:
-    nonlocal state
-    state, metrics = of_arm.step(state, batch, hparams)
-    return metrics
-
-  sequence = {name: value[:1] for name, value in batch.items()}
-
-  def diagnostics() -> object:
-    return with_spectra(jax.device_get(of_arm.diagnose(state.params, sequence)))  # as the training loop does
-
-  return {'step': run, 'diagnostics': diagnostics}
+NAMES = ('width', 'depth', 'batch', 'seq_len', 'streams', 'dtype', 'diagnostics_every', 'repeats', 'calls')
 
 
 def bench_step(args: argparse.Namespace) -> dict[str, object]:
   """Seconds of the train_step of every arm, its ratio to residual's, and the share of diagnostics."""
+  settings = {name: getattr(args, name) for name in NAMES}
+  if args.against:
+    return {'settings': settings, **bench_against(args)}
   functions = {(arm, what): f for arm in ARMS for what, f in arm_functions(arm, args).items()}
   seconds = {key: np.asarray(v) for key, v in interleaved(functions, args.repeats, args.calls).items()}
   base, every = seconds['residual', 'step'], args.diagnostics_every
@@ -62,9 +40,79 @@ def bench_step(args: argparse.Namespace) -> dict[str, object]:
     }
     for arm in ARMS
   }
-  names = ('width', 'depth', 'batch', 'seq_len', 'streams', 'dtype', 'diagnostics_every', 'repeats', 'calls')
-  return {
-    'settings': {name: getattr(args, name) for name in names},
-    'device': jax.devices()[0].device_kind,
-    'arms': arms,
+  return {'settings': settings, 'device': jax.devices()[0].device_kind, 'arms': arms}
+
+
+def bench_against(args: argparse.Namespace) -> dict[str, object]:
+  """Per update of each arm, now over then: seconds, CPU-seconds, and the losses of 100 updates.
+
+  A process of each side, in rounds of `calls` updates that alternate, after those 100. Raises ConfigError for
+  a commit that is not here.
+  """
+  with contextlib.ExitStack() as stack:
+    then = stack.enter_context(worktree(args.against))
+    sides = {
+      'then': stack.enter_context(process(then, args)),
+      'now': stack.enter_context(process(os.getcwd(), args)),
+    }
+    losses = {(arm, side): ask(sides[side], arm, STEPS)['losses'] for arm in ARMS for side in sides}
+    rounds = [
+      {(arm, side): ask(sides[side], arm, args.calls) for arm in ARMS for side in sides}
+      for _ in range(args.repeats)
+    ]
+  arms = {}
+  for arm in ARMS:
+    arms[arm] = {
+      'largest_difference_of_losses': float(
+        np.max(np.abs(np.subtract(losses[arm, 'now'], losses[arm, 'then'])))
+      )
+    }
+    for what in ('seconds', 'cpu_seconds'):
+      per_update = {
+        side: np.array([answers[arm, side][what] for answers in rounds]) / args.calls for side in sides
+      }
+      arms[arm] |= {f'{what}_{side}': summary(values) for side, values in per_update.items()}
+      arms[arm][f'{what}_now_over_then'] = summary(per_update['now'] / per_update['then'])
+  return {'against': args.against, 'arms': arms}
+
+
+@contextlib.contextmanager
+def worktree(commit: str) -> Iterator[str]:
+  """A folder with the files of that commit, removed at the end."""
+  with tempfile.TemporaryDirectory() as folder:
+    path = os.path.join(folder, 'then')
+    made = subprocess.run(
+      ['git', 'worktree', 'add', '--detach', path, commit], capture_output=True, text=True
+    )
+    if made.returncode:
+      raise ConfigError(f'--against {commit}: {made.stderr.strip().splitlines()[-1]}')
+    try:
+      yield path
+    finally:
+      subprocess.run(['git', 'worktree', 'remove', '--force', path], check=True)
+
+
+@contextlib.contextmanager
+def process(folder: str, args: argparse.Namespace) -> Iterator[subprocess.Popen]:
+  """A process that answers ask() with the package of that folder."""
+  settings = {
+    name: getattr(args, name) for name in ('streams', 'width', 'depth', 'dtype', 'batch', 'seq_len')
   }
+  command = [sys.executable, '-P', arm_steps.__file__, json.dumps(settings)]
+  environment = os.environ | {'PYTHONPATH': folder}
+  pipes = {'stdin': subprocess.PIPE, 'stdout': subprocess.PIPE, 'text': True}
+  with subprocess.Popen(command, cwd=folder, env=environment, **pipes) as child:
+    try:
+      yield child
+    finally:
+      child.stdin.close()
+
+
+def ask(child: subprocess.Popen, arm: str, calls: int) -> dict[str, object]:
+  """So many updates of an arm in a process; what arm_steps.answers says of them."""
+  child.stdin.write(json.dumps({'arm': arm, 'calls': calls}) + '\n')
+  child.stdin.flush()
+  line = child.stdout.readline()
+  if not line:
+    raise ConfigError(f'the train_step of {arm} failed in a process of its own: see its message above')
+  return json.loads(line)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from mhc_jax.derivatives import with_backward
 from mhc_jax.kernels.attention import splash, triton, why_not
 from mhc_jax.kernels.choice import kernels_for
 from mhc_jax.layers.parts import Output, Visible, linear_of, ones, rms_norm
@@ -56,15 +57,52 @@ def attention(
 def formula(
   q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, mask_BTS: jax.Array, scale: float
 ) -> jax.Array:
-  """softmax(scale q k^T) v, the definition; logits and softmax in float32."""
-  batch, time, heads, head_dim = q_BTHK.shape
+  """softmax(scale q k^T) v, the definition; logits and softmax in float32. (B, T, H, size of a value)."""
+  batch, time, heads, _ = q_BTHK.shape
   groups = k_BSGK.shape[2]
-  wide = jnp.promote_types(q_BTHK.dtype, jnp.float32)
-  q_BTGRK = q_BTHK.reshape(batch, time, groups, heads // groups, head_dim)
-  logits_BGRTS = jnp.einsum('btgrk,bsgk->bgrts', q_BTGRK, k_BSGK, preferred_element_type=wide)
+  q_BGRTK = q_BTHK.reshape(batch, time, groups, heads // groups, -1).transpose(0, 2, 3, 1, 4)
+  k_BGSK, v_BGSK = k_BSGK.swapaxes(1, 2), v_BSGK.swapaxes(1, 2)
+  out_BGRTK = _attend(q_BGRTK, k_BGSK, v_BGSK, mask_BTS, scale)
+  return out_BGRTK.transpose(0, 3, 1, 2, 4).reshape(batch, time, heads, -1)
+
+
+def _attend(q_BGRTK, k_BGSK, v_BGSK, mask_BTS, scale):
+  """With a backward of its own, which passes over the scores three times; autodiff's passes eight times.
+
+  exp(logits - max) is kept, without its division by its sums: what divides outputs of a size of a value does
+  not divide scores.
+  """
+  return _attend_forward(q_BGRTK, k_BGSK, v_BGSK, mask_BTS, scale)[0]
+
+
+def _attend_forward(q_BGRTK, k_BGSK, v_BGSK, mask_BTS, scale):
+  wide = jnp.promote_types(q_BGRTK.dtype, jnp.float32)
+  logits_BGRTS = jnp.einsum('bgrtk,bgsk->bgrts', q_BGRTK, k_BGSK, preferred_element_type=wide)
   logits_BGRTS = jnp.where(mask_BTS[:, None, None], logits_BGRTS * scale, jnp.finfo(wide).min)
-  weights_BGRTS = jax.nn.softmax(logits_BGRTS, -1).astype(v_BSGK.dtype)
-  return jnp.einsum('bgrts,bsgk->btgrk', weights_BGRTS, v_BSGK).reshape(batch, time, heads, -1)
+  powers_BGRTS = jnp.exp(logits_BGRTS - logits_BGRTS.max(-1, keepdims=True))
+  inverse_BGRT1 = 1 / powers_BGRTS.sum(-1, keepdims=True)
+  out_BGRTK = inverse_BGRT1 * jnp.einsum(
+    'bgrts,bgsk->bgrtk', powers_BGRTS.astype(v_BGSK.dtype), v_BGSK, preferred_element_type=wide
+  )
+  return out_BGRTK.astype(v_BGSK.dtype), (q_BGRTK, k_BGSK, v_BGSK, powers_BGRTS, inverse_BGRT1, out_BGRTK)
+
+
+def _attend_backward(scale, saved, g_BGRTK):
+  """The softmax's own gradient sums weights times their gradients: that is out times its gradient."""
+  q_BGRTK, k_BGSK, v_BGSK, powers_BGRTS, inverse_BGRT1, out_BGRTK = saved
+  wide = inverse_BGRT1.dtype
+  divided_BGRTK = (g_BGRTK.astype(wide) * inverse_BGRT1).astype(v_BGSK.dtype)
+  d_v = jnp.einsum('bgrts,bgrtk->bgsk', powers_BGRTS.astype(v_BGSK.dtype), divided_BGRTK)
+  d_weights_BGRTS = jnp.einsum('bgrtk,bgsk->bgrts', g_BGRTK, v_BGSK, preferred_element_type=wide)
+  mean_BGRT1 = jnp.sum(g_BGRTK.astype(wide) * out_BGRTK, -1, keepdims=True)
+  d_logits_BGRTS = powers_BGRTS * ((d_weights_BGRTS - mean_BGRT1) * inverse_BGRT1)
+  d_logits_BGRTS = d_logits_BGRTS.astype(q_BGRTK.dtype)
+  d_q = scale * jnp.einsum('bgrts,bgsk->bgrtk', d_logits_BGRTS, k_BGSK, preferred_element_type=wide)
+  d_k = scale * jnp.einsum('bgrts,bgrtk->bgsk', d_logits_BGRTS, q_BGRTK, preferred_element_type=wide)
+  return d_q.astype(q_BGRTK.dtype), d_k.astype(k_BGSK.dtype), d_v, None
+
+
+_attend = with_backward(_attend, _attend_forward, _attend_backward, (4,))
 
 
 class Attention(nn.Module):
