@@ -6,9 +6,10 @@ its own folder knows it. P = 1 has no axis: how an accelerator trains a run alon
 milliseconds for a dispatch and a batch, would keep it waiting.
 
 A program has a power of two of places, and each computes from its own numbers alone. Members lie there in
-their order, copies of the last fill up what is left. So where a member ends, the others move up, half as many
-places do when half are empty, and what a member computes follows from who is left: a population that is
-killed goes on as it would have, bit for bit.
+their order, copies of the last fill up what is left. So where members end, the others move up, and half as
+many places do when half are empty: at a step that no clock decides, after all that are left were saved. What
+a member computes then follows from who is left and where they stand: a population that is killed goes on as
+it would have, bit for bit.
 """
 
 import dataclasses
@@ -100,7 +101,7 @@ class Population:
     row_bytes = data['batch_size'] * (data['seq_len'] + 1) * train.tokens.itemsize
     self._model, self._optimizer, self._mesh = plan.model, without_traced(plan.optimizer), mesh
     self._compiled, self._train = compiled, train
-    self._most = max(1, min(MOST_UPDATES, _MOST_BYTES // (row_bytes * _places(len(members)))))
+    self._most = max(1, min(MOST_UPDATES, _MOST_BYTES // (row_bytes * places_for(len(members)))))
     self._orders = {m: train_order(train, m.plan.resolved['seed'], data['repeat']) for m in members}
     self._places: list[Any] = []
     self._replicated = NamedSharding(mesh, P())
@@ -108,7 +109,7 @@ class Population:
 
   def keep(self, live: Sequence[Any]) -> bool:
     """Lays out these members in this order; True where that takes programs that were not used before."""
-    places = [*live, *live[-1:] * (_places(len(live)) - len(live))]
+    places = [*live, *live[-1:] * (places_for(len(live)) - len(live))]
     if places == self._places:
       return False
     if self._places:
@@ -147,9 +148,10 @@ class Population:
     return metrics
 
   def _cut(self, member: Any, count: int) -> np.ndarray:
-    rows = member.plan.resolved['data']['batch_size']
-    places, order = range(member.step * rows, (member.step + count) * rows), self._orders[member]
-    return self._train.cut(np.array([order[place] for place in places]).reshape(count, rows))
+    rows, order = member.plan.resolved['data']['batch_size'], self._orders[member]
+    every = member.plan.num_steps * rows  # a diverged member may go on to compute beyond its end
+    order_KB = [order[place % every] for place in range(member.step * rows, (member.step + count) * rows)]
+    return self._train.cut(np.array(order_KB).reshape(count, rows))
 
   def took(self, seconds: float) -> None:
     """How long an update takes: dispatches shall not keep whoever stops the run waiting."""
@@ -181,7 +183,7 @@ class Population:
     return of_member
 
 
-def _places(members: int) -> int:
+def places_for(members: int) -> int:
   """The power of two that holds them."""
   return 1 << (members - 1).bit_length()
 
