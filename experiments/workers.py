@@ -89,6 +89,10 @@ def _run_members(
     lost = isinstance(error, LeaseLostError)
     state = 'lost' if lost else 'busy' if isinstance(error, BusyError) else 'failed'
     found = [{'state': state, 'error': f'{type(error).__name__}: {error}'} for _ in ids]
+  if len(configs) > 1 and any('RESOURCE_EXHAUSTED' in (status.get('error') or '') for status in found):
+    say(f'{len(configs)} runs side by side need more memory than is here: now half as many')
+    half = len(configs) // 2
+    return [end for c in (configs[:half], configs[half:]) for end in _run_members(c, folder, quiet, options)]
   for run_id, status in zip(ids, found, strict=True):
     if status['state'] in ('busy', 'lost', 'failed'):
       say(f'{run_id} {status["state"]}: {status["error"]}')

@@ -154,7 +154,7 @@ class Checkpoints:
     self._remove(self.steps()[:-1])
 
   def restore_latest(
-    self, abstract_state: PyTree, only_part: bool = False
+    self, abstract_state: PyTree, only_part: bool = False, at_most: int | None = None
   ) -> tuple[int, PyTree, dict[str, Any]] | None:
     """The newest undamaged checkpoint as (step, state, extra); None if nothing was ever saved.
 
@@ -162,11 +162,15 @@ class Checkpoints:
     sharding: the first local device); any mesh will do, not only the one that saved. With
     `only_part` it may leave out subtrees, e.g. {'params': ...}, which are then not read.
 
+    at_most: later steps are deleted first, for a run that is to go on from an earlier one.
+
     Warns on stderr, one line each, for damaged steps; the next `save` removes them. With `only_part` a
     training may write at the same time: a step that it deletes meanwhile is not damaged. Raises
     CheckpointError if all are damaged, and ConfigError if the state is of another structure.
     """
     self.wait()
+    if at_most is not None:
+      self._remove([step for step in self.steps() if step > at_most])
     for _ in range(100):  # more often than steps can vanish while they are read
       steps = self.steps()
       found, refused = self._newest_undamaged(steps, abstract_state, only_part)

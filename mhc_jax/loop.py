@@ -26,7 +26,7 @@ from mhc_jax.evaluate import mean_loss
 from mhc_jax.lease import LeaseLostError
 from mhc_jax.log import Progress
 from mhc_jax.plan import Run
-from mhc_jax.population import Population
+from mhc_jax.population import Population, places_for
 from mhc_jax.recorder import Position, Recorder
 from mhc_jax.run_folder import ENDED
 from mhc_jax.train_step import Batch, Programs, TrainState, hparams_of
@@ -52,6 +52,7 @@ class Member:
   lock: contextlib.ExitStack  # let go after the last word in status.json
   goes_on: bool = False  # though it was called diverged
   step: int = 0  # the last update that was dispatched; at.step: that was looked at
+  diverged: bool = False  # and still to be ended
   checkpoints: Checkpoints | None = None
   files: contextlib.ExitStack = dataclasses.field(default_factory=contextlib.ExitStack)
   status: dict[str, Any] | None = None  # once it has ended here
@@ -164,9 +165,10 @@ def loop(
   sent = None
   fresh = _begin(members, updates, compiled, data)
   clock = time.monotonic()
-  while live := _live(members):
+  while running := _running(members):
+    live = _live(members)
     fresh |= updates.keep(live)  # nothing is under way where it is others than before
-    count = 1 if fresh else min(updates.most, *(member.plan.until_due(member.step) for member in live))
+    count = 1 if fresh else min(updates.most, *(member.plan.until_due(member.step) for member in running))
     before = [member.step for member in live]
     now_sent = _Dispatch(live, before, count, updates.advance(count), fresh)
     for member in live:
@@ -176,27 +178,28 @@ def loop(
       fresh, clock = False, time.monotonic()
     if sent:
       clock = _look(sent, updates, clock)
-    sent, left = now_sent, _live(live)
-    stop = bool(left) and stops_at(
-      max(member.step for member in left)
-    )  # once: a signal may come at any moment
-    wanted = stop or any(member.plan.due(member.step) - {'log'} for member in left)
-    if wanted or len(left) < len(live):
-      clock = _look(sent, updates, clock, _measure(updates, compiled, data) if wanted else None)
-      sent = None
-    if wanted:
-      for member in _live(left):
-        with alone(member):
-          _save_or_end(member, updates, stop)
-      clock = time.monotonic()  # evaluation and saving are not training time
+    sent, running = now_sent, _running(live)
+    # Asked once: a signal may come at any moment.
+    stop = bool(running) and stops_at(max(member.step for member in running))
+    if stop or any(member.plan.due(member.step) - {'log'} for member in running):
+      _look(sent, updates, clock, _measure(updates, compiled, data))
+      _save_and_end(live, updates, stop)
+      sent, clock = None, time.monotonic()  # evaluation and saving are not training time
     if progress:
       done = [member.at for member in members]
       losses = [at.final['train/loss'] for at in done if 'train/loss' in at.final]
       progress.update(sum(at.step for at in done), statistics.fmean(losses or [math.nan]), None)
+  for member in _live(members):
+    with alone(member):
+      member.end('diverged')
 
 
 def _live(members: list[Member]) -> list[Member]:
   return [member for member in members if member.status is None]
+
+
+def _running(members: list[Member]) -> list[Member]:
+  return [member for member in _live(members) if not member.diverged]
 
 
 def _begin(members: list[Member], updates: Single | Population, compiled: Programs, data: Data) -> bool:
@@ -230,25 +233,39 @@ def _look(
   if not sent.fresh:
     updates.took(seconds)
   for place, (member, before) in enumerate(zip(sent.members, sent.before, strict=True)):
-    if member.status is not None:
+    if member.status is not None or member.diverged:
       continue
     with alone(member):
       for k in range(sent.count):
         then = functools.partial(measure, member) if measure and k == sent.count - 1 else None
         share = seconds / len(sent.members)
         if member.record.update(member.at, before + k + 1, rows[k][place], then, share):
-          member.end('diverged')
+          member.diverged = True
           break
   return clock if sent.fresh else now
 
 
-def _save_or_end(member: Member, updates: Single | Population, stop: bool) -> None:
-  """What follows the row of an update whose state was wanted by somebody."""
-  last = member.step == member.plan.num_steps
-  if stop or 'checkpoint' in member.plan.due(member.step):
-    member.record.save(member.at, updates.state(member), member.checkpoints)
-  if last or stop:
-    member.end('finished' if last else 'interrupted')
+def _save_and_end(live: list[Member], updates: Single | Population, stop: bool) -> None:
+  """What follows the rows of an update whose state was wanted by somebody.
+
+  Where fewer places will do for those that are left, they are saved before anybody ends: the same places then
+  hold the same members after a kill.
+  """
+  left = [member for member in _running(live) if not (stop or member.step == member.plan.num_steps)]
+  fewer = bool(left) and places_for(len(left)) < places_for(len(live))
+  for member in _running(live):
+    with alone(member):
+      if stop or fewer or 'checkpoint' in member.plan.due(member.step):
+        member.record.save(member.at, updates.state(member), member.checkpoints)
+  for member in left if fewer else ():
+    with alone(member):
+      member.checkpoints.wait()
+  for member in _live(live):
+    with alone(member):
+      if member.diverged or member.step == member.plan.num_steps:
+        member.end('diverged' if member.diverged else 'finished')
+      elif stop:
+        member.end('interrupted')
 
 
 def _measure(

@@ -6,9 +6,10 @@ its own folder knows it. P = 1 has no axis: how an accelerator trains a run alon
 milliseconds for a dispatch and a batch, would keep it waiting.
 
 A program has a power of two of places, and each computes from its own numbers alone. Members lie there in
-their order, copies of the last fill up what is left. So where a member ends, the others move up, half as many
-places do when half are empty, and what a member computes follows from who is left: a population that is
-killed goes on as it would have, bit for bit.
+their order, copies of the last fill up what is left. So where members end, the others move up, and half as
+many places do when half are empty: at a step that no clock decides, after all that are left were saved. What
+a member computes then follows from who is left and where they stand: a population that is killed goes on as
+it would have, bit for bit.
 """
 
 import dataclasses
@@ -100,7 +101,7 @@ class Population:
     row_bytes = data['batch_size'] * (data['seq_len'] + 1) * train.tokens.itemsize
     self._model, self._optimizer, self._mesh = plan.model, without_traced(plan.optimizer), mesh
     self._compiled, self._train = compiled, train
-    self._most = max(1, min(MOST_UPDATES, _MOST_BYTES // (row_bytes * _places(len(members)))))
+    self._most = max(1, min(MOST_UPDATES, _MOST_BYTES // (row_bytes * places_for(len(members)))))
     self._orders = {m: train_order(train, m.plan.resolved['seed'], data['repeat']) for m in members}
     self._places: list[Any] = []
     self._replicated = NamedSharding(mesh, P())
@@ -108,29 +109,32 @@ class Population:
 
   def keep(self, live: Sequence[Any]) -> bool:
     """Lays out these members in this order; True where that takes programs that were not used before."""
-    places = [*live, *live[-1:] * (_places(len(live)) - len(live))]
+    places = [*live, *live[-1:] * (places_for(len(live)) - len(live))]
     if places == self._places:
       return False
     if self._places:
-      slots = np.array([self._places.index(member) for member in places])
-      self._state = _rearranged(self._state, slots)
+      slots = [self._places.index(member) for member in places]
+      self._state = _rearranged(self._state, slots[0] if len(slots) == 1 else np.array(slots))
     else:
-      states = [jax.device_get(member.at.state) for member in live]
-      states += states[-1:] * (len(places) - len(live))
-      self._state = jax.tree.map(lambda *leaves: np.stack(leaves), *states)
+      self._state = self._stacked([member.at.state for member in places])
       for member in live:
         member.at.state = None  # it is here
-    self._state = jax.device_put(self._state, self._replicated)
-    hparams = [hparams_of(m.plan.optimizer, m.plan.num_steps) for m in places]
-    hparams = jax.tree.map(lambda *leaves: np.stack(leaves), *hparams)
-    self._hparams = jax.device_put(hparams, self._replicated)
+    self._hparams = self._stacked([hparams_of(m.plan.optimizer, m.plan.num_steps) for m in places])
     changed, self._places = len(places) != len(self._places), places
     same = self._model, self._optimizer, self._mesh, self._train.bos, self._train.cross_documents
     self._of_size = member_programs(*same, len(places), self._most)
     return changed
 
+  def _stacked(self, trees: list[Any]) -> Any:
+    """On the device; by way of the host, so that it never holds all twice."""
+    if len(trees) == 1:
+      return jax.device_put(trees[0], self._replicated)
+    distinct = {id(tree): jax.device_get(tree) for tree in trees}
+    trees = [distinct[id(tree)] for tree in trees]
+    return jax.device_put(jax.tree.map(lambda *leaves: np.stack(leaves), *trees), self._replicated)
+
   def advance(self, count: int) -> dict[str, jax.Array]:
-    """Dispatches that many updates of every member; their metrics, the first `count` of (K, P, ...)."""
+    """Dispatches that many updates of every member; their metrics, of which the first `count` of K count."""
     cut: dict[tuple[int, int], np.ndarray] = {}  # members of one seed see the same
     first = self._cut(self._places[0], count)
     window_KPBS = np.zeros((self._most, len(self._places), *first.shape[1:]), first.dtype)
@@ -139,27 +143,32 @@ class Population:
       if key not in cut:
         cut[key] = self._cut(member, count) if place else first
       window_KPBS[:count, place] = cut[key]
-    window_KPBS = jax.device_put(window_KPBS, self._replicated)
-    self._state, metrics = self._of_size.advance(self._state, window_KPBS, self._hparams, np.int32(count))
+    window = jax.device_put(window_KPBS if len(self._places) > 1 else window_KPBS[:, 0], self._replicated)
+    self._state, metrics = self._of_size.advance(self._state, window, self._hparams, np.int32(count))
     return metrics
 
   def _cut(self, member: Any, count: int) -> np.ndarray:
-    rows = member.plan.resolved['data']['batch_size']
-    places, order = range(member.step * rows, (member.step + count) * rows), self._orders[member]
-    return self._train.cut(np.array([order[place] for place in places]).reshape(count, rows))
+    rows, order = member.plan.resolved['data']['batch_size'], self._orders[member]
+    every = member.plan.num_steps * rows  # a diverged member may go on to compute beyond its end
+    order_KB = [order[place % every] for place in range(member.step * rows, (member.step + count) * rows)]
+    return self._train.cut(np.array(order_KB).reshape(count, rows))
 
   def took(self, seconds: float) -> None:
     """How long an update takes: dispatches shall not keep whoever stops the run waiting."""
     self.most = max(1, min(self._most, int(_SECONDS / max(seconds, 1e-9))))
 
   def fetch(self, metrics: dict[str, jax.Array], count: int) -> list[list[dict[str, np.ndarray]]]:
-    """Of each update, of each place: its metrics."""
+    """Of each update, of each place as it was then: its metrics."""
     values = jax.device_get(metrics)
-    places = range(len(next(iter(values.values()))[0]))
+    if values['loss'].ndim == 1:
+      values = {name: x[:, None] for name, x in values.items()}
+    places = range(values['loss'].shape[1])
     return [[{name: x[k, place] for name, x in values.items()} for place in places] for k in range(count)]
 
   def state(self, member: Any) -> TrainState:
     """The member's, as it has it alone."""
+    if len(self._places) == 1:
+      return self._state
     return self._of_size.take(self._state, self._places.index(member))
 
   def sums(self, validation: list[Batch]) -> Callable[[Any], tuple[list[tuple[Any, Any]], Any]]:
@@ -169,18 +178,19 @@ class Population:
 
     def of_member(member: Any) -> tuple[list[tuple[Any, Any]], Any]:
       place = self._places.index(member)
-      return [(total[place], count[place]) for total, count in found], None
+      return [tuple(np.reshape(x, -1)[place] for x in pair) for pair in found], None
 
     return of_member
 
 
-def _places(members: int) -> int:
+def places_for(members: int) -> int:
   """The power of two that holds them."""
   return 1 << (members - 1).bit_length()
 
 
 @jax.jit
 def _rearranged(state: TrainState, slots: jax.Array) -> TrainState:
+  """Of stacked members, these; one alone without the axis."""
   return jax.tree.map(lambda x: x[slots], state)
 
 
@@ -196,17 +206,19 @@ def member_programs(
 ) -> MemberPrograms:
   """The jitted functions of so many places, that do up to `most` updates a dispatch."""
   step = member_step(model, optimizer, mesh, places)
-  evaluate = _over_members(functools.partial(evaluate_sums, model=model, mesh=mesh), (0, None), places)
+  evaluate = functools.partial(evaluate_sums, model=model, mesh=mesh)
+  if places > 1:
+    evaluate = jax.vmap(evaluate, (0, None))
 
-  def advance(state: TrainState, window_KPBS: jax.Array, hparams: dict[str, jax.Array], count: jax.Array):
+  def advance(state: TrainState, window_KXS: jax.Array, hparams: dict[str, jax.Array], count: jax.Array):
     """`count` updates: as an array, so that one program does any number, the same way."""
 
     def update(k, carry):
       state, metrics = carry
-      state, now = step(state, as_batch(window_KPBS[k], bos, cross_documents, jnp), hparams)
+      state, now = step(state, as_batch(window_KXS[k], bos, cross_documents, jnp), hparams)
       return state, jax.tree.map(lambda every, one: every.at[k].set(one), metrics, now)
 
-    batch = jax.eval_shape(lambda x: as_batch(x[0], bos, cross_documents, jnp), window_KPBS)
+    batch = jax.eval_shape(lambda x: as_batch(x[0], bos, cross_documents, jnp), window_KXS)
     shapes = jax.eval_shape(step, state, batch, hparams)[1]
     metrics = jax.tree.map(lambda x: jnp.zeros((most, *x.shape), x.dtype), shapes)
     return lax.fori_loop(0, count, update, (state, metrics))
@@ -220,19 +232,6 @@ def member_programs(
 
 
 def member_step(model: ModelConfig, optimizer: OptimizerConfig, mesh: Mesh, places: int) -> Callable:
-  """train_step of so many members: state, batch and hparams with a leading axis."""
+  """train_step of so many members: all that it takes and gives with a leading axis, but for one alone."""
   step = functools.partial(train_step, model=model, optimizer=optimizer, mesh=mesh)
-  return _over_members(step, (0, 0, 0), places)
-
-
-def _over_members(function: Callable, axes: tuple[int | None, ...], places: int) -> Callable:
-  """jax.vmap; for one place without the axis inside, so that it is the program of a run alone."""
-  if places > 1:
-    return jax.vmap(function, axes)
-
-  def run(*arguments):
-    pairs = zip(arguments, axes, strict=True)
-    inner = [x if axis is None else jax.tree.map(lambda leaf: leaf[0], x) for x, axis in pairs]
-    return jax.tree.map(lambda leaf: leaf[None], function(*inner))
-
-  return run
+  return step if places == 1 else jax.vmap(step)

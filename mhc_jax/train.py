@@ -197,10 +197,11 @@ def _train(
     if line := left_out(first.resolved, mesh):
       say(line)
   compiled = programs(members[0].plan.model, members[0].plan.optimizer, mesh)
+  common = _common_step(members) if len(members) > 1 else None
   for member in members:
     member.record.population = max(member.record.population, len(members))
     with alone(member):
-      _open(member, compiled, quiet or len(members) > 1)
+      _open(member, compiled, common, quiet or len(members) > 1)
   opened = [member for member in members if member.status is None]
   if not opened:
     return
@@ -216,13 +217,25 @@ def _train(
   loop(opened, updates, compiled, data, stops_at, progress)
 
 
-def _open(member: Member, compiled: Programs, quiet: bool) -> None:
-  """Restores a member's state, or makes its first, and opens its files."""
+def _common_step(members: list[Member]) -> int | None:
+  """The newest step that all have saved as their last or the one before: a kill comes between checkpoints.
+
+  From there they go on side by side, as they would have; without one, each goes on from its own.
+  """
+  found = []
+  for member in members:
+    with contextlib.suppress(ConfigError, OSError):  # whoever cannot be read says so when it is opened
+      found.append(set(Checkpoints(os.path.join(member.workdir, 'checkpoints')).steps()[-2:]))
+  return max(set.intersection(*found), default=None) if len(found) == len(members) else None
+
+
+def _open(member: Member, compiled: Programs, at_most: int | None, quiet: bool) -> None:
+  """Restores a member's state, that of a step if one is given, or makes its first, and opens its files."""
   c, at = member.plan.resolved, member.at
   folder = os.path.join(member.workdir, 'checkpoints')
   keep = c['checkpoint']['keep']
   member.checkpoints = member.files.enter_context(Checkpoints(folder, keep, member.record.held))
-  saved = member.checkpoints.restore_latest(compiled.abstract)
+  saved = member.checkpoints.restore_latest(compiled.abstract, at_most=at_most)
   at.step, at.state, extra = saved or (0, compiled.init(jax.random.key(c['seed'])), {})
   for name, value in extra.items():
     setattr(at, name, value)

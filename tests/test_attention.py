@@ -116,6 +116,7 @@ def test_when_the_formula_is_used():
   assert why_formula(model(), None, 256) is None
   assert why_formula(model(kernels='auto'), None, 256) == 'model.kernels chooses it here'  # on CPU
   assert why_formula(model(), None, 200) == 'sequences of 200 tokens, not a multiple of 128'
+  assert why_formula(model(), None, 128).startswith('sequences of 128 tokens, whose')
   assert why_formula(model(dtype='float64'), None, 256) == 'the kernels know no float64'
   seen = visible(jnp.zeros((1, 256), jnp.int32), model(), None)
   assert seen.mask_BTS is None
@@ -157,9 +158,9 @@ def kernels_in(jaxpr):
 @pytest.mark.parametrize(('remat', 'forwards'), [('none', 1), ('layer', 2), ('products', 1)])
 def test_recomputation_that_keeps_products_keeps_what_attention_needs(remat, forwards):
   config = model(remat=remat)
-  tokens = jnp.zeros((1, 128), jnp.int32)
+  tokens = jnp.zeros((1, 256), jnp.int32)
   params = jax.eval_shape(Transformer(config).init, jax.random.key(0), tokens, tokens)['params']
-  batch = dict.fromkeys(('inputs', 'targets', 'segments'), tokens) | {'weights': jnp.ones((1, 128))}
+  batch = dict.fromkeys(('inputs', 'targets', 'segments'), tokens) | {'weights': jnp.ones((1, 256))}
   traced = jax.jit(jax.grad(lambda params: loss_fn(params, batch, config)[0])).trace(params)
   names = kernels_in(traced.jaxpr.jaxpr)
   assert sum('fwd' in name for name in names) == forwards, names

@@ -142,7 +142,7 @@ def test_device_skips_what_it_has_no_time_for_and_goes_on_after_an_error(run, mo
     device_parts.Part(name, build) for name, build in zip(names, (broken, lambda: int, int), strict=True)
   ]
   monkeypatch.setattr(device, 'limits', lambda sizes: parts)
-  for name in ('attentions', 'boundaries', 'steps', 'constraints'):
+  for name in ('attentions', 'boundaries', 'steps', 'populations', 'constraints'):
     monkeypatch.setattr(device, name, lambda *_: ())
   monkeypatch.setattr(device.time, 'monotonic', lambda: next(now))
   failed, done, late = run('device', '--small', '--minutes', '2', '--out', str(tmp_path))['rows']

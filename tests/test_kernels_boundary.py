@@ -137,6 +137,19 @@ def test_values_and_gradients_are_the_definitions(case, platform):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('platform', ['tpu', 'gpu'])
+def test_members_of_a_population_share_the_kernels(platform):
+  """vmap: each member has streams and parameters of its own. Tolerance as above."""
+  spec, _ = spec_of('three streams')
+  members = jax.tree.map(lambda x: jnp.stack([x, 0.5 * x]), inputs('three streams'))
+  kernel = functools.partial(by_kernels, spec, Chip(platform, interpret=True))
+  definition = functools.partial(by_definition, spec)
+  found, truth = (values_and_gradients(jax.vmap(f), members) for f in (kernel, definition))
+  for one, other in zip(jax.tree.leaves(truth), jax.tree.leaves(found), strict=True):
+    np.testing.assert_allclose(other, one, rtol=0, atol=1e-5 * np.abs(one).max() + 1e-30)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('platform', ['tpu', 'gpu'])
 def test_bfloat16_is_no_worse_than_the_definition(platform):
   """Against float32 arithmetic on the same bfloat16 inputs; each array's norm of the error."""
   case = 'no mixing'

@@ -237,6 +237,23 @@ def test_what_is_called_diverged_goes_on_where_that_is_asked_for(undisturbed, tm
   assert status['continued_diverged'] and status['step'] > undisturbed[1][3]['diverged_at']
 
 
+def test_members_that_do_not_fit_beside_each_other_train_in_halves(monkeypatch, tmp_path, capsys):
+  tried = []
+
+  def short_of_memory(configs, *_, **__):
+    tried.append(len(configs))
+    error = 'JaxRuntimeError: RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes'
+    return [
+      {'state': 'failed', 'error': error} if len(configs) > 2 else {'state': 'finished'} for _ in configs
+    ]
+
+  monkeypatch.setattr(workers, 'corpus_of', lambda *_: corpus())
+  monkeypatch.setattr(train, 'run_population', short_of_memory)
+  ended = workers.run_group([config(seed=i) for i in range(4)], str(tmp_path), True, population='4')
+  assert tried == [4, 2, 2] and [state for _, state in ended] == ['finished'] * 4
+  assert 'half as many' in capsys.readouterr().err
+
+
 def test_members_are_alike_and_as_many_as_fit(monkeypatch, tmp_path):
   configs = [config(seed=i, duration__steps=10 + i) for i in range(5)] + [config(model__width=32)]
   monkeypatch.setattr(workers, 'corpus_of', lambda *_: corpus())

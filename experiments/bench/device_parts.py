@@ -247,14 +247,18 @@ def _population(c, members: int, updates: int) -> Callable[[], Any]:
   model, optimizer, mesh = build_model(c), without_traced(build_optimizer(c)), make_mesh({})
   together = member_programs(model, optimizer, mesh, BYTES.bos, True, members, updates)
   init = functools.partial(init_state, model=model, optimizer=optimizer)
-  state = jax.jit(jax.vmap(init))(jax.random.split(jax.random.key(0), members))
   shape = updates, members, c.data.batch_size, c.data.seq_len + 1
   window_KPBS = jax.random.randint(jax.random.key(1), shape, 0, BYTES.bos)
-  hparams = {name: jnp.full(members, value) for name, value in hparams_of(build_optimizer(c), 1000).items()}
+  hparams = jax.tree.map(jnp.asarray, hparams_of(build_optimizer(c), 1000))
+  if members == 1:
+    state, window = jax.jit(init)(jax.random.key(0)), window_KPBS[:, 0]
+  else:
+    state, window = jax.jit(jax.vmap(init))(jax.random.split(jax.random.key(0), members)), window_KPBS
+    hparams = {name: jnp.full(members, value) for name, value in hparams.items()}
 
   def run() -> Any:
     nonlocal state
-    state, metrics = together.advance(state, window_KPBS, hparams, jnp.int32(updates))
+    state, metrics = together.advance(state, window, hparams, jnp.int32(updates))
     return metrics
 
   return run

@@ -67,11 +67,12 @@ SLICES = {
     'v6e': ('v6e:16x16', ('mesh.data=1', 'optimizer.microbatches=2', 'model.remat=layer')),
   },
 }
-# What else the page shows: the options of `mhc compile --kernels`, `--connection` and `--small`.
+# What else the page shows: the options of `mhc compile --kernels`, `--connection`, `--small`, `--population`.
 TABLES = {
   'kernels-v5p': {'topology': 'v5p:2x2x1'},
   'connection-v5p': {'topology': 'v5p:2x2x1', 'connection': 'mhc'},
   'small-v5e': {'topology': 'v5e:2x2', 'small': True},
+  'population-v5e': {'topology': 'v5e:2x2', 'population': True},
 }
 STREAMS_AT = 'paper_9b'  # n = 2 and 8 besides 4, on v5p
 

@@ -35,7 +35,7 @@ def steps(device: jax.Device) -> Iterator[tuple[str, Callable]]:
 
 def name(arm: str, width: int, members: int) -> str:
   """Of a step, in the table's data."""
-  return f'{arm} {width} x{members}'
+  return f'{members} x {arm} {width}'
 
 
 def _lowered(arm: str, width: int, members: int, device: jax.Device) -> Any:
@@ -43,7 +43,8 @@ def _lowered(arm: str, width: int, members: int, device: jax.Device) -> Any:
   model, optimizer = build_model(config), without_traced(build_optimizer(config))
 
   def stacked(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((members, *leaf.shape), leaf.dtype, sharding=NamedSharding(mesh, P()))
+    shape = leaf.shape if members == 1 else (members, *leaf.shape)
+    return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=NamedSharding(mesh, P()))
 
   batch, hparams = abstract_inputs(config, mesh)
   arguments = jax.tree.map(stacked, (programs(model, optimizer, mesh).abstract, batch, hparams))
@@ -51,17 +52,20 @@ def _lowered(arm: str, width: int, members: int, device: jax.Device) -> Any:
 
 
 def table(programs: dict[str, dict[str, Any]], clock: float) -> list[list[str]]:
-  """Rows of (arm, width, microseconds of a member and update for each number of members, gain of the best).
+  """Rows of (arm, width, microseconds of a member and update for each number of members, gain).
 
-  programs: name -> kernels.compiled_program; clock in GHz. The time is that of the compiler's cycles; the
-  gain is over one member, whose process has the chip to itself: a chip of this kind has one at a time.
+  programs: name -> kernels.compiled_program; clock in GHz. The time is that of the compiler's cycles; '-'
+  where a step is not compiled. The gain is in members per second, of the best number of them over one: the
+  chip takes one process at a time.
   """
   rows = []
   for arm in ARMS:
     for width in WIDTHS:
       found = [programs.get(name(arm, width, members), {}).get('cycles', np.nan) for members in MEMBERS]
       us = np.array(found) / clock / 1e3 / MEMBERS
-      best = int(np.nanargmin(us)) if np.isfinite(us).any() else 0
-      gain = f'{us[0] / us[best]:.1f} (P = {MEMBERS[best]})' if np.isfinite(us[0]) else ''
-      rows.append([arm, str(width), *(f'{value:.0f}' if np.isfinite(value) else '-' for value in us), gain])
+      shown, gain = ['-' if np.isnan(value) else f'{value:.0f}' for value in us], ''
+      if np.isfinite(us).sum() > 1 and np.isfinite(us[0]):
+        best = int(np.nanargmin(us))
+        gain = f'{us[0] / us[best]:.2f} x at P = {MEMBERS[best]}'
+      rows.append([arm, str(width), *shown, gain])
   return rows

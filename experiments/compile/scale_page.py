@@ -8,9 +8,10 @@ import json
 import pathlib
 from typing import Any
 
+from . import population
 from .chips import CHIPS
 from .kernels import CLOCKS
-from .scale_words import HEAD, LIMITS, PEERS, SMALL, TABLES_HEAD
+from .scale_words import HEAD, LIMITS, PEERS, POPULATION, SMALL, TABLES_HEAD
 from .step_time import GIB
 
 Report = dict[str, Any]
@@ -43,7 +44,10 @@ def page(
     lines += ['', f'Not compiled yet by this rule, and not shown: {", ".join(missing)}.']
   lines += [LIMITS, *changes(pairs), PEERS]
   for name, table in tables.items():
-    lines += small(table) if table['options']['small'] else kernels(name, table)
+    if table['options'].get('population'):  # older tables do not have it
+      lines += populations(table)
+    else:
+      lines += small(table) if table['options']['small'] else kernels(name, table)
   for name, report in detailed.items():
     lines += costliest(name, report)
   return '\n'.join(lines) + '\n'
@@ -135,6 +139,14 @@ def small(table: Report) -> list[str]:
   cycles = {name: found['cycles'] for name, found in table['programs'].items()}
   lines = ['', SMALL, '', _line('arm', 'cycles', 'over residual'), '|---|---|---|']
   return [*lines, *(_line(arm, f'{n:.3g}', f'{n / cycles["residual"]:.2f}') for arm, n in cycles.items())]
+
+
+def populations(table: Report) -> list[str]:
+  """Microseconds of a member and update, by how many members there are."""
+  columns = ('arm', 'width', *(f'P = {members}' for members in population.MEMBERS), 'members per second')
+  clock = CLOCKS[table['options']['topology'].partition(':')[0]]
+  rows = population.table(table['programs'], clock)
+  return ['', POPULATION, '', _line(*columns), '|---' * len(columns) + '|', *(_line(*row) for row in rows)]
 
 
 def costliest(name: str, report: Report) -> list[str]:
