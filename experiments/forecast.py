@@ -21,7 +21,7 @@ import numpy as np
 from mhc_jax.cost import train_flops_per_token
 from mhc_jax.model import Transformer
 from mhc_jax.model_config import ModelConfig
-from mhc_jax.paths import expand
+from mhc_jax.paths import cache_folder
 from mhc_jax.plan import Run, warnings_of
 from mhc_jax.run_folder import is_number, load_json
 from mhc_jax.sharding import find_devices
@@ -42,6 +42,7 @@ class Speed:
   flops: float
   shape_seconds: float | None
   source: str
+  seconds: float = 0.0  # of training that it was measured over
 
 
 def speed_of(planned: list[Run], folder: str) -> Speed:
@@ -70,19 +71,21 @@ def measured(planned: list[Run], folder: str) -> Speed | None:
   # A copied folder has lost its times, a resumed run has trained longer than since it was taken.
   known = [other for _, other in besides.values() if other > 0]
   source = f'measured on {runs} finished run{"s" * (runs > 1)} of this folder'
-  return Speed(flops / seconds, statistics.median(known) if known else None, source)
+  return Speed(flops / seconds, statistics.median(known) if known else None, source, seconds)
 
 
 def _cache() -> str:
   """The file of this machine's rates; a home folder may be several machines'."""
-  folder = os.environ.get('XDG_CACHE_HOME') or expand('~/.cache')
-  return os.path.join(folder, 'mhc_jax', f'speed-{platform.node()}.json')
+  return os.path.join(cache_folder(), f'speed-{platform.node()}.json')
 
 
 def remember(planned: list[Run], folder: str) -> None:
-  """Keeps what a sweep's finished runs showed, for plans that have none; failing is no matter."""
+  """Keeps what a sweep's finished runs showed, for plans that have none; failing is no matter.
+
+  Not of less than a minute of training: so short ones are all overhead.
+  """
   found = measured(planned, folder)
-  if found is not None:
+  if found is not None and found.seconds > 60:
     device = read_status(os.path.join(folder, planned[0].run_id)).get('device_kind')
     kept, _ = load_json(_cache())
     rate = {'flops_per_second': found.flops, 'shape_seconds': found.shape_seconds}

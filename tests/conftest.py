@@ -15,10 +15,10 @@ if importlib.metadata.version('jaxlib').startswith('0.10.'):  # newer ones end a
   FLAGS = (*FLAGS, '--xla_cpu_use_fusion_emitters=false')  # a fifth of the time
 os.environ['XLA_FLAGS'] = ' '.join((os.environ.get('XLA_FLAGS', ''), *FLAGS)).strip()
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+CACHE = pathlib.Path(__file__).parents[1] / '.pytest_cache'
+os.environ['XDG_CACHE_HOME'] = str(CACHE)  # not the user's
 # Tests in other processes, and the next time, find what one has compiled.
-os.environ.setdefault(
-  'JAX_COMPILATION_CACHE_DIR', str(pathlib.Path(__file__).parents[1] / '.pytest_cache/jax')
-)
+os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(CACHE / 'jax'))
 os.environ.setdefault('JAX_COMPILATION_CACHE_MAX_SIZE', '-1')
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.3')
 

@@ -10,7 +10,7 @@ from experiments import forecast, planning, sweep
 from mhc_jax.config_file import parse
 from mhc_jax.plan import resolve
 
-FLOPS = 3e9  # per second, of the written runs
+FLOPS = 1e7  # so slow that the runs take minutes: less is not remembered
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +48,8 @@ def test_finished_runs_of_the_folder_come_first_then_the_last_sweep_then_a_calib
   found = forecast.speed_of(planned, str(here))
   assert found.flops == pytest.approx(FLOPS) and found.shape_seconds == pytest.approx(12, abs=1e-3)
   assert found.source == 'measured on 2 finished runs of this folder'
+  forecast.remember(planned[:1], str(other))
+  assert forecast.speed_of(planned, str(other)).source == 'timed now', 'nothing has run there'
   forecast.remember(planned[:2], str(here))
   found = forecast.speed_of(planned, str(other))
   assert found.flops == pytest.approx(FLOPS) and 'last sweep on this machine' in found.source
