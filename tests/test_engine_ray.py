@@ -25,9 +25,11 @@ from experiments import planning, sweep
 from mhc_jax.command import end_with_message
 from tests.campaign.tiny import Tiny
 tiny = Tiny(Path(sys.argv[1]))
-long = 'duration.steps={STEPS}', 'checkpoint.every_steps=100', 'evaluation.every_steps=500', 'data.repeat=True'
+long = 'duration.steps={STEPS}', 'evaluation.every_steps=500', 'data.repeat=True'
 shapes = ('seed=0', 'data.batch_size=8'), ('seed=1', 'data.batch_size=8'), ('seed=2', 'data.batch_size=4')
-planning.EXPERIMENTS['claims'] = lambda _: [tiny.config(*long, *fields) for fields in shapes]
+planning.EXPERIMENTS['claims'] = lambda _: [
+  tiny.config(*long, 'checkpoint.every_steps=100', *fields) for fields in shapes
+]
 if __name__ == '__main__':
   sys.exit(end_with_message(lambda: sweep.main(['claims', '--out', *sys.argv[2:]])))
 """
