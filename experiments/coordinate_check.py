@@ -46,7 +46,7 @@ TOKENS = np.random.default_rng(0).integers(0, VOCAB, (B, T + 1)).astype(np.int32
 
 def _loss_and_sizes(params: Any, model: Any) -> tuple[jax.Array, tuple[jax.Array, list[jax.Array]]]:
   inputs = (TOKENS[:, :-1], np.zeros((B, T), np.int32))
-  logits_BTV, records = Transformer(model).apply({'params': params}, *inputs, record=True)
+  logits_BTV, records = Transformer(model).apply({'params': params}, *inputs, record=B)
   total, count = loss_sums(logits_BTV, TOKENS[:, 1:], jnp.ones((B, T)))
   squares = [jnp.einsum('nnbt->nbt', record['gram_NMBT'][-1]) / model.width for record in records]
   return total / count, (logits_BTV, [jnp.sqrt(square).mean() for square in squares])

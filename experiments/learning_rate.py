@@ -24,7 +24,7 @@ def runs(arg: str | None = None) -> list[ConfigDict]:
   for size, arm, lr, seed in itertools.product(SIZES, protocol.LEARNING_RATES, GRID, SEEDS):
     c = quick.config(arm, *size, seed)
     c.optimizer.lr = lr
-    c.duration.tokens_per_param, c.duration.tokens = None, TOKENS
+    c.duration.steps, c.duration.tokens = None, TOKENS
     c.log.diagnostics_every_steps = None
     planned.append(c)
   return planned

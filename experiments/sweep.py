@@ -23,7 +23,7 @@ import sys
 import jax
 from ml_collections import ConfigDict
 
-from mhc_jax import storage
+from mhc_jax import runtime, storage
 from mhc_jax.command import end_with_message
 from mhc_jax.errors import FULL_DISK, ConfigError, require
 from mhc_jax.log import say
@@ -145,6 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     metavar='K',
     help="every configuration of the plan at seeds 0 to K - 1, in place of the plan's own seeds",
   )
+  runtime.add_flag(parser)
   return parser
 
 
@@ -210,6 +211,7 @@ def main(argv: list[str] | None = None) -> int:
     say(f'{args.name} goes on with {shlex.join(options)}, as {folder}/plan.json says')
     kept, overrides = parser.parse_known_args(options)
     args.seeds = kept.seeds
+  runtime.prepare(args)
   say(f'{args.name}: planning')
   found = _for_workers(args)
   how = {'download': not args.dry_run, 'elsewhere': found is not None or args.engine == 'ray'}

@@ -89,7 +89,7 @@ def _pickled_base() -> bytes:
       'remat': 'none',
       'kernels': 'auto',  # Pallas kernels on accelerators; or xla, or pallas. Not part of the run id
       'scan': True,
-      'scan_unroll': 4,  # blocks per iteration: fewer copies of activations, more to compile
+      'scan_unroll': 4,  # so many layers at most are written out: no copies; more are a loop, compiled as one
       'rope_theta': 10000.0,
       'norm_eps': 1e-6,
       'weights': Section({'rank': optional(int)}),  # W = U V of this rank; None is full

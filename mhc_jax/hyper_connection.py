@@ -180,9 +180,22 @@ def _weighted_sum(weights_NBT: jax.Array, x_NBTD: jax.Array) -> jax.Array:
   return functools.reduce(jnp.add, terms)
 
 
-def _inner(a_BTD: jax.Array, b_BTD: jax.Array) -> jax.Array:
-  wide = jnp.promote_types(a_BTD.dtype, jnp.float32)
-  return jnp.sum(a_BTD.astype(wide) * b_BTD.astype(wide), -1)
+def _sums(*terms_BTD: jax.Array) -> tuple[jax.Array, ...]:
+  """Each term's sum over D. XLA:CPU makes one pass of them, and reads what they share once."""
+
+  def one_pass(*terms_BTD):
+    zeros = tuple(jnp.zeros((), term.dtype) for term in terms_BTD)
+    return tuple(lax.reduce(terms_BTD, zeros, lambda a, b: tuple(map(jnp.add, a, b)), (2,)))
+
+  return lax.platform_dependent(
+    *terms_BTD, cpu=one_pass, default=lambda *terms: tuple(jnp.sum(term, -1) for term in terms)
+  )
+
+
+def _inner(pairs: Sequence[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, ...]:
+  """Inner products over D of each pair (B, T, D), in float32 or more."""
+  wide = jnp.promote_types(pairs[0][0].dtype, jnp.float32)
+  return _sums(*(a_BTD.astype(wide) * b_BTD.astype(wide) for a_BTD, b_BTD in pairs))
 
 
 def _read(pre_NBT: jax.Array, x_NBTD: jax.Array) -> jax.Array:
@@ -193,7 +206,7 @@ def _read_backward(saved, g_BTD):
   pre_NBT, x_NBTD = saved
   pre_NBT, g_BTD = lax.optimization_barrier((pre_NBT, g_BTD))
   wide = jnp.promote_types(x_NBTD.dtype, jnp.float32)
-  d_pre = jnp.stack([_inner(g_BTD, x_BTD) for x_BTD in x_NBTD])
+  d_pre = jnp.stack(_inner([(g_BTD, x_BTD) for x_BTD in x_NBTD]))
   d_x = pre_NBT[..., None] * g_BTD.astype(wide)[None]
   return d_pre.astype(pre_NBT.dtype), d_x.astype(x_NBTD.dtype)
 
@@ -226,11 +239,15 @@ def _write(res_NMBT: jax.Array | None, post_NBT: jax.Array, x_NBTD: jax.Array, y
 def _write_backward(saved, g_NBTD):
   res_NMBT, post_NBT, x_NBTD, y_BTD = saved
   res_NMBT, post_NBT, g_NBTD = lax.optimization_barrier((res_NMBT, post_NBT, g_NBTD))
-  d_post = jnp.stack([_inner(g_BTD, y_BTD) for g_BTD in g_NBTD]).astype(post_NBT.dtype)
+  n, pairs = len(x_NBTD), [(g_BTD, y_BTD) for g_BTD in g_NBTD]
+  if res_NMBT is not None:
+    pairs += [(g_BTD, x_BTD) for g_BTD in g_NBTD for x_BTD in x_NBTD]
+  products = jnp.stack(_inner(pairs))
+  d_post = products[:n].astype(post_NBT.dtype)
   d_y = lax.optimization_barrier(_weighted_sum(post_NBT, g_NBTD).astype(y_BTD.dtype))
   if res_NMBT is None:
     return None, d_post, g_NBTD, d_y
-  d_res = jnp.stack([jnp.stack([_inner(g_BTD, x_BTD) for x_BTD in x_NBTD]) for g_BTD in g_NBTD])
+  d_res = products[n:].reshape(res_NMBT.shape)
   columns = [_weighted_sum(res_NMBT[:, j], g_NBTD) for j in range(x_NBTD.shape[0])]
   return d_res.astype(res_NMBT.dtype), d_post, jnp.stack(columns).astype(x_NBTD.dtype), d_y
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from mhc_jax.checkpoint import Checkpoints
 from mhc_jax.data import Windows
-from mhc_jax.diagnostics import with_spectra
+from mhc_jax.diagnostics import diagnose
 from mhc_jax.errors import FULL_DISK
 from mhc_jax.evaluate import mean_loss
 from mhc_jax.lease import LeaseLostError
@@ -129,11 +129,12 @@ class Single:
     """The run's."""
     return member.at.state
 
-  def sums(self, validation: list[Batch]) -> Callable[[Member], list[tuple[Any, Any]]]:
+  def sums(self, validation: list[Batch]) -> Callable[[Member], tuple[list[tuple[Any, Any]], Any]]:
     """As Population.sums."""
     params = self._member.at.state.params
-    found = jax.device_get([self._compiled.evaluate(params, batch) for batch in validation])
-    return lambda member: found
+    found = [self._compiled.evaluate(params, batch) for batch in validation]
+    sums, records = jax.device_get([sums for sums, _ in found]), found[0][1]
+    return lambda member: (sums, records if 'gram_NMBT' in records[0] else None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,12 +260,15 @@ def _measure(
   sums = functools.cache(lambda: updates.sums(data.validation))
 
   def measure(member: Member, step: int) -> dict[str, Any]:
-    row, due = {}, member.plan.due(step)
+    row, due, records = {}, member.plan.due(step), None
     if 'evaluation' in due:
-      row |= mean_loss(sums()(member), data.bytes_per_token)
+      found, records = sums()(member)
+      row |= mean_loss(found, data.bytes_per_token)
     if 'diagnostics' in due:
-      sequence = {name: value[:1] for name, value in data.validation[0].items()}
-      measures = with_spectra(jax.device_get(compiled.diagnose(updates.state(member).params, sequence)))
+      if records is None:
+        sequence = {name: value[:1] for name, value in data.validation[0].items()}
+        _, records = compiled.record(updates.state(member).params, sequence)
+      measures = diagnose(jax.device_get(records), member.plan.model)
       row |= {f'diagnostics/{name}': np.asarray(value).tolist() for name, value in measures.items()}
     return row
 

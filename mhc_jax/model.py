@@ -34,7 +34,7 @@ class Block(nn.Module):
   """Two sublayers on the streams: x <- H_res x + H_post^T F(H_pre x) for F = attention, feed-forward."""
 
   config: ModelConfig
-  record: bool  # also return each sublayer's coefficients and stream products, for diagnostics
+  record: int  # of how many sequences to return each sublayer's coefficients and stream products too
   mesh: Mesh | None = None
   dense: bool = False  # a leading layer: no experts
 
@@ -56,12 +56,8 @@ class Block(nn.Module):
         x_BTD = checkpoint_name(x_BTD, OUTPUTS)
       records.append({})
       if self.record:
-        pre_NBT = pending.pre_NBT if spec.single_pass else own.pre_NBT
-        records[-1] |= {**own._asdict(), 'pre_NBT': pre_NBT}
-        records[-1]['coords'] = token_local(
-          lambda params, x_NBTD: hc.coordinates(params, x_NBTD, spec), mesh, (None, 'NBTD'), 'KBT'
-        )(params, x_NBTD)
-      y_BTD, sublayer_records = sublayer(c, mesh, self.record, name=name)(x_BTD, seen)
+        records[-1] |= self._recorded(params, pending, own)
+      y_BTD, sublayer_records = sublayer(c, mesh, self.record > 0, name=name)(x_BTD, seen)
       records[-1] |= sublayer_records
       y_BTD = checkpoint_name(constrain(y_BTD, 'BTD', mesh), OUTPUTS) / c.depth_ratio
       if fused:
@@ -70,8 +66,26 @@ class Block(nn.Module):
       x_NBTD = constrain(hc.write(own.res_NMBT, own.post_NBT, x_NBTD, y_BTD), 'NBTD', mesh)
       pending = hc.Pending(x_NBTD, pre_NBT=own.pre_NBT if spec.single_pass else None)
       if self.record:
-        records[-1]['gram_NMBT'] = _gram(pending.x_NBTD)
+        records[-1]['gram_NMBT'] = _gram(pending.x_NBTD[:, : self.record])
     return pending, records
+
+  def _recorded(
+    self, params: dict[str, jax.Array], pending: hc.Pending, own: hc.Coefficients
+  ) -> dict[str, jax.Array | None]:
+    """The coefficients, with those that the read used, and the coordinates of H_res."""
+    spec, first = self.config.connection, slice(self.record)
+    pre_NBT = pending.pre_NBT if spec.single_pass else own.pre_NBT
+    found = {
+      'pre_NBT': None if pre_NBT is None else pre_NBT[:, first],
+      'post_NBT': None if own.post_NBT is None else own.post_NBT[:, first],
+      'res_NMBT': None if own.res_NMBT is None else own.res_NMBT[:, :, first],
+    }
+    if 'res' in spec.parts:
+      coordinates = token_local(
+        lambda params, x_NBTD: hc.coordinates(params, x_NBTD, spec)['res'], self.mesh, (None, 'NBTD'), 'KBT'
+      )
+      found['coords_KBT'] = coordinates(params, pending.x_NBTD)[:, first]
+    return found
 
   def _connection(self, name: str, sublayer: jax.Array) -> dict[str, jax.Array]:
     c = self.config
@@ -136,7 +150,8 @@ class Transformer(nn.Module):
   labels: targets and weights, (B, T); then loss_sums of the logits in their place (layers/unembedding.py).
 
   Records: for attention and feed-forward a dict of what all layers found, (L, ...) each: always the loads of
-  experts, load_LE, of the layers that have them, and coefficients and stream products where asked for.
+  experts, load_LE, of the layers that have them; of the first `record` sequences also coefficients and stream
+  products.
   """
 
   config: ModelConfig
@@ -147,7 +162,7 @@ class Transformer(nn.Module):
     self,
     tokens_BT: jax.Array,
     segments_BT: jax.Array,
-    record: bool = False,
+    record: int = 0,
     labels: tuple[jax.Array, jax.Array] | None = None,
   ):
     c, mesh = self.config, self.mesh
@@ -188,10 +203,10 @@ class Transformer(nn.Module):
     c = self.config
     return self.param(name, lambda key: init(c.connection, c.width)) if init(c.connection, c.width) else {}
 
-  def _layers(self, carry, seen: Visible, record: bool):
+  def _layers(self, carry, seen: Visible, record: int):
     c = self.config
     # Only a loop with one block per iteration keeps XLA from merging the recomputation with the forward pass.
-    prevent_cse = not c.scan or c.scan_unroll > 1
+    prevent_cse = not c.scan
     kept = {'policy': policy(c.remat)} if c.remat in ('layer', 'products') else {}
     block = nn.remat(Block, prevent_cse=prevent_cse, **kept) if kept else Block
     leading, records = Block if c.remat == 'none' else nn.remat(Block, **kept), []
@@ -214,13 +229,12 @@ class Transformer(nn.Module):
       split_rngs={'params': True},
       in_axes=(0, nn.broadcast),
       length=c.depth - c.dense_layers,
-      unroll=1 if self.is_initializing() else min(c.scan_unroll, c.depth - c.dense_layers),
     )
     layers = jnp.arange(c.dense_layers, c.depth)
     carry, scanned_records = scanned(c, record, self.mesh, name='layers')(carry, layers, seen)
     return carry, _joined(records, scanned_records)
 
-  def _written_out(self, carry, seen: Visible, record: bool, kept: dict[str, Any]):
+  def _written_out(self, carry, seen: Visible, record: int, kept: dict[str, Any]):
     """One layer after another: nothing that the backward pass needs is copied into stacks of all layers."""
     c, block = self.config, Block(self.config, record, self.mesh, parent=None)
     layers = range(c.dense_layers, c.depth)
@@ -239,7 +253,7 @@ class Transformer(nn.Module):
       records.append(record_l)
     return carry, _stacked(records)
 
-  def _blocks(self, carry, seen: Visible, record: bool):
+  def _blocks(self, carry, seen: Visible, record: int):
     c, block = self.config, Block(self.config, record, self.mesh, parent=None)
 
     def layer(carry, inputs):

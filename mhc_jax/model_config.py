@@ -214,7 +214,8 @@ def _check_values(config: ConfigDict) -> None:
     require(c[name] >= 1, f'model.{name} must be at least 1, got {c[name]}')
   require(c.depth <= MOST_LAYERS, f'model.depth={c.depth}: at most {MOST_LAYERS}')
   leading = _given(c.dense_layers, 0)
-  written = leading + min(c.scan_unroll, c.depth - leading) if c.scan else c.depth
+  scanned = c.depth - leading
+  written = leading + (scanned if scanned <= c.scan_unroll else 1) if c.scan else c.depth
   require(
     written <= MOST_WRITTEN,
     f'model.scan, scan_unroll and dense_layers write out {written} layers; at most {MOST_WRITTEN}',

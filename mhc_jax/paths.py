@@ -23,6 +23,11 @@ def expand(path: str | os.PathLike[str]) -> str:
   return expanded
 
 
+def cache_folder() -> str:
+  """The user's folder for what can be made again; ConfigError without a home folder."""
+  return os.path.join(os.environ.get('XDG_CACHE_HOME') or expand('~/.cache'), 'mhc_jax')
+
+
 def user_path(text: str) -> Path:
   """The type of a command's path argument."""
   try:

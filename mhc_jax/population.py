@@ -162,14 +162,14 @@ class Population:
     """The member's, as it has it alone."""
     return self._of_size.take(self._state, self._places.index(member))
 
-  def sums(self, validation: list[Batch]) -> Callable[[Any], list[tuple[np.ndarray, np.ndarray]]]:
-    """member -> evaluate_sums of every batch."""
+  def sums(self, validation: list[Batch]) -> Callable[[Any], tuple[list[tuple[Any, Any]], Any]]:
+    """member -> evaluate_sums of every batch, and the first's records where they came with them: not here."""
     params = self._state.params
     found = jax.device_get([self._of_size.evaluate(params, batch) for batch in validation])
 
-    def of_member(member: Any) -> list[tuple[np.ndarray, np.ndarray]]:
+    def of_member(member: Any) -> tuple[list[tuple[Any, Any]], Any]:
       place = self._places.index(member)
-      return [(total[place], count[place]) for total, count in found]
+      return [(total[place], count[place]) for total, count in found], None
 
     return of_member
 

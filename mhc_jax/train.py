@@ -16,7 +16,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mhc_jax import distributed, settings, storage
+from mhc_jax import distributed, runtime, settings, storage
 from mhc_jax.checkpoint import Checkpoints
 from mhc_jax.command import end_with_message
 from mhc_jax.config_file import parse
@@ -269,8 +269,10 @@ def main(argv: list[str] | None = None) -> int:
     action='store_true',
     help='go on with a run that was called diverged, from its last checkpoint; only NaN and inf end it then',
   )
+  runtime.add_flag(parser)
   distributed.add_flags(parser)
   args, overrides = parser.parse_known_args(argv)
+  runtime.prepare(args)
   config = parse(args.config, overrides)
   cluster = distributed.find(args)
   if cluster and not distributed.is_supervised():

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from mhc_jax import optimizer as optim
 from mhc_jax.config import OptimizerConfig
-from mhc_jax.diagnostics import diagnose
+from mhc_jax.kernels.choice import kernels_for
 from mhc_jax.model import Transformer
 from mhc_jax.model_config import ModelConfig
 from mhc_jax.sharding import constrain, constrain_state, state_sharding
@@ -43,12 +43,16 @@ Batch = dict[str, jax.Array]  # inputs, targets, weights, segments, each (B, T)
 
 @dataclasses.dataclass(frozen=True)
 class Programs:
-  """The jitted functions of one model on one mesh; built once per shape by `programs`."""
+  """The jitted functions of one model on one mesh; built once per shape by `programs`.
+
+  record: evaluate_sums of a batch, and what diagnostics.py takes of its first sequence. evaluate: the same,
+  but for the second where kernels compute the first.
+  """
 
   init: Callable[[jax.Array], TrainState]
   step: Callable[[TrainState, Batch, Hparams], tuple[TrainState, dict[str, jax.Array]]]
-  evaluate: Callable[[Any, Batch], tuple[jax.Array, jax.Array]]
-  diagnose: Callable[[Any, Batch], dict[str, jax.Array]]
+  evaluate: Callable[[Any, Batch], tuple[tuple[jax.Array, jax.Array], Any]]
+  record: Callable[[Any, Batch], tuple[tuple[jax.Array, jax.Array], Any]]
   abstract: TrainState  # shapes, dtypes and shardings
 
 
@@ -64,16 +68,25 @@ def evaluate_sums(
   params: Any, batch: Batch, model: ModelConfig, mesh: Mesh | None = None
 ) -> tuple[jax.Array, jax.Array]:
   """(sum of cross-entropies in nats, number of predicted tokens) of a batch."""
-  return sums_and_load(params, batch, model, mesh)[0]
+  return sums_and_records(params, batch, model, mesh)[0]
+
+
+def sums_and_records(
+  params: Any, batch: Batch, model: ModelConfig, mesh: Mesh | None = None, record: int = 0
+) -> tuple[tuple[jax.Array, jax.Array], list[dict[str, Any]]]:
+  """evaluate_sums, and the model's records: the experts' loads, and what diagnostics.py takes of the first
+  `record` sequences.
+  """
+  inputs = (batch['inputs'], batch['segments'])
+  labels = (batch['targets'], batch['weights'])
+  return Transformer(model, mesh).apply({'params': params}, *inputs, labels=labels, record=record)
 
 
 def sums_and_load(
   params: Any, batch: Batch, model: ModelConfig, mesh: Mesh | None = None
 ) -> tuple[tuple[jax.Array, jax.Array], Any]:
   """evaluate_sums, and the tokens that went to each expert, (L, E) int32; None without experts."""
-  inputs = (batch['inputs'], batch['segments'])
-  labels = (batch['targets'], batch['weights'])
-  sums, records = Transformer(model, mesh).apply({'params': params}, *inputs, labels=labels)
+  sums, records = sums_and_records(params, batch, model, mesh)
   return sums, records[1].get('load_E')
 
 
@@ -204,16 +217,15 @@ def _programs(model: ModelConfig, optimizer: OptimizerConfig, mesh: Mesh) -> Pro
     sharding,
   )
 
-  def record(params: Any, batch: Batch) -> dict[str, jax.Array]:
-    inputs = (batch['inputs'], batch['segments'])
-    _, records = Transformer(model, mesh).apply({'params': params}, *inputs, record=True)
-    return diagnose(records, model)
-
+  evaluate = functools.partial(sums_and_records, model=model, mesh=mesh)
+  record = jax.jit(functools.partial(evaluate, record=1), out_shardings=replicated)
+  # Records are those of the definition: where that runs anyway, one program does both.
+  shared = kernels_for(model.kernels, mesh) == 'xla'
   step = functools.partial(train_step, model=model, optimizer=optimizer, mesh=mesh)
   return Programs(
     init=jax.jit(init, out_shardings=sharding, compiler_options=_UNOPTIMISED),
     step=jax.jit(step, donate_argnums=0, out_shardings=(sharding, replicated)),
-    evaluate=jax.jit(functools.partial(evaluate_sums, model=model, mesh=mesh), out_shardings=replicated),
-    diagnose=jax.jit(record, out_shardings=replicated),
+    evaluate=record if shared else jax.jit(evaluate, out_shardings=replicated),
+    record=record,
     abstract=abstract,
   )

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import pathlib
 
 # Compiling is most of the time: unoptimised code takes a third of it. One thread each: pytest-xdist runs
 # a process per core.
@@ -14,6 +15,12 @@ if importlib.metadata.version('jaxlib').startswith('0.10.'):  # newer ones end a
   FLAGS = (*FLAGS, '--xla_cpu_use_fusion_emitters=false')  # a fifth of the time
 os.environ['XLA_FLAGS'] = ' '.join((os.environ.get('XLA_FLAGS', ''), *FLAGS)).strip()
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+# Tests in other processes, and the next time, find what one has compiled.
+os.environ.setdefault(
+  'JAX_COMPILATION_CACHE_DIR', str(pathlib.Path(__file__).parents[1] / '.pytest_cache/jax')
+)
+os.environ.setdefault('JAX_COMPILATION_CACHE_MAX_SIZE', '-1')
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.3')
 
 import jax
 import numpy as np

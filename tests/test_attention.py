@@ -85,7 +85,8 @@ def test_values_in_bfloat16_are_as_near_to_the_truth_as_roundings_leave_them(ker
 
   # A rounding to bfloat16 leaves 1.6e-3, root mean square. Of the kernels, values have two, the scaled
   # queries' and their own, and gradients up to five: of the scaled queries, the output, the scores' gradient,
-  # a gradient and, scaled, again. Of the formula, values have two, the weights' and their own, and gradients three.
+  # a gradient and, scaled, again. Of the formula, values have two, the weights' and their own, and gradients
+  # three.
   for program, roundings in ((by(kernel, segments, scale), 5), (by_formula(segments, scale), 3)):
     value, *gradients = errors(program)
     assert value < 2**0.5 * 1.6e-3

@@ -199,7 +199,7 @@ def gradients(config):
   """parameters -> ((loss, records), gradients)."""
 
   def loss(params):
-    logits_BTV, records = Transformer(config).apply({'params': params}, TOKENS, SEGMENTS, record=True)
+    logits_BTV, records = Transformer(config).apply({'params': params}, TOKENS, SEGMENTS, record=len(TOKENS))
     total, count = loss_sums(logits_BTV, np.roll(TOKENS, -1, 1), jnp.ones((B, T)))
     return total / count, records
 
@@ -219,15 +219,15 @@ def close(actual, desired):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-13), actual, desired)
 
 
-def test_a_python_loop_and_an_unrolled_scan_are_the_scan(x64, rng):
+def test_a_python_loop_and_layers_written_out_are_the_scan(x64, rng):
   unrolled = model('mhc')
   scan, loop = dataclasses.replace(unrolled, scan_unroll=1), dataclasses.replace(unrolled, scan=False)
   params = disturbed(initial(scan), rng)
   expected = forward(scan)(params)
   close(forward(unrolled)(params), expected)
   close(forward(loop)(restacked(params, 2)), expected)
-  assert 'unroll=1' in str(forward(scan).trace(params).jaxpr)
-  assert 'unroll=2' in str(forward(unrolled).trace(params).jaxpr)
+  assert 'length=2' in str(forward(scan).trace(params).jaxpr)
+  assert 'length=2' not in str(forward(unrolled).trace(params).jaxpr)
   assert 'length=2' not in str(forward(loop).trace(restacked(params, 2)).jaxpr)
 
 
@@ -312,7 +312,7 @@ def test_bfloat16_models_keep_parameters_coefficients_and_logits_in_float32():
   config = model('mhc', dtype='bfloat16')
   variables = jax.eval_shape(Transformer(config).init, jax.random.key(0), TOKENS, SEGMENTS)
   assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype('float32')}
-  apply = functools.partial(Transformer(config).apply, record=True)
+  apply = functools.partial(Transformer(config).apply, record=len(TOKENS))
   found, records = jax.eval_shape(apply, variables, TOKENS, SEGMENTS)
   assert found.dtype == jnp.float32
   assert {leaf.dtype for leaf in jax.tree.leaves(records)} == {jnp.dtype('float32')}

@@ -148,7 +148,7 @@ def gradients(config, mesh=None):
   """parameters -> ((loss, records), gradients)."""
 
   def loss(params):
-    logits, records = Transformer(config, mesh).apply({'params': params}, TOKENS, SEGMENTS, record=True)
+    logits, records = Transformer(config, mesh).apply({'params': params}, TOKENS, SEGMENTS, record=1)
     total, count = loss_sums(logits, np.roll(TOKENS, -1, 1), jnp.ones((B, T)))
     return total / count, records[1]
 

@@ -112,7 +112,7 @@ def test_no_choice_of_experts_is_a_matter_of_rounding(x64):
   """Every token's last expert beats the first left out by far more than float64 sums differ."""
   model = dataclasses.replace(build_model(experts()), vocab_size=VOCAB)
   inputs = (batch()['inputs'], batch()['segments'])
-  apply = functools.partial(Transformer(model).apply, record=True)
+  apply = functools.partial(Transformer(model).apply, record=1)
   _, records = jax.jit(apply)({'params': start('experts')}, *inputs)
   assert records[1]['margin_BT'].min() > 1e-8
 

@@ -81,7 +81,7 @@ def test_it_trains_plans_reports_and_fits_from_an_empty_folder(installed, tmp_pa
   assert 'mhc COMMAND' in mhc('--help')
   mhc('train', '--config', 'laptop:smoke', '--workdir', 'run', '--config.duration.steps=2')
   assert (tmp_path / 'run' / 'status.json').exists()
-  assert '37 runs' in mhc('sweep', 'quick', '--dry-run')
+  assert '49 runs' in mhc('sweep', 'quick', '--dry-run')
   write_sweep(tmp_path / 'runs', arms=('residual', 'mhc'), ranks=False)
   mhc('report', 'runs', '--resamples', '4')
   assert (tmp_path / 'runs' / 'report' / 'index.html').exists()

@@ -8,6 +8,7 @@
   mhc bench memory               # memory of each recomputation, from the compiler
   mhc bench harness              # planning, resuming, reporting and watching many runs
   mhc bench device               # what the device that is here does: JSON and figure, in 10 minutes
+  mhc bench peers                # one sublayer on CPU beside MaxText, tokamax, transformers and lucidrains
 
 Repeats are interleaved: A B C A B C ..., so that a machine whose speed drifts does not favour an arm.
 """
@@ -17,7 +18,7 @@ import json
 import os
 import sys
 
-from mhc_jax import settings
+from mhc_jax import runtime, settings
 from mhc_jax.command import end_with_message
 from mhc_jax.errors import require
 
@@ -26,6 +27,7 @@ from .compiled import DEVICES, bench_memory, bench_scaling, fake_devices
 from .constraints import bench_constraints
 from .device import bench_device
 from .harness import bench_harness
+from .peers import bench_peers
 from .step import bench_step
 
 BENCHES = {
@@ -35,6 +37,7 @@ BENCHES = {
   'memory': bench_memory,
   'harness': bench_harness,
   'device': bench_device,
+  'peers': bench_peers,
 }
 
 
@@ -61,8 +64,13 @@ def main(argv: list[str] | None = None) -> int:
   )
   parser.add_argument('--small', action='store_true', help='of the device bench: sizes to try it with')
   parser.add_argument('--minutes', type=int, default=10, help='of the device bench (default 10)')
-  parser.add_argument('--out', default='bench_device', help='folder of its JSON and figure')
+  parser.add_argument('--out', help='of the device and peers benches: folder of what they write')
+  parser.add_argument('--widths', default='64,256,1024', help='of the peers bench')
+  parser.add_argument(
+    '--environments', default='bench_peers/environments', help='where it installs its peers, once'
+  )
   args = parser.parse_args(argv)
+  args.out = args.out or f'bench_{args.what}'
   args.depth = (24 if args.what == 'memory' else 4) if args.depth is None else args.depth
   for name, value in vars(args).items():
     least = 16 if name == 'tokens' else 1
@@ -70,6 +78,7 @@ def main(argv: list[str] | None = None) -> int:
       not isinstance(value, int) or isinstance(value, bool) or value >= least,
       f'--{name.replace("_", "-")} must be at least {least}',
     )
+  runtime.keep_memory()
   # As in a sweep's workers; XLA reads it when the first computation starts.
   os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {ONE_THREAD}'.strip()
   if args.what == 'scaling':

@@ -4,6 +4,7 @@ Run as a file, it serves the package that PYTHONPATH names: it may use only what
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import sys
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 
 from mhc_jax import optimizer as optim
 from mhc_jax.config import base_config, build_optimizer
-from mhc_jax.diagnostics import with_spectra
+from mhc_jax.diagnostics import diagnose
 from mhc_jax.model_config import build_model
 from mhc_jax.sharding import make_mesh
 from mhc_jax.train_step import programs
@@ -46,10 +47,9 @@ def arm_functions(arm: str, args: argparse.Namespace) -> dict[str, Callable[[], 
     state, metrics = of_arm.step(state, batch, hparams)
     return metrics
 
-  sequence = {name: value[:1] for name, value in batch.items()}
-
   def diagnostics() -> object:
-    return with_spectra(jax.device_get(of_arm.diagnose(state.params, sequence)))  # as the training loop does
+    records = of_arm.record(state.params, {name: value[:1] for name, value in batch.items()})[1]
+    return diagnose(jax.device_get(records), model)  # as the training loop does
 
   return {'step': run, 'diagnostics': diagnostics}
 
@@ -57,6 +57,10 @@ def arm_functions(arm: str, args: argparse.Namespace) -> dict[str, Callable[[], 
 def answers(requests: Iterator[str], settings: dict[str, object]) -> Iterator[dict[str, object]]:
   """For each request {arm, calls}: the seconds and CPU-seconds of so many updates, and their losses."""
   step_of = functools.cache(lambda arm: arm_functions(arm, argparse.Namespace(**settings))['step'])
+  with contextlib.suppress(ImportError):  # an older commit
+    from mhc_jax import runtime
+
+    runtime.keep_memory()
   for line in requests:
     request = json.loads(line)
     step = step_of(request['arm'])
