@@ -13,11 +13,20 @@ from ml_collections import ConfigDict
 from . import protocol
 
 SIZES = {
-  'small': {'depth': 2, 'head': 8, 'widths': (16, 24, 32, 48, 64)},
-  'large': {'depth': 12, 'head': 64, 'widths': (256, 384, 512, 768, 1024)},
+  'small': {'depth': 2, 'head': 8},
+  'large': {'depth': 12, 'head': 64},
 }
-# Training FLOPs. Below 2e11 a small model of width 16 is best, so that no minimum lies inside the grid.
-BUDGETS = {'small': (2e11, 3.2e11, 5e11, 8e11), 'large': (1e18, 3e18, 1e19, 3e19)}
+# Training FLOPs -> widths. small: below 2e11 a model of width 16 is best, so that no minimum lies inside the
+# grid. large: widths on both sides of 20 tokens a parameter, none of which sees more than lm1b has once.
+GRID = {
+  'small': dict.fromkeys((2e11, 3.2e11, 5e11, 8e11), (16, 24, 32, 48, 64)),
+  'large': {
+    3e16: (128, 192, 256, 384, 512),
+    1e17: (192, 256, 384, 512, 768),
+    3e17: (256, 384, 512, 768, 1024),
+    1e18: (512, 640, 768, 1024, 1280),
+  },
+}
 ARMS = ('residual', 'mhc')
 SEEDS = (0, 1)
 
@@ -26,7 +35,8 @@ def runs(arg: str | None = None) -> list[ConfigDict]:
   """Every arm and width at every budget and seed. Argument: 'small' or 'large'."""
   scale = protocol.scale_of(arg)
   sizes, planned = SIZES[scale], []
-  for flops, width, arm, seed in itertools.product(BUDGETS[scale], sizes['widths'], ARMS, SEEDS):
+  points = ((flops, width) for flops, widths in GRID[scale].items() for width in widths)
+  for (flops, width), arm, seed in itertools.product(points, ARMS, SEEDS):
     c = protocol.config(scale, arm, {'name': arm}, seed)
     c.model.update({'width': width, 'depth': sizes['depth'], 'heads': width // sizes['head']})
     c.duration.steps, c.duration.flops = None, flops

@@ -31,7 +31,7 @@ from mhc_jax.paths import expand
 from mhc_jax.plan import Run
 from mhc_jax.workdir import ENDED, read_statuses, revision, versions
 
-from . import devices, engine_ray, forecast
+from . import devices, engine_ray, forecast, plans
 from .planning import EXPERIMENTS, check_extends, keep, listing, options_of, plan
 from .workers import execute
 
@@ -223,6 +223,8 @@ def main(argv: list[str] | None = None) -> int:
   if args.dry_run:
     states = states_of(planned, folder)
     print(forecast.report(planned, states, chosen, workers, forecast.speed_of(planned, folder)))
+    if hours := plans.sentence([planned[i] for i in chosen]):
+      print(*forecast.wrapped(hours), sep='\n')
     return 0
   warn_of_mixtures(planned, folder)
   if not storage.is_remote(folder):
