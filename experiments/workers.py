@@ -92,7 +92,8 @@ def _run_members(
   if len(configs) > 1 and any('RESOURCE_EXHAUSTED' in (status.get('error') or '') for status in found):
     say(f'{len(configs)} runs side by side need more memory than is here: now half as many')
     half = len(configs) // 2
-    return [end for c in (configs[:half], configs[half:]) for end in _run_members(c, folder, quiet, options)]
+    halves = configs[:half], configs[half:]
+    return [end for part in halves for end in _run_members(part, folder, quiet, options, leases)]
   for run_id, status in zip(ids, found, strict=True):
     if status['state'] in ('busy', 'lost', 'failed'):
       say(f'{run_id} {status["state"]}: {status["error"]}')
