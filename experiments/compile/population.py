@@ -59,8 +59,8 @@ def table(programs: dict[str, dict[str, Any]], clock: float) -> list[list[str]]:
   """Rows of (arm, width, microseconds of a member and update for each number of members, gain).
 
   programs: name -> kernels.compiled_program; clock in GHz. The time is that of the compiler's cycles; '-'
-  where a step is not compiled, and no row where none is. The gain is in members per second, of the best number
-  of them over one: the chip takes one process at a time.
+  where a step is not compiled, and no row where none is. The gain: members per second of the best number of
+  them over those of one; the chip takes one process at a time.
   """
   rows = []
   for arm in ARMS:
