@@ -125,7 +125,12 @@ class Checkpoints:
         state=ocp.args.PyTreeSave(state),
         manifest=ocp.args.JsonSave(_manifest(step, state, extra, jax.device_get(checksums))),
       )
-      manager.save(step, args=items, force=True)
+      try:
+        manager.save(step, args=items, force=True)
+      except ocp.checkpoint_manager.StepAlreadyExistsError:
+        # Begun by a process that slept, and lost the run: it ended this step after this one had looked.
+        self._remove([step])
+        self._writer().save(step, args=items, force=True)
     except Exception as error:
       self._fail(error)
 

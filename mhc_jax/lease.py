@@ -43,8 +43,11 @@ def stale_seconds() -> float:
   return seconds
 
 
-def clock() -> float:
-  """Seconds that go on while the machine sleeps, where the system has such a clock."""
+def _clock() -> float:
+  """An owner's clock, which goes on while the machine sleeps, where the system has one that does.
+
+  Those who wait for it measure by one that stands: when they wake together it has not been silent.
+  """
   return time.clock_gettime(getattr(time, 'CLOCK_BOOTTIME', time.CLOCK_MONOTONIC))
 
 
@@ -100,9 +103,9 @@ def _holder(path: str, content: bytes | None, seen: Seen) -> Holder | None:
     seen.pop(path, None)
     return None
   if path not in seen or seen[path][0] != content:
-    seen[path] = content, clock()
+    seen[path] = content, time.monotonic()
   since = seen[path][1]
-  if _dead(owner) or clock() - since > owner['stale_seconds']:
+  if _dead(owner) or time.monotonic() - since > owner['stale_seconds']:
     return None
   pids = [pid for pid, _ in owner['processes']]
   name = f'{owner["host"].split()[0]} (process {pids[0]})' if owner['host'] else 'another process'
@@ -138,7 +141,7 @@ class Lease:
     self._owner |= {'token': secrets.token_hex(8), 'stale_seconds': stale_seconds()}
     self._stale = self._owner['stale_seconds']
     self._guard, self._over, self._lost = threading.Lock(), threading.Event(), False
-    self._renewed = clock()
+    self._renewed = _clock()
 
   def begin(self) -> bool:
     """Takes it, unless another has since its version was read, and starts the thread."""
@@ -168,7 +171,7 @@ class Lease:
 
   def check(self) -> None:
     """Raises LeaseLostError where another may have it; asks only where it was not renewed for a while."""
-    if self._lost or clock() - self._renewed > self._stale / 2:
+    if self._lost or _clock() - self._renewed > self._stale / 2:
       self.renew()
 
   def release(self) -> None:
@@ -182,7 +185,7 @@ class Lease:
   def _write(self) -> bool:
     """Under the guard: one more count; False where it is not the next after what this process wrote."""
     owner = self._owner | {'deaths': self.deaths, 'count': self._count + 1}
-    content, began = json.dumps(owner).encode() + b'\n', clock()
+    content, began = json.dumps(owner).encode() + b'\n', _clock()
     version = versioned.write(self.path, content, self._version)
     if version is None:
       return False

@@ -1,8 +1,10 @@
 """mhc bench as a command, at tiny sizes: what is timed, what is read from the compiler, what is printed."""
 
+import contextlib
 import itertools
 import json
 import os
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -66,6 +68,37 @@ def test_step_compares_arms_within_a_round(run, monkeypatch):
   assert identity['ratio_to_residual'] == {'median': 1.5, 'min': 1.5, 'max': 3}
   assert identity['diagnostics_percent'] == pytest.approx({'median': 1, 'min': 1, 'max': 1})
   assert report['settings']['width'] == 64 and report['settings']['depth'] == 1
+
+
+@pytest.mark.slow
+def test_step_against_a_commit_takes_each_side_from_its_own_files(run, monkeypatch, tmp_path):
+  """The other side is a repository whose train_step is this one's; here a copy that says so."""
+  monkeypatch.setattr(step, 'ARMS', ('residual',))
+  monkeypatch.setattr(step, 'STEPS', 3)
+  asked = []
+  monkeypatch.setattr(step, 'ask', lambda *of, ask=step.ask: asked.append(of[0].args[-2:]) or ask(*of))
+
+  @contextlib.contextmanager
+  def worktree(commit):
+    assert commit == 'before'
+    shutil.copytree('mhc_jax', tmp_path / 'mhc_jax')
+    with open(tmp_path / 'mhc_jax' / 'train_step.py', 'a', encoding='utf-8') as file:
+      file.write(
+        '\n_step = train_step\ndef train_step(*args, **more):\n  state, metrics = _step(*args, **more)'
+      )
+      file.write("\n  return state, metrics | {'loss': metrics['loss'] + 0.5}\n")
+    yield str(tmp_path)
+
+  monkeypatch.setattr(step, 'worktree', worktree)
+  report = run('step', '--against', 'before', '--depth', '1', '--repeats', '1', '--calls', '2')
+  residual = report['arms']['residual']
+  assert residual['largest_difference_of_losses'] == pytest.approx(0.5, abs=1e-5)
+  assert residual['cpu_seconds_now_over_then']['median'] > 0 and len(asked) == 4
+
+
+def test_an_unknown_commit_is_one_line(run):
+  with pytest.raises(ConfigError, match='--against nothing: '):
+    bench.main(['step', '--against', 'nothing', *SMALL])
 
 
 @pytest.mark.slow

@@ -142,7 +142,7 @@ def bucket(tmp_path, monkeypatch):
     monkeypatch.setenv(name, value)
   storage.to_path('s3://bucket')
   client = fsspec.filesystem('s3', skip_instance_cache=True)
-  client.mkdir('bucket')
+  client.makedirs('bucket', exist_ok=True)  # moto has one memory for all servers of a process
 
   def bring() -> Path:
     client.get('bucket/out/claims', str(tmp_path / 'brought'), recursive=True)

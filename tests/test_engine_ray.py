@@ -16,7 +16,7 @@ from tests.campaign.tiny import ROOT, Tiny, logged
 
 ray = pytest.importorskip('ray')
 
-STEPS = 2000  # some seconds
+STEPS = 600  # some seconds
 # Three runs of two shapes, and so two tasks.
 SWEEP = f"""
 import sys
@@ -25,10 +25,11 @@ from experiments import planning, sweep
 from mhc_jax.command import end_with_message
 from tests.campaign.tiny import Tiny
 tiny = Tiny(Path(sys.argv[1]))
-often = 'checkpoint.every_steps=100', 'evaluation.every_steps=500'
-long = 'duration.steps={STEPS}', *often, 'data.repeat=True'
+long = 'duration.steps={STEPS}', 'evaluation.every_steps=200', 'data.repeat=True'
 shapes = ('seed=0', 'data.batch_size=8'), ('seed=1', 'data.batch_size=8'), ('seed=2', 'data.batch_size=4')
-planning.EXPERIMENTS['claims'] = lambda _: [tiny.config(*long, *fields) for fields in shapes]
+planning.EXPERIMENTS['claims'] = lambda _: [
+  tiny.config(*long, 'checkpoint.every_steps=50', *fields) for fields in shapes
+]
 if __name__ == '__main__':
   sys.exit(end_with_message(lambda: sweep.main(['claims', '--out', *sys.argv[2:]])))
 """
@@ -74,7 +75,7 @@ def test_a_sweep_survives_the_loss_of_a_node(tmp_path, cluster, monkeypatch):
   monkeypatch.setenv('RAY_ADDRESS', cluster.address)
   process, folder = sweep(tiny, out, '--engine', 'ray'), out / 'claims'
   deadline = time.monotonic() + 100
-  while len(begun := {path.parts[-3] for path in folder.glob('*/checkpoints/100')}) < 2:
+  while len(begun := {path.parts[-3] for path in folder.glob('*/checkpoints/50')}) < 2:
     assert process.poll() is None and time.monotonic() < deadline, said(out).read_text()
     time.sleep(0.005)
   cluster.remove_node(nodes[0], allow_graceful=False)

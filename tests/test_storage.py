@@ -142,6 +142,19 @@ def test_a_remote_workdir_is_held_by_one_process_and_belongs_to_one_configuratio
     check_workdir(workdir, resolve(config(seed=1), 'digest'))
 
 
+def test_a_step_that_an_earlier_owner_ended_late_is_saved_again(store):
+  """It slept while it saved, and its last file came after this process had looked what there is."""
+  with Checkpoints('gs://bucket/c') as checkpoints, Checkpoints('gs://bucket/c') as late:
+    for step in (1, 2):
+      assert checkpoints.steps() == [1] * (step - 1)
+      late.save(step, {'w': jnp.zeros(3)}, {})
+      late.wait()
+      checkpoints.save(step, {'w': jnp.ones(3)}, {})
+      checkpoints.wait()
+  step, state, _ = Checkpoints('gs://bucket/c').restore_latest({'w': jnp.ones(3)})
+  assert step == 2 and state['w'].tolist() == [1, 1, 1]
+
+
 @pytest.mark.parametrize('trouble', ('UNAVAILABLE: timed out', 'DATA_LOSS: bad magic'))
 def test_a_store_out_of_reach_is_no_damage(store, monkeypatch, capsys, trouble):
   """Damage falls back to the step before, and the next save removes what is damaged."""

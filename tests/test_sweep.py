@@ -178,7 +178,7 @@ def test_interrupted_workers_are_not_started_again(experiment, tmp_path, monkeyp
     raise KeyboardInterrupt
 
   monkeypatch.setattr(progress, 'watch', interrupted)
-  monkeypatch.setattr(workers.Crew, 'start', lambda crew: started.append(start(crew)))
+  monkeypatch.setattr(workers.Crew, 'start', lambda *arguments: started.append(start(*arguments)))
   ended = workers.execute(configs, planned, str(tmp_path), workers=2)
   assert len(started) == 2 and 'interrupted' in dict(ended).values()
   assert read_status(str(tmp_path / planned[2].run_id)) == stale
