@@ -100,6 +100,7 @@ MOE = {'experts': 4, 'active': 2, 'ffn_width': 8}
 PRODUCTS = {
   'mhc with experts': {
     'model__connection__name': 'mhc',
+    'model__connection__streams': 2,
     'model__dense_layers': 0,
     **{f'model__moe__{name}': value for name, value in MOE.items()},
   },
@@ -112,6 +113,7 @@ PRODUCTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('fields', PRODUCTS.values(), ids=PRODUCTS)
 def test_products_of_options_are_the_same_under_vmap(fields):
   plan = resolve(config(**fields, model__scan=False), 'digest')
