@@ -34,9 +34,9 @@ $(INSTALLED): pyproject.toml setup.py $(wildcard $(PINS))
 	touch $@
 
 sweep: install
-	$(RUN) -m experiments.sweep quick --workers $(WORKERS); code=$$?; \
+	$(VENV)/bin/mhc sweep quick --workers $(WORKERS); code=$$?; \
 	  if [ $$code -gt 1 ]; then exit $$code; fi; \
-	  $(RUN) -m analysis.report runs/quick && exit $$code
+	  $(VENV)/bin/mhc report runs/quick && exit $$code
 
 report: install
 	$(RUN) -m analysis.report runs/quick

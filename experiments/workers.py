@@ -91,9 +91,8 @@ def _run_members(
     found = [{'state': state, 'error': f'{type(error).__name__}: {error}'} for _ in ids]
   if len(configs) > 1 and any('RESOURCE_EXHAUSTED' in (status.get('error') or '') for status in found):
     say(f'{len(configs)} runs side by side need more memory than is here: now half as many')
-    half = len(configs) // 2
-    halves = configs[:half], configs[half:]
-    return [end for part in halves for end in _run_members(part, folder, quiet, options, leases)]
+    half, same = len(configs) // 2, (folder, quiet, options, leases)
+    return _run_members(configs[:half], *same) + _run_members(configs[half:], *same)
   for run_id, status in zip(ids, found, strict=True):
     if status['state'] in ('busy', 'lost', 'failed'):
       say(f'{run_id} {status["state"]}: {status["error"]}')

@@ -43,7 +43,8 @@ from mhc_jax.train_step import (
 MOST_UPDATES = 64  # of a dispatch
 _MOST_BYTES = 2**26  # of the tokens of a dispatch
 _SECONDS = 0.5  # that a dispatch should take at the most: whoever stops a run waits for two of them
-MOST_MEMBERS = 64
+# Members at the most. On a TPU more of them leave its vector memory, and each takes longer again.
+MOST_MEMBERS, ON_TPU = 64, 8
 # What an accelerator computes in about a millisecond. A step of small arrays takes one or more whatever its
 # FLOPs are, by the number of its operations; members whose FLOPs together stay below find room beside it.
 _FLOPS = 1e11
@@ -61,9 +62,10 @@ def alike(run: Run) -> tuple[Any, ...]:
 def most_members(run: Run) -> int:
   """How many runs like this one fit beside each other on the device that is here; 1 on CPU.
 
-  A power of two: as many as compute 1e11 FLOPs per update together, and by the least that each needs take no
-  more than a third of the memory. On CPU members lose to processes: there is no dispatch to save, and their
-  arrays leave the cache. Runs that take several devices have no room for others.
+  A power of two, 8 at the most on TPUs and 64 on others: as many as compute 1e11 FLOPs per update together,
+  and by the least that each needs take no more than a third of the memory. On CPU members lose to processes:
+  there is no dispatch to save, and their arrays leave the cache. Runs that take several devices have no room
+  for others.
   """
   device = jax.devices()[0]
   if device.platform == 'cpu' or not on_one_device(run):
@@ -74,7 +76,8 @@ def most_members(run: Run) -> int:
   if memory is not None:
     parts = c['optimizer']['microbatches'] or 1
     fit = min(fit, memory / 3 / cost.least_bytes(run.model, derived['tokens_per_step'], parts))
-  return 1 << (int(min(max(fit, 1), MOST_MEMBERS)).bit_length() - 1)
+  most = ON_TPU if device.platform == 'tpu' else MOST_MEMBERS
+  return 1 << (int(min(max(fit, 1), most)).bit_length() - 1)
 
 
 def on_one_device(run: Run) -> bool:

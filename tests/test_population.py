@@ -270,7 +270,7 @@ def test_members_are_alike_and_as_many_as_fit(monkeypatch, tmp_path):
     sweep.main(['quick', '--population', '0', '--out', str(tmp_path)])
 
   class Chip:
-    platform, device_kind = 'tpu', 'TPU v5 lite'
+    platform, device_kind = 'gpu', 'NVIDIA H100'
 
     def memory_stats(self):
       return {'bytes_limit': 2**34}
@@ -279,3 +279,7 @@ def test_members_are_alike_and_as_many_as_fit(monkeypatch, tmp_path):
   assert population.most_members(small) == 1
   monkeypatch.setattr(jax, 'devices', lambda: [Chip()])
   assert population.most_members(small) == 64 and population.most_members(large) == 1
+  monkeypatch.setattr(Chip, 'platform', 'tpu')
+  assert population.most_members(small) == 8
+  monkeypatch.setattr(Chip, 'memory_stats', lambda self: {'bytes_limit': 2**25})
+  assert population.most_members(small) == 4

@@ -23,7 +23,7 @@ from mhc_jax.paths import user_path
 from mhc_jax.storage import read_json, write_json
 from mhc_jax.workdir import revision
 
-from . import kernels
+from . import kernels, population
 from .scale_page import page
 from .tpu import compile_step
 
@@ -113,6 +113,16 @@ def _measured(name: str) -> dict[str, Any]:
   return {'options': options, 'programs': kernels.measured(options)}
 
 
+def complete(path: pathlib.Path, name: str) -> None:
+  """A table's programs, each some minutes, one after another, but for those that its file has."""
+  options = kernels.DEFAULTS | TABLES[name]
+  table = read_json(path) or {'git_revision': revision(), 'options': options, 'programs': {}}
+  for program in population.grid():
+    if program not in table['programs']:
+      table['programs'] |= kernels.measured(options | {'only': program})
+      write_json(str(path), table)
+
+
 def page_of(reports: dict[str, dict[str, Any]], tables: dict[str, dict[str, Any]]) -> str:
   """docs/scale.md from the reports of the cells and the tables that are there."""
   pairs, detailed = {}, {}
@@ -160,7 +170,9 @@ def main(argv: list[str] | None = None) -> int:
       reports[cell.name] = compile_cell(cell_of, paths[cell.name])
   tables = {name: args.out / 'compile' / f'{name}.json' for name in TABLES}
   for name in chosen_tables:
-    if not tables[name].exists():
+    if TABLES[name].get('population'):
+      complete(tables[name], name)
+    elif not tables[name].exists():
       print(f'{name}: compiling', file=sys.stderr)
       write_json(str(tables[name]), {'git_revision': revision(), **_measured(name)})
   kept = {name: read_json(path) for name, path in tables.items() if path.exists()}

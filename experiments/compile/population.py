@@ -26,11 +26,15 @@ WIDTHS, MEMBERS = (64, 128, 256, 512), (1, 4, 8, 16, 32)
 
 
 def steps(device: jax.Device) -> Iterator[tuple[str, Callable]]:
-  """(name, lowering) of every step, the smallest first."""
-  for members in MEMBERS:
-    for width in WIDTHS:
-      for arm in ARMS:
-        yield name(arm, width, members), lambda at=(arm, width, members): _lowered(*at, device)
+  """(name, lowering) of every step."""
+  for what, at in grid().items():
+    yield what, lambda at=at: _lowered(*at, device)
+
+
+def grid() -> dict[str, tuple[str, int, int]]:
+  """name -> (arm, width, members), the smallest first."""
+  at = ((arm, width, members) for members in MEMBERS for width in WIDTHS for arm in ARMS)
+  return {name(*where): where for where in at}
 
 
 def name(arm: str, width: int, members: int) -> str:
@@ -55,8 +59,8 @@ def table(programs: dict[str, dict[str, Any]], clock: float) -> list[list[str]]:
   """Rows of (arm, width, microseconds of a member and update for each number of members, gain).
 
   programs: name -> kernels.compiled_program; clock in GHz. The time is that of the compiler's cycles; '-'
-  where a step is not compiled. The gain is in members per second, of the best number of them over one: the
-  chip takes one process at a time.
+  where a step is not compiled, and no row where none is. The gain: members per second of the best number of
+  them over those of one; the chip takes one process at a time.
   """
   rows = []
   for arm in ARMS:
@@ -67,5 +71,5 @@ def table(programs: dict[str, dict[str, Any]], clock: float) -> list[list[str]]:
       if np.isfinite(us).sum() > 1 and np.isfinite(us[0]):
         best = int(np.nanargmin(us))
         gain = f'{us[0] / us[best]:.2f} x at P = {MEMBERS[best]}'
-      rows.append([arm, str(width), *shown, gain])
+      rows += [[arm, str(width), *shown, gain]] if np.isfinite(us).any() else []
   return rows

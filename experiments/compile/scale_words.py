@@ -58,7 +58,8 @@ POPULATION = """## Populations: several small runs in one program, one chip of v
 
 Microseconds of a member and update (depth 4, batches of 8 x 128 tokens, float32) by the compiler's cycles,
 for P members side by side (`mhc sweep --population P`), and members per second over one run after another.
-The host is not in it. Measured on one core of a server's CPU, a run alone costs it 0.8 ms for each update
-with a dispatch of its own (transfer of the batch 0.4, dispatch 0.2, batch 0.1, metrics 0.1), as on several
+What is not compiled yet (`mhc overhead --only population-v5e` goes on) is a dash or has no row. The host is
+not in it. Measured on one core of a server's CPU, a run alone costs it 0.8 ms for each update with a
+dispatch of its own (transfer of the batch 0.4, dispatch 0.2, batch 0.1, metrics 0.1), as on several
 devices; with up to 64 updates and their tokens in a dispatch, as one device has them, 0.12 ms for a member
 and update, nearly all of it the shuffled order of windows, which members of one seed share."""
