@@ -4,9 +4,9 @@
 
 Both keep all in memory and serve one request at a time, so that a condition and its write are one step, as in
 the real ones (moto alone checks and writes without a lock). The small one speaks as much of the JSON API as
-gcsfs, tensorstore and leases use: uploads (media and multipart), downloads, metadata, lists by prefix and
-delimiter, deletion; ifGenerationMatch holds for uploads and deletion, and generations grow by one. It knows
-no credentials, no errors but 404 and 412, no resumable uploads, no versions of the past.
+gcsfs, tensorstore and leases use: uploads (whole, or resumable in one piece), downloads and ranges of them,
+metadata, lists by prefix and delimiter, deletion; ifGenerationMatch holds for uploads and deletion, and
+generations grow by one. It knows no credentials, no errors but 404 and 412, no versions of the past.
 """
 
 import json
@@ -14,7 +14,7 @@ import sys
 import threading
 from collections.abc import Callable
 from email.parser import BytesParser
-from urllib.parse import parse_qs
+from urllib.parse import parse_qs, quote
 
 
 def serve(app: Callable) -> tuple[str, Callable[[], None]]:
@@ -92,6 +92,11 @@ def gcs(buckets: tuple[str, ...] = ('bucket',)) -> Callable:
       name, body = json.loads(parts[0].get_payload())['name'], parts[1].get_payload(decode=True)
     if method == 'GET' and not name:
       return 200, {}, json.dumps(listed(bucket, query)).encode()
+    if query.get('uploadType') == 'resumable' and method == 'POST':
+      name = name or json.loads(body)['name']
+      same = '&'.join(f'{key}={value}' for key, value in query.items() if key not in ('uploadType', 'name'))
+      return 200, {'Location': f'{path}?name={quote(name, safe="")}&{same}'}, b''
+    method = 'POST' if method == 'PUT' else method  # the one piece of a resumable upload
     generation = objects[bucket].get(name, (b'', 0))[1]
     if method in ('POST', 'DELETE') and query.get('ifGenerationMatch', f'{generation}') != f'{generation}':
       return 412, {}, b'{}'
@@ -116,7 +121,11 @@ def gcs(buckets: tuple[str, ...] = ('bucket',)) -> Callable:
     )
     if 'HTTP_RANGE' in environ and status == 200:
       first, _, last = environ['HTTP_RANGE'].removeprefix('bytes=').partition('-')
-      content = content[int(first) : int(last) + 1 if last else None]
+      whole, begin = len(content), int(first)
+      content = content[begin : int(last) + 1 if last else None]
+      status, headers['Content-Range'] = 206, f'bytes {begin}-{begin + len(content) - 1}/{whole}'
+    if 'Location' in headers:
+      headers['Location'] = f'http://{environ["HTTP_HOST"]}{headers["Location"]}'
     sent = {'Content-Length': f'{len(content)}', 'Content-Type': 'application/json'} | headers
     start(f'{status} -', list(sent.items()))
     return [content]

@@ -174,6 +174,27 @@ def test_two_machines_on_a_bucket_and_one_of_them_sleeps(bucket, hosts_of):
   check(hosts, bring())
 
 
+@pytest.mark.slow
+@needs_hosts
+def test_a_sweep_into_google_cloud_storage(tmp_path, hosts_of, monkeypatch):
+  pytest.importorskip('gcsfs')
+  pytest.importorskip('werkzeug')
+  import fsspec
+
+  address, stop = buckets.serve(buckets.gcs())
+  environment = {'STORAGE_EMULATOR_HOST': address, 'TENSORSTORE_GCS_HTTP_URL': address}
+  environment |= {'GCE_METADATA_HOST': '127.0.0.1:1', 'GOOGLE_AUTH_TOKEN': 'x'}  # no search for credentials
+  for name, value in environment.items():
+    monkeypatch.setenv(name, value)
+  hosts = hosts_of('gs://bucket/out', environment)
+  said = hosts.start('one').end()
+  assert said.code == 0, said.err
+  client = fsspec.filesystem('gs', skip_instance_cache=True)
+  client.get('bucket/out/claims', str(tmp_path / 'brought'), recursive=True)
+  check(hosts, tmp_path / 'brought')
+  stop()
+
+
 def jobs(folder: Path, *groups: int) -> list[list[Job]]:
   """Groups of so many runs without configurations."""
   return [[Job(f'run{g}{i}', None, 10.0 - g, None) for i in range(count)] for g, count in enumerate(groups)]
