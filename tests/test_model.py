@@ -320,5 +320,5 @@ def test_bfloat16_models_keep_parameters_coefficients_and_logits_in_float32():
   variables = jax.eval_shape(Transformer(plain).init, jax.random.key(0), TOKENS, SEGMENTS)
   jaxpr = jax.make_jaxpr(Transformer(plain).apply)(variables, TOKENS, SEGMENTS)
   products = [e for e in equations(jaxpr.jaxpr) if e.primitive.name == 'dot_general']
-  assert len(products) == 9 + 1  # a block's, and the unembedding
+  assert len(products) == 2 * 9 + 1  # of two blocks, and the unembedding
   assert {v.aval.dtype for e in products for v in e.invars} == {jnp.dtype('bfloat16')}
