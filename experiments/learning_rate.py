@@ -25,6 +25,7 @@ def runs(arg: str | None = None) -> list[ConfigDict]:
     c = quick.config(arm, *size, seed)
     c.optimizer.lr = lr
     c.duration.steps, c.duration.tokens = None, TOKENS
+    c.evaluation.update({'every_steps': 200, 'sequences': 512})
     c.log.diagnostics_every_steps = None
     planned.append(c)
   return planned

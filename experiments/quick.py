@@ -12,7 +12,8 @@ from . import protocol
 from .protocol import LEARNING_RATES
 
 # (width, depth): width and depth vary on their own and together.
-SIZES = (protocol.BASE, (32, 4), (64, 2), (48, 4), (64, 4))
+SIZES = ((16, 2), protocol.BASE, (32, 3), (48, 2), (48, 3))
+STEPS = 250
 SEEDS = (0, 1)
 RANK_SIZE = (32, 2)
 GENERATOR_RANKS = (1, 2, 4)
@@ -24,8 +25,9 @@ def config(arm: str, width: int, depth: int, seed: int) -> ConfigDict:
   """One run; heads of 16, so that width scales by heads."""
   c = protocol.config('small', arm, {'name': arm}, seed, LEARNING_RATES[arm])
   c.model.update({'width': width, 'depth': depth, 'heads': width // 16})
-  c.evaluation.every_steps = c.log.diagnostics_every_steps = 150
-  c.evaluation.sequences = 256
+  c.duration.steps = STEPS
+  c.evaluation.every_steps = c.log.diagnostics_every_steps = STEPS // 2
+  c.evaluation.sequences = 128
   return c
 
 

@@ -217,7 +217,9 @@ def _programs(model: ModelConfig, optimizer: OptimizerConfig, mesh: Mesh) -> Pro
     sharding,
   )
 
-  evaluate = functools.partial(sums_and_records, model=model, mesh=mesh)
+  # One loop over the layers: without a backward pass, writing them out only takes longer to compile.
+  looped = dataclasses.replace(model, scan_unroll=1)
+  evaluate = functools.partial(sums_and_records, model=looped, mesh=mesh)
   record = jax.jit(functools.partial(evaluate, record=1), out_shardings=replicated)
   # Records are those of the definition: where that runs anyway, one program does both.
   shared = kernels_for(model.kernels, mesh) == 'xla'

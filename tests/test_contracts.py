@@ -41,7 +41,7 @@ def test_every_experiment_is_listed():
 
 # SHA-256 of the run ids of every plan, in order.
 PLANS = {
-  'quick': 'aec47a0ad7bf',
+  'quick': '6e5c7844dd4c',
   'learning_rate': 'd37c73a36ce1',
   'identity_or_mixing': 'fe18f78fa7f8',
   'ablation': 'f937d993e091',
@@ -67,15 +67,19 @@ def test_every_experiment_plans_the_runs_that_it_planned_before(name):
 
 
 def test_quick_has_what_its_report_needs():
-  """Four arms at four or more sizes of several widths and depths, paired seeds, three ranks of each kind."""
+  """Four arms at five or more sizes of several widths and depths, two seeds at each; three ranks of each kind."""
   runs = [run.resolved for run in (resolve(c, 'd') for c in sweep.EXPERIMENTS['quick'](None))]
   full = [
     r for r in runs if r['model']['connection']['rank'] is None and r['model']['weights']['rank'] is None
   ]
   for arm in ('residual', 'hc', 'mhc', 'identity'):
-    sizes = {(r['model']['width'], r['model']['depth']) for r in full if r['arm'] == arm}
-    assert len(sizes) >= 4 and len({w for w, _ in sizes}) > 1 and len({d for _, d in sizes}) > 1
-    assert {r['seed'] for r in full if r['arm'] == arm} == {0, 1}
+    of_arm = [r for r in full if r['arm'] == arm and r['model']['connection']['streams'] in (1, 4)]
+    sizes = {(r['model']['width'], r['model']['depth']) for r in of_arm}
+    assert len(sizes) >= 5 and len({w for w, _ in sizes}) > 1 and len({d for _, d in sizes}) > 1
+    for size in sizes:
+      seeds = {r['seed'] for r in of_arm if (r['model']['width'], r['model']['depth']) == size}
+      assert seeds == {0, 1}
+    assert len({r['duration']['steps'] for r in of_arm}) == 1, 'all see equally many tokens'
   assert len({r['model']['connection']['rank'] for r in runs} - {None}) >= 3
   assert len({r['model']['weights']['rank'] for r in runs} - {None}) >= 3
 
