@@ -67,7 +67,7 @@ def test_every_experiment_plans_the_runs_that_it_planned_before(name):
 
 
 def test_quick_has_what_its_report_needs():
-  """Four arms at five or more sizes of several widths and depths, two seeds at each; three ranks of each kind."""
+  """Four arms at five or more sizes of several widths and depths, two seeds each; three ranks each."""
   runs = [run.resolved for run in (resolve(c, 'd') for c in sweep.EXPERIMENTS['quick'](None))]
   full = [
     r for r in runs if r['model']['connection']['rank'] is None and r['model']['weights']['rank'] is None
