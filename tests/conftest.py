@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import pathlib
+import signal
 
 # Compiling is most of the time: unoptimised code takes a third of it. One thread each: pytest-xdist runs
 # a process per core.
@@ -27,6 +28,8 @@ import numpy as np
 import pytest
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
+# Who starts the tests in the background of a script has it ignored, and so would all that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

@@ -240,5 +240,9 @@ def test_a_stop_in_the_last_cleanup_of_a_run_ends_its_group(experiment, tmp_path
 
   monkeypatch.setattr(Checkpoints, 'remove_all_but_last', cleanup)
   configs, _ = sweep.plan(experiment)
-  ended = workers.run_group(configs, str(tmp_path), quiet=True)
+  ours = signal.signal(number, signal.SIG_DFL)  # not ignored, as under nohup
+  try:
+    ended = workers.run_group(configs, str(tmp_path), quiet=True)
+  finally:
+    signal.signal(number, ours)
   assert [state for _, state in ended] == ['finished', 'interrupted'] and len(list(tmp_path.iterdir())) == 1
