@@ -78,7 +78,8 @@ def main(argv: list[str] | None = None) -> int:
       not isinstance(value, int) or isinstance(value, bool) or value >= least,
       f'--{name.replace("_", "-")} must be at least {least}',
     )
-  runtime.keep_memory()
+  if not args.against:  # each side's own processes do, or do not
+    runtime.keep_memory()
   # As in a sweep's workers; XLA reads it when the first computation starts.
   os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {ONE_THREAD}'.strip()
   if args.what == 'scaling':
