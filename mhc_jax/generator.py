@@ -78,17 +78,14 @@ def inverse_rms(mean_square: jax.Array, spec: ConnectionSpec) -> jax.Array:
   return lax.rsqrt(mean_square + spec.norm_eps)
 
 
-def _by_stream(a_NXY: jax.Array, b_NXY: jax.Array, axes: tuple[int, int]) -> jax.Array:
-  """A product per stream, over the given axis of each. As a batch, XLA:CPU copies no stream for it."""
-  return lax.dot_general(a_NXY, b_NXY, (((axes[0],), (axes[1],)), ((0,), (0,))), precision=PRECISION)
-
-
 def _raw_product(phi_NDK: jax.Array, x_NBTD: jax.Array) -> jax.Array:
   """phi^T x (K, B T). One product per stream: contracting (n, C) at once, XLA:CPU transposes the streams."""
-  x_NXD = x_NBTD.astype(phi_NDK.dtype).reshape(len(x_NBTD), -1, x_NBTD.shape[-1])
-  products_NXK = _by_stream(x_NXD, phi_NDK, (2, 1))
+  products = [
+    jnp.dot(x_BTD.astype(phi_NDK.dtype).reshape(-1, x_BTD.shape[-1]), phi_DK, precision=PRECISION)
+    for x_BTD, phi_DK in zip(x_NBTD, phi_NDK, strict=True)
+  ]
   # The barriers here and below keep XLA:CPU from moving transposes into the products: 3 to 8 times slower.
-  return lax.optimization_barrier(functools.reduce(jnp.add, list(products_NXK))).T
+  return lax.optimization_barrier(functools.reduce(jnp.add, products)).T
 
 
 def _normed_product(phi_NDK: jax.Array, x_NBTD: jax.Array, inverse: Callable) -> jax.Array:
@@ -114,14 +111,13 @@ def _normed_product_backward(inverse, saved, g_KBT):
   (d_mean_square_BT,) = pull(jnp.sum(g_KBT * raw_KBT, 0))
   scale_BT1 = (2 / (n * width) * d_mean_square_BT)[..., None]
   g_XK = lax.optimization_barrier((g_KBT * inverse_BT[None]).reshape(len(g_KBT), -1).T)
-  x_NXD = x_NBTD.astype(phi_NDK.dtype).reshape(n, -1, width)
-  g_NKX = jnp.broadcast_to(g_XK.T[None], (n, *g_XK.T.shape))
-  d_phi_NKD = lax.optimization_barrier(_by_stream(g_NKX, x_NXD, (2, 1)))
-  d_x = []
+  d_phi, d_x = [], []
   for x_BTD, phi_DK in zip(x_NBTD.astype(phi_NDK.dtype), phi_NDK, strict=True):
+    d_phi_KD = jnp.dot(g_XK.T, x_BTD.reshape(-1, width), precision=PRECISION)
+    d_phi.append(lax.optimization_barrier(d_phi_KD).T)
     through_phi_BTD = jnp.dot(g_XK, phi_DK.T, precision=PRECISION).reshape(x_BTD.shape)
     d_x.append((through_phi_BTD + scale_BT1 * x_BTD).astype(x_NBTD.dtype))
-  return d_phi_NKD.swapaxes(1, 2), jnp.stack(d_x)
+  return jnp.stack(d_phi), jnp.stack(d_x)
 
 
 _normed_product = with_backward(_normed_product, _normed_product_forward, _normed_product_backward, (2,))

@@ -22,9 +22,10 @@ from mhc_jax.paths import cache_folder
 
 # Settings of glibc: variables for processes that are started from here, mallopt's numbers for this one.
 # XLA:CPU allocates the temporaries of every step anew; beyond 32 MB glibc would return them to the system,
-# which fills them with zeros again, page by page. One arena for all threads would keep more of them, but then
-# compilation, which allocates in several threads, takes a third longer.
+# which fills them with zeros again, page by page, and so do arenas but the first. With one arena compilation,
+# which allocates in several threads, takes a third longer.
 _MALLOC = {
+  'MALLOC_ARENA_MAX': (-8, 2),
   'MALLOC_MMAP_THRESHOLD_': (-3, 2**30),
   'MALLOC_TRIM_THRESHOLD_': (-1, 2**31 - 1),
 }
