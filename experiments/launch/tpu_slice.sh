@@ -23,7 +23,7 @@ case "${1:-}" in
   setup)
     archive=$(mktemp)
     trap 'rm -f "$archive"' EXIT
-    tar -C "$here" --exclude='.venv*' --exclude=runs -czf "$archive" .
+    tar -C "$here" --exclude='.venv*' --exclude='.*_cache' --exclude=runs -czf "$archive" .
     gcloud compute tpus tpu-vm scp "$archive" "$TPU:mhc_jax.tgz" --zone "$ZONE" --worker=all
     on_every_host 'mkdir -p mhc_jax && tar -C mhc_jax -xzf mhc_jax.tgz && cd mhc_jax && python3 -m pip install -q uv &&
       python3 -m uv venv -q --allow-existing --python 3.11 && # the hosts own Python may be older
