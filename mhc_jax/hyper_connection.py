@@ -12,7 +12,7 @@ computed in at least float32. Axes: N streams out, M streams in, B batch, T time
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -120,19 +120,24 @@ def start_and_dynamic(
 
 
 def generate(
-  params: dict[str, jax.Array], x_NBTD: jax.Array, spec: ConnectionSpec, sublayer: jax.Array | int = 0
+  params: dict[str, jax.Array],
+  x_NBTD: jax.Array,
+  spec: ConnectionSpec,
+  sublayer: jax.Array | int = 0,
+  matrix: Callable[..., jax.Array] | None = None,
 ) -> Coefficients:
   """The coefficients of one sublayer (mHC eq. 7-8) from streams (n, B, T, C), in at least float32.
 
   pre (n, B, T), post (n, B, T), res (n, n, B, T); each coordinate is alpha * f(norm(x) phi) + b, taken
-  through the gates and the constraint. sublayer is its index, for writes to one stream each.
+  through the gates and the constraint. sublayer is its index, for writes to one stream each; matrix computes
+  what constraint.matrix does, by default that.
   """
   tokens, coords = x_NBTD.shape[1:3], coordinates(params, x_NBTD, spec)
   if spec.read_gate.kind == 'elementwise':
     pre_NBT = generator.elementwise_read(params, x_NBTD, spec, spec.read_gate.scale)
   else:
     pre_NBT = read_weights(coords, spec, tokens, x_NBTD.dtype)
-  return Coefficients(pre_NBT, *write_weights(coords, spec, tokens, x_NBTD.dtype, sublayer))
+  return Coefficients(pre_NBT, *write_weights(coords, spec, tokens, x_NBTD.dtype, sublayer, matrix))
 
 
 def read_weights(
@@ -144,7 +149,12 @@ def read_weights(
 
 
 def write_weights(
-  coords: dict[str, jax.Array], spec: ConnectionSpec, tokens: Any, dtype: Any, sublayer: jax.Array | int
+  coords: dict[str, jax.Array],
+  spec: ConnectionSpec,
+  tokens: Any,
+  dtype: Any,
+  sublayer: jax.Array | int,
+  matrix: Callable[..., jax.Array] | None = None,
 ) -> tuple[jax.Array | None, jax.Array | None]:
   """(post (n, *tokens), res (n, n, *tokens)) from their coordinates; None as in Coefficients."""
   n, dtype = spec.streams, jnp.promote_types(dtype, jnp.float32)
@@ -155,7 +165,8 @@ def write_weights(
   if spec.constraint.name == 'identity':
     return post, None
   # With one stream, some sets have no coordinates.
-  return post, spec.constraint.matrix(coords.get('res', jnp.zeros((0, *tokens), dtype)), n)
+  matrix = matrix or spec.constraint.matrix
+  return post, matrix(coords.get('res', jnp.zeros((0, *tokens), dtype)), n)
 
 
 def one_hot(stream: jax.Array | int, n: int, tokens: Any, dtype: Any) -> jax.Array:

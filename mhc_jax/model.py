@@ -8,6 +8,7 @@ own connection.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -18,6 +19,7 @@ from jax.sharding import Mesh
 
 from mhc_jax import hyper_connection as hc
 from mhc_jax.kernels import boundary as kernels
+from mhc_jax.kernels import lanes
 from mhc_jax.kernels.choice import chip_of
 from mhc_jax.layers.attention import Attention, visible
 from mhc_jax.layers.feed_forward import FeedForward
@@ -49,9 +51,8 @@ class Block(nn.Module):
     for index, (name, sublayer) in enumerate(sublayers.items()):
       params = self._connection(f'{name}_connection', 2 * layer + index)
       fused = isinstance(pending, kernels.Pending)
-      x_NBTD, x_BTD, own = (fused_boundary if fused else boundary)(
-        params, pending, 2 * layer + index, c, mesh
-      )
+      where = params, pending, 2 * layer + index, c, mesh
+      x_NBTD, x_BTD, own = fused_boundary(*where) if fused else boundary(*where, self.record > 0)
       if fused and index:  # kept, so that only the boundary before it is run again
         x_BTD = checkpoint_name(x_BTD, OUTPUTS)
       records.append({})
@@ -97,12 +98,18 @@ class Block(nn.Module):
 
 
 def boundary(
-  params: dict[str, jax.Array], pending: hc.Pending, sublayer: jax.Array, c: ModelConfig, mesh: Mesh | None
+  params: dict[str, jax.Array],
+  pending: hc.Pending,
+  sublayer: jax.Array,
+  c: ModelConfig,
+  mesh: Mesh | None,
+  record: bool = False,
 ) -> tuple[jax.Array, jax.Array, hc.Coefficients]:
   """(streams, the sublayer's input, its coefficients), of streams to which all is written."""
   spec = c.connection
+  matrix = None if record else constraint_kernel(c, mesh)
   generate = token_local(
-    lambda params, x_NBTD, sublayer: hc.generate(params, x_NBTD, spec, sublayer),
+    lambda params, x_NBTD, sublayer: hc.generate(params, x_NBTD, spec, sublayer, matrix),
     mesh,
     (None, 'NBTD', None),
     hc.Coefficients('NBT', 'NBT', 'NMBT'),
@@ -110,6 +117,16 @@ def boundary(
   own = generate(params, pending.x_NBTD, sublayer)
   pre_NBT = pending.pre_NBT if spec.single_pass else own.pre_NBT
   return pending.x_NBTD, constrain(hc.read(pre_NBT, pending.x_NBTD), 'BTD', mesh), own
+
+
+def constraint_kernel(c: ModelConfig, mesh: Mesh | None) -> Callable[..., jax.Array] | None:
+  """What computes the constraint's matrix in boundaries by XLA: a kernel (lanes.py), None without one."""
+  chip, spec = chip_of(c.kernels, mesh), c.connection
+  if chip is None or spec.constraint.name in ('identity', 'unconstrained') or c.dtype == jnp.float64:
+    return None  # of the two XLA has nothing to compute
+  if lanes.why_not(spec.constraint, spec.streams, chip.lanes) is not None:
+    return None
+  return functools.partial(lanes.matrix_kernel, spec.constraint, platform=chip.lanes)
 
 
 def fused_boundary(
@@ -134,6 +151,8 @@ def why_no_kernels(c: ModelConfig, batch: int, time: int, mesh: Mesh | None) -> 
   chip = chip_of(c.kernels, mesh)
   if chip is None:
     return 'model.kernels chooses it here'
+  if chip.platform == 'gpu' and c.kernels == 'auto':
+    return "XLA's takes less time on NVIDIA (docs/gpu.md)"
   tokens = batch * time // local_parts('BT', {'B': batch, 'T': time}, mesh)
   return kernels.why_not(c.connection, c.width, tokens, c.dtype, chip)
 

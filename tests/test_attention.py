@@ -1,6 +1,7 @@
 """Attention's kernels, run by Pallas's interpreter, against the formula: values, gradients, who sees whom."""
 
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from jax.extend.core import jaxprs_in_params
 from mhc_jax.config import base_config
 from mhc_jax.kernels.attention import block_of, splash, triton
 from mhc_jax.layers.attention import attention, causal_mask, formula, visible, why_formula
-from mhc_jax.model import Transformer
+from mhc_jax.model import Transformer, why_no_kernels
 from mhc_jax.model_config import build_model
 from mhc_jax.sharding import constrain, make_mesh
 from mhc_jax.train_step import loss_fn
@@ -118,6 +119,11 @@ def test_when_the_formula_is_used():
   assert why_formula(model(), None, 200) == 'sequences of 200 tokens, not a multiple of 128'
   assert why_formula(model(), None, 128).startswith('sequences of 128 tokens, whose')
   assert why_formula(model(dtype='float64'), None, 256) == 'the kernels know no float64'
+  nvidia = SimpleNamespace(devices=np.array([SimpleNamespace(platform='gpu')]))
+  assert why_formula(model(kernels='auto'), nvidia, 2048).startswith('float32, which')
+  assert why_formula(model(kernels='auto'), nvidia, 4096) is None
+  assert why_formula(model(kernels='auto', dtype='bfloat16'), nvidia, 256) is None
+  assert why_no_kernels(model(kernels='auto'), 1, 256, nvidia).startswith("XLA's takes less time")
   seen = visible(jnp.zeros((1, 256), jnp.int32), model(), None)
   assert seen.mask_BTS is None
   assert visible(jnp.zeros((1, 200), jnp.int32), model(), None).mask_BTS.shape == (1, 200, 200)

@@ -148,8 +148,8 @@ def test_device_measures_what_is_here_and_stops_in_time(run, monkeypatch, tmp_pa
     'attention',
     'boundary forward',
     'boundary forward_backward',
-    'step',
     'population',
+    'step',
     'constraint',
   ]
   residual, mhc = (row for row in report['rows'] if row['part'] == 'step')

@@ -13,7 +13,7 @@ from mhc_jax import hyper_connection as hc
 from mhc_jax.config import base_config
 from mhc_jax.kernels import boundary as kernels
 from mhc_jax.kernels.choice import Chip
-from mhc_jax.model import Transformer
+from mhc_jax.model import Transformer, why_no_kernels
 from mhc_jax.model_config import build_model
 from mhc_jax.presets import connection_spec
 from mhc_jax.sharding import make_mesh
@@ -218,3 +218,27 @@ def test_a_model_with_kernels_is_the_same_model():
   moved, one_input = token_arrays(text, 5 * model.width), time * model.width
   assert max(moved) == one_input < model.connection.streams * one_input // 2
   assert 2 * model.depth < len(moved) <= 6 * model.depth + 2
+
+
+def test_a_boundary_without_a_kernel_has_its_constraint_from_one():
+  """14 tokens come in no tiles. Records are the definition's."""
+  model = tiny(depth=2, scan=False)
+  token_BT = np.random.default_rng(0).integers(0, 11, (B, 7)).astype(np.int32)
+  segments_BT = np.zeros_like(token_BT)
+  params = Transformer(model).init(jax.random.key(0), token_BT, segments_BT)['params']
+  keys = iter(jax.random.split(jax.random.key(1), 100))
+  params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape), params)
+
+  def loss(params, kernels, record=0):
+    module = Transformer(dataclasses.replace(model, kernels=kernels))
+    return jnp.square(module.apply({'params': params}, token_BT, segments_BT, record=record)[0]).mean()
+
+  assert why_no_kernels(dataclasses.replace(model, kernels='pallas'), B, 7, None).startswith(
+    f'{7 * B} tokens'
+  )
+  program = str(jax.make_jaxpr(loss, static_argnums=(1, 2))(params, 'pallas', 0))
+  assert program.count('pallas_call') == 2 * model.depth
+  assert 'pallas_call' not in str(jax.make_jaxpr(loss, static_argnums=(1, 2))(params, 'pallas', 1))
+  expected, found = (jax.value_and_grad(loss)(params, kernels) for kernels in ('xla', 'pallas'))
+  # Rounding of float32 in sums of 14 tokens.
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), found, expected)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
 from mhc_jax import optimizer as optim
 from mhc_jax.config import base_config, build_optimizer
@@ -26,15 +27,22 @@ STEPS = 100  # of the learning rate's schedule, and of the losses that are compa
 
 
 def arm_functions(arm: str, args: argparse.Namespace) -> dict[str, Callable[[], object]]:
-  """Closures of one arm on a batch of random tokens: its train_step, its diagnostics of one sequence."""
+  """functions_of one arm at the sizes of the arguments."""
   c = base_config()
   c.model.connection.name, c.model.connection.streams = arm, args.streams
   c.model.width, c.model.depth, c.model.heads = args.width, args.depth, max(1, args.width // 16)
   c.model.dtype, c.optimizer.warmup_fraction = args.dtype, 0.05
   c.transfer.base_width, c.transfer.base_depth = 32, 2
+  c.data.batch_size, c.data.seq_len = args.batch, args.seq_len
+  return functions_of(c)
+
+
+def functions_of(c: ConfigDict) -> dict[str, Callable[[], object]]:
+  """Closures of a model on a batch of random tokens: its train_step, its diagnostics of one sequence."""
   model, optimizer = build_model(c), build_optimizer(c)
   of_arm = programs(model, optimizer, make_mesh({}))
-  tokens = jax.random.randint(jax.random.key(0), (args.batch, args.seq_len), 0, model.vocab_size - 1)
+  shape = c.data.batch_size, c.data.seq_len
+  tokens = jax.random.randint(jax.random.key(0), shape, 0, model.vocab_size - 1)
   weights, segments = jnp.ones(tokens.shape), jnp.zeros(tokens.shape, jnp.int32)
   batch = {'inputs': tokens, 'targets': tokens, 'weights': weights, 'segments': segments}
   warmup = optim.warmup_steps(optimizer, STEPS)

@@ -7,12 +7,15 @@ and the others go on.
 """
 
 import argparse
+import concurrent.futures
 import importlib.metadata
 import itertools
 import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -33,28 +36,35 @@ from .device_parts import (
 )
 
 ROUNDS = 5
+TOGETHER = 4  # rows that are compiled at once, and whose arrays are then on the device together
 
 
 def bench_device(args: argparse.Namespace) -> dict[str, Any]:
   """The report, also written to args.out with a figure; reads args.small, minutes, out."""
-  sizes, chip = SMALL if args.small else FULL, chip_of('auto', None)
+  sizes, chip = SMALL if args.small else FULL, None
+  if jax.default_backend() != 'cpu':
+    chip = chip_of('pallas', None)  # whatever model.kernels=auto takes on it
   parts = itertools.chain(
     limits(sizes),
     attentions(sizes, chip),
     boundaries(sizes, chip),
-    steps(sizes),
     populations(sizes),
+    steps(sizes, chip),
     constraints(sizes, chip),
   )
   ends, rows = time.monotonic() + 60 * args.minutes, []
-  for part in parts:
-    late = time.monotonic() > ends
-    row = (
-      {'skipped': f'{args.minutes} minutes were up'} if late else measure(part, 1 if args.small else ROUNDS)
-    )
-    rows.append(part.names | row)
-    print(json.dumps(rows[-1]), file=sys.stderr)
-    jax.clear_caches()  # of a row's program, and what it holds on the device
+  with ThreadPoolExecutor(TOGETHER) as pool:
+    while batch := list(itertools.islice(parts, TOGETHER)):
+      waiting = [None if time.monotonic() > ends else pool.submit(compiled, part) for part in batch]
+      concurrent.futures.wait([future for future in waiting if future])
+      for part, future in zip(batch, waiting, strict=True):
+        row = {'skipped': f'{args.minutes} minutes were up'}
+        if future:
+          row = measure(part, *future.result(), rounds=1 if args.small else ROUNDS)
+        rows.append(part.names | row)
+        print(json.dumps(rows[-1]), file=sys.stderr)
+      del waiting, future
+      jax.clear_caches()  # of these rows' programs, and what they hold on the device
   device = jax.devices()[0]
   report = {
     'device': device.device_kind,
@@ -70,13 +80,22 @@ def bench_device(args: argparse.Namespace) -> dict[str, Any]:
   return report
 
 
-def measure(part: Part, rounds: int) -> dict[str, Any]:
-  """The median of some rounds' seconds per call after compiling, and rates; or the error's first line."""
+def compiled(part: Part) -> tuple[Callable[[], Any] | Exception, float]:
+  """What runs the part, or what hinders it; seconds until its first call was done."""
+  began = time.perf_counter()
   try:
-    began = time.perf_counter()
     run = part.build()
     jax.block_until_ready(run())
-    compile_s = time.perf_counter() - began
+  except Exception as error:  # of any kind: a card's memory, a kernel's compiler
+    return error, time.perf_counter() - began
+  return run, time.perf_counter() - began
+
+
+def measure(part: Part, run: Callable[[], Any] | Exception, compile_s: float, rounds: int) -> dict[str, Any]:
+  """The median of some rounds' seconds per call, and rates; or the error's first line."""
+  try:
+    if isinstance(run, Exception):
+      raise run
     began = time.perf_counter()
     jax.block_until_ready(run())
     once = max(time.perf_counter() - began, 1e-6)
@@ -87,7 +106,7 @@ def measure(part: Part, rounds: int) -> dict[str, Any]:
         result = run()
       jax.block_until_ready(result)
       seconds.append((time.perf_counter() - began) / calls)
-  except Exception as error:  # of any kind: a card's memory, a kernel's compiler
+  except Exception as error:  # a card's memory may not do for two calls
     return {'error': f'{type(error).__name__}: {str(error).strip()[:300]}'}
   row: dict[str, Any] = {'ms': 1e3 * statistics.median(seconds), 'compile_s': compile_s}
   rates = {'tflops': part.flops / 1e12, 'gb_per_s': part.bytes / 1e9, 'tokens_per_s': part.tokens}
@@ -109,10 +128,10 @@ def related(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
       row['mfu' if row['part'] == 'step' else 'of_peak'] = row['tflops'] / peak[row['dtype']]
     if 'gb_per_s' in row and bandwidth and row['part'] != 'bandwidth':
       row['of_bandwidth'] = row['gb_per_s'] / bandwidth
-    field, reference = ('arm', 'residual') if row['part'] == 'step' else ('by', 'xla')
-    base = times.get(key_of(row | {field: reference})) if field in row else None
-    if base and 'ms' in row:
-      row[f'ratio_to_{reference}'] = row['ms'] / base
+    for field, reference in (('arm', 'residual'), ('by', 'xla')):
+      base = times.get(key_of(row | {field: reference})) if field in row else None
+      if base and 'ms' in row:
+        row[f'ratio_to_{reference}'] = row['ms'] / base
     alone = times.get(key_of(row | {'members': 1})) if 'members' in row else None
     if alone and 'ms' in row:
       row['gain'] = row['members'] * alone / row['ms']
@@ -134,7 +153,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
 
   rows = [row for row in report['rows'] if 'ms' in row]
   panels = {
-    'train step over residual': [row for row in rows if 'ratio_to_residual' in row],
+    'train step over residual': [row for row in rows if row['part'] == 'step' and 'ratio_to_residual' in row],
     "kernels over XLA's program": [row for row in rows if 'ratio_to_xla' in row and row['by'] != 'xla'],
   }
   panels = {title: shown for title, shown in panels.items() if shown} or panels
@@ -144,7 +163,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
   )
   for axis, (title, shown) in zip(axes[0], panels.items(), strict=True):
     names = [' '.join(str(x) for x in key_of(row) if x not in (None, 'step')) for row in shown]
-    ratios = [row.get('ratio_to_residual', row.get('ratio_to_xla')) for row in shown]
+    ratios = [row['ratio_to_residual' if title.endswith('residual') else 'ratio_to_xla'] for row in shown]
     axis.barh(range(len(shown)), ratios)
     axis.set_yticks(range(len(shown)), names, fontsize=7)
     axis.axvline(1, color='black', linewidth=0.8)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,7 +11,6 @@ import jax.numpy as jnp
 
 from mhc_jax import cost
 from mhc_jax import hyper_connection as hc
-from mhc_jax import optimizer as optim
 from mhc_jax.config import base_config, build_optimizer
 from mhc_jax.constraints import CONSTRAINTS
 from mhc_jax.data import BYTES
@@ -21,9 +21,10 @@ from mhc_jax.model_config import build_model
 from mhc_jax.population import member_programs
 from mhc_jax.presets import connection_spec
 from mhc_jax.sharding import make_mesh
-from mhc_jax.train_step import hparams_of, init_state, programs, without_traced
+from mhc_jax.train_step import hparams_of, init_state, without_traced
 
 from .. import quick
+from .arm_steps import functions_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,37 +198,21 @@ def constraints(sizes: Sizes, chip: Chip | None) -> Iterator[Part]:
       yield Part({'part': 'constraint', 'constraint': name, 'by': by, 'dtype': 'float32'}, build)
 
 
-def steps(sizes: Sizes) -> Iterator[Part]:
-  """train_step of every arm, FLOPs by cost.py."""
-  for width, depth, batch, time in sizes.steps:
-    for dtype in sizes.dtypes:
-      for arm in sizes.arms:
-        c = base_config()
-        c.model.update({'width': width, 'depth': depth, 'heads': max(1, width // 128), 'dtype': dtype})
-        c.model.connection.name, c.data.batch_size, c.data.seq_len = arm, batch, time
-        c.optimizer.warmup_fraction = 0.05
-        names = {'part': 'step', 'arm': arm, 'width': width, 'depth': depth, 'dtype': dtype}
-        flops = cost.train_flops_per_token(build_model(c), time) * batch * time
-        yield Part(names, functools.partial(_step, c), flops=flops, tokens=batch * time)
-
-
-def _step(c) -> Callable[[], Any]:
-  model, optimizer = build_model(c), build_optimizer(c)
-  of_arm = programs(model, optimizer, make_mesh({}))
-  shape = c.data.batch_size, c.data.seq_len
-  tokens = jax.random.randint(jax.random.key(0), shape, 0, model.vocab_size - 1)
-  batch = {'inputs': tokens, 'targets': tokens, 'weights': jnp.ones(shape)}
-  batch['segments'] = jnp.zeros(shape, jnp.int32)
-  values = {'lr': 1e-3, 'weight_decay': 0.1, 'num_steps': 100, 'warmup': optim.warmup_steps(optimizer, 100)}
-  hparams = {name: jnp.float32(value) for name, value in values.items()}
-  state = of_arm.init(jax.random.key(0))
-
-  def run() -> Any:
-    nonlocal state
-    state, metrics = of_arm.step(state, batch, hparams)
-    return metrics
-
-  return run
+def steps(sizes: Sizes, chip: Chip | None) -> Iterator[Part]:
+  """train_step of every arm, FLOPs by cost.py; float32 at the first size alone."""
+  programs_of = {'xla': 'xla'} if chip is None else {'xla': 'xla', 'kernel': 'pallas'}
+  kinds = itertools.product(sizes.steps, sizes.dtypes, programs_of, sizes.arms)
+  for (width, depth, batch, time), dtype, by, arm in kinds:
+    if dtype == 'float32' and width != sizes.steps[0][0]:
+      continue
+    c = base_config()
+    c.model.update({'width': width, 'depth': depth, 'heads': max(1, width // 128), 'dtype': dtype})
+    c.model.kernels, c.model.connection.name = programs_of[by], arm
+    c.data.batch_size, c.data.seq_len, c.optimizer.warmup_fraction = batch, time, 0.05
+    names = {'part': 'step', 'arm': arm, 'by': by, 'width': width, 'depth': depth, 'dtype': dtype}
+    flops = cost.train_flops_per_token(build_model(c), time) * batch * time
+    build = functools.partial(lambda c: functions_of(c)['step'], c)
+    yield Part(names, build, flops=flops, tokens=batch * time)
 
 
 def populations(sizes: Sizes) -> Iterator[Part]:

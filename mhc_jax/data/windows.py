@@ -51,13 +51,15 @@ def as_batch(window_XS: Any, bos: int, cross_documents: bool, xp: ModuleType) ->
   """What Windows says of tokens (*X, T + 1), by xp: numpy, or jax.numpy where they are on a device."""
   window_XS = window_XS.astype(xp.int32)
   inputs_XT, targets_XT = window_XS[..., :-1], window_XS[..., 1:]
-  begins_XT = (inputs_XT == bos).astype(xp.int32) * (not cross_documents)
+  segments_XT = xp.zeros_like(inputs_XT)
+  if not cross_documents:  # whatever document is open at the start has number 0
+    begins_XT = (inputs_XT == bos).astype(xp.int32)
+    segments_XT = xp.cumsum(begins_XT, -1, dtype=xp.int32) - begins_XT[..., :1]
   return {
     'inputs': inputs_XT,
     'targets': targets_XT,
     'weights': (targets_XT != bos).astype(xp.float32),
-    # Whatever document is open at the start has number 0.
-    'segments': xp.cumsum(begins_XT, -1, dtype=xp.int32) - begins_XT[..., :1],
+    'segments': segments_XT,
   }
 
 

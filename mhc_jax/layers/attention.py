@@ -14,10 +14,14 @@ from mhc_jax.layers.parts import Output, Visible, linear_of, ones, rms_norm
 from mhc_jax.model_config import ModelConfig
 from mhc_jax.sharding import constrain, token_local
 
+FITTING = 2048  # tokens whose scores in float32 are not yet too large to keep
+
 
 def why_formula(c: ModelConfig, mesh: Mesh | None, time: int) -> str | None:
   """For people: why attention over `time` tokens runs the formula below; None where it runs a kernel."""
   kind = kernels_for(c.kernels, mesh)
+  if kind == 'gpu' and c.kernels == 'auto' and c.dtype == jnp.float32 and time <= FITTING:
+    return "float32, which XLA's formula takes less time for on NVIDIA (docs/gpu.md)"
   return 'model.kernels chooses it here' if kind == 'xla' else why_not(time, c.dtype)
 
 
