@@ -40,6 +40,7 @@ SMALL = {
   'duration': {'steps': 2},
 }
 TINY = [f'--config.{a}.{b}={value}' for a, section in SMALL.items() for b, value in section.items()]
+TINY += ['--config.model.connection.streams=2']
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,7 +22,6 @@ from documented import (
   commands,
   run_mhc,
 )
-from synthetic_runs import write_sweep
 from test_constraints import check
 
 from mhc_jax.config_file import override, parse
@@ -35,20 +34,25 @@ NOTEBOOKS = tuple(f'docs/notebooks/{path.name}' for path in (ROOT / 'docs' / 'no
 WITH_CODE = [page for page in (*PAGES, *NOTEBOOKS) if any(block.language != 'text' for block in blocks(page))]
 
 
-@pytest.fixture
-def run_page(monkeypatch, tmp_path):
-  """Runs a page from an empty folder and returns the names that its Python defined.
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  """One for all pages: what one has trained, the next need not train again."""
+  return tmp_path_factory.mktemp('documented')
 
-  `quick` has two runs of two updates; a sweep that a page reads without making it is a synthetic one.
-  """
-  experiments = importlib.import_module('mhc_jax.experiments.planning').EXPERIMENTS
-  arms = {config.arm: config for config in experiments['quick'](None)}
-  monkeypatch.setitem(experiments, 'quick', lambda _: [smaller(arms[arm]) for arm in ('residual', 'mhc')])
+
+@pytest.fixture
+def run_page(monkeypatch, folder):
+  """Runs a page in the folder and returns the names that its Python defined; `quick` has two small runs."""
   monkeypatch.setattr('matplotlib.figure.Figure.savefig', lambda self, path, **_: path.write_text('<svg/>'))
   draw = importlib.import_module('mhc_jax.analysis.figures.draw')
   monkeypatch.setattr(draw, 'write_png', lambda fig, path: path.write_text(''))
   monkeypatch.setattr('mhc_jax.config_file.parse', lambda path, given: parse(path, [*given, *TINY, CORPUS]))
-  monkeypatch.chdir(tmp_path)
+  experiments = importlib.import_module('mhc_jax.experiments.planning').EXPERIMENTS
+  arms = {config.arm: config for config in experiments['quick'](None)}
+  monkeypatch.setitem(
+    experiments, 'quick', lambda _: [smaller(arms[arm]) for arm in ('residual', 'identity')]
+  )
+  monkeypatch.chdir(folder)
 
   def smaller(config):
     config = config.copy_and_resolve_references()
@@ -58,10 +62,8 @@ def run_page(monkeypatch, tmp_path):
   def run_line(words):
     if words[0] != 'mhc':
       return check_other(words)
-    if words[1] in ('report', 'plots'):
-      folder = tmp_path / next(word for word in words if word.startswith('runs/'))
-      if not folder.exists():
-        write_sweep(folder, arms=('residual', 'identity'), ranks=False)
+    if words[1] in ('report', 'plots') and not (folder / 'runs' / 'quick').exists():
+      run_mhc(['mhc', 'sweep', 'quick'])  # of another page
     return run_mhc(words)
 
   def run(page):
@@ -102,7 +104,7 @@ def test_the_readme_runs_and_its_example_learns_to_mix(run_page):
 
 
 @pytest.mark.slow
-def test_own_constraint_conforms_and_trains(run_page, tmp_path, x64):
+def test_own_constraint_conforms_and_trains(run_page, folder, x64):
   """At most 25 lines; its claims hold; its run is named by its name and parameters."""
   with jax.enable_x64(False):
     names = run_page('docs/own_constraint.md')
@@ -110,7 +112,7 @@ def test_own_constraint_conforms_and_trains(run_page, tmp_path, x64):
   assert len(code.splitlines()) <= 25
   for n in (1, 2, 4):
     check(names['lazy_average'](), n)
-  config = json.loads((tmp_path / 'runs' / 'lazy' / 'config.json').read_text())
+  config = json.loads((folder / 'runs' / 'lazy' / 'config.json').read_text())
   assert config['model']['connection']['constraint'] == 'lazy_average'
   with jax.enable_x64(False):
     assert load('runs/lazy', names['lazy_average']())[2] == 2
