@@ -18,9 +18,9 @@ HC_LR = 1.6e-2  # hc's matrices are not bounded: at 5e-2 they leave the identity
 SIZES = {axis: (sizes[0], sizes[2]) for axis, sizes in coordinate_check.SIZES.items()}
 
 
-def slopes(arm, axis, sizes, bases, lr=LR):
+def slopes(arm, axis, sizes, bases, lr=LR, optimizer='adamw'):
   """d log(coordinate) / d log(width or depth), for each coordinate."""
-  found = [coordinates(arm, size, base, lr) for size, base in zip(sizes, bases, strict=True)]
+  found = [coordinates(arm, size, base, lr, optimizer) for size, base in zip(sizes, bases, strict=True)]
   at = np.log([size[list(SIZES).index(axis)] for size in sizes])
   return {name: np.polyfit(at, np.log([f[name][-1] for f in found]), 1)[0] for name in found[0]}
 
