@@ -35,6 +35,13 @@ def test_coordinates_keep_their_size_with_transfer(arm, axis):
 
 
 @pytest.mark.slow
+def test_muons_rates_transfer_in_width():
+  """Slopes are within 0.07; with every size its own base the logits' change grows as the root of the width."""
+  found = slopes('mhc', 'width', SIZES['width'], [BASE] * 2, optimizer='muon')
+  assert max(map(abs, found.values())) < 0.2, found
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize('axis,limit', (('width', 0.2), ('depth', 0.4)))
 def test_coordinates_of_hyper_connections_transfer_less_well_in_depth(axis, limit):
   """Updates of an unbounded H_res compound over depth.
