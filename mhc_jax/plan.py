@@ -92,6 +92,8 @@ def resolve(config: ConfigDict, digest: str, constraint: Constraint | None = Non
   resolved['data']['digest'] = digest
   if config.data.tokenizer == BYTES.name:
     resolved['data']['tokenizer'] = None  # the same run
+  if config.optimizer.name == 'adamw':
+    resolved['optimizer']['name'] = None  # likewise
   resolved['model'] |= derive_sizes(config)
   resolved['transfer'] = derive_transfer(config)
   spec = build_connection(config.model.connection, config.model.depth, constraint)
