@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from mhc_jax import config_file, cost
 from mhc_jax import optimizer as optim
-from mhc_jax.config import NOT_IN_ID, OptimizerConfig, build_optimizer, check_counts
+from mhc_jax.config import NOT_IN_ID, OptimizerConfig, build_optimizer, check_counts, fill_mesh
 from mhc_jax.connection import ConnectionSpec, Gate, Init
 from mhc_jax.constraints.base import Constraint
 from mhc_jax.data import BYTES
@@ -86,6 +86,7 @@ def resolve(config: ConfigDict, digest: str, constraint: Constraint | None = Non
   """
   find_devices()  # tracing needs one
   config = config_file.check_fields(config)
+  fill_mesh(config, jax.device_count())
   check_counts(config)
   resolved = config.to_dict()
   resolved['arm'] = config.arm or config.model.connection.name
