@@ -48,7 +48,7 @@ class _Read(NamedTuple):
   """A part of a file's column."""
 
   column: pa.Array
-  place: Any  # in the file, where reading goes on after it; None: nowhere that can be jumped to
+  place: Any  # in the file, where reading goes on after it
   done: int  # bytes of the file, with it
 
 
@@ -183,49 +183,44 @@ def _open(store: fsspec.AbstractFileSystem, path: str) -> BinaryIO:
 
 
 def _parquet(store: fsspec.AbstractFileSystem, file: _File, column: str, place: Any) -> Iterator[_Read]:
-  """Row groups one after another, each in parts of BATCH_BYTES; place: the next row group."""
+  """Row groups one after another, each in parts of BATCH_BYTES; place: row group, row in it."""
   with _open(store, file.path) as opened:
     table = pa.parquet.ParquetFile(opened, buffer_size=1 << 20, pre_buffer=False)
     there = table.schema_arrow.names
     if column not in there:
       raise _missing(column, file.path, there)
     leaf = next(i for i in range(len(table.schema)) if table.schema.column(i).path.split('.')[0] == column)
+    first, skipped = place or (0, 0)
     groups = table.num_row_groups
-    for group in range(place or 0, groups):
+    for group in range(first, groups):
       facts = table.metadata.row_group(group)
-      rows = max(facts.num_rows, 1)
-      per_row = max(facts.column(leaf).total_uncompressed_size / rows, 1.0)
+      per_row = max(facts.column(leaf).total_uncompressed_size / max(facts.num_rows, 1), 1.0)
       size = int(min(max(BATCH_BYTES / per_row, 1), BATCH_DOCUMENTS))
-      read, waiting = 0, None
+      read, skip = 0, skipped if group == first else 0
       for batch in table.iter_batches(size, row_groups=[group], columns=[column], use_threads=False):
-        if waiting is not None:
-          yield _Read(waiting, group, file.size * (group + read / rows) / groups)
-        waiting = batch.column(0)
-        read += len(waiting)
-      if waiting is not None:
-        yield _Read(waiting, group + 1, round(file.size * (group + 1) / groups))
+        fresh = batch.column(0)[max(skip - read, 0) :]
+        read += len(batch)
+        if len(fresh):
+          done = (group + read / facts.num_rows) / groups
+          yield _Read(fresh, (group, read), round(file.size * done))
 
 
 def _arrow(store: fsspec.AbstractFileSystem, file: _File, column: str, place: Any) -> Iterator[_Read]:
-  """Record batches of a file or stream, in parts; place: the next record batch."""
+  """Record batches of a file or stream, in parts; place: record batch, row in it."""
   with _open(store, file.path) as opened:
     start = opened.read(6)
     opened.seek(0)
     reader = pa.ipc.open_file(opened) if start == b'ARROW1' else pa.ipc.open_stream(opened)
     if column not in reader.schema.names:
       raise _missing(column, file.path, reader.schema.names)
-    if start == b'ARROW1':
-      batches = map(reader.get_batch, range(reader.num_record_batches))
-    else:
-      batches = iter(reader)
+    batches = map(reader.get_batch, range(reader.num_record_batches)) if start == b'ARROW1' else reader
+    first, skip = place or (0, 0)
     for index, batch in enumerate(batches):
-      if index < (place or 0) or not batch.num_rows:
-        continue
       whole = batch.column(column)
       rows = int(min(max(BATCH_BYTES * len(whole) / max(whole.nbytes, 1), 1), BATCH_DOCUMENTS))
-      for first in range(0, len(whole), rows):
-        last = first + rows >= len(whole)
-        yield _Read(whole.slice(first, rows), index + 1 if last else index, opened.tell())
+      for row in range(0 if index > first else skip, len(whole) if index >= first else 0, rows):
+        part = whole.slice(row, rows)
+        yield _Read(part, (index, row + len(part)), opened.tell())
 
 
 def _jsonl(store: fsspec.AbstractFileSystem, file: _File, column: str, place: Any) -> Iterator[_Read]:
@@ -280,7 +275,7 @@ def _column_of(lines: bytes, column: str, path: str, first: bool) -> pa.Array:
     found = pa.array(
       [_text_of(line, column, path) for line in lines.splitlines() if line.strip()], pa.binary()
     )
-  if first and found.null_count == len(found):
+  if first and 0 < len(found) == found.null_count:
     there = json.loads(next(line for line in lines.splitlines() if line.strip()))
     if column not in there:
       raise _missing(column, path, list(there))
