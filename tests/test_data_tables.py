@@ -94,9 +94,10 @@ def by_loop(texts: list[bytes]) -> tuple[list[int], list[int]]:
   return streams
 
 
-@pytest.mark.parametrize('batch_bytes', [1 << 20, 700])
+@pytest.mark.parametrize(('batch_bytes', 'short'), [(1 << 20, 1), (700, 1000)])
 @pytest.mark.parametrize('kind', WRITERS)
-def test_every_format_gives_the_streams_of_a_loop(texts, tmp_path, monkeypatch, kind, batch_bytes):
+def test_every_format_gives_the_streams_of_a_loop(texts, tmp_path, monkeypatch, kind, batch_bytes, short):
+  monkeypatch.setattr(token_files, 'SHORT', short)
   for module in (source, tables):
     monkeypatch.setattr(module, 'BATCH_BYTES', batch_bytes)
   found = load_corpus(WRITERS[kind](tmp_path / 'text', texts), str(tmp_path / 'data'))
