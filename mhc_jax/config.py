@@ -73,8 +73,13 @@ def _pickled_base() -> bytes:
   c.seed = 0  # of the initial weights and the order of the data
   c.data = Section(
     {
-      'name': 'python_stdlib',  # or text_files:<folder or glob>, or a TFDS data set with text
-      'tokenizer': optional(str),  # None: bytes
+      # python_wheels, python_stdlib, text_files:, parquet:, jsonl: or arrow:<file, folder or glob>,
+      # hf:<data set>, or a TFDS data set with text
+      'name': 'python_wheels',
+      'column': optional(str),  # of parquet, jsonl, arrow and hf; None: text
+      # None: bytes; a tokenizer.json, tiktoken:<encoding> or sentencepiece:<model file>. The run id has the
+      # digest of the tokens, which covers the tokenizer's content, not its path
+      'tokenizer': optional(str),
       'seq_len': 128,  # tokens
       'batch_size': 16,  # sequences per update, over all devices
       'cross_documents': False,  # True: attention sees earlier documents in its window
@@ -249,7 +254,8 @@ def _pickled_base() -> bytes:
 # What does not change the numbers of a run, and so is left out of its id.
 NOT_IN_ID = (
   *(('arm',), ('mesh',), ('topology',), ('checkpoint',)),
-  *(('model', 'kernels'), ('data', 'dir'), ('log', 'tensorboard'), ('log', 'wandb')),
+  *(('model', 'kernels'), ('data', 'dir'), ('data', 'column'), ('data', 'tokenizer')),
+  *(('log', 'tensorboard'), ('log', 'wandb')),
 )
 
 
