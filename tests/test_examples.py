@@ -72,7 +72,7 @@ def by_definition(module, connections, branch, table, scale, tokens_BT):
 def test_it_is_the_definition(name, kernel, monkeypatch):
   """In float32, over two devices, with an H_res whose transpose is another; by the TPU's kernel, too."""
   module, by_kernel = load(name), []
-  # Of two sublayers the first mixes equal streams, and the last is followed by their mean: neither shows H_res.
+  # The first sublayer mixes equal streams, and the last is followed by their mean: neither shows H_res.
   monkeypatch.setattr(module, 'DEPTH', 3)
   if kernel:
     monkeypatch.setattr(choice, 'chip_of', lambda *_: Chip('tpu', interpret=True))
@@ -86,7 +86,7 @@ def test_it_is_the_definition(name, kernel, monkeypatch):
   assert logits_BTV.sharding.spec[0] == 'data'
   assert len(by_kernel) == module.DEPTH * kernel
   expected = by_definition(module, *rest, np.asarray(tokens_BT))
-  # Sums of 64 to 256 products of float32, four sublayers deep: some 1e-6 of the largest.
+  # Sums of 64 to 256 products of float32, three sublayers deep: some 1e-6 of the largest.
   assert np.abs(logits_BTV - expected).max() < 1e-5 * np.abs(expected).max()
 
 
