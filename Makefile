@@ -9,7 +9,7 @@ VENV ?= .venv$(if $(filter-out python3,$(PYTHON)),-$(VERSION))
 RUN := $(VENV)/bin/python
 PINS := requirements/$(VERSION).txt
 PINNED := $(patsubst requirements/%.txt,%,$(wildcard requirements/3.*.txt))
-EXTRAS := cuda12 cuda13 gpu-compiler rocm tpu cloud store-tests ray dev
+EXTRAS := cuda12 cuda13 gpu-compiler rocm tpu cloud store-tests wandb ray dev
 INSTALLED := $(VENV)/.installed$(EXTRA:%=-%)
 WORKERS ?= 2
 
