@@ -1,4 +1,4 @@
-"""A small mHC transformer on the Python standard library's source, for a laptop.
+"""A small mHC transformer on the source of some Python packages, for a laptop.
 
   mhc train --config laptop --workdir runs/laptop
   mhc train --config laptop:smoke --workdir runs/smoke   # seconds

@@ -65,7 +65,7 @@ def plan(
     fill_mesh(config, devices or jax.device_count())
     settings.check_precision(config.model.dtype)
     if download or is_here(config.data.name, config.data.dir):
-      corpus = corpus_of(config.data.name, config.data.dir, config.data.tokenizer)
+      corpus = corpus_of(config.data)
       run = resolve(config, corpus.digest)
       load_data(run, corpus)  # refuses what the corpus is too small for, before anything starts
     else:

@@ -37,9 +37,13 @@ Ended = list[tuple[str, str]]  # (run_id, state)
 
 
 @functools.cache
-def corpus_of(name: str, data_dir: str | None, tokenizer: str | None) -> Corpus:
-  """The corpus, loaded once per process."""
-  return load_corpus(name, data_dir, tokenizer_of(tokenizer))
+def _corpus_of(name: str, data_dir: str | None, tokenizer: str | None, column: str | None) -> Corpus:
+  return load_corpus(name, data_dir, tokenizer_of(tokenizer), column)
+
+
+def corpus_of(data: ConfigDict) -> Corpus:
+  """The corpus that a configuration's section `data` names, loaded once per process."""
+  return _corpus_of(data.name, data.dir, data.tokenizer, data.column)
 
 
 @tolerant_streams()
@@ -72,8 +76,7 @@ def _run_members(
   configs: list[ConfigDict], folder: str, quiet: bool, options: dict[str, Any], leases: dict[str, Lease]
 ) -> Ended:
   """Trains one run, or several as a population; failures are in status.json too, and the sweep goes on."""
-  data = configs[0].data
-  corpus = corpus_of(data.name, data.dir, data.tokenizer)
+  corpus = corpus_of(configs[0].data)
   ids = [resolve(config, corpus.digest).run_id for config in configs]
   workdirs, held = [os.path.join(folder, run_id) for run_id in ids], [leases.get(run_id) for run_id in ids]
   try:
@@ -124,7 +127,7 @@ def _most(run: Run, population: str) -> int:
 
 
 def _resolved(config: ConfigDict) -> Run:
-  return resolve(config, corpus_of(config.data.name, config.data.dir, config.data.tokenizer).digest)
+  return resolve(config, corpus_of(config.data).digest)
 
 
 def work(

@@ -19,6 +19,7 @@ from mhc_jax.log import say
 COMMANDS = {
   'train': 'train one model; the same command goes on where it stopped',
   'evaluate': "validation loss of a run's last checkpoint, and a sample of its text",
+  'tokenizer': 'train a tokenizer on a corpus',
   'sweep': 'run an experiment: many runs, resumable, on one machine or many',
   'report': 'results.csv, fits, figures and one HTML page of a sweep',
   'plots': "the papers' figures from a sweep",
@@ -50,6 +51,8 @@ def main_of(command: str) -> Callable[[list[str]], int]:
       from mhc_jax.train import main
     case 'evaluate':
       from mhc_jax.evaluate import main
+    case 'tokenizer':
+      from mhc_jax.tokenizer_training import main
     case 'sweep':
       from mhc_jax.experiments.sweep import main
     case 'report':

@@ -18,12 +18,13 @@ from mhc_jax.errors import require
 from mhc_jax.manifold_updates import MANIFOLDS
 
 SCHEDULES = ('wsd', 'cosine', 'step', 'constant')
+OPTIMIZERS = (None, 'adamw', 'muon')
 DURATIONS = ('steps', 'tokens', 'flops', 'tokens_per_param')
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-  """AdamW and its schedule; lr and weight_decay are those of the base width and depth."""
+  """AdamW or Muon and its schedule; lr and weight_decay are those of the base width and depth."""
 
   lr: float
   beta1: float
@@ -39,6 +40,9 @@ class OptimizerConfig:
   manifold: str | None  # set or optimizer of manifold_updates.py
   manifold_pattern: str | None  # regular expression of the parameters' paths
   manifold_value: float | None  # rank, radius, or LORO's updates between exact steps
+  name: str | None  # None: adamw; or muon for matrices (muon.py)
+  muon_beta: float | None  # None: 0.95
+  muon_connections: bool | None  # True: the generators' matrices by Muon too
   microbatches: int | None  # parts of a batch whose gradients are added one after another; None is one
 
 
@@ -69,8 +73,13 @@ def _pickled_base() -> bytes:
   c.seed = 0  # of the initial weights and the order of the data
   c.data = Section(
     {
-      'name': 'python_stdlib',  # or text_files:<folder or glob>, or a TFDS data set with text
-      'tokenizer': optional(str),  # None: bytes
+      # python_wheels, python_stdlib, text_files:, parquet:, jsonl: or arrow:<file, folder or glob>,
+      # hf:<data set>, or a TFDS data set with text
+      'name': 'python_wheels',
+      'column': optional(str),  # of parquet, jsonl, arrow and hf; None: text
+      # None: bytes; a tokenizer.json, tiktoken:<encoding> or sentencepiece:<model file>. The run id has the
+      # digest of the tokens, which covers the tokenizer's content, not its path
+      'tokenizer': optional(str),
       'seq_len': 128,  # tokens
       'batch_size': 16,  # sequences per update, over all devices
       'cross_documents': False,  # True: attention sees earlier documents in its window
@@ -185,6 +194,9 @@ def _pickled_base() -> bytes:
       'manifold': optional(str),
       'manifold_pattern': optional(str),  # for example layers/(attention|feed_forward)/.*/w
       'manifold_value': optional(float),  # rank, radius (None: 1), or LORO's updates between exact steps
+      'name': optional(str),  # None: adamw; muon: matrices by Muon, all else by AdamW
+      'muon_beta': optional(float),  # None: 0.95
+      'muon_connections': optional(bool),  # True: the connections' matrices by Muon too; else by AdamW
       'microbatches': optional(int),  # parts of a batch, one after another: less memory, equal gradients
     }
   )
@@ -242,7 +254,8 @@ def _pickled_base() -> bytes:
 # What does not change the numbers of a run, and so is left out of its id.
 NOT_IN_ID = (
   *(('arm',), ('mesh',), ('topology',), ('checkpoint',)),
-  *(('model', 'kernels'), ('data', 'dir'), ('log', 'tensorboard'), ('log', 'wandb')),
+  *(('model', 'kernels'), ('data', 'dir'), ('data', 'column'), ('data', 'tokenizer')),
+  *(('log', 'tensorboard'), ('log', 'wandb')),
 )
 
 
@@ -261,9 +274,14 @@ def build_optimizer(config: ConfigDict) -> OptimizerConfig:
     require(c[name] is None or 0 <= c[name] <= 1, f'optimizer.{name} must lie in [0, 1], got {c[name]}')
   for name in ('lr', 'weight_decay', 'warmup_steps'):
     require(c[name] is None or c[name] >= 0, f'optimizer.{name} must not be negative, got {c[name]}')
+  require(c.name in OPTIMIZERS, f'optimizer.name must be adamw or muon, got {c.name!r}')
+  require(
+    c.name == 'muon' or (c.muon_beta is None and c.muon_connections is None),
+    'optimizer.muon_beta and optimizer.muon_connections need optimizer.name=muon',
+  )
   require(c.eps > 0, f'optimizer.eps must be positive, got {c.eps}')
-  for name in ('beta1', 'beta2'):
-    require(0 <= c[name] < 1, f'optimizer.{name} must lie in [0, 1), got {c[name]}')
+  for name in ('beta1', 'beta2', 'muon_beta'):
+    require(c[name] is None or 0 <= c[name] < 1, f'optimizer.{name} must lie in [0, 1), got {c[name]}')
   require(
     c.clip_norm is None or c.clip_norm > 0,
     f'optimizer.clip_norm must be positive or None, got {c.clip_norm}',

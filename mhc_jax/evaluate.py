@@ -25,8 +25,8 @@ from mhc_jax.data import (
   Corpus,
   Tokenizer,
   Windows,
-  load_corpus,
-  tokenizer_of,
+  bytes_per_token,
+  corpus_of,
   validation_batches,
   windows,
 )
@@ -66,6 +66,12 @@ def validation_arrays(resolved: dict[str, Any], validation: Windows, mesh: Mesh)
   return [put_batch(batch, mesh) for batch in batches]
 
 
+def validation_bytes_per_token(resolved: dict[str, Any], validation: Windows, corpus: Corpus) -> float:
+  """Bytes of text that a scored target of the validation batches stands for, on average."""
+  c = resolved['evaluation']
+  return bytes_per_token(validation, corpus.byte_lengths, c['batch_size'], c['sequences'] // c['batch_size'])
+
+
 def load(workdir: str, constraint: Constraint | None = None) -> tuple[dict[str, Any], ModelConfig, int, Any]:
   """(config.json, model, step, parameters) of the newest undamaged checkpoint.
 
@@ -97,7 +103,7 @@ def validation(resolved: dict[str, Any], model: ModelConfig, params: Any, corpus
   split = windows(corpus.validation, corpus.tokenizer.bos, data['seq_len'], data['cross_documents'])
   batches = validation_arrays(resolved, split, make_mesh({}))
   evaluate = jax.jit(functools.partial(evaluate_sums, model=model))
-  return validation_loss(evaluate, params, batches, corpus.tokenizer.bytes_per_token)
+  return validation_loss(evaluate, params, batches, validation_bytes_per_token(resolved, split, corpus))
 
 
 def sample(
@@ -159,13 +165,14 @@ def main(argv: list[str] | None = None) -> int:
   args.workdir = expand(args.workdir)
   resolved, model, step, params = load(args.workdir)
   data = resolved['data']
-  tokenizer = tokenizer_of(data.get('tokenizer'))  # runs of before it was a field have bytes
-  corpus = load_corpus(data['name'], data['dir'], tokenizer)
+  corpus = corpus_of(data)
   if corpus.digest != data['digest']:
     raise ConfigError(f'{args.workdir} was trained on another version of {corpus.name} than is here')
   losses = validation(resolved, model, params, corpus)
   print(f'step {step}: ' + ', '.join(f'{name} {value:.4f}' for name, value in losses.items()))
-  length = round(args.bytes / tokenizer.bytes_per_token)
+  tokenizer = corpus.tokenizer
+  split = windows(corpus.validation, tokenizer.bos, data['seq_len'], data['cross_documents'])
+  length = round(args.bytes / validation_bytes_per_token(resolved, split, corpus))
   print(sample(model, params, tokenizer, args.prompt, length, data['seq_len'], args.temperature, args.seed))
   return 0
 

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from mhc_jax import hyper_connection
 from mhc_jax.connection import ConnectionSpec
 from mhc_jax.constraints.base import Constraint
-from mhc_jax.data import tokenizer_of
+from mhc_jax.data import tokenizer_of, vocab_size_of
 from mhc_jax.errors import ConfigError, require
 from mhc_jax.kernels.choice import KERNELS
 from mhc_jax.presets import connection_spec
@@ -139,10 +139,12 @@ def derive_sizes(config: ConfigDict) -> dict[str, Any]:
   all_experts = None if moe is None else (moe.active + moe.shared) * moe.ffn_width
   ffn_width = _given(c.ffn_width, all_experts or -(-8 * c.width // 24) * 8)
   require(ffn_width >= 1, f'model.ffn_width must be at least 1, got {ffn_width}')
-  tokens = tokenizer_of(config.data.tokenizer).vocab_size
+  tokens = vocab_size_of(config.data.tokenizer)
+  if tokens is None and c.vocab_size is None:
+    tokens = tokenizer_of(config.data.tokenizer).vocab_size  # fetched, or an error that says what is missing
   vocabulary = _given(c.vocab_size, tokens)
   require(
-    vocabulary >= tokens,
+    tokens is None or vocabulary >= tokens,
     f'model.vocab_size={vocabulary} is below {tokens}, the number of tokens of the tokenizer',
   )
   if mla is None:

@@ -37,6 +37,7 @@ from mhc_jax.sharding import check_mesh, find_devices
 from mhc_jax.train_step import init_state, without_traced
 from mhc_jax.values import INT32
 
+PLACED = ('text_files', 'python_wheels', 'parquet', 'jsonl', 'arrow')  # corpora whose names are places
 MOST_BYTES = 2**50  # of parameters, moments and the least activations
 
 
@@ -93,6 +94,8 @@ def resolve(config: ConfigDict, digest: str, constraint: Constraint | None = Non
   resolved['data']['digest'] = digest
   if config.data.tokenizer == BYTES.name:
     resolved['data']['tokenizer'] = None  # the same run
+  if config.optimizer.name == 'adamw':
+    resolved['optimizer']['name'] = None  # likewise
   resolved['model'] |= derive_sizes(config)
   resolved['transfer'] = derive_transfer(config)
   spec = build_connection(config.model.connection, config.model.depth, constraint)
@@ -267,8 +270,9 @@ def deciding(resolved: dict[str, Any]) -> dict[str, Any]:
     return {key: without_none(value) for key, value in node.items() if value is not None}
 
   kept = without_none(json.loads(json.dumps(resolved)))
-  if kept['data']['name'].startswith('text_files:'):
-    kept['data']['name'] = 'text_files'  # the digest says which text; the path may change
+  kind, separator, _ = kept['data']['name'].partition(':')
+  if separator and kind in PLACED:
+    kept['data']['name'] = kind  # the digest says which text; the path may change
   for path in NOT_IN_ID:
     node = functools.reduce(lambda node, key: node.get(key, {}), path[:-1], kept)
     node.pop(path[-1], None)

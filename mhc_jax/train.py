@@ -27,13 +27,13 @@ from mhc_jax.data import (
   Corpus,
   Windows,
   check_enough_tokens,
-  load_corpus,
+  corpus_of,
   tokenizer_of,
   train_batches,
   windows,
 )
 from mhc_jax.errors import BusyError, ConfigError, require
-from mhc_jax.evaluate import validation_arrays
+from mhc_jax.evaluate import validation_arrays, validation_bytes_per_token
 from mhc_jax.lease import Lease
 from mhc_jax.log import Progress, say, tolerant_streams
 from mhc_jax.loop import Data, Member, Single, alone, is_full, loop
@@ -53,7 +53,8 @@ def load_data(run: Run, corpus: Corpus) -> tuple[Windows, Windows]:
   data = run.resolved['data']
   tokenizer = tokenizer_of(data['tokenizer'])
   require(
-    corpus.tokenizer is tokenizer, f'the corpus is in tokens of {corpus.tokenizer.name}, not {tokenizer.name}'
+    corpus.tokenizer.name == tokenizer.name,
+    f'the corpus is in tokens of {corpus.tokenizer.name}, not {tokenizer.name}',
   )
   how = tokenizer.bos, data['seq_len'], data['cross_documents']
   train = windows(corpus.train, *how)
@@ -94,12 +95,13 @@ def run(
   mesh = make_mesh(planned.resolved['mesh'])
   settings.check_precision(config.model.dtype)
   check_memory(planned)
-  corpus = corpus or load_corpus(config.data.name, config.data.dir, tokenizer_of(config.data.tokenizer))
+  corpus = corpus or corpus_of(config.data)
   plan = resolve(config, corpus.digest, constraint)
   train, validation = load_data(plan, corpus)
   check_workdir(workdir, plan)  # before anything is written
   distributed.require_same('configuration or corpus', plan.run_id)
-  data = Data(train, validation_arrays(plan.resolved, validation, mesh), corpus.tokenizer.bytes_per_token)
+  arrays = validation_arrays(plan.resolved, validation, mesh)
+  data = Data(train, arrays, validation_bytes_per_token(plan.resolved, validation, corpus))
   stop = contextlib.nullcontext(stops_at) if stops_at else distributed.stop_on_signal()
   member = _claim(plan, workdir, mesh, continue_diverged, held)
   if member.status is None:
@@ -154,7 +156,7 @@ def run_population(
     if members:
       train, validation = splits
       arrays = validation_arrays(plans[0].resolved, validation, mesh)
-      data = Data(train, arrays, corpus.tokenizer.bytes_per_token)
+      data = Data(train, arrays, validation_bytes_per_token(plans[0].resolved, validation, corpus))
       with contextlib.nullcontext(stops_at) if stops_at else distributed.stop_on_signal() as stops_at:
         _train(members, data, mesh, stops_at, quiet, side_by_side=True)
   return [item.status if isinstance(item, Member) else item for item in found]

@@ -22,6 +22,9 @@ os.environ['XDG_CACHE_HOME'] = str(CACHE)  # not the user's
 os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(CACHE / 'jax'))
 os.environ.setdefault('JAX_COMPILATION_CACHE_MAX_SIZE', '-1')
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.3')
+# Nothing is fetched, and what is prepared by default is not the user's.
+os.environ['PIP_NO_INDEX'] = '1'
+os.environ['TFDS_DATA_DIR'] = str(CACHE / 'data')
 
 import jax
 import numpy as np

@@ -41,14 +41,14 @@ def test_every_experiment_is_listed():
 
 # SHA-256 of the run ids of every plan, in order.
 PLANS = {
-  'quick': '6e5c7844dd4c',
-  'learning_rate': 'd37c73a36ce1',
-  'identity_or_mixing': 'fe18f78fa7f8',
-  'ablation': 'f937d993e091',
-  'stability': '88f0e69d1b2c',
-  'rank': 'ca88b75cb764',
-  'isoflop': '81fb5fe82040',
-  'router': '0625679051c5',
+  'quick': '919283258c48',
+  'learning_rate': '637d33d96a86',
+  'identity_or_mixing': '437f3419f9f2',
+  'ablation': '37609ae6fb40',
+  'stability': '33e41e4baa89',
+  'rank': '3b1504575770',
+  'isoflop': 'e75d0e49bf2c',
+  'router': '8e62ee6f998d',
 }
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mhc_jax.data import BYTES, corpus, load_corpus, splits, text_builders, text_files, token_files
+from mhc_jax.data import BYTES, corpus, load_corpus, source, splits, text_files, token_files
 from mhc_jax.errors import ConfigError
 
 
@@ -33,7 +33,12 @@ def library(tmp_path: Path, rng: np.random.Generator) -> Path:
 
 
 def load(root: Path, data_dir: Path) -> corpus.Corpus:
-  return corpus.load_files('python_stdlib', text_files.scan_stdlib(root), data_dir, BYTES)
+  return load_files(text_files.scan_stdlib(root), data_dir)
+
+
+def load_files(files: text_files.TextFiles, data_dir: Path) -> corpus.Corpus:
+  found = source.of_pieces('python_stdlib', files.digest, files.documents)
+  return corpus.load_source('python_stdlib', found, data_dir, BYTES)
 
 
 def documents(stream: np.ndarray) -> list[bytes]:
@@ -69,9 +74,9 @@ def test_split_is_by_path_whatever_the_content_and_the_root(library, tmp_path):
   assert held_out(library.rename(tmp_path / 'moved')) == before
 
 
-def test_second_load_reads_no_array_record(library, tmp_path, monkeypatch):
+def test_second_load_reads_no_text(library, tmp_path, monkeypatch):
   first = load(library, tmp_path / 'data')
-  monkeypatch.setattr(text_builders, 'prepare', None)
+  monkeypatch.setattr(token_files, 'write', None)
   second = load(library, tmp_path / 'data')
   assert second.digest == first.digest
   np.testing.assert_array_equal(second.train, first.train)
@@ -96,7 +101,9 @@ def test_digest_covers_both_streams(tmp_path, split):
   def digest(folder, **texts):
     folder.mkdir()
     texts = {'train': b'one', 'validation': b'two', **texts}
-    return token_files.write(folder, texts.items(), BYTES)['digest']
+    documents = [(text, split == 'validation') for split, text in texts.items()]
+    found = source.Source('x', '', 6, 'B', lambda at, tails: source.batched(documents), True)
+    return token_files.write(folder, found, BYTES)['digest']
 
   assert digest(tmp_path / 'a') == digest(tmp_path / 'b')
   assert digest(tmp_path / 'a2') != digest(tmp_path / 'c', **{split: b'six'})
@@ -113,9 +120,9 @@ def test_damaged_folder_is_built_again(library, tmp_path):
 
 
 LOAD = """
-import dataclasses, os, signal, sys, time
+import os, signal, sys, time
 from pathlib import Path
-from mhc_jax.data import BYTES, corpus, text_builders, text_files, token_files
+from mhc_jax.data import BYTES, corpus, source, text_files, token_files
 
 library, data_dir, moment = sys.argv[1:]
 calls = 0
@@ -133,19 +140,24 @@ def note(*args):
   with open(Path(data_dir).parent / 'prepared', 'a') as file:
     file.write('once ')
   time.sleep(0.5)  # so that a second process would come upon an unfinished folder
-  return prepare(*args)
+  return write(*args)
 
-prepare, text_builders.prepare = text_builders.prepare, note
-if moment == 'while TFDS writes':
+write, token_files.write = token_files.write, note
+source.BATCH_BYTES = 1000
+if moment == 'while text is read':
   text_files.Piece.read = killing(text_files.Piece.read, 100)
 if moment == 'while tokens are written':
-  BYTES = dataclasses.replace(BYTES, encode=killing(BYTES.encode, 100))
+  token_files._append = killing(token_files._append, 10)
+if moment == 'after its place is saved':
+  token_files._SAVE_SECONDS = 0
+  token_files._append = killing(token_files._append, 10)
 if moment == 'before completion':
   os.replace = killing(os.replace, 1)
 files = text_files.scan_stdlib(Path(library))
 print('ready', flush=True)
 input()
-print(corpus.load_files('python_stdlib', files, Path(data_dir), BYTES).digest)
+found = source.of_pieces('python_stdlib', files.digest, files.documents)
+print(corpus.load_source('python_stdlib', found, Path(data_dir), BYTES).digest)
 """
 
 
@@ -156,7 +168,10 @@ def start(library: Path, data_dir: Path, moment: str) -> subprocess.Popen:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('moment', ['while TFDS writes', 'while tokens are written', 'before completion'])
+@pytest.mark.parametrize(
+  'moment',
+  ['while text is read', 'while tokens are written', 'after its place is saved', 'before completion'],
+)
 def test_killed_preparation_is_not_taken_for_complete(library, tmp_path, moment):
   process = start(library, tmp_path / 'data', moment)
   process.communicate('go\n', timeout=60)
@@ -197,17 +212,16 @@ def test_file_that_changes_meanwhile_is_noticed(library, tmp_path):
   files = text_files.scan_stdlib(library)
   (library / 'latin.py').write_text('edited')
   with pytest.raises(ConfigError, match=r'latin\.py changed while'):
-    corpus.load_files('python_stdlib', files, tmp_path / 'data', BYTES)
+    load_files(files, tmp_path / 'data')
   assert not list((tmp_path / 'data').rglob('corpus.json'))
 
 
 def test_large_corpora_and_files_are_cut(library, tmp_path, monkeypatch):
-  """Several TFDS splits, and several documents of one file, lose no byte and keep the order."""
+  """Many batches, and several documents of one file, lose no byte and keep the order."""
   expected = load(library, tmp_path / 'a')
-  monkeypatch.setattr(text_builders, '_PART_BYTES', 10_000)
+  monkeypatch.setattr(source, 'BATCH_BYTES', 1000)
   monkeypatch.setattr(text_files, 'MAX_DOCUMENT_BYTES', 100)
   cut = load(library, tmp_path / 'a2')
-  assert list((tmp_path / 'a2').rglob('python_stdlib-train_2.array_record*'))
   assert max(map(len, documents(cut.train))) == 100
   joined = b''.join(documents(cut.train))
   assert joined == b''.join(documents(expected.train))

@@ -12,7 +12,7 @@ import filelock
 import numpy as np
 import pytest
 
-from mhc_jax.data import BYTES, corpus, load_corpus, lock, text_builders, text_files, token_files
+from mhc_jax.data import BYTES, corpus, load_corpus, lock, source, text_files, token_files
 from mhc_jax.data.find_files import find
 from mhc_jax.errors import ConfigError
 
@@ -144,7 +144,8 @@ def test_files_that_change_or_go_during_the_scan_are_noticed(books, tmp_path, mo
   files = text_files.scan_pattern(str(books))
   (books / '2.txt').unlink()
   with pytest.raises(ConfigError, match=r'2\.txt cannot be read now \(No such file'):
-    corpus.load_files('text_files:', files, tmp_path / 'data', BYTES)
+    found = source.of_pieces('text_files', files.digest, files.documents)
+    corpus.load_source('text_files:', found, tmp_path / 'data', BYTES)
   monkeypatch.setattr(text_files.os, 'fstat', lambda _: os.stat(tmp_path))
   with pytest.raises(ConfigError, match=r'0\.txt changed while it was read'):
     names(books)
@@ -302,7 +303,7 @@ def test_tokens_are_hashed_once_per_process_and_version(prepared, monkeypatch):
 def test_what_is_written_but_does_not_read_back_is_refused(prepared, monkeypatch):
   load, _, folder = prepared
   shutil.rmtree(folder)
-  monkeypatch.setattr(token_files, '_map', lambda path: (np.zeros(1, np.uint16), 'other'))
+  monkeypatch.setattr(token_files, '_map', lambda path, dtype: (np.zeros(1, dtype), 'other'))
   with pytest.raises(ConfigError, match='does not read back as written'):
     load()
 
@@ -343,7 +344,7 @@ def test_a_full_disk_that_array_record_meets_is_an_os_error(books, tmp_path, mon
   def no_space(*_):
     raise RuntimeError('Failed to finalize: write() failed: No space left on device; writing x')
 
-  monkeypatch.setattr(text_builders, 'prepare', no_space)
+  monkeypatch.setattr(token_files, 'write', no_space)
   with pytest.raises(OSError, match='No space') as error:
     load_corpus(f'text_files:{books}', str(tmp_path / 'data'))
   assert error.value.errno == errno.ENOSPC

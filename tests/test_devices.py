@@ -124,7 +124,9 @@ def arranged(monkeypatch, count, *arguments):
   monkeypatch.setattr(sweep.devices, 'find', lambda environ: gpus(count) if count else None)
   monkeypatch.setattr(sweep.jax.config, 'update', lambda name, value: started.append((name, value)))
   monkeypatch.setattr(sweep, 'execute', lambda *rest: started.append((rest[3], rest[6])) or [])
-  monkeypatch.setitem(sweep.EXPERIMENTS, 'one', lambda arg: [parse('laptop:smoke', [])])
+  monkeypatch.setitem(
+    sweep.EXPERIMENTS, 'one', lambda arg: [parse('laptop:smoke', ['--config.data.name=python_stdlib'])]
+  )
   sweep.main(['one', *arguments])
   return started
 

@@ -79,7 +79,7 @@ def test_time_is_updates_and_compilations_over_the_workers(planned):
 
 @pytest.mark.parametrize('name', ('quick', 'rank:small', 'isoflop:small'))
 def test_the_table_has_every_run_in_100_columns(name):
-  _, planned = planning.plan(name)
+  _, planned = planning.plan(name, ['--config.data.name=python_stdlib'])
   states = ['interrupted'] * len(planned)
   states[0] = 'finished'
   text = forecast.report(planned, states, [1], 1, forecast.Speed(1e9, 20.0, 'measured'))

@@ -17,6 +17,7 @@ def runs(arg):
   configs = []
   for arm, seed in (('residual', 0), ('residual', 1), ('mhc', 5)):
     overrides = [f'--config.model.connection.name={arm}', f'--config.seed={seed}']
+    overrides.append('--config.data.name=python_stdlib')  # nothing is fetched
     configs.append(parse('laptop:smoke', overrides))
   return configs
 

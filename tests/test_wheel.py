@@ -79,7 +79,8 @@ def test_it_trains_plans_reports_and_fits_from_an_empty_folder(installed, tmp_pa
     return said_by(installed / 'mhc', *command, cwd=tmp_path)
 
   assert 'mhc COMMAND' in mhc('--help')
-  mhc('train', '--config', 'laptop:smoke', '--workdir', 'run', '--config.duration.steps=2')
+  fields = '--config.data.name=python_stdlib', '--config.duration.steps=2'
+  mhc('train', '--config', 'laptop:smoke', '--workdir', 'run', *fields)
   assert (tmp_path / 'run' / 'status.json').exists()
   assert '49 runs' in mhc('sweep', 'quick', '--dry-run')
   write_sweep(tmp_path / 'runs', arms=('residual', 'mhc'), ranks=False)

@@ -66,6 +66,31 @@ def validation_batches(
   these windows is predicted.
   """
   rows = range(batch_size) if rows is None else rows
+  chosen = _validation_windows(source, batch_size, num_batches)
+  if not any(source[i]['weights'].any() for i in chosen):  # of all rows: processes must agree
+    raise ConfigError(
+      f'the {len(chosen)} validation windows of data.seq_len={source.seq_len} hold nothing to predict, only'
+      ' beginnings of documents: raise seq_len or the number of evaluation batches'
+    )
+  return [source.take([chosen[batch * batch_size + row] for row in rows]) for batch in range(num_batches)]
+
+
+def bytes_per_token(
+  source: Windows, byte_lengths: np.ndarray | None, batch_size: int, num_batches: int
+) -> float:
+  """Bytes that a target of the validation batches stands for, the mean over the very targets that are scored.
+
+  byte_lengths: of each token of the validation stream; None: one each.
+  """
+  if byte_lengths is None:
+    return 1.0
+  lengths = Windows(byte_lengths, source.bos, source.seq_len, source.cross_documents)
+  chosen = _validation_windows(source, batch_size, num_batches)
+  scored = source.cut(chosen)[:, 1:] != source.bos
+  return float(lengths.cut(chosen)[:, 1:][scored].mean(dtype=np.float64))
+
+
+def _validation_windows(source: Windows, batch_size: int, num_batches: int) -> list[int]:
   count = batch_size * num_batches
   if not 0 < count <= len(source):
     raise ConfigError(
@@ -74,13 +99,7 @@ def validation_batches(
       ' or seq_len, or take a bigger corpus'
     )
   edges = [stretch * len(source) // count for stretch in range(count + 1)]
-  chosen = [edges[i] + _hash(f'validation window {i}') % (edges[i + 1] - edges[i]) for i in range(count)]
-  if not any(source[i]['weights'].any() for i in chosen):  # of all rows: processes must agree
-    raise ConfigError(
-      f'the {count} validation windows of data.seq_len={source.seq_len} hold nothing to predict, only'
-      ' beginnings of documents: raise seq_len or the number of evaluation batches'
-    )
-  return [source.take([chosen[batch * batch_size + row] for row in rows]) for batch in range(num_batches)]
+  return [edges[i] + _hash(f'validation window {i}') % (edges[i + 1] - edges[i]) for i in range(count)]
 
 
 def _drain(dataset: grain.IterDataset) -> Iterator[Batch]:

@@ -1,6 +1,6 @@
-"""Text in an object store: copied once to the local cache, then read like any other.
+"""Files in an object store: text files are copied once to the local cache, then read like any other.
 
-Main path: gs:// or s3:// -> **local files** -> text_files.py.
+Main path: gs:// or s3:// -> **local files** -> text_files.py. Tables are read where they are (`tables.py`).
 """
 
 import glob
@@ -20,7 +20,23 @@ from mhc_jax.errors import ConfigError, require
 from mhc_jax.log import say
 
 # What tells one version of an object from the next, by the names of all stores; absent ones do not count.
-_VERSION = ('size', 'md5Hash', 'ETag', 'etag', 'generation', 'mtime', 'LastModified', 'updated')
+VERSION = ('size', 'md5Hash', 'ETag', 'etag', 'generation', 'mtime', 'LastModified', 'updated')
+
+_EXTRAS = {'gs': 'cloud', 'gcs': 'cloud', 's3': 'cloud', 'hf': 'text'}
+
+
+def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
+  """(file system, path in it) of what fsspec can open; ConfigError for what it does not know or lacks."""
+  scheme = url.partition('://')[0]
+  try:
+    with storage.errors_of(url):
+      return fsspec.core.url_to_fs(url)
+  except storage.StorageError as error:
+    if isinstance(error.__cause__, ImportError) and scheme in _EXTRAS:
+      raise ConfigError(f'{url} needs a package: pip install "mhc_jax[{_EXTRAS[scheme]}]"') from None
+    if isinstance(error.__cause__, ImportError | ValueError):
+      raise ConfigError(f'{url}: {" ".join(str(error.__cause__).split())}') from None
+    raise
 
 
 def scan_copy(url: str, cache: Path) -> TextFiles:
@@ -50,7 +66,7 @@ def scan_copy(url: str, cache: Path) -> TextFiles:
     raise ConfigError(f'{url}: no such object or folder, and no object matches')
   for name, facts in objects.items():
     require(facts['type'] == 'file', f'{url}: {name} is no object that can be read ({facts["type"]})')
-  versions = [(name, [str(facts.get(field)) for field in _VERSION]) for name, facts in objects.items()]
+  versions = [(name, [str(facts.get(field)) for field in VERSION]) for name, facts in objects.items()]
   key = hashlib.sha256(json.dumps([url, versions]).encode()).hexdigest()
   folder = cache / key[:16]
   copy = os.path.join(folder, pattern)

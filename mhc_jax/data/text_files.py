@@ -1,8 +1,7 @@
 """Text files on disk: which files make up a corpus, its digest, and what of it is validation.
 
-Main path: **files** -> TFDS array_record (`text_builders.py`) -> token streams -> windows. Every
-load reads and hashes all files (about 1 GB/s), so an edited corpus is never mistaken for the
-prepared one.
+Main path: **files** -> token streams -> windows. Every load reads and hashes all files (about 1 GB/s), so an
+edited corpus is never mistaken for the prepared one.
 """
 
 import contextlib
@@ -14,13 +13,14 @@ import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Protocol
 
 from mhc_jax.data import splits
 from mhc_jax.data.find_files import expanded, find
 from mhc_jax.data.progress import progress
-from mhc_jax.errors import ConfigError
+from mhc_jax.errors import ConfigError, require
 
-# Longer files become several documents: TFDS holds one in memory, its records end at 2 GiB.
+# Longer files become several documents: one is held in memory.
 MAX_DOCUMENT_BYTES = 16 << 20
 _FORMAT = 'text files 1'  # in the digest; change it when files are split or cut in another way
 _BLOCK_BYTES = 1 << 20
@@ -36,27 +36,44 @@ class SourceFile:
   modified_ns: int
   digest: str
 
+  def read(self, start: int, stop: int) -> bytes:
+    """The bytes [start, stop). Raises ConfigError if the file is gone or changed since it was scanned."""
+    try:
+      with open(self.path, 'rb') as file:
+        file.seek(start)
+        text = file.read(stop - start)
+        status = os.fstat(file.fileno())
+    except OSError as error:
+      raise ConfigError(f'{self.path} cannot be read now ({error.strerror}): start again') from error
+    if (status.st_size, status.st_mtime_ns) != (self.size, self.modified_ns):
+      raise ConfigError(f'{self.path} changed while the corpus was prepared: start again')
+    return text
+
+
+class Readable(Protocol):
+  """A file of a corpus: one on disk, or one inside a wheel (`wheels.py`)."""
+
+  relative: bytes
+  size: int
+  digest: str
+
+  def read(self, start: int, stop: int) -> bytes: ...
+
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
   """One document: the bytes [start, stop) of a file."""
 
-  file: SourceFile
+  file: Readable
   start: int
   stop: int
 
+  def __len__(self) -> int:
+    return self.stop - self.start
+
   def read(self) -> bytes:
-    """The document. Raises ConfigError if the file is gone or changed since it was scanned."""
-    try:
-      with open(self.file.path, 'rb') as file:
-        file.seek(self.start)
-        text = file.read(self.stop - self.start)
-        status = os.fstat(file.fileno())
-    except OSError as error:
-      raise ConfigError(f'{self.file.path} cannot be read now ({error.strerror}): start again') from error
-    if (status.st_size, status.st_mtime_ns) != (self.file.size, self.file.modified_ns):
-      raise ConfigError(f'{self.file.path} changed while the corpus was prepared: start again')
-    return text
+    """The document; raises ConfigError where its file can no longer be read."""
+    return self.file.read(self.start, self.stop)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,23 +164,29 @@ def _whole(name: str, path: str = '') -> Iterator[None]:
 
 
 def _scan(name: str, paths: Mapping[str, str], root: str | Path, binary: bool = True) -> TextFiles:
-  """Reads every file once: exact duplicates and empty files go, the rest is split and hashed.
+  """Reads every file once.
 
   paths: what to read -> its name in the corpus.
   """
-  files: dict[str, SourceFile] = {}  # by content: of equal files the first path stays
   in_order = sorted((os.fsencode(relative), path) for path, relative in paths.items())
+  files = []
   for relative, path in progress(in_order, f'reading {name}', len(in_order)):
     with _whole(name, path):
-      file = _read_file(path, relative, binary)
+      files.append(_read_file(path, relative, binary))
+  return as_documents(files, f'data.name={name!r}: too little text in {root} for training and validation')
+
+
+def as_documents(files: Iterable[Readable], too_little: str) -> TextFiles:
+  """What is read of the files: the first of equal ones, no empty ones; ConfigError(too_little)."""
+  distinct: dict[str, Readable] = {}
+  for file in files:
     if file.size:
-      files.setdefault(file.digest, file)
+      distinct.setdefault(file.digest, file)
   digest = hashlib.sha256(_FORMAT.encode())
-  for file in files.values():
+  for file in distinct.values():
     digest.update(b'%d %s %s\n' % (len(file.relative), file.relative, file.digest.encode()))
-  documents = _split(files.values())
-  if not all(documents.values()):
-    raise ConfigError(f'data.name={name!r}: too little text in {root} for training and validation')
+  documents = _split(distinct.values())
+  require(all(documents.values()), too_little)
   return TextFiles(digest.hexdigest(), documents)
 
 
@@ -187,7 +210,7 @@ def _read_file(path: str, relative: bytes, binary: bool) -> SourceFile:
   return SourceFile(path, relative, status.st_size, status.st_mtime_ns, digest.hexdigest())
 
 
-def _split(files: Iterable[SourceFile]) -> dict[str, tuple[Piece, ...]]:
+def _split(files: Iterable[Readable]) -> dict[str, tuple[Piece, ...]]:
   """Holds out files by the hash of their paths or, with too few files, the end of each file."""
   held_out = sum(file.size for file in files if splits.in_validation(file.relative))
   whole_files = splits.enough_documents(held_out, sum(file.size for file in files))

@@ -17,12 +17,14 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import tensorflow_datasets as tfds
 from absl import logging
 
 from mhc_jax.data import splits
 from mhc_jax.data.lock import full_disk, locked
+from mhc_jax.data.source import Documents, Source, batched
 from mhc_jax.errors import ConfigError
 
 
@@ -43,26 +45,34 @@ class TextDataset:
   def __len__(self) -> int:
     return sum(map(len, self.sources.values()))
 
-  def documents(self, *, tails: bool) -> Iterator[tuple[str, bytes]]:
-    """Yields (split, document) in the dataset's order.
+  def source(self) -> Source:
+    """Its documents in the data set's order.
 
     Without a validation split, documents are held out by the hash of their content (so equal
     documents stay together); or, with `tails`, the last 5 % of every document. Raises ConfigError for a
     damaged file.
     """
+    given = 'validation' in self.sources
+
+    def read(at: Any, tails: bool) -> Iterator[Documents]:
+      for batch in batched(self._texts(at or 0), at or 0):
+        if given:
+          yield batch
+        else:
+          ends, held = splits.held_out(batch.text, batch.ends, tails)
+          yield batch._replace(ends=ends, held_out=held)
+
+    return Source(self.slug, self.key, len(self), ' documents', read, splits_itself=given)
+
+  def _texts(self, start: int) -> Iterator[tuple[bytes, bool]]:
+    """(document, whether it is of the validation split) from the start-th on."""
     for split, source in self.sources.items():
-      for index in range(len(source)):
+      for index in range(min(start, len(source)), len(source)):
         with _readable(self.folder):
           text = source[index][self.feature]
           text = text.encode() if isinstance(text, str) else bytes(text)
-        if 'validation' in self.sources:
-          yield split, text
-        elif tails:
-          cut = splits.tail_start(len(text))
-          yield 'train', text[:cut]
-          yield 'validation', text[cut:]
-        else:
-          yield 'validation' if splits.in_validation(text) else 'train', text
+        yield text, split == 'validation'
+      start -= min(start, len(source))
 
 
 def prepare(name: str, data_dir: Path, lock_folder: Path) -> TextDataset:
@@ -162,7 +172,14 @@ def _one_line_errors(name: str) -> Iterator[None]:
   except ConfigError:
     raise
   except tfds.core.DatasetNotFoundError as error:
-    names = {'python_stdlib', 'text_files:FOLDER'}
+    names = {
+      'python_wheels',
+      'python_stdlib',
+      'text_files:FOLDER',
+      'parquet:GLOB',
+      'jsonl:GLOB',
+      'arrow:GLOB',
+    }
     names.update(tfds.list_builders(with_community_datasets=False))
     near = difflib.get_close_matches(name.split('/')[0], sorted(names))
     hint = f'; did you mean {" or ".join(near)}?' if near else ''

@@ -1,7 +1,7 @@
 """Tokenizers as data, and the one by default: 256 bytes and one mark for the beginning of a document.
 
-Main path: text -> **token ids** -> fixed windows -> batches. A new one: a Tokenizer in TOKENIZERS, and its
-name at config.py's `data.tokenizer`.
+Main path: text -> **token ids** -> fixed windows -> batches. Others come from libraries
+(`tokenizer_libraries.py`), by what data.tokenizer names.
 """
 
 import dataclasses
@@ -9,29 +9,40 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from mhc_jax.errors import require
-
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
   """Text to token ids and back, and what a model and its losses need to know of them."""
 
-  name: str  # part of the digest and of the folder of prepared text
-  vocab_size: int  # ids lie below it; at most 2**16
+  name: str  # library, size, bos and a hash of the content: part of the digest and of prepared folders' names
+  vocab_size: int  # ids lie below it
   bos: int  # beginning of a document; read by the model, predicted by no loss term
-  bytes_per_token: float  # of predicted tokens, which are never bos
   encode: Callable[[bytes | str], np.ndarray]  # a text's ids, without bos
   decode: Callable[[Iterable[int]], str]  # leaves bos out
+  # Documents (text uint8, ends) -> (ids, ends), without bos.
+  encode_many: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+  # A document -> how many of its bytes each of its tokens stands for: they sum to its length. None: one each.
+  byte_lengths: Callable[[bytes], np.ndarray] | None
+
+  @property
+  def dtype(self) -> np.dtype:
+    """Of token ids on disk: uint16 where they fit, little endian."""
+    return np.dtype('<u2' if self.vocab_size <= 2**16 else '<u4')
+
+
+def as_bytes(text: bytes | str) -> bytes:
+  """The bytes of a text; a str counts as its UTF-8 bytes, of surrogates too."""
+  if isinstance(text, str):
+    try:
+      return text.encode('utf-8', errors='surrogateescape')  # arguments that are no UTF-8
+    except UnicodeEncodeError:
+      return text.encode('utf-8', errors='surrogatepass')
+  return text
 
 
 def _encode_bytes(text: bytes | str) -> np.ndarray:
-  """Token ids of a text, uint16 (bytes,); a str counts as its UTF-8 bytes, of surrogates too."""
-  if isinstance(text, str):
-    try:
-      text = text.encode('utf-8', errors='surrogateescape')  # arguments that are no UTF-8
-    except UnicodeEncodeError:
-      text = text.encode('utf-8', errors='surrogatepass')
-  return np.frombuffer(text, np.uint8).astype(np.uint16)
+  """Token ids of a text, uint16 (bytes,)."""
+  return np.frombuffer(as_bytes(text), np.uint8).astype(np.uint16)
 
 
 def _decode_bytes(ids: Iterable[int]) -> str:
@@ -45,12 +56,4 @@ def _decode_bytes(ids: Iterable[int]) -> str:
   return ids[ids != BYTES.bos].astype(np.uint8).tobytes().decode('utf-8', errors='replace')
 
 
-BYTES = Tokenizer('bytes', 257, 256, 1.0, _encode_bytes, _decode_bytes)
-TOKENIZERS = {'bytes': BYTES}
-
-
-def tokenizer_of(name: str | None) -> Tokenizer:
-  """The tokenizer that data.tokenizer names, None being bytes; ConfigError for an unknown one."""
-  known = name is None or name in TOKENIZERS
-  require(known, f'data.tokenizer must be one of {", ".join(TOKENIZERS)}, got {name!r}')
-  return TOKENIZERS[name or 'bytes']
+BYTES = Tokenizer('bytes', 257, 256, _encode_bytes, _decode_bytes, lambda text, ends: (text, ends), None)
