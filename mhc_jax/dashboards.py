@@ -23,7 +23,7 @@ from mhc_jax.storage import finite
 
 _MOST_WAITING = 10_000  # rows
 _LAST_SECONDS = 10.0  # that a run which has ended waits for its rows to be taken
-_UPLOAD_SECONDS = 60.0  # and for W&B to send them
+_UPLOAD_SECONDS = 30.0  # and for W&B to send them
 
 Sink = Callable[[dict[str, Any]], None]
 

@@ -66,4 +66,4 @@ def _seconds(run: Run) -> str:
     speed = Speed(rate, None, f'an assumed {UTILISATION:.0%} of the peak of {devices} x {chip.name}')
   speed = speed or calibrated([run])
   taken = duration(run.derived['flops'] / speed.flops)
-  return f'about {taken} of updates at {speed.flops / 1e9:,.1f} GFLOP/s ({speed.source}), and compilation'
+  return f'about {taken} of updates at {speed.flops:.3g} FLOP/s ({speed.source}), and compilation'

@@ -68,8 +68,8 @@ def terms(run: Run) -> dict[str, float]:
   """About what training holds on one device, in bytes, by what holds it: sums of sizes, nothing is compiled.
 
   State and gradients are divided as if every matrix were split by fsdp and tensor. Activations are what a
-  backward pass needs of one microbatch: what its recomputation keeps (recompute.py), and of one layer
-  everything. What the compiler adds or saves is left out; docs/tools.md sets the two beside each other.
+  backward pass needs of one microbatch: what its recomputation keeps (recompute.py), and of one layer all,
+  with gradients. What the compiler adds or saves is left out; docs/tools.md sets the two beside each other.
   """
   c, mesh, model = run.resolved, run.resolved['mesh'], run.model
   split = mesh['fsdp'] * mesh['tensor']
@@ -114,27 +114,30 @@ def _stream_bytes(run: Run) -> float:
 
 
 def _layer_bytes(run: Run) -> float:
-  """Of a token: inputs and outputs of products with weights, in every layer that is not computed again."""
+  """Of a token, what layers keep of products with weights; and all inputs and outputs of one, with gradients.
+
+  A layer that computes everything else again ('products', 'block') keeps the outputs alone.
+  """
   c = run.model
   maps = cost.products(c)
-  dense = sum(a + b for a, b in (*maps['attention'], *maps['feed_forward']))
-  experts = 0
+  dense = [*maps['attention'], *maps['feed_forward']]
+  experts = list(maps['attention'])
   if c.moe:
-    experts = sum(a + b for a, b in maps['attention'])
-    experts += 3 * (c.moe.active + c.moe.shared) * (c.width + c.moe.ffn_width)
+    each = [(c.width, c.moe.ffn_width)] * 2 + [(c.moe.ffn_width, c.width)]
+    experts += each * (c.moe.active + c.moe.shared)
   dense_layers = c.depth if c.moe is None else c.dense_layers
-  one = max(dense, experts)
-  every = dense_layers * dense + (c.depth - dense_layers) * experts
-  return (one if c.remat == 'layer' else every + one) * jnp.dtype(c.dtype).itemsize
+  layers = [dense] * dense_layers + [experts] * (c.depth - dense_layers)
+  one = max(sum(a + b for a, b in layer) for layer in layers)
+  kept = sum(b + a * (c.remat == 'none') for layer in layers for a, b in layer) * (c.remat != 'layer')
+  return (kept + 2 * one) * jnp.dtype(c.dtype).itemsize
 
 
 def _score_bytes(run: Run) -> float:
-  """Of a sequence and pair of tokens: float32 powers of every head, kept in all layers or in one; 0 by a
-  kernel."""
-  c = run.model
-  if why_formula(c, None, run.resolved['data']['seq_len']) is None:
-    return 0.0
-  return 4 * c.heads * ((c.depth if c.remat == 'none' else 1) + 2)
+  """Of a sequence and pair of tokens: float32 powers of every head, kept in all layers or in one, and two
+  more; 0 by a kernel, which accelerators that are not here (config.topology) are taken to have."""
+  c, away = run.model, run.resolved['topology'] is not None
+  formula = c.kernels == 'xla' if away else why_formula(c, None, run.resolved['data']['seq_len']) is not None
+  return 4 * c.heads * ((c.depth if c.remat == 'none' else 1) + 2) * formula
 
 
 def advice(

@@ -100,7 +100,7 @@ def check_arguments(words: list[str], whole: bool = True) -> None:
   whole: False allows for a command in a sentence, which leaves arguments out.
   """
   name, arguments = words[1], words[2:]
-  if name == '--help':
+  if name in ('--help', '--print-config'):
     return
   main = mhc.main_of(name)
   if '--help' in arguments:
@@ -119,7 +119,9 @@ def check_arguments(words: list[str], whole: bool = True) -> None:
     args, overrides = parsed.args
   if args is None:
     return
-  if name == 'train':
+  if name == 'train' and args.config is None:
+    assert not whole or args.print_config, 'names no config'
+  elif name == 'train':
     resolve(parse(args.config, overrides), '')
   elif name == 'sweep' and args.name not in (None, 'NAME', 'NAME:large', 'NAME:small'):
     importlib.import_module('mhc_jax.experiments.planning').configs_of(args.name, overrides, args.seeds)

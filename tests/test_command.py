@@ -13,13 +13,14 @@ import pytest
 from mhc_jax import __main__ as mhc
 from mhc_jax import environment
 from mhc_jax.command import end_with_message
+from mhc_jax.errors import OutOfMemoryError
 
 
 def test_every_command_is_listed_with_what_it_does(capsys):
   assert mhc.main([]) == 0
   said = capsys.readouterr().out
   assert all(re.search(rf'^  {name} +\w.*', said, re.MULTILINE) for name in mhc.COMMANDS)
-  wanted = 'train evaluate sweep report fit reproduce plots compile overhead bench coverage env'
+  wanted = 'train evaluate tokenizer sweep report fit reproduce plots compile overhead bench coverage env'
   assert sorted(mhc.COMMANDS) == sorted(wanted.split())
 
 
@@ -40,7 +41,12 @@ def test_mistakes_end_in_one_line(capsys):
 
 
 @pytest.mark.parametrize(
-  'error', (MemoryError(), RuntimeError('RESOURCE_EXHAUSTED: Out of memory\nof 9 GiB'))
+  'error',
+  (
+    MemoryError(),
+    RuntimeError('RESOURCE_EXHAUSTED: Out of memory\nof 9 GiB'),
+    OutOfMemoryError('out of memory: about 1 GiB; what helps'),
+  ),
 )
 def test_memory_that_is_full_is_one_line(error, capsys):
   def main():
@@ -49,6 +55,7 @@ def test_memory_that_is_full_is_one_line(error, capsys):
   assert end_with_message(main) == 1
   (line,) = capsys.readouterr().err.splitlines()
   assert line.startswith('error: out of memory')
+  assert ('what helps' in line) == (line == f'error: {error}') == isinstance(error, OutOfMemoryError)
 
 
 @pytest.mark.parametrize('arguments', ('', '--version', 'tarin'))

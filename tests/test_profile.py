@@ -73,3 +73,18 @@ def test_a_profiler_that_fails_ends_no_run(tmp_path, capsys, monkeypatch, plain)
 def test_what_is_no_pair_of_updates_is_refused(text):
   with pytest.raises(ConfigError, match='like 10:15'):
     profiling.updates_of(text)
+
+
+def test_dispatches_of_many_updates_end_where_the_trace_begins_and_ends(tmp_path, monkeypatch):
+  calls = []
+  monkeypatch.setattr(profiling.jax.profiler, 'start_trace', lambda folder: calls.append('start'))
+  monkeypatch.setattr(profiling.jax.profiler, 'stop_trace', lambda: calls.append('stop'))
+  trace = profiling.Trace((10, 15), str(tmp_path), 100)
+  assert trace.begin(0, None) == 9 and trace.begin(5, None) == 4 and not calls
+  assert trace.begin(9, None) == 6 and calls == ['start']
+  trace.end(12, None)
+  assert trace.begin(12, None) == 3 and calls == ['start']
+  trace.end(15, None)
+  assert calls == ['start', 'stop'] and trace.begin(15, None) is None
+  trace.close(20)
+  assert calls == ['start', 'stop']
