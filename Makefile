@@ -1,4 +1,5 @@
-# make sweep: train the quick sweep and write its report. make test: all tests. Both set everything up.
+# make sweep: train the quick sweep and write its report. make test: all tests. make docs: the manual as a site.
+# Each sets everything up.
 # PYTHON=python3.13 works beside the default, in .venv-3.13; where only pyenv has it, pyenv's is taken.
 # make install EXTRA=cuda13,cloud: for an NVIDIA GPU (cuda12, rocm, tpu) and workdirs in gs:// and s3://.
 PYTHON ?= python3
@@ -9,7 +10,7 @@ VENV ?= .venv$(if $(filter-out python3,$(PYTHON)),-$(VERSION))
 RUN := $(VENV)/bin/python
 PINS := requirements/$(VERSION).txt
 PINNED := $(patsubst requirements/%.txt,%,$(wildcard requirements/3.*.txt))
-EXTRAS := cuda12 cuda13 gpu-compiler rocm tpu cloud text store-tests ray dev
+EXTRAS := cuda12 cuda13 gpu-compiler rocm tpu cloud text wandb store-tests ray docs dev
 INSTALLED := $(VENV)/.installed$(EXTRA:%=-%)
 WORKERS ?= 2
 
@@ -22,7 +23,7 @@ PIP := $(RUN) -m pip --disable-pip-version-check
 WHAT := -r $(PINS) -e '.$(EXTRA:%=[%])'
 COMPILE := $(UV) pip compile --quiet --python-platform x86_64-manylinux_2_31 pyproject.toml
 
-.PHONY: install sweep report test campaign lint pins check-pins python clean
+.PHONY: install sweep report test campaign docs lint pins check-pins python clean
 
 install: $(INSTALLED)
 
@@ -48,6 +49,10 @@ test: install
 campaign: install
 	$(RUN) -m tests.campaign
 
+# The manual, in build/site; a missing page, link or docstring is an error. Nothing is fetched.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
+
 lint: install
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
@@ -55,7 +60,7 @@ lint: install
 
 # The pins again from pyproject.toml, unchanged where they still fit; an emptied file gets the newest.
 pins: install
-	set -e; for version in $(PINNED); do $(COMPILE) --python-version $$version --extra dev \
+	set -e; for version in $(PINNED); do $(COMPILE) --python-version $$version --extra dev --extra docs \
 	  -c requirements/constraints.txt --no-annotate --custom-compile-command 'make pins' \
 	  -o requirements/$$version.txt > /dev/null; done
 

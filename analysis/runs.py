@@ -162,7 +162,9 @@ def row_of(run: Run) -> dict[str, object]:
   def number(path: str) -> float:
     return _finite(status.get(path))
 
-  speeds = pd.Series([_finite(row.get('time/tokens_per_second')) for row in run.rows], dtype=float)
+  def logged(name: str) -> pd.Series:
+    return pd.Series([_finite(row.get(name)) for row in run.rows], dtype=float)
+
   fixed_rank = config.get('optimizer.manifold') == 'fixed_rank'
   row = {'run_id': run.run_id, 'arm': run.arm, 'state': run.state}
   row |= picked(MODEL | CONNECTION, config) | {'variant': _variant(run.config)}
@@ -184,7 +186,10 @@ def row_of(run: Run) -> dict[str, object]:
     'diverged_at': status.get('diverged_at'),
     'error': status.get('error') or run.trouble,
     'seconds': number('seconds'),
-    'tokens_per_second': float(speeds.median()),
+    'data_seconds': float(logged('time/data_seconds').max()),
+    'tokens_per_second': float(logged('time/tokens_per_second').median()),
+    'mfu': float(logged('time/mfu').median()),
+    'peak_bytes_in_use': float(logged('device/peak_bytes_in_use').max()),
     **picked(DEVICE, status),
   }
   counts = 'derived.params.'

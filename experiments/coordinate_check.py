@@ -53,7 +53,9 @@ def _loss_and_sizes(params: Any, model: Any) -> tuple[jax.Array, tuple[jax.Array
 
 
 @functools.cache
-def coordinates(arm: str, size: tuple[int, int], base: tuple[int, int], lr: float) -> dict[str, np.ndarray]:
+def coordinates(
+  arm: str, size: tuple[int, int], base: tuple[int, int], lr: float, optimizer_name: str = 'adamw'
+) -> dict[str, np.ndarray]:
   """Each coordinate after 0 .. UPDATES updates at (width, depth) `size`, with rules relative to `base`.
 
   Two streams, to compile sooner. base = size turns the rules off.
@@ -63,7 +65,7 @@ def coordinates(arm: str, size: tuple[int, int], base: tuple[int, int], lr: floa
   c.model.connection.update({'name': 'residual' if arm == 'low_rank' else arm, 'streams': 2})
   c.model.weights.rank = size[0] // 4 if arm == 'low_rank' else None
   c.transfer.base_width, c.transfer.base_depth = base
-  c.optimizer.warmup_steps = 0
+  c.optimizer.warmup_steps, c.optimizer.name = 0, optimizer_name
   model, optimizer = dataclasses.replace(build_model(c), vocab_size=VOCAB), build_optimizer(c)
 
   def update(carry, _):
@@ -100,7 +102,7 @@ def _natural_change(factors: list[tuple[jax.Array, jax.Array]]) -> np.ndarray:
   return np.mean(norms, 0)
 
 
-def table(arms: list[str], lr: float, progress: bool = False) -> pd.DataFrame:
+def table(arms: list[str], lr: float, progress: bool = False, optimizer_name: str = 'adamw') -> pd.DataFrame:
   """One row per arm, axis, size, rules on or off, update and coordinate."""
   cells = [
     (arm, axis, size, transfer)
@@ -109,7 +111,7 @@ def table(arms: list[str], lr: float, progress: bool = False) -> pd.DataFrame:
   ]
   rows = []
   for arm, axis, size, transfer in tqdm(cells, desc='coordinate check', disable=not progress):
-    measured = coordinates(arm, size, BASE if transfer else size, lr)
+    measured = coordinates(arm, size, BASE if transfer else size, lr, optimizer_name)
     where = {'arm': arm, 'axis': axis, 'width': size[0], 'depth': size[1], 'transfer': transfer, 'lr': lr}
     rows += [
       where | {'update': k, 'coordinate': name, 'value': float(value)}
@@ -128,9 +130,10 @@ def main(argv: list[str] | None = None) -> int:
   )
   parser.add_argument('--arms', nargs='+', choices=ARMS, default=ARMS)
   parser.add_argument('--lr', type=float, default=1.6e-2, help='of the base size (default 0.016)')
+  parser.add_argument('--optimizer', choices=('adamw', 'muon'), default='adamw')
   parser.add_argument('--out', type=user_path, default=Path('runs/coordinate_check'))
   a = parser.parse_args(argv)
-  rows = table(list(a.arms), a.lr, progress=True)
+  rows = table(list(a.arms), a.lr, progress=True, optimizer_name=a.optimizer)
   a.out.mkdir(parents=True, exist_ok=True)
   rows.to_csv(a.out / 'coordinates.csv', index=False)
   print(f'wrote {a.out / "coordinates.csv"}: {len(rows)} rows')

@@ -12,9 +12,11 @@ import sys
 import textwrap
 from collections.abc import Callable, Sequence
 
+import jax
 from ml_collections import ConfigDict
 
 from mhc_jax import settings
+from mhc_jax.config import fill_mesh
 from mhc_jax.config_file import override
 from mhc_jax.data import is_here
 from mhc_jax.errors import ConfigError, require
@@ -46,19 +48,21 @@ def plan(
   *,
   download: bool = True,
   elsewhere: bool = False,
+  devices: int | None = None,
 ) -> tuple[list[ConfigDict], list[Run]]:
   """The experiment's configs and what they resolve to, in order; `name` may be NAME:argument.
 
   overrides: `--config.a.b=v`, for every run. seeds: every distinct configuration at seeds 0 .. seeds - 1.
   download: False leaves corpora that are not on this machine away: their runs have no digest, and other ids.
-  elsewhere: the devices are not this process's, so meshes are not held against them.
+  elsewhere: the devices are not this process's, so meshes are not held against them; devices: their number.
   Raises ConfigError for an unknown experiment, an invalid config or override, or two equal runs.
   """
   configs = configs_of(name, overrides, seeds)
   planned, seen = [], {}
   for config in configs:
-    if not elsewhere:
-      make_mesh(config.mesh.to_dict())  # refuses what the devices do not fit
+    if elsewhere and devices is None:
+      require(-1 not in config.mesh.values(), 'mesh: -1, what is left of the devices, needs a number here')
+    fill_mesh(config, devices or jax.device_count())
     settings.check_precision(config.model.dtype)
     if download or is_here(config.data.name, config.data.dir):
       corpus = corpus_of(config.data)
@@ -66,6 +70,8 @@ def plan(
       load_data(run, corpus)  # refuses what the corpus is too small for, before anything starts
     else:
       run = resolve(config, '')
+    if not elsewhere:
+      make_mesh(run.resolved['mesh'])  # refuses what the devices do not fit
     if run.run_id in seen:
       why = ': it varies what an override holds fast; choose another field, or --seeds' if overrides else ''
       raise ConfigError(f'{name} plans run {run.run_id} ({run.resolved["arm"]}) twice{why}')

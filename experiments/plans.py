@@ -2,22 +2,20 @@
 
   python -m experiments.plans > docs/plans.md
 
-No run of theirs has been timed: the hours are FLOPs over an assumed share of the chips' peak (chips.py).
+No run of theirs has been timed: the hours are FLOPs over an assumed share of the chips' peak
+(mhc_jax/chips.py).
 """
 
 import sys
 
+from mhc_jax.chips import CHIPS, UTILISATION
 from mhc_jax.command import end_with_message
 from mhc_jax.plan import Run
 
-from .compile.chips import CHIPS
 from .forecast import short
 from .planning import EXPERIMENTS, plan
 
 MACHINES = {'H100': ('H100', 1), 'v5e-8': ('v5e', 8)}  # name -> chip, number
-# Of the peak in bfloat16, with attention's scores counted in full: assumed. By the TPU compiler's program the
-# residual model of width 512 and depth 12 reaches 0.30 on v5e:2x4, which leaves out what the host costs.
-UTILISATION = 0.25
 AT_LEAST = 1e17  # FLOPs of a plan that is worth a chip
 HEAD = f"""# Plans for accelerators
 

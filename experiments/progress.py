@@ -15,7 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from mhc_jax.log import say
+from mhc_jax.log import duration, say
 from mhc_jax.plan import Run
 from mhc_jax.run_folder import last_row
 from mhc_jax.storage import is_remote
@@ -220,15 +220,6 @@ class Bar:
 def name_of(run: Run) -> str:
   """A run for a reader: its arm, width and depth."""
   return f'{run.resolved["arm"]} {run.model.width}x{run.model.depth}'
-
-
-def duration(seconds: float) -> str:
-  """Seconds, minutes, hours or days, to two digits or so."""
-  if seconds < 90:
-    return f'{seconds:.0f} s'
-  if seconds < 5400:
-    return f'{seconds / 60:.0f} min'
-  return f'{seconds / 3600:.1f} h' if seconds < 200_000 else f'{seconds / 86400:,.0f} days'
 
 
 def watch(at_work: Callable[[float], bool], planned: list[Run], folder: str, workers: int = 1) -> None:

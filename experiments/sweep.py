@@ -215,6 +215,7 @@ def main(argv: list[str] | None = None) -> int:
   say(f'{args.name}: planning')
   found = _for_workers(args)
   how = {'download': not args.dry_run, 'elsewhere': found is not None or args.engine == 'ray'}
+  how['devices'] = len(found.names) if found else None
   configs, planned = plan(args.name, overrides, args.seeds, **how)
   check_extends(folder, args.name, options, planned)
   again = ('failed',) * args.retry_failed + ('diverged',) * args.continue_diverged

@@ -92,7 +92,7 @@ def _run_members(
     lost = isinstance(error, LeaseLostError)
     state = 'lost' if lost else 'busy' if isinstance(error, BusyError) else 'failed'
     found = [{'state': state, 'error': f'{type(error).__name__}: {error}'} for _ in ids]
-  if len(configs) > 1 and any('RESOURCE_EXHAUSTED' in (status.get('error') or '') for status in found):
+  if len(configs) > 1 and any((status.get('error') or '').startswith('OutOfMemoryError') for status in found):
     say(f'{len(configs)} runs side by side need more memory than is here: now half as many')
     half, same = len(configs) // 2, (folder, quiet, options, leases)
     return _run_members(configs[:half], *same) + _run_members(configs[half:], *same)

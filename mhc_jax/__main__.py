@@ -40,6 +40,7 @@ examples:
   mhc train --config laptop:smoke --workdir runs/smoke
   mhc sweep quick --workers 2
   mhc report runs/quick
+  mhc --print-config          # every field that --config.section.field=value can set
   mhc COMMAND --help"""
 
 
@@ -120,6 +121,8 @@ def _main(argv: list[str]) -> int:
 
     print(version('mhc_jax'))
     return 0
+  if command == '--print-config':
+    command, rest = 'train', argv
   try:
     with _quiet_interrupt(), _said_if_slow(f'mhc {command}: loading'):
       run = main_of(command)

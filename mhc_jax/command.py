@@ -4,7 +4,7 @@ import atexit
 import signal
 from collections.abc import Callable
 
-from mhc_jax.errors import FULL_DISK, CheckpointError, ConfigError, StorageError
+from mhc_jax.errors import FULL_DISK, CheckpointError, ConfigError, OutOfMemoryError, StorageError
 from mhc_jax.log import say, tolerant_streams
 
 
@@ -19,7 +19,7 @@ def end_with_message(main: Callable[[], int]) -> int:
     except ConfigError as error:
       say(f'error: {error}')
       return 2
-    except (CheckpointError, StorageError) as error:
+    except (CheckpointError, OutOfMemoryError, StorageError) as error:
       say(f'error: {error}')
     except OSError as error:
       reason = error.strerror or str(error)

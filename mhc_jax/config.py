@@ -7,6 +7,7 @@ None means off or derived.
 
 import dataclasses
 import functools
+import math
 import pickle
 from typing import Any
 
@@ -17,12 +18,13 @@ from mhc_jax.errors import require
 from mhc_jax.manifold_updates import MANIFOLDS
 
 SCHEDULES = ('wsd', 'cosine', 'step', 'constant')
+OPTIMIZERS = (None, 'adamw', 'muon')
 DURATIONS = ('steps', 'tokens', 'flops', 'tokens_per_param')
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-  """AdamW and its schedule; lr and weight_decay are those of the base width and depth."""
+  """AdamW or Muon and its schedule; lr and weight_decay are those of the base width and depth."""
 
   lr: float
   beta1: float
@@ -38,6 +40,9 @@ class OptimizerConfig:
   manifold: str | None  # set or optimizer of manifold_updates.py
   manifold_pattern: str | None  # regular expression of the parameters' paths
   manifold_value: float | None  # rank, radius, or LORO's updates between exact steps
+  name: str | None  # None: adamw; or muon for matrices (muon.py)
+  muon_beta: float | None  # None: 0.95
+  muon_connections: bool | None  # True: the generators' matrices by Muon too
   microbatches: int | None  # parts of a batch whose gradients are added one after another; None is one
 
 
@@ -54,7 +59,10 @@ class Section(ConfigDict):
 
 
 def base_config() -> ConfigDict:
-  """Every field, unlocked, with the defaults of a small model on a laptop."""
+  """Every field, unlocked, with the defaults of a small model on a laptop.
+
+  The comments beside and above the fields are what `mhc --print-config` says of them (print_config.py).
+  """
   return pickle.loads(_pickled_base())  # a quarter of the time of building it, for plans of thousands of runs
 
 
@@ -81,9 +89,9 @@ def _pickled_base() -> bytes:
   )
   c.model = Section(
     {
-      'width': 64,
-      'depth': 4,
-      'heads': 4,
+      'width': 64,  # C, of a stream
+      'depth': 4,  # layers of two sublayers, attention and feed-forward
+      'heads': 4,  # of queries
       'kv_heads': optional(int),  # None: as many as heads
       # None: 8/3 of width, rounded up to a multiple of 8; with experts, as wide as all that a token goes to
       'ffn_width': optional(int),
@@ -93,15 +101,19 @@ def _pickled_base() -> bytes:
       # weights, 'block' the connections of mHC's blocks of layers.
       'remat': 'none',
       'kernels': 'auto',  # Pallas kernels on accelerators; or xla, or pallas. Not part of the run id
-      'scan': True,
+      'scan': True,  # layers as a loop; False: written out, all of them
       'scan_unroll': 4,  # so many layers at most are written out: no copies; more are a loop, compiled as one
-      'rope_theta': 10000.0,
-      'norm_eps': 1e-6,
-      'weights': Section({'rank': optional(int)}),  # W = U V of this rank; None is full
+      'rope_theta': 10000.0,  # base of the rotary embedding's wave lengths
+      'norm_eps': 1e-6,  # of RMS norms, under the root
+      'weights': Section(
+        {
+          'rank': optional(int),  # of attention's and feed-forward's maps, W = U V; None is full
+        }
+      ),
       # Multi-head latent attention (DeepSeek-V2), on where kv_rank is set.
       'mla': Section(
         {
-          'kv_rank': optional(int),
+          'kv_rank': optional(int),  # of the latent that keys and values come from
           'head_dim': optional(int),  # of queries and keys, without the rotary part; None: width / heads
           'rope_dim': optional(int),  # None: half of head_dim
           'value_dim': optional(int),  # None: head_dim
@@ -124,32 +136,32 @@ def _pickled_base() -> bytes:
       'connection': Section(
         {
           'name': 'mhc',  # a key of presets.PRESETS
-          'preset': optional(str),
-          'streams': 4,
+          'preset': optional(str),  # one of PRESETS[name]; None: its first
+          'streams': 4,  # n; the residual connection has one
           'rank': optional(int),  # of the generator phi
-          'constraint': optional(str),  # a key of CONSTRAINTS
-          'constraint_params': Section(),
-          'init': optional(str),  # a key of INITS
+          'constraint': optional(str),  # of H_res: a key of constraints.CONSTRAINTS
+          'constraint_params': Section(),  # of the constraint, by the names of its function, like iterations
+          'init': optional(str),  # start values: a key of presets.INITS
           'mixing': optional(float),  # off-diagonal mass of H_res at the start
-          'alpha': optional(float),
-          'dynamic': optional(bool),
+          'alpha': optional(float),  # start of the factor on what phi generates
+          'dynamic': optional(bool),  # maps depend on the token
           'activation': optional(str),  # of the generator: 'none' or 'tanh'
           'generator': optional(str),  # 'matrix', or 'cp' with a rank
           'scope': optional(str),  # of phi: 'joint' or 'per_stream'
           'norm_scope': optional(str),  # of the norm before phi: 'joint' or 'per_stream'
-          'norm_weight': optional(bool),
-          'norm_eps': optional(float),
+          'norm_weight': optional(bool),  # that norm has weights
+          'norm_eps': optional(float),  # of that norm
           'norm_eps_outside': optional(bool),  # 1 / (rms + eps) instead of 1 / sqrt(mean square + eps)
           'read_gate': optional(str),  # sigmoid, softmax, tanh, linear, fixed or elementwise
           'read_scale': optional(float),  # None: the preset's; 1 / streams for a fixed gate
           'read_rank': optional(int),  # of the elementwise read gate
           'write_gate': optional(str),  # sigmoid, softmax, tanh, linear, fixed or one_hot
           'write_scale': optional(float),  # m of m-sigmoid; 1 for a fixed gate
-          'read_eps': optional(float),
-          'write_eps': optional(float),
+          'read_eps': optional(float),  # added to the read gate
+          'write_eps': optional(float),  # added to the write gate
           'single_pass': optional(bool),  # reads by the map of the sublayer before (DeepSeek-V4.1)
-          'expansion': optional(str),  # replicate, one_hot or learned
-          'collapse': optional(str),  # mean, sum, learned, weights or read
+          'expansion': optional(str),  # of the embedding to streams: replicate, one_hot or learned
+          'collapse': optional(str),  # of streams to the output: mean, sum, learned, weights or read
           'output_init_scaling': False,  # HC's: output maps start sqrt(n) times larger
         }
       ),
@@ -158,30 +170,33 @@ def _pickled_base() -> bytes:
   # Width and depth transfer (CompleteP); None is off. The base is the size at which lr was tuned.
   c.transfer = Section(
     {
-      'base_width': optional(int),
-      'base_depth': optional(int),
+      'base_width': optional(int),  # model.width at which lr was tuned
+      'base_depth': optional(int),  # model.depth at which it was
       # weights.rank at the base width. None: it grows as the width; where it does not, weights.rank itself.
       'base_rank': optional(float),
     }
   )
   c.optimizer = Section(
     {
-      'lr': 4e-3,
-      'beta1': 0.9,
-      'beta2': 0.95,
-      'eps': 1e-8,
-      'weight_decay': 0.1,
-      'clip_norm': optional(float),
+      'lr': 4e-3,  # the largest, after warmup, at the base width and depth
+      'beta1': 0.9,  # AdamW's, of the mean of gradients
+      'beta2': 0.95,  # AdamW's, of the mean of their squares
+      'eps': 1e-8,  # AdamW's
+      'weight_decay': 0.1,  # AdamW's, times lr; of embedding and matrices, not of norms
+      'clip_norm': optional(float),  # of the gradient; None does not clip
       'schedule': 'wsd',  # wsd, cosine, step (the paper's) or constant
-      'warmup_steps': optional(int),  # exactly one of the two
-      'warmup_fraction': optional(float),
-      'decay_fraction': 0.2,
-      'final_fraction': 0.0,
+      'warmup_steps': optional(int),  # updates from 0 to lr; exactly one of this and warmup_fraction
+      'warmup_fraction': optional(float),  # of all updates
+      'decay_fraction': 0.2,  # of all updates, the last ones: where wsd falls to final_fraction
+      'final_fraction': 0.0,  # of lr, where wsd and cosine end
       # Keeps the parameters whose path matches on a set: fixed_rank, stiefel, row_sphere, spectral_ball,
       # doubly_stochastic (after AdamW's update), or by an optimizer of their own: loro, manifold_muon.
       'manifold': optional(str),
       'manifold_pattern': optional(str),  # for example layers/(attention|feed_forward)/.*/w
       'manifold_value': optional(float),  # rank, radius (None: 1), or LORO's updates between exact steps
+      'name': optional(str),  # None: adamw; muon: matrices by Muon, all else by AdamW
+      'muon_beta': optional(float),  # None: 0.95
+      'muon_connections': optional(bool),  # True: the connections' matrices by Muon too; else by AdamW
       'microbatches': optional(int),  # parts of a batch, one after another: less memory, equal gradients
     }
   )
@@ -189,25 +204,48 @@ def _pickled_base() -> bytes:
   # Exactly one. Parameters are matmul parameters with the unembedding (cost.py: 'matmul').
   c.duration = Section(
     {
-      'steps': optional(int),
-      'tokens': optional(float),
-      'flops': optional(float),
-      'tokens_per_param': optional(float),
+      'steps': optional(int),  # updates
+      'tokens': optional(float),  # of training, over all devices
+      'flops': optional(float),  # of training, as cost.py counts them
+      'tokens_per_param': optional(float),  # Chinchilla's 20, say
     }
   )
+  # Also before the first update and at the end.
   c.evaluation = Section(
     {
-      'every_steps': 100,
-      'sequences': 256,
-      'batch_size': 64,
-    }  # also before the first update and at the end
+      'every_steps': 100,  # updates
+      'sequences': 256,  # of the validation split, the same for every run
+      'batch_size': 64,  # sequences at a time, over all devices
+    }
   )
-  c.log = Section({'every_steps': 10, 'diagnostics_every_steps': optional(int), 'tensorboard': True})
-  c.checkpoint = Section({'every_steps': optional(int), 'keep': 2})  # None: only at the end
-  # Diverged: anything non-finite, or a loss above the first for this many updates in a row after warmup.
-  c.divergence = Section({'patience': 10})
-  # Devices along each axis. Not part of the run id
-  c.mesh = Section({'data': 1, 'fsdp': 1, 'tensor': 1, 'expert': 1})
+  c.log = Section(
+    {
+      'every_steps': 10,  # updates from row to row of metrics.jsonl
+      'diagnostics_every_steps': optional(int),  # of H_res and the streams, by layer; None: never
+      'tensorboard': True,  # rows go there too. Not part of the run id
+      'wandb': optional(str),  # project of Weights & Biases for rows (extra wandb). Not part of the run id
+    }
+  )
+  c.checkpoint = Section(
+    {
+      'every_steps': optional(int),  # None: only at the end. Not part of the run id
+      'keep': 2,  # the newest so many. Not part of the run id
+    }
+  )
+  c.divergence = Section(
+    {
+      'patience': 10,  # losses after warmup whose median ends a run where it lies above the beginning
+    }
+  )
+  # Devices along each axis; one may be -1, all that the others leave. Not part of the run id
+  c.mesh = Section(
+    {
+      'data': 1,  # splits the batch
+      'fsdp': 1,  # splits the batch, and every parameter and moment
+      'tensor': 1,  # splits heads, feed-forward width, vocabulary, and time
+      'expert': 1,  # splits the batch, and the experts of a mixture
+    }
+  )
   # The accelerators that the mesh is meant for, like v5p:4x4x4. Not part of the run id
   c.topology = optional(str)
   return pickle.dumps(c)
@@ -216,7 +254,8 @@ def _pickled_base() -> bytes:
 # What does not change the numbers of a run, and so is left out of its id.
 NOT_IN_ID = (
   *(('arm',), ('mesh',), ('topology',), ('checkpoint',)),
-  *(('model', 'kernels'), ('data', 'dir'), ('data', 'column'), ('data', 'tokenizer'), ('log', 'tensorboard')),
+  *(('model', 'kernels'), ('data', 'dir'), ('data', 'column'), ('data', 'tokenizer')),
+  *(('log', 'tensorboard'), ('log', 'wandb')),
 )
 
 
@@ -235,9 +274,14 @@ def build_optimizer(config: ConfigDict) -> OptimizerConfig:
     require(c[name] is None or 0 <= c[name] <= 1, f'optimizer.{name} must lie in [0, 1], got {c[name]}')
   for name in ('lr', 'weight_decay', 'warmup_steps'):
     require(c[name] is None or c[name] >= 0, f'optimizer.{name} must not be negative, got {c[name]}')
+  require(c.name in OPTIMIZERS, f'optimizer.name must be adamw or muon, got {c.name!r}')
+  require(
+    c.name == 'muon' or (c.muon_beta is None and c.muon_connections is None),
+    'optimizer.muon_beta and optimizer.muon_connections need optimizer.name=muon',
+  )
   require(c.eps > 0, f'optimizer.eps must be positive, got {c.eps}')
-  for name in ('beta1', 'beta2'):
-    require(0 <= c[name] < 1, f'optimizer.{name} must lie in [0, 1), got {c[name]}')
+  for name in ('beta1', 'beta2', 'muon_beta'):
+    require(c[name] is None or 0 <= c[name] < 1, f'optimizer.{name} must lie in [0, 1), got {c[name]}')
   require(
     c.clip_norm is None or c.clip_norm > 0,
     f'optimizer.clip_norm must be positive or None, got {c.clip_norm}',
@@ -263,6 +307,26 @@ def _check_manifold(c: ConfigDict) -> None:
     c.manifold_value is None or c.manifold_value > 0,
     f'optimizer.manifold_value must be positive, got {c.manifold_value}',
   )
+
+
+def fill_mesh(config: ConfigDict, devices: int) -> None:
+  """Makes of an axis of mesh that is -1, in place, what the others leave of so many devices.
+
+  Raises ConfigError where two are, or the others do not divide the devices.
+  """
+  rest = [axis for axis, size in config.mesh.items() if size == -1]
+  if not rest:
+    return
+  require(len(rest) == 1, f'one axis of mesh can be -1, all devices that are left, not {" and ".join(rest)}')
+  others = {axis: size for axis, size in config.mesh.items() if size != -1}
+  size = math.prod(others.values())
+  require(
+    size >= 1 and devices % size == 0,
+    f'mesh.{rest[0]}=-1 takes what is left of {devices} devices, and the other axes, '
+    f'{" * ".join(f"{axis} {others[axis]}" for axis in others)} = {size}, do not divide them',
+  )
+  with config.unlocked():
+    config.mesh[rest[0]] = devices // size
 
 
 def check_counts(config: ConfigDict) -> None:

@@ -22,7 +22,7 @@ def parameters(c: ModelConfig) -> dict[str, int]:
   vocabulary counts once). 'matmul' (attention, feed-forward, unembedding; of routed experts the active ones)
   is the primary N of the scaling laws (Porian et al., arXiv 2406.19146); tokens_per_param counts by it.
   """
-  maps = _maps(c)
+  maps = products(c)
   spec, n = c.connection, c.connection.streams
   dynamic = spec.dynamic and bool(spec.parts)
   alphas = len({spec.alpha_of(part) for part in spec.parts})
@@ -73,7 +73,7 @@ def least_bytes(c: ModelConfig, tokens: int, parts: int = 1, devices: int = 1) -
 
 def forward_flops_per_token(c: ModelConfig, seq_len: int) -> dict[str, float]:
   """Forward FLOPs per token by term, for windows of seq_len tokens."""
-  maps, spec, n = _maps(c), c.connection, c.connection.streams
+  maps, spec, n = products(c), c.connection, c.connection.streams
   flops = {
     'unembedding': 2 * c.width * c.vocab_size,
     'attention_maps': 2 * c.depth * sum(_size(s, c.weights_rank) for s in maps['attention']),
@@ -174,7 +174,7 @@ def _elementwise(c: ModelConfig) -> int:
   return 2 * (c.connection.read_rank or 0) * c.connection.streams * c.width
 
 
-def _maps(c: ModelConfig) -> dict[str, list[tuple[int, int]]]:
+def products(c: ModelConfig) -> dict[str, list[tuple[int, int]]]:
   """(in, out) of every linear map of one dense block."""
   queries, keys = c.heads * c.head_dim, c.kv_heads * c.head_dim
   attention = [(c.width, queries), (c.width, keys), (c.width, keys), (queries, c.width)]

@@ -14,6 +14,10 @@ class BusyError(ConfigError):
   """Another process is at work on the same run."""
 
 
+class OutOfMemoryError(MemoryError):
+  """The memory of a device is full; the message is one line that says by what, and what to change."""
+
+
 def require(condition: bool, message: str) -> None:
   """Raises ConfigError with this message unless the condition holds."""
   if not condition:

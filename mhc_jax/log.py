@@ -25,6 +25,15 @@ def say_once(line: str) -> None:
   say(line)
 
 
+def duration(seconds: float) -> str:
+  """Seconds, minutes, hours or days, to two digits or so."""
+  if seconds < 90:
+    return f'{seconds:.0f} s'
+  if seconds < 5400:
+    return f'{seconds / 60:.0f} min'
+  return f'{seconds / 3600:.1f} h' if seconds < 200_000 else f'{seconds / 86400:,.0f} days'
+
+
 @contextlib.contextmanager
 def tolerant_streams() -> Iterator[None]:
   """stdout and stderr that never raise: not where a reader is gone, a disk full, a stream closed or ASCII.

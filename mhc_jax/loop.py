@@ -25,8 +25,10 @@ from mhc_jax.errors import FULL_DISK
 from mhc_jax.evaluate import mean_loss
 from mhc_jax.lease import LeaseLostError
 from mhc_jax.log import Progress
+from mhc_jax.memory import explained
 from mhc_jax.plan import Run
 from mhc_jax.population import Population, places_for
+from mhc_jax.profiling import Trace
 from mhc_jax.recorder import Position, Recorder
 from mhc_jax.run_folder import ENDED
 from mhc_jax.train_step import Batch, Programs, TrainState, hparams_of
@@ -70,6 +72,7 @@ class Member:
 
   def fail(self, error: BaseException) -> None:
     """Lets everything go because of an error. Raises OSError where not even that can be said."""
+    error = explained(error, self.plan)
     # The same command goes on after Ctrl-C and a full disk; after anything else it needs a look.
     state = 'interrupted' if isinstance(error, KeyboardInterrupt) or is_full(error) else 'failed'
     self.error, self.status = error, {'state': state}
@@ -102,6 +105,7 @@ class Single:
   """The updates of one run, on any mesh, a dispatch each, its batches from the host."""
 
   most = 1
+  waited = 0.0  # seconds for the batch of the last dispatch
 
   def __init__(self, member: Member, compiled: Programs, inputs: Iterator[Batch]):
     self._member, self._compiled, self._inputs = member, compiled, inputs
@@ -115,8 +119,10 @@ class Single:
 
   def advance(self, count: int) -> dict[str, jax.Array]:
     """Dispatches one update; its metrics."""
-    at = self._member.at
-    at.state, metrics = self._compiled.step(at.state, next(self._inputs), self._hparams)
+    at, began = self._member.at, time.monotonic()
+    batch = next(self._inputs)
+    self.waited = time.monotonic() - began
+    at.state, metrics = self._compiled.step(at.state, batch, self._hparams)
     return metrics
 
   def took(self, seconds: float) -> None:
@@ -147,6 +153,7 @@ class _Dispatch:
   count: int
   metrics: dict[str, jax.Array]
   fresh: bool  # it compiled: not counted as training time
+  waited: float  # seconds for its batches
 
 
 def loop(
@@ -156,11 +163,12 @@ def loop(
   data: Data,
   stops_at: Callable[[int], bool],
   progress: Progress | None = None,
+  trace: Trace | None = None,
 ) -> None:
   """All updates of members whose files are open; each ends by itself: finished, diverged or interrupted.
 
   Updates are dispatched before the metrics of those before are looked at, but where the state after these is
-  wanted: for evaluation, diagnostics and checkpoints. progress: of all members, in updates.
+  wanted: for evaluation, diagnostics and checkpoints. progress: of all members, in updates. trace: of some.
   """
   sent = None
   fresh = _begin(members, updates, compiled, data)
@@ -169,10 +177,14 @@ def loop(
     live = _live(members)
     fresh |= updates.keep(live)  # nothing is under way where it is others than before
     count = 1 if fresh else min(updates.most, *(member.plan.until_due(member.step) for member in running))
+    if trace:
+      count = min(count, trace.begin(running[0].step, sent and sent.metrics) or count)
     before = [member.step for member in live]
-    now_sent = _Dispatch(live, before, count, updates.advance(count), fresh)
+    now_sent = _Dispatch(live, before, count, updates.advance(count), fresh, updates.waited)
     for member in live:
       member.step += count
+    if trace:
+      trace.end(live[0].step, now_sent.metrics)
     if fresh:
       jax.block_until_ready(now_sent.metrics)
       fresh, clock = False, time.monotonic()
@@ -230,6 +242,7 @@ def _look(
   """
   rows, now = updates.fetch(sent.metrics, sent.count), time.monotonic()
   seconds = 0.0 if sent.fresh else (now - clock) / sent.count
+  waited = 0.0 if sent.fresh else sent.waited / sent.count / len(sent.members)
   if not sent.fresh:
     updates.took(seconds)
   for place, (member, before) in enumerate(zip(sent.members, sent.before, strict=True)):
@@ -239,7 +252,7 @@ def _look(
       for k in range(sent.count):
         then = functools.partial(measure, member) if measure and k == sent.count - 1 else None
         share = seconds / len(sent.members)
-        if member.record.update(member.at, before + k + 1, rows[k][place], then, share):
+        if member.record.update(member.at, before + k + 1, rows[k][place], then, share, waited):
           member.diverged = True
           break
   return clock if sent.fresh else now

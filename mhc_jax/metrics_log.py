@@ -16,8 +16,13 @@ import numpy as np
 
 from mhc_jax import storage
 from mhc_jax.log import say
-from mhc_jax.run_folder import rows_until
+from mhc_jax.run_folder import MOST_ROW_BYTES, last_row, rows_until
 from mhc_jax.storage import finite
+
+
+def scalars(row: dict[str, Any]) -> dict[str, float]:
+  """What dashboards draw of a row: lists, one value per sublayer, as their maximum; nothing that is None."""
+  return {name: float(np.max(v)) for name, v in row.items() if '/' in name and v is not None}
 
 
 class MetricsLog:
@@ -36,6 +41,7 @@ class MetricsLog:
     kept, lost = ([], None) if last_step is None else rows_until(path, last_step, every, crc)
     if lost:
       say(f'warning: {lost}')
+    self.given = last_row(folder, MOST_ROW_BYTES).get('step', -1)  # rows up to here went to dashboards before
     partial = f'{path}.partial'
     with open(partial, 'w', encoding='utf-8') as file:
       file.writelines(kept)
@@ -47,13 +53,13 @@ class MetricsLog:
       self._show(lambda: _TensorBoard(folder, last_step))
 
   def write(self, row: dict[str, Any]) -> None:
-    """Appends one row; lists (one value per sublayer) go to TensorBoard as their maximum."""
+    """Appends one row, to TensorBoard what `scalars` has of it."""
     line = json.dumps(finite(row)) + '\n'
     self.crc = zlib.crc32(line.encode(), self.crc)
     self._file.write(line)
     self._file.flush()
     if self._board is not None:
-      self._show(self._board.write, {name: np.max(v) for name, v in row.items() if '/' in name}, row['step'])
+      self._show(self._board.write, scalars(row), row['step'])
 
   def _show(self, do: Callable[..., '_TensorBoard'], *arguments: Any) -> None:
     """A step of TensorBoard's; where it fails, whatever the reason, the run goes on without."""

@@ -121,12 +121,9 @@ def boundary(
 
 def constraint_kernel(c: ModelConfig, mesh: Mesh | None) -> Callable[..., jax.Array] | None:
   """What computes the constraint's matrix in boundaries by XLA: a kernel (lanes.py), None without one."""
-  chip, spec = chip_of(c.kernels, mesh), c.connection
-  if chip is None or spec.constraint.name in ('identity', 'unconstrained') or c.dtype == jnp.float64:
-    return None  # of the two XLA has nothing to compute
-  if lanes.why_not(spec.constraint, spec.streams, chip.lanes) is not None:
+  if c.dtype == jnp.float64:
     return None
-  return functools.partial(lanes.matrix_kernel, spec.constraint, platform=chip.lanes)
+  return lanes.kernel_for(c.connection.constraint, c.connection.streams, chip_of(c.kernels, mesh))
 
 
 def fused_boundary(

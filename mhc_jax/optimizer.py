@@ -1,4 +1,4 @@
-"""AdamW as one visible optax chain, its schedules, and width/depth transfer by parameter group.
+"""AdamW, or Muon for matrices (muon.py), as one visible optax chain; schedules; transfer by parameter group.
 
 Transfer follows CompleteP (arXiv 2505.01618) with alpha = 1, relative to a base width and depth: m_N =
 width ratio, m_L = depth ratio. In the model: hidden maps start with variance 1 / fan-in, F's output is
@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mhc_jax import manifold_updates
+from mhc_jax import manifold_updates, muon
 from mhc_jax.config import OptimizerConfig
 from mhc_jax.model_config import ModelConfig
 from mhc_jax.parameters import kinds, matches
@@ -56,13 +56,13 @@ def warmup_steps(c: OptimizerConfig, num_steps: int) -> int:
 def transform(
   c: OptimizerConfig, model: ModelConfig, lr: jax.Array, weight_decay: jax.Array
 ) -> optax.GradientTransformation:
-  """AdamW (arXiv 1711.05101) with decoupled decay, and the manifold that c names; lr may be traced.
+  """AdamW (arXiv 1711.05101) or Muon with decoupled decay, and the manifold that c names; lr may be traced.
 
   lr already includes the schedule. Its state does not depend on lr or weight_decay. c.manifold: a projection
   after AdamW's update, or 'loro' or 'manifold_muon' in its place, for the parameters of c.manifold_pattern.
   """
   clip = optax.identity() if c.clip_norm is None else optax.clip_by_global_norm(c.clip_norm)
-  plain = _adamw(c, model, lr, weight_decay)
+  plain = _descent(c, model, lr, weight_decay)
   if c.manifold is None:
     return optax.chain(clip, plain)
   if c.manifold in manifold_updates.PROJECTIONS:
@@ -95,23 +95,37 @@ def start(c: OptimizerConfig, params: Any) -> Any:
   return manifold_updates.project_params(projection(c), c.manifold_pattern, params)
 
 
-def _adamw(
+def _descent(
   c: OptimizerConfig, model: ModelConfig, lr: jax.Array, weight_decay: jax.Array
 ) -> optax.GradientTransformation:
   m_n, m_l, m_r = model.width_ratio, model.depth_ratio, model.rank_ratio
   lr_of = {'hidden': 1 / m_n, 'factor': 1 / m_r, 'mixing': 1 / m_l, 'plain': 1, 'scalar': 1, 'frozen': 0}
-  decay_of = {'hidden': m_n, 'factor': m_r, 'mixing': 0, 'plain': 1, 'scalar': 0, 'frozen': 0}
+  adam = optax.scale_by_adam(c.beta1, c.beta2, c.eps / (m_n * m_l))
+
+  def by_muon(path: tuple[Any, ...]) -> bool:
+    return c.name == 'muon' and muon.is_matrix(path, c.muon_connections is True)
+
+  def shares(params: Any) -> Any:
+    def share(path: tuple[Any, ...], kind: str) -> float:
+      return muon.share(path, lr_of[kind], m_n, m_r) if by_muon(path) else lr_of[kind]
+
+    return jax.tree_util.tree_map_with_path(share, kinds(params))
 
   def decay(updates: Any, params: Any) -> Any:
-    return jax.tree.map(
-      lambda u, p, kind: u + weight_decay * decay_of[kind] * p, updates, params, kinds(params)
-    )
+    # Of all but biases and gates, in proportion to lr alone whatever the share of it.
+    def decayed(u: jax.Array, p: jax.Array, kind: str, share: float) -> jax.Array:
+      return u + weight_decay * (1 / share) * p if kind in ('hidden', 'factor', 'plain') else u
+
+    return jax.tree.map(decayed, updates, params, kinds(params), shares(params))
 
   def descend(updates: Any, params: Any) -> Any:
-    return jax.tree.map(lambda u, kind: -lr * lr_of[kind] * u, updates, kinds(params))
+    return jax.tree.map(lambda u, share: -lr * share * u, updates, shares(params))
 
-  return optax.chain(
-    optax.scale_by_adam(c.beta1, c.beta2, c.eps / (m_n * m_l)),
-    optax.stateless(decay),
-    optax.stateless(descend),
-  )
+  def label(params: Any) -> Any:
+    return jax.tree_util.tree_map_with_path(lambda path, _: 'muon' if by_muon(path) else 'adamw', params)
+
+  steps = adam
+  if c.name == 'muon':
+    orthogonal = muon.orthogonal(muon.BETA if c.muon_beta is None else c.muon_beta)
+    steps = optax.partition({'muon': orthogonal, 'adamw': adam}, label)
+  return optax.chain(steps, optax.stateless(decay), optax.stateless(descend))

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from mhc_jax import config_file, cost
 from mhc_jax import optimizer as optim
-from mhc_jax.config import NOT_IN_ID, OptimizerConfig, build_optimizer, check_counts
+from mhc_jax.config import NOT_IN_ID, OptimizerConfig, build_optimizer, check_counts, fill_mesh
 from mhc_jax.connection import ConnectionSpec, Gate, Init
 from mhc_jax.constraints.base import Constraint
 from mhc_jax.data import BYTES
@@ -87,12 +87,15 @@ def resolve(config: ConfigDict, digest: str, constraint: Constraint | None = Non
   """
   find_devices()  # tracing needs one
   config = config_file.check_fields(config)
+  fill_mesh(config, jax.device_count())
   check_counts(config)
   resolved = config.to_dict()
   resolved['arm'] = config.arm or config.model.connection.name
   resolved['data']['digest'] = digest
   if config.data.tokenizer == BYTES.name:
     resolved['data']['tokenizer'] = None  # the same run
+  if config.optimizer.name == 'adamw':
+    resolved['optimizer']['name'] = None  # likewise
   resolved['model'] |= derive_sizes(config)
   resolved['transfer'] = derive_transfer(config)
   spec = build_connection(config.model.connection, config.model.depth, constraint)

@@ -14,6 +14,7 @@ it would have, bit for bit.
 
 import dataclasses
 import functools
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -109,6 +110,7 @@ class Population:
     self._places: list[Any] = []
     self._replicated = NamedSharding(mesh, P())
     self.most = self._most
+    self.waited = 0.0  # seconds for the batches of the last dispatch
 
   def keep(self, live: Sequence[Any]) -> bool:
     """Lays out these members in this order; True where that takes programs that were not used before."""
@@ -138,6 +140,7 @@ class Population:
 
   def advance(self, count: int) -> dict[str, jax.Array]:
     """Dispatches that many updates of every member; their metrics, of which the first `count` of K count."""
+    began = time.monotonic()
     cut: dict[tuple[int, int], np.ndarray] = {}  # members of one seed see the same
     first = self._cut(self._places[0], count)
     window_KPBS = np.zeros((self._most, len(self._places), *first.shape[1:]), first.dtype)
@@ -147,6 +150,7 @@ class Population:
         cut[key] = self._cut(member, count) if place else first
       window_KPBS[:count, place] = cut[key]
     window = jax.device_put(window_KPBS if len(self._places) > 1 else window_KPBS[:, 0], self._replicated)
+    self.waited = time.monotonic() - began
     self._state, metrics = self._of_size.advance(self._state, window, self._hparams, np.int32(count))
     return metrics
 

@@ -12,12 +12,16 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from mhc_jax import cost
 from mhc_jax import optimizer as optim
 from mhc_jax.checkpoint import Checkpoints
+from mhc_jax.chips import chip_of
+from mhc_jax.dashboards import Dashboards
 from mhc_jax.divergence import Divergence
 from mhc_jax.kernels.choice import kernels_for
 from mhc_jax.lease import Lease
 from mhc_jax.log import Progress
+from mhc_jax.memory import memory_in_use
 from mhc_jax.metrics_log import MetricsLog
 from mhc_jax.plan import Run
 from mhc_jax.run_folder import crc32, write_status
@@ -33,6 +37,7 @@ class Position:
   state: TrainState | None = None  # None until it is initialised or restored
   step: int = 0  # the last update whose metrics have been looked at
   seconds: float = 0.0  # of training, over all restarts
+  data_seconds: float = 0.0  # of these, that updates waited for their batches
   final: dict[str, float] = dataclasses.field(default_factory=dict)  # the newest losses
   divergence: dict[str, Any] = dataclasses.field(default_factory=dict)  # what divergence.py counts
   skipped: int = 0  # updates whose batch had nothing to predict
@@ -48,10 +53,13 @@ class Recorder:
     self._plan, self._workdir, self._mesh, self.held = plan, workdir, mesh, held
     self._writes = jax.process_index() == 0  # all but checkpoints, of which every process writes its part
     self._revision = join_revisions(before.get('git_revision'), revision())
+    self._chip = chip_of(mesh.devices.flat[0].device_kind)
+    self._flops = cost.train_flops_per_token(plan.model, plan.resolved['data']['seq_len'], causal=True)
     self.population = before.get('population') or 1  # the most runs, itself included, that it trained beside
     self._log: MetricsLog | None = None  # until it is opened
+    self._boards: Dashboards | None = None
 
-  def open(self, at: Position, resumed: bool, quiet: bool) -> None:
+  def open(self, at: Position, resumed: bool, quiet: bool, boards: Dashboards) -> None:
     """Opens the files for a run that stands at `at`; rows of later steps are dropped."""
     c = self._plan.resolved
     warmup = optim.warmup_steps(self._plan.optimizer, self._plan.num_steps)
@@ -60,6 +68,8 @@ class Recorder:
     if self._writes:
       last_step, every = at.step if resumed else None, c['log']['every_steps']
       self._log = MetricsLog(self._workdir, last_step, c['log']['tensorboard'], every, at.rows_crc32)
+      self._boards = boards
+      boards.begin(self._plan.run_id, self._workdir, c)
     self._progress = Progress(c['arm'], at.step, self._plan.num_steps, quiet or not self._writes)
 
   def close(self) -> None:
@@ -85,12 +95,13 @@ class Recorder:
     metrics: dict[str, jax.Array] | None,
     measure: Callable[[int], dict[str, Any]] | None = None,
     seconds: float = 0.0,
+    waited: float = 0.0,
   ) -> bool:
     """Moves `at` to `step` and writes its row where one is due; True if the run has diverged.
 
     metrics: of the update, None at step 0. measure: evaluation and diagnostics by the state after `step`,
     called where the update itself is sound; a validation loss that is not finite is divergence too. seconds:
-    of the device for this update, 0 where that is not known.
+    of the device for this update, 0 where that is not known; of these it waited so many for its batch.
     """
     per_step = self._plan.derived['tokens_per_step']
     row: dict[str, Any] = {'step': step, 'tokens': step * per_step}
@@ -103,7 +114,7 @@ class Recorder:
         at.final['train/loss'] = values['loss']
       else:
         at.skipped += 1
-      row |= {f'train/{name}': value for name, value in values.items()} | self._timing(at, seconds)
+      row |= {f'train/{name}': value for name, value in values.items()} | self._timing(at, seconds, waited)
       self._progress.update(step, values['loss'], row.get('time/tokens_per_second'))
     if measure is not None and not diverged:
       measured = measure(step)
@@ -113,17 +124,34 @@ class Recorder:
     if self._writes and (measured or diverged or 'log' in self._plan.due(step)):
       if self.held is not None:
         self.held.check()
-      self._log.write(row | measured)
+      row |= measured | memory_in_use(self._mesh)
+      self._log.write(row)
+      if step > self._log.given:
+        self._boards.row(self._plan.run_id, row)
     return diverged
 
-  def _timing(self, at: Position, seconds: float) -> dict[str, float]:
-    """Seconds spent on updates so far, over all restarts, and tokens per second of this one.
+  def _timing(self, at: Position, seconds: float, waited: float) -> dict[str, float | None]:
+    """Seconds spent on updates so far and waiting for batches meanwhile, over all restarts, and speed of this
+    update: tokens per second, the same per device, and MFU.
 
-    Left out: compilation (the first update after each start, which has no speed), evaluation and checkpoints.
+    MFU: what a causal model's own FLOPs are of the devices' peak in bfloat16, whatever the dtype; None for
+    chips without a known one. Left out: compilation (the first update after each start, which has no speed),
+    evaluation and checkpoints.
     """
     at.seconds += seconds
-    speed = self._plan.derived['tokens_per_step'] / max(seconds, 1e-9)
-    return {'time/seconds': at.seconds} | ({'time/tokens_per_second': speed} if seconds else {})
+    at.data_seconds += waited
+    row = {'time/seconds': at.seconds, 'time/data_seconds': at.data_seconds}
+    if not seconds:
+      return row
+    speed = self._plan.derived['tokens_per_step'] / seconds
+    each = speed / self._mesh.size
+    peak = self._chip and self._chip.flops / self._chip.devices
+    mfu = peak and each * self._flops / peak
+    return row | {
+      'time/tokens_per_second': speed,
+      'time/tokens_per_second_per_device': each,
+      'time/mfu': mfu,
+    }
 
   def save(self, at: Position, state: TrainState, checkpoints: Checkpoints) -> None:
     """Rows first, then the state: a checkpoint never knows more than the metrics on disk."""
@@ -132,7 +160,7 @@ class Recorder:
     if self._writes:
       self._log.sync()
       at.rows_crc32 = self._log.crc
-    names = ('seconds', 'divergence', 'final', 'skipped', 'rows_crc32')
+    names = ('seconds', 'data_seconds', 'divergence', 'final', 'skipped', 'rows_crc32')
     extra = {name: getattr(at, name) for name in names}
     checkpoints.save(at.step, state, extra)
     self.status(at, 'running')
@@ -140,6 +168,8 @@ class Recorder:
   def status(self, at: Position, state: str, error: str | None = None) -> dict[str, Any]:
     """Writes status.json and returns what it says."""
     self.confirm()
+    if self._boards and state != 'running':
+      self._boards.end(self._plan.run_id, state)
     devices = self._mesh.devices
     status = {
       'state': state,

@@ -369,14 +369,14 @@ def load_rows(
   return [row for _, _, row in rows.sound], lost and f'{name} {lost}'
 
 
-def last_row(workdir: str) -> dict[str, Any]:
-  """The last whole row of metrics.jsonl, {} without one: how far a run is."""
+def last_row(workdir: str, most: int = 20_000) -> dict[str, Any]:
+  """The last whole row of metrics.jsonl, {} without one or for one of over `most` bytes: how far a run is."""
   path = os.path.join(workdir, 'metrics.jsonl')
   try:
     if not os.path.isfile(path):
       return {}
     with open(path, 'rb') as file:
-      file.seek(max(0, os.path.getsize(path) - 20000))
+      file.seek(max(0, os.path.getsize(path) - most))
       lines = file.read().split(b'\n')[:-1]
   except OSError:
     return {}

@@ -16,11 +16,13 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mhc_jax import distributed, runtime, settings, storage
+from mhc_jax import distributed, estimate, print_config, profiling, runtime, settings, storage
 from mhc_jax.checkpoint import Checkpoints
 from mhc_jax.command import end_with_message
-from mhc_jax.config_file import parse
+from mhc_jax.config import base_config
+from mhc_jax.config_file import override, parse
 from mhc_jax.constraints.base import Constraint
+from mhc_jax.dashboards import Dashboards, Sink
 from mhc_jax.data import (
   Corpus,
   Windows,
@@ -39,6 +41,7 @@ from mhc_jax.memory import check_memory
 from mhc_jax.paths import expand
 from mhc_jax.plan import Run, resolve, warnings_of
 from mhc_jax.population import Population, alike, on_one_device
+from mhc_jax.profiling import Trace
 from mhc_jax.recorder import Position, Recorder
 from mhc_jax.sharding import left_out, local_rows, make_mesh, put_batch
 from mhc_jax.train_step import Batch, Programs, programs
@@ -71,6 +74,8 @@ def run(
   continue_diverged: bool = False,
   stops_at: Callable[[int], bool] | None = None,
   held: Lease | None = None,
+  profile: tuple[int, int] | None = None,
+  sink: Sink | None = None,
 ) -> dict[str, Any]:
   """Trains one run in workdir, or goes on where it stopped; returns its status (status.json).
 
@@ -78,6 +83,8 @@ def run(
   continue_diverged: a run that was called diverged goes on, and only what is not finite ends it again.
   stops_at: the caller's distributed.stop_on_signal, where it covers several runs.
   held: the lease of workdir, where the caller has it.
+  profile: the first and the last update that JAX's profiler traces, into workdir/profile.
+  sink: gets every row of metrics.jsonl that no earlier process wrote, with the run_id in it, in a thread.
 
   Raises ConfigError for a mistake in the configuration, with nothing written; OSError on a full disk;
   LeaseLostError where another process has taken the workdir, into which nothing is written then.
@@ -85,7 +92,7 @@ def run(
   workdir = expand(workdir)
   storage.to_path(workdir)  # these refuse mistakes before a corpus is prepared
   planned = resolve(config, '', constraint)
-  mesh = make_mesh(config.mesh.to_dict())
+  mesh = make_mesh(planned.resolved['mesh'])
   settings.check_precision(config.model.dtype)
   check_memory(planned)
   corpus = corpus or corpus_of(config.data)
@@ -102,7 +109,7 @@ def run(
       for line in warnings_of(plan):
         say(f'warning: {line}')
     with _failing([member]), stop as stops_at:
-      _train([member], data, mesh, stops_at, quiet)
+      _train([member], data, mesh, stops_at, quiet, profile=profile, sink=sink)
   if member.error:
     raise member.error
   return member.status
@@ -187,6 +194,8 @@ def _train(
   stops_at: Callable[[int], bool],
   quiet: bool,
   side_by_side: bool = False,
+  profile: tuple[int, int] | None = None,
+  sink: Sink | None = None,
 ) -> None:
   """Members from their newest checkpoints, or from the start, to their ends.
 
@@ -198,12 +207,29 @@ def _train(
     say(f'{first.resolved["arm"]}{many}: {first.num_steps} updates on {mesh.size} x {device}, compiling')
     if line := left_out(first.resolved, mesh):
       say(line)
+  boards = Dashboards(sink)
+  try:
+    _train_opened(members, data, mesh, stops_at, quiet, side_by_side, profile, boards)
+  finally:
+    boards.close()
+
+
+def _train_opened(
+  members: list[Member],
+  data: Data,
+  mesh: Mesh,
+  stops_at: Callable[[int], bool],
+  quiet: bool,
+  side_by_side: bool,
+  profile: tuple[int, int] | None,
+  boards: Dashboards,
+) -> None:
   compiled = programs(members[0].plan.model, members[0].plan.optimizer, mesh)
   common = _common_step(members) if len(members) > 1 else None
   for member in members:
     member.record.population = max(member.record.population, len(members))
     with alone(member):
-      _open(member, compiled, common, quiet or len(members) > 1)
+      _open(member, compiled, common, quiet or len(members) > 1, boards)
   opened = [member for member in members if member.status is None]
   if not opened:
     return
@@ -216,7 +242,12 @@ def _train(
   if len(members) > 1 and not quiet:
     steps = sum(member.step for member in opened), sum(member.plan.num_steps for member in opened)
     progress = Progress(f'{len(opened)} runs', *steps, quiet)
-  loop(opened, updates, compiled, data, stops_at, progress)
+  trace = Trace(profile, opened[0].workdir, opened[0].plan.num_steps) if profile else None
+  try:
+    loop(opened, updates, compiled, data, stops_at, progress, trace)
+  finally:
+    if trace:
+      trace.close(opened[0].step)
 
 
 def _common_step(members: list[Member]) -> int | None:
@@ -231,7 +262,7 @@ def _common_step(members: list[Member]) -> int | None:
   return max(set.intersection(*found), default=None) if len(found) == len(members) else None
 
 
-def _open(member: Member, compiled: Programs, at_most: int | None, quiet: bool) -> None:
+def _open(member: Member, compiled: Programs, at_most: int | None, quiet: bool, boards: Dashboards) -> None:
   """Restores a member's state, that of a step if one is given, or makes its first, and opens its files."""
   c, at = member.plan.resolved, member.at
   folder = os.path.join(member.workdir, 'checkpoints')
@@ -244,7 +275,7 @@ def _open(member: Member, compiled: Programs, at_most: int | None, quiet: bool) 
   if member.goes_on:
     at.divergence |= {'ignored': True}
   member.step = at.step
-  member.record.open(at, resumed=saved is not None, quiet=quiet)
+  member.record.open(at, saved is not None, quiet, boards)
   member.files.callback(member.record.close)
   member.record.status(at, 'running')
 
@@ -265,6 +296,15 @@ def _inputs(member: Member, train: Windows, mesh: Mesh) -> Iterator[Batch]:
   return (put_batch(batch, mesh) for batch in batches)
 
 
+def _config(name: str | None, overrides: list[str]) -> ConfigDict:
+  """The config of that name, or the defaults, with overrides."""
+  if name is not None:
+    return parse(name, overrides)
+  config = base_config()
+  override(config, overrides)
+  return config
+
+
 def main(argv: list[str] | None = None) -> int:
   """The command line; returns the exit code (0 finished or diverged, 130 interrupted)."""
   parser = argparse.ArgumentParser(
@@ -277,16 +317,40 @@ def main(argv: list[str] | None = None) -> int:
     'any field of the config file can be set by --config.section.field=value',
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  parser.add_argument('--config', required=True, help='a file of configs/, with :argument if it takes one')
-  parser.add_argument('--workdir', required=True, help='folder of the run: config, metrics, checkpoints')
+  parser.add_argument('--config', help='a file of configs/, with :argument if it takes one')
+  parser.add_argument('--workdir', help='folder of the run: config, metrics, checkpoints')
+  parser.add_argument(
+    '--print-config',
+    action='store_true',
+    help='print every field, its value, default and meaning, and stop; without --config the defaults',
+  )
   parser.add_argument(
     '--continue-diverged',
     action='store_true',
     help='go on with a run that was called diverged, from its last checkpoint; only NaN and inf end it then',
   )
+  parser.add_argument(
+    '--estimate',
+    action='store_true',
+    help='print parameters, FLOPs, memory by terms and predicted time, and stop; nothing is trained',
+  )
+  parser.add_argument(
+    '--profile',
+    metavar='FIRST:LAST',
+    help="updates that JAX's profiler traces, like 10:15, into WORKDIR/profile",
+  )
   runtime.add_flag(parser)
   distributed.add_flags(parser)
   args, overrides = parser.parse_known_args(argv)
+  if args.print_config:
+    print(print_config.text(_config(args.config, overrides)))
+    return 0
+  require(args.config is not None, 'name a config: --config laptop (mhc train --help)')
+  if args.estimate:
+    print(estimate.text(resolve(parse(args.config, overrides), '')))
+    return 0
+  require(args.workdir is not None, 'name the folder of the run: --workdir runs/laptop')
+  profile = profiling.updates_of(args.profile) if args.profile else None
   runtime.prepare(args)
   config = parse(args.config, overrides)
   cluster = distributed.find(args)
@@ -294,7 +358,7 @@ def main(argv: list[str] | None = None) -> int:
     command = [sys.executable, '-m', 'mhc_jax.train', *(sys.argv[1:] if argv is None else argv)]
     return distributed.supervise(cluster, command)
   distributed.initialize(cluster, args)
-  status = run(config, args.workdir, continue_diverged=args.continue_diverged)
+  status = run(config, args.workdir, continue_diverged=args.continue_diverged, profile=profile)
   interrupted = status['state'] == 'interrupted'
   final = ', '.join(f'{name} {value:.4f}' for name, value in (status.get('final') or {}).items())
   if jax.process_index() > 0:

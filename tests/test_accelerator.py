@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mhc_jax import chips
 from mhc_jax import hyper_connection as hc
 from mhc_jax import optimizer as optim
 from mhc_jax.config import base_config, build_optimizer
@@ -17,6 +18,7 @@ from mhc_jax.constraints import CONSTRAINTS
 from mhc_jax.kernels import attention, boundary, lanes
 from mhc_jax.kernels.choice import chip_of
 from mhc_jax.layers.attention import causal_mask, formula
+from mhc_jax.memory import memory_in_use, memory_of
 from mhc_jax.model_config import build_model
 from mhc_jax.presets import connection_spec
 from mhc_jax.sharding import make_mesh
@@ -133,3 +135,10 @@ def test_three_updates_of_a_small_model():
   kernels, xla = losses('pallas'), losses('xla')
   assert kernels[0] > kernels[2]
   np.testing.assert_allclose(kernels, xla, rtol=2e-3)  # bfloat16 has steps of 8e-3; the mean over 1024 tokens
+
+
+def test_an_accelerator_says_what_is_in_use_and_is_a_chip_of_the_table():
+  found, device = memory_in_use(make_mesh({})), jax.devices()[0]
+  assert 0 < found['device/bytes_in_use'] <= found['device/peak_bytes_in_use'] <= memory_of(device)
+  chip = chips.chip_of(device.device_kind)
+  assert chip.memory == pytest.approx(memory_of(device), rel=0.3), 'JAX takes three quarters of a GPU'

@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 
 from experiments.bench.compiled import volume
-from experiments.compile.chips import CHIPS, link_seconds
+from experiments.compile.chips import link_seconds
 from experiments.compile.hlo_cost import Body, Count, Done, Operation, count
 from experiments.compile.hlo_text import Shape, parse_module, replica_group, trip_count
-from experiments.compile.step_time import advice, check_products, predict, speed
+from experiments.compile.report import changes
+from experiments.compile.step_time import check_products, predict, speed
 from experiments.compile.tpu import group_sides
+from mhc_jax.chips import CHIPS
 from mhc_jax.config import base_config
 from mhc_jax.errors import ConfigError
 from mhc_jax.model import Transformer
@@ -545,10 +547,13 @@ def test_a_group_is_a_ring_where_it_fills_an_axis_that_wraps():
 
 
 def test_what_does_not_fit_says_what_to_change():
+  c = base_config()
+  c.mesh.fsdp, c.data.batch_size = 4, 8
   arguments = {'params': 30, 'optimizer': 60, 'batch': 1}
-  mesh = {'data': 1, 'fsdp': 4}
-  lines = advice('none', mesh, 2, arguments, 100.0)
+  lines = changes(c, arguments, 100.0)
   assert 'remat=layer' in lines[0] and '90 %' in lines[1] and 'fsdp (now 4)' in lines[1]
   assert lines[2].startswith('2 sequences') and 'optimizer.microbatches' in lines[2]
-  small = advice('layer', {**mesh, 'tensor': 2}, 1, {**arguments, 'params': 1, 'optimizer': 2}, 100.0)
+  assert 'dtype=bfloat16' in lines[3] and len(lines) == 5
+  c.model.remat, c.model.dtype, c.mesh.tensor, c.optimizer.microbatches = 'layer', 'bfloat16', 2, 2
+  small = changes(c, {**arguments, 'params': 1, 'optimizer': 2}, 100.0)
   assert 'tensor (now 2)' in small[0] and len(small) == 2

@@ -16,7 +16,6 @@ import pytest
 import yaml
 
 from experiments import sweep
-from experiments.compile.tpu import OVERLAP
 from experiments.planning import configs_of
 from mhc_jax import distributed, train
 from mhc_jax.distributed import Cluster
@@ -229,8 +228,8 @@ def test_a_tpu_slice_gets_the_command_on_every_host(launch):
   *head, command = said[-1]
   assert code == 0 and head[:5] == ['gcloud', 'compute', 'tpus', 'tpu-vm', 'ssh'] and '--worker=all' in head
   words = shlex.split(command)
-  assert words[words.index('mhc_jax.train') + 1 :] == list(RUN)
-  assert f'LIBTPU_INIT_ARGS={OVERLAP}' in words  # what compiled steps are compiled with
+  # The preset is what compiled steps are compiled with.
+  assert words[words.index('mhc_jax.train') + 1 :] == ['--xla-flags', 'preset', *RUN]
   for verb in ('setup', 'stop'):
     code, said = launch('tpu_slice.sh', verb, TPU='slice', ZONE='zone')
     assert code == 0 and all('--worker=all' in line for line in said)

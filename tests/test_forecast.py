@@ -7,6 +7,7 @@ import socket
 import pytest
 
 from experiments import forecast, planning, sweep
+from mhc_jax import speed
 from mhc_jax.config_file import parse
 from mhc_jax.plan import resolve
 
@@ -54,7 +55,7 @@ def test_finished_runs_of_the_folder_come_first_then_the_last_sweep_then_a_calib
   found = forecast.speed_of(planned, str(other))
   assert found.flops == pytest.approx(FLOPS) and 'last sweep on this machine' in found.source
   for broken in ('{', '[]', '{"cpu": 3}', '{"cpu": {"flops_per_second": 0}}', '{"tpu": {}}'):
-    with open(forecast._cache(), 'w', encoding='utf-8') as file:
+    with open(forecast.cache_file(), 'w', encoding='utf-8') as file:
       file.write(broken)
     assert forecast.speed_of(planned, str(other)).source == 'timed now', broken
 
@@ -100,7 +101,7 @@ def test_a_dry_run_of_a_corpus_that_is_elsewhere_touches_no_network(monkeypatch,
 
 def test_the_calibration_times_a_layer_of_the_plan(planned, monkeypatch):
   monkeypatch.undo()
-  monkeypatch.setattr(forecast, 'CALIBRATION', 1e6)
+  monkeypatch.setattr(speed, 'CALIBRATION', 1e6)
   found = forecast.calibrated(planned)
   assert 1e5 < found.flops < 1e15 and found.shape_seconds is None
   assert f'one {planned[0].model.width} wide layer of' in found.source

@@ -11,6 +11,7 @@ import pytest
 
 from experiments import progress, workers
 from mhc_jax.config_file import parse
+from mhc_jax.log import duration
 from mhc_jax.plan import resolve
 
 TRAINING, OTHER = 20.0, 10.0  # seconds of a run that has ended: its updates, and the rest
@@ -113,7 +114,7 @@ def test_lines_say_what_compiles_and_never_guess(planned, tmp_path, monkeypatch,
 
 
 def test_durations_are_no_more_exact_than_an_estimate():
-  assert [progress.duration(s) for s in (9.4, 200.0, 24559.0)] == ['9 s', '3 min', '6.8 h']
+  assert [duration(s) for s in (9.4, 200.0, 24559.0)] == ['9 s', '3 min', '6.8 h']
 
 
 def test_ctrl_c_is_answered_while_the_main_thread_computes_and_twice_ends():

@@ -18,9 +18,9 @@ HC_LR = 1.6e-2  # hc's matrices are not bounded: at 5e-2 they leave the identity
 SIZES = {axis: (sizes[0], sizes[2]) for axis, sizes in coordinate_check.SIZES.items()}
 
 
-def slopes(arm, axis, sizes, bases, lr=LR):
+def slopes(arm, axis, sizes, bases, lr=LR, optimizer='adamw'):
   """d log(coordinate) / d log(width or depth), for each coordinate."""
-  found = [coordinates(arm, size, base, lr) for size, base in zip(sizes, bases, strict=True)]
+  found = [coordinates(arm, size, base, lr, optimizer) for size, base in zip(sizes, bases, strict=True)]
   at = np.log([size[list(SIZES).index(axis)] for size in sizes])
   return {name: np.polyfit(at, np.log([f[name][-1] for f in found]), 1)[0] for name in found[0]}
 
@@ -31,6 +31,13 @@ def slopes(arm, axis, sizes, bases, lr=LR):
 def test_coordinates_keep_their_size_with_transfer(arm, axis):
   """0 in the limit; at these sizes, where terms of 1 / sqrt(width) are left, within 0.2."""
   found = slopes(arm, axis, SIZES[axis], [BASE] * 2)
+  assert max(map(abs, found.values())) < 0.2, found
+
+
+@pytest.mark.slow
+def test_muons_rates_transfer_in_width():
+  """Slopes are within 0.07. Without, the change of the logits grows as the root of the width."""
+  found = slopes('mhc', 'width', SIZES['width'], [BASE] * 2, optimizer='muon')
   assert max(map(abs, found.values())) < 0.2, found
 
 

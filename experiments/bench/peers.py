@@ -232,7 +232,8 @@ The connection of one sublayer: coefficients from the streams, read, write, for 
 forward and the gradients of the streams and all parameters. {settings['tokens']} tokens in {SEQUENCES}
 sequences, {STREAMS} streams, {ITERATIONS} Sinkhorn iterations, float32, one thread each. CPU seconds (user
 and system) of the process; medians of {settings['repeats']} interleaved rounds of {settings['calls']} calls,
-after one round that is not measured. The ratio is taken within a round.
+after one round that is not measured. The ratio is taken within a round. All processes keep freed memory
+(glibc's thresholds and two arenas, as mhc sets for its own), which spares each page faults.
 
 Machine: {on['cpu']}, {on['cores']} cores, load {on['load']:.1f} before and {on['load_after']:.1f} after.
 

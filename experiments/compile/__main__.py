@@ -20,12 +20,12 @@ import sys
 import jax
 
 from mhc_jax import settings
+from mhc_jax.chips import TPUS
 from mhc_jax.command import end_with_message
 from mhc_jax.config_file import parse
 from mhc_jax.errors import require
 
 from . import gpu, kernels, tpu
-from .chips import TPUS
 from .report import text
 
 

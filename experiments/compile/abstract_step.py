@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from mhc_jax import cost
-from mhc_jax.config import build_optimizer, check_counts
+from mhc_jax.config import build_optimizer, check_counts, fill_mesh
 from mhc_jax.config_file import check_fields
 from mhc_jax.errors import require
 from mhc_jax.layers.attention import why_formula
@@ -25,7 +25,8 @@ from mhc_jax.train_step import TrainState, programs
 
 
 def mesh_axes(config: ConfigDict, devices: int, where: str) -> dict[str, int]:
-  """config.mesh as axis -> size; raises ConfigError unless it has that many devices."""
+  """config.mesh as axis -> size, -1 filled in there too; ConfigError unless it has that many devices."""
+  fill_mesh(config, devices)
   axes = config.mesh.to_dict()
   needed = int(np.prod(list(axes.values())))
   require(

@@ -1,52 +1,10 @@
-"""Peak rates of accelerators, from their makers' public tables, and the least time that an operation takes.
+"""The least time that an operation takes on a chip: by its FLOPs, its bytes, and the links between chips."""
 
-Sources. TPUs: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}, tables "Key specifications" (v4's
-interconnect: the six links of 50 GB/s each way of arXiv 2304.01433). GPUs: NVIDIA's data sheets of the SXM
-modules (A100 80GB, H100, H200, and HGX B200), dense bfloat16, and of the DGX systems for the network (the
-ConnectX ports of each GPU).
-"""
-
-import dataclasses
 from collections.abc import Sequence
 
+from mhc_jax.chips import Chip
+
 from .hlo_cost import Operation
-
-GB, GIB = 1e9, 2**30
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-  """One chip. A device of JAX is a chip, or half of one where `devices` is 2."""
-
-  name: str
-  flops: float  # bfloat16 products, per second
-  bandwidth: float  # of the main memory, bytes per second
-  memory: float  # bytes
-  interconnect: float  # bytes per second, both directions, all links
-  axes: int | None  # of the torus; None: a switch
-  wraps_at: int = 0  # shortest side of a slice whose ends are connected
-  devices: int = 1
-  network: float = 0.0  # GPUs: bytes per second in each direction beyond the domain of the switch
-  domain: int = 0  # GPUs on one switch
-
-
-# v4 and v5p have two TensorCores that JAX sees as one device ("megacore"); 7x has two that it sees as two.
-CHIPS = {
-  chip.name: chip
-  for chip in (
-    Chip('v4', 275e12, 1200 * GB, 32 * GIB, 600 * GB, axes=3, wraps_at=4),
-    Chip('v5e', 197e12, 819 * GB, 16 * GIB, 400 * GB, axes=2, wraps_at=16),
-    Chip('v5p', 459e12, 2765 * GB, 95 * GIB, 1200 * GB, axes=3, wraps_at=4),
-    Chip('v6e', 918e12, 1638 * GB, 32 * GIB, 800 * GB, axes=2, wraps_at=16),
-    Chip('7x', 2307e12, 7380 * GB, 192 * GIB, 1200 * GB, axes=3, wraps_at=4, devices=2),
-    Chip('A100', 312e12, 2039 * GB, 80 * GB, 600 * GB, axes=None, network=25 * GB, domain=8),
-    Chip('H100', 989e12, 3350 * GB, 80 * GB, 900 * GB, axes=None, network=50 * GB, domain=8),
-    Chip('H200', 989e12, 4800 * GB, 141 * GB, 900 * GB, axes=None, network=50 * GB, domain=8),
-    Chip('B200', 2250e12, 8000 * GB, 180 * GB, 1800 * GB, axes=None, network=50 * GB, domain=8),
-  )
-}
-TPUS = tuple(name for name, chip in CHIPS.items() if chip.axes)
-GPUS = tuple(name for name, chip in CHIPS.items() if not chip.axes)
 
 
 def compute_seconds(operation: Operation, chip: Chip) -> float:

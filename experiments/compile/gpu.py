@@ -9,7 +9,6 @@ bytes and times are counted in its program as for TPUs (hlo_cost.py, step_time.p
 import dataclasses
 import importlib.util
 import logging
-import math
 import os
 import re
 import sys
@@ -24,15 +23,15 @@ import jax
 from jax.experimental.topologies import get_topology_desc
 from ml_collections import ConfigDict
 
+from mhc_jax.chips import CHIPS, GPUS
 from mhc_jax.errors import ConfigError, require
-from mhc_jax.sharding import BATCH, make_mesh
+from mhc_jax.sharding import make_mesh
 from mhc_jax.workdir import revision
 
 from .abstract_step import describe, device_bytes, mesh_axes, trace_step
-from .chips import CHIPS, GPUS
 from .hlo_cost import Operation
-from .report import finished
-from .step_time import Sides, advice
+from .report import changes, finished
+from .step_time import Sides
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,9 +171,7 @@ def compile_step(config: ConfigDict, gpus: str) -> dict[str, Any]:
   sizes = report['memory_bytes']
   if sizes['total'] < sizes['capacity']:
     return {**report, 'fits': True}
-  parts = config.optimizer.microbatches or 1
-  rows = config.data.batch_size // (parts * math.prod(axes[axis] for axis in BATCH))
-  return {**report, 'fits': False, 'change': advice(model.remat, axes, rows, arguments, sizes['capacity'])}
+  return {**report, 'fits': False, 'change': changes(config, arguments, sizes['capacity'])}
 
 
 def group_sides(mesh: jax.sharding.Mesh) -> Sides:

@@ -28,6 +28,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mhc_jax import hyper_connection as hc
+from mhc_jax.chips import CHIPS, Chip
 from mhc_jax.connection import ConnectionSpec
 from mhc_jax.constraints import CONSTRAINTS
 from mhc_jax.errors import require
@@ -40,7 +41,7 @@ from mhc_jax.sharding import make_mesh
 from .. import quick
 from . import bundles, population, tpu
 from .abstract_step import trace_step
-from .chips import CHIPS, Chip, compute_seconds
+from .chips import compute_seconds
 from .hlo_cost import count, is_kernel
 from .hlo_text import parse_module
 

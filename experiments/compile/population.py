@@ -22,7 +22,7 @@ from .. import quick
 from .abstract_step import abstract_inputs
 
 ARMS, DEPTH = ('residual', 'mhc'), 4
-WIDTHS, MEMBERS = (64, 128, 256, 512), (1, 4, 8, 16, 32)
+WIDTHS, MEMBERS = (64, 128, 256, 512), (1, 8, 32)
 
 
 def steps(device: jax.Device) -> Iterator[tuple[str, Callable]]:

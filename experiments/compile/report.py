@@ -8,9 +8,10 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from mhc_jax import cost
+from mhc_jax.chips import CHIPS, Chip
+from mhc_jax.memory import advice, rows_at_a_time
 from mhc_jax.model_config import ModelConfig
 
-from .chips import CHIPS, Chip
 from .hlo_cost import Count, count, in_scope
 from .hlo_text import parse_module
 from .step_time import GIB, Sides, check_products, predict, speed
@@ -82,6 +83,13 @@ def memory(compiled: Any, chip: Chip) -> dict[str, float]:
   }
   total = sum(kinds.values()) - 2 * kinds['aliased']
   return {**kinds, 'total': total, 'capacity': chip.memory / chip.devices}
+
+
+def changes(config: ConfigDict, arguments: dict[str, int], capacity: float) -> list[str]:
+  """What to change where a step does not fit; arguments: bytes of params and optimizer of one device."""
+  c, state = config.to_dict(), arguments['params'] + arguments['optimizer']
+  lines = advice(c['model']['remat'], c['model']['dtype'], c['mesh'], rows_at_a_time(c), state, capacity)
+  return [*lines, 'or take a larger slice, or chips with more memory']
 
 
 def text(report: dict[str, Any]) -> str:

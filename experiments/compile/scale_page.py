@@ -8,8 +8,9 @@ import json
 import pathlib
 from typing import Any
 
+from mhc_jax.chips import CHIPS
+
 from . import population
-from .chips import CHIPS
 from .kernels import CLOCKS
 from .scale_words import HEAD, LIMITS, PEERS, POPULATION, SMALL, TABLES_HEAD
 from .step_time import GIB

@@ -14,9 +14,10 @@ all bytes / bandwidth, all link time), overlaps everything.
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from mhc_jax.chips import Chip
 from mhc_jax.errors import require
 
-from .chips import Chip, compute_seconds, link_seconds
+from .chips import compute_seconds, link_seconds
 from .hlo_cost import Body, Count, Done, Operation, in_scope
 
 GIB = 2**30
@@ -169,30 +170,3 @@ def check_products(counted: Count, least: float) -> None:
     f"counted {found:.4g} FLOPs of matrix products a device and step, below the model's own {least:.4g} "
     f'(causal attention): the program was not read whole{without}',
   )
-
-
-def advice(
-  remat: str, mesh: dict[str, int], rows: int, arguments: dict[str, int], capacity: float
-) -> list[str]:
-  """What to change where a step does not fit, by what takes the memory.
-
-  rows: of the batch, or of a microbatch, on each group of devices that shares them. arguments: bytes of
-  params, optimizer and batch of one device.
-  """
-  lines = []
-  if remat != 'layer':  # blocks keep the products of attention and feed-forward
-    lines.append('recompute activations: --config.model.remat=layer')
-  held = arguments['params'] + arguments['optimizer']
-  if held > capacity / 4:
-    lines.append(
-      f'parameters and optimizer take {100 * held / capacity:.0f} % of the memory: a larger '
-      f'--config.mesh.fsdp (now {mesh["fsdp"]}) splits them further'
-    )
-  if rows > 1:
-    lines.append(
-      f'{rows} sequences are at a time on each group of devices: accumulate gradients over '
-      '--config.optimizer.microbatches, or split them with a larger mesh.data or mesh.fsdp (more chips)'
-    )
-  else:
-    lines.append(f'split the width of activations: a larger --config.mesh.tensor (now {mesh["tensor"]})')
-  return [*lines, 'or take a larger slice, or chips with more memory']

@@ -6,7 +6,6 @@ the running backend. Memory is the compiler's; FLOPs, bytes and times are counte
 """
 
 import importlib.util
-import math
 import os
 import re
 import sys
@@ -19,24 +18,16 @@ from jax.experimental.topologies import get_topology_desc
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from mhc_jax.chips import CHIPS, TPUS, Chip
 from mhc_jax.errors import ConfigError, require
-from mhc_jax.sharding import BATCH, make_mesh
+from mhc_jax.runtime import PRESETS
+from mhc_jax.sharding import make_mesh
 from mhc_jax.workdir import revision
 
 from .abstract_step import describe, device_bytes, mesh_axes, trace_step
-from .chips import CHIPS, TPUS, Chip
 from .hlo_cost import Operation
-from .report import finished
-from .step_time import advice
+from .report import changes, finished
 
-# Collectives beside fusions that compute, of which the schedule has none without these. They are of those in
-# MaxText's guide to XLA flags, and a run needs them too: experiments/launch/tpu_slice.sh.
-OVERLAP = (
-  '--xla_tpu_enable_async_collective_fusion=true '
-  '--xla_tpu_enable_async_collective_fusion_fuse_all_gather=true '
-  '--xla_tpu_enable_async_collective_fusion_multiple_steps=true --xla_tpu_overlap_compute_collective_tc=true '
-  '--xla_enable_async_all_gather=true'
-)
 # libtpu looks for the machine it runs on, and two compilations at once collide on its lock file.
 LIBTPU = {
   'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
@@ -44,7 +35,7 @@ LIBTPU = {
   'TPU_ACCELERATOR_TYPE': 'v5p-8',
   'TPU_WORKER_HOSTNAMES': 'localhost',
   'TF_CPP_MIN_LOG_LEVEL': '3',
-  'LIBTPU_INIT_ARGS': OVERLAP,
+  'LIBTPU_INIT_ARGS': ' '.join(PRESETS['tpu'][1]),  # as a run has it with --xla-flags preset
 }
 
 
@@ -113,10 +104,7 @@ def too_large(error: str, config: ConfigDict, arguments: dict[str, int], capacit
   size: dict[str, Any] = {'capacity': capacity}
   if used:
     size = {'total': float(used[1]) * scale[used[2]], 'capacity': float(used[3]) * scale[used[4]]}
-  mesh, parts = config.mesh.to_dict(), config.optimizer.microbatches or 1
-  rows = config.data.batch_size // (parts * math.prod(mesh[axis] for axis in BATCH))
-  lines = advice(config.model.remat, mesh, rows, arguments, capacity)
-  return {'fits': False, 'memory_bytes': size, 'change': lines}
+  return {'fits': False, 'memory_bytes': size, 'change': changes(config, arguments, capacity)}
 
 
 def group_sides(mesh: Mesh, chip: Chip) -> Any:

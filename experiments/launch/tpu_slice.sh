@@ -33,10 +33,7 @@ case "${1:-}" in
     on_every_host 'pkill -TERM -f "mhc_jax[.]train"'
     ;;
   *)
-    # Collectives beside computation, as experiments/compile/tpu.py has them.
-    overlap='--xla_tpu_enable_async_collective_fusion=true --xla_tpu_enable_async_collective_fusion_fuse_all_gather=true'
-    overlap+=' --xla_tpu_enable_async_collective_fusion_multiple_steps=true --xla_tpu_overlap_compute_collective_tc=true'
-    overlap+=' --xla_enable_async_all_gather=true'
-    on_every_host "cd mhc_jax && export LIBTPU_INIT_ARGS='$overlap' && exec .venv/bin/python -m mhc_jax.train $(printf '%q ' "$@")"
+    # Collectives beside computation (mhc_jax/runtime.py).
+    on_every_host "cd mhc_jax && exec .venv/bin/python -m mhc_jax.train --xla-flags preset $(printf '%q ' "$@")"
     ;;
 esac

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mhc_jax.constraints.base import Constraint
+from mhc_jax.kernels.choice import Chip
 from mhc_jax.kernels.entries import NotInLanesError, array_of, entries_of, spread
 from mhc_jax.kernels.lane_blocks import Work, gpu_call, instructions, tpu_call
 from mhc_jax.kernels.single_token import evaluate
@@ -54,6 +55,19 @@ def matrix_kernel(constraint: Constraint, coords_KX: jax.Array, n: int, platform
     return constraint.matrix(coords_KX, n)
   run = in_lanes(lambda _, coords_K: constraint.matrix(coords_K, n), platform)
   return run({}, coords_KX.astype(jnp.float32))
+
+
+def kernel_for(constraint: Constraint, n: int, chip: Chip | None) -> Callable[..., jax.Array] | None:
+  """The `matrix` of hyper_connection.generate by a kernel for this chip, each device its own tokens.
+
+  None, which stands for constraint.matrix, where XLA computes it: without a chip (choice.chip_of), for sets
+  that need no computing, and where a kernel cannot.
+  """
+  if chip is None or constraint.name in ('identity', 'unconstrained'):
+    return None
+  if why_not(constraint, n, chip.lanes) is not None:
+    return None
+  return functools.partial(matrix_kernel, constraint, platform=chip.lanes)
 
 
 @functools.lru_cache(256)

@@ -236,7 +236,7 @@ def logged(workdir: Path) -> list[dict[str, Any]]:
   for line in data.split(b'\n')[:-1]:
     try:
       row = json.loads(line)
-      rows.append({key: value for key, value in row.items() if not key.startswith('time/')})
+      rows.append({key: value for key, value in row.items() if not key.startswith(('time/', 'device/'))})
       rows[-1]['step'] = row['step']
     except (ValueError, LookupError, AttributeError, RecursionError):
       rows.append({'step': line[:40]})
