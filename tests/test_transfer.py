@@ -36,7 +36,7 @@ def test_coordinates_keep_their_size_with_transfer(arm, axis):
 
 @pytest.mark.slow
 def test_muons_rates_transfer_in_width():
-  """Slopes are within 0.07; with every size its own base the logits' change grows as the root of the width."""
+  """Slopes are within 0.07. Without, the change of the logits grows as the root of the width."""
   found = slopes('mhc', 'width', SIZES['width'], [BASE] * 2, optimizer='muon')
   assert max(map(abs, found.values())) < 0.2, found
 
