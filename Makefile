@@ -51,7 +51,7 @@ campaign: install
 
 # The manual, in build/site; a missing page, link or docstring is an error. Nothing is fetched.
 docs: install
-	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
 lint: install
 	$(RUN) -m ruff check .

@@ -73,7 +73,8 @@ def report(planned: list[Run], states: list[str], todo: list[int], workers: int,
   hardly_meant = [line for run in planned for line in warnings_of(run)]
   lines = [f'warning: {line} ({hardly_meant.count(line)} runs)' for line in dict.fromkeys(hardly_meant)]
   away = sorted({run.resolved['data']['name'] for run in planned if not run.derived['data_digest']})
-  lines += [f'{name} is not on this machine: sizes are checked when the sweep starts' for name in away]
+  for name in away:
+    lines += wrapped(f'{name} is not on this machine: sizes are checked when the sweep starts')
   lines += table([{name: row[name] for name in shown} for row in rows])
   if several:
     alike = (f'{name} {value}' for name, value in same.items() if name != 'run' and value != '-')

@@ -17,14 +17,15 @@ SIZES = {
   'large': {'depth': 12, 'head': 64},
 }
 # Training FLOPs -> widths. small: below 2e11 a model of width 16 is best, so that no minimum lies inside the
-# grid. large: widths on both sides of 20 tokens a parameter, none of which sees more than lm1b has once.
+# grid. large: widths on both sides of 20 tokens a parameter, none of which sees more than FineWeb-Edu's
+# sample of 1e10 tokens has once.
 GRID = {
   'small': dict.fromkeys((2e11, 3.2e11, 5e11, 8e11), (16, 24, 32, 48, 64)),
   'large': {
-    3e16: (128, 192, 256, 384, 512),
-    1e17: (192, 256, 384, 512, 768),
-    3e17: (256, 384, 512, 768, 1024),
-    1e18: (512, 640, 768, 1024, 1280),
+    3e16: (128, 192, 256, 320, 384),
+    1e17: (192, 256, 320, 384, 512),
+    3e17: (256, 384, 512, 640, 768),
+    1e18: (384, 512, 640, 768, 1024),
   },
 }
 ARMS = ('residual', 'mhc')

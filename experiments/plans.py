@@ -19,9 +19,9 @@ MACHINES = {'H100': ('H100', 1), 'v5e-8': ('v5e', 8)}  # name -> chip, number
 AT_LEAST = 1e17  # FLOPs of a plan that is worth a chip
 HEAD = f"""# Plans for accelerators
 
-Made by `python -m experiments.plans`. Every plan reads lm1b (about 4.2e9 bytes, a token each) and sees no
-token twice; to prepare lm1b once, TFDS needs the network and TensorFlow. `mhc sweep NAME:large --dry-run`
-shows the runs without either.
+Made by `python -m experiments.plans`. Every plan reads FineWeb-Edu's sample 10BT (parquet on the Hugging
+Face hub, about 1e10 tokens; extra `text`) by a tokenizer of 32768 tokens trained on it, and sees no token
+twice. `docs/data.md` has the commands. `mhc sweep NAME:large --dry-run` shows the runs and fetches nothing.
 
 Hours are those of all devices together, at {UTILISATION:.0%} of their peak in bfloat16. That share is an
 **assumption**: no run of these has been timed. The TPU compiler's own program of the residual model of width

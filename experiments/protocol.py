@@ -9,6 +9,8 @@ from ml_collections import ConfigDict
 
 from mhc_jax.config import base_config
 
+# 1e10 tokens by its own count. docs/data.md has the command that makes the tokenizer's file.
+FINEWEB = 'hf:HuggingFaceFW/fineweb-edu/sample/10BT'
 SCALES: dict[str, dict[str, Any]] = {
   'small': {
     'data': {'batch_size': 8, 'seq_len': 128},
@@ -19,8 +21,11 @@ SCALES: dict[str, dict[str, Any]] = {
     'steps': 300,
   },
   'large': {
-    'data': {'name': 'lm1b', 'batch_size': 256, 'seq_len': 1024},
-    'model': {'width': 512, 'depth': 12, 'heads': 8, 'dtype': 'bfloat16', 'remat': 'layer', 'scan_unroll': 1},
+    'data': {'name': FINEWEB, 'tokenizer': 'fineweb-edu-32k.json', 'batch_size': 256, 'seq_len': 1024},
+    'model': {
+      **{'width': 512, 'depth': 12, 'heads': 8, 'vocab_size': 32768},
+      **{'dtype': 'bfloat16', 'remat': 'layer', 'scan_unroll': 1},
+    },
     'evaluation': {'every_steps': 500, 'sequences': 2048},
     'log': {'diagnostics_every_steps': 500},
     'checkpoint': {'every_steps': 500},

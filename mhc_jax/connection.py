@@ -16,8 +16,9 @@ class Gate:
   """The map from a coordinate to a read or write weight: scale * kind(coordinate) + eps.
 
   'linear', 'sigmoid', 'tanh': per stream; 'softmax': over the streams. Without coordinates: 'fixed', the
-  weight is `scale` for ever; 'one_hot' (writes), sublayer s writes stream s + 1 alone; 'elementwise'
-  (reads), a low-rank map yields one weight per stream and channel (generator.elementwise_read).
+  weight is `scale` for ever; 'one_hot' (writes), sublayer s writes stream 1 + s // write_period alone;
+  'elementwise' (reads), a low-rank map yields one weight per stream and channel (generator.elementwise_read);
+  'sources' (reads), attention over the streams written so far (generator.source_read).
   """
 
   kind: str
@@ -39,7 +40,7 @@ KINDS = {
   'tanh': jnp.tanh,
   'softmax': lambda coords_NBT: jax.nn.softmax(coords_NBT, 0),
 }
-READ_GATES = ('fixed', *KINDS, 'elementwise')
+READ_GATES = ('fixed', *KINDS, 'elementwise', 'sources')
 WRITE_GATES = ('fixed', *KINDS, 'one_hot')
 
 
@@ -78,11 +79,14 @@ class ConnectionSpec:
   generator: str = 'matrix'  # 'cp': phi of res is a sum of `rank` outer products (TEMPER)
   rank: int | None = None  # rank of the generator phi; None is full
   read_rank: int | None = None  # of the 'elementwise' read gate
+  read_heads: int = 1  # of the 'sources' read gate: slices of the channels with weights of their own
+  read_normed: bool = False  # 'sources' adds up normed streams
+  write_period: int = 1  # sublayers in a row that a 'one_hot' write adds up in one stream
   norm_eps: float = 1e-6
   norm_eps_outside: bool = False  # 1 / (rms + eps) instead of 1 / sqrt(mean square + eps)
   single_pass: bool = False  # each sublayer reads by the map that the sublayer before it generated (V4.1)
   expansion: str = 'replicate'  # 'one_hot': the embedding in stream 0; 'learned': scaled copies
-  collapse: str = 'mean'  # 'mean', 'sum', 'learned', 'weights' or 'read'
+  collapse: str = 'mean'  # 'mean', 'sum', 'learned', 'weights', 'read' or 'sources'
   collapse_eps: float = 0.0
 
   @property
@@ -109,4 +113,11 @@ class ConnectionSpec:
   @property
   def has_params(self) -> bool:
     """Whether a sublayer's connection has any parameter."""
-    return bool(self.parts) or self.read_gate.kind == 'elementwise'
+    return bool(self.parts) or self.read_gate.kind in ('elementwise', 'sources')
+
+  @property
+  def norm_inputs(self) -> int:
+    """Number of streams that the learned weight of the norm tells apart."""
+    if self.read_gate.kind == 'sources':
+      return 1
+    return self.generator_shape[0] if self.parts else self.streams

@@ -27,10 +27,11 @@ def parameters(c: ModelConfig) -> dict[str, int]:
   dynamic = spec.dynamic and bool(spec.parts)
   alphas = len({spec.alpha_of(part) for part in spec.parts})
   static = 0 if spec.phi_only else sum(spec.parts.values()) + alphas * dynamic
-  norm = (spec.generator_shape[0] if spec.parts else n) * c.width
+  norm = spec.norm_inputs * c.width
   norm *= spec.norm_weight and spec.dynamic and spec.has_params
-  head = c.width * n**2 if spec.collapse == 'learned' else 0
-  ends = {'learned': 1 + n, 'weights': n}.get(spec.collapse, 0) + n * c.width * (spec.expansion == 'learned')
+  head = {'learned': c.width * n**2, 'sources': c.width}.get(spec.collapse, 0)
+  ends = {'learned': 1 + n, 'weights': n, 'sources': spec.norm_weight * c.width}.get(spec.collapse, 0)
+  ends += n * c.width * (spec.expansion == 'learned')
   groups = {
     'embedding': c.vocab_size * c.width,
     'unembedding': c.width * c.vocab_size,
@@ -38,7 +39,7 @@ def parameters(c: ModelConfig) -> dict[str, int]:
     'feed_forward': _dense(c) * sum(_size(shape, c.weights_rank) for shape in maps['feed_forward']),
     **_expert_parameters(c),
     'norm': (2 * c.depth + 1) * c.width + (c.depth * c.mla.kv_rank if c.mla else 0),
-    'hc_dynamic': 2 * c.depth * (_generator(c) * dynamic + _elementwise(c)) + head,
+    'hc_dynamic': 2 * c.depth * (_generator(c) * dynamic + _elementwise(c) + _query(c)) + head,
     'hc_static': 2 * c.depth * (static + norm) + ends,
   }
   total = sum(groups.values())
@@ -96,6 +97,7 @@ def forward_flops_per_token(c: ModelConfig, seq_len: int) -> dict[str, float]:
     'hc_mix': sublayers * (2 * n * n * c.width if 'res' in spec.parts else 0),
     'hc_write': sublayers * 2 * n * c.width,
     'hc_elementwise': sublayers * 2 * _elementwise(c),
+    'hc_sources': (2 * sublayers + 7 * (spec.collapse == 'sources')) * n * _query(c),
     'hc_constraint': sublayers * spec.constraint.flops(n),
   }
   if spec.collapse == 'learned':
@@ -172,6 +174,11 @@ def _generator(c: ModelConfig) -> int:
 def _elementwise(c: ModelConfig) -> int:
   """Parameters of one sublayer's elementwise read."""
   return 2 * (c.connection.read_rank or 0) * c.connection.streams * c.width
+
+
+def _query(c: ModelConfig) -> int:
+  """Parameters of one sublayer's query over its sources."""
+  return c.width * (c.connection.read_gate.kind == 'sources')
 
 
 def products(c: ModelConfig) -> dict[str, list[tuple[int, int]]]:

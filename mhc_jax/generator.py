@@ -2,7 +2,8 @@
 
     dynamic = phi^T norm(x)     (mHC, arXiv 2512.24880, eq. 7 and 14-16)
 
-phi is a full matrix, of low rank, or a CP product; Qwen4-Exp's elementwise read is here too. Axes as in
+phi is a full matrix, of low rank, or a CP product; the reads of Qwen4-Exp and of attention residuals are here
+too. Axes as in
 hyper_connection.py, and R rank, X tokens.
 """
 
@@ -248,3 +249,35 @@ def elementwise_read(
   hidden_BTR = jax.nn.silu(down(normed_NBTD, params['read_down']) / len(x_NBTD))
   gate_NBTD = jax.nn.sigmoid(jnp.einsum('btr,rnd->nbtd', hidden_BTR, params['read_up'], precision=PRECISION))
   return scale * gate_NBTD * norm_NBTD
+
+
+def init_source_read(spec: ConnectionSpec, width: int) -> dict[str, jax.Array]:
+  """read_query (C,), zeros: the mean of all sources; and norm_weight (1, C) if the spec has one."""
+  dtype = jnp.result_type(float)
+  weight = {'norm_weight': jnp.ones((1, width), dtype)} if spec.norm_weight else {}
+  return {'read_query': jnp.zeros(width, dtype), **weight}
+
+
+def source_read(
+  params: dict[str, jax.Array], x_NBTD: jax.Array, spec: ConnectionSpec, written: jax.Array | int
+) -> jax.Array:
+  """Read weights of attention residuals (arXiv 2603.15031), (n, B, T), or (n, B, T, C) with several heads.
+
+  softmax over streams i < written of query . (weight * x_i / rms(x_i)); one softmax for each of read_heads
+  slices of the channels (MHAR, arXiv 2607.27230). read_normed: of normed streams (Inkling-2), whose
+  norm is part of the weights.
+  """
+  x_NBTD = x_NBTD.astype(jnp.promote_types(x_NBTD.dtype, params['read_query'].dtype))
+  inverse_NBT1 = inverse_rms(jnp.mean(jnp.square(x_NBTD), 3, keepdims=True), spec)
+  query_D = (
+    params['read_query'] * params['norm_weight'][0] if 'norm_weight' in params else params['read_query']
+  )
+  terms_NBTHK = (x_NBTD * query_D[None, None, None]).reshape(*x_NBTD.shape[:3], spec.read_heads, -1)
+  logits_NBTH = jnp.sum(terms_NBTHK, 4) * inverse_NBT1
+  is_written = (jnp.arange(len(x_NBTD)) < written)[:, None, None, None]
+  weights_NBTH = jax.nn.softmax(jnp.where(is_written, logits_NBTH, -jnp.inf), 0)
+  if spec.read_normed:
+    weights_NBTH = weights_NBTH * inverse_NBT1
+  if spec.read_heads == 1:
+    return weights_NBTH[..., 0]
+  return jnp.repeat(weights_NBTH, x_NBTD.shape[3] // spec.read_heads, 3)

@@ -79,8 +79,10 @@ def init_params(
     params |= generator.init_generator(key, spec, width, phi_scale)
   if spec.read_gate.kind == 'elementwise':
     params |= generator.init_elementwise_read(jax.random.fold_in(key, 1), spec, width)
-  if spec.norm_weight and spec.dynamic and spec.has_params:
-    params['norm_weight'] = jnp.ones((spec.generator_shape[0] if parts else n, width), dtype)
+  if spec.read_gate.kind == 'sources':
+    params |= generator.init_source_read(spec, width)
+  elif spec.norm_weight and spec.dynamic and spec.has_params:
+    params['norm_weight'] = jnp.ones((spec.norm_inputs, width), dtype)
   return params
 
 
@@ -135,6 +137,9 @@ def generate(
   tokens, coords = x_NBTD.shape[1:3], coordinates(params, x_NBTD, spec)
   if spec.read_gate.kind == 'elementwise':
     pre_NBT = generator.elementwise_read(params, x_NBTD, spec, spec.read_gate.scale)
+  elif spec.read_gate.kind == 'sources':
+    written = 1 + (sublayer + spec.write_period - 1) // spec.write_period
+    pre_NBT = generator.source_read(params, x_NBTD, spec, written)
   else:
     pre_NBT = read_weights(coords, spec, tokens, x_NBTD.dtype)
   return Coefficients(pre_NBT, *write_weights(coords, spec, tokens, x_NBTD.dtype, sublayer, matrix))
@@ -143,7 +148,7 @@ def generate(
 def read_weights(
   coords: dict[str, jax.Array], spec: ConnectionSpec, tokens: Any, dtype: Any
 ) -> jax.Array | None:
-  """pre (n, *tokens) from its coordinates, for all gates but 'elementwise'; None reads stream 0 alone."""
+  """pre (n, *tokens) from its coordinates, for all gates that have any; None reads stream 0 alone."""
   shape, dtype = (spec.streams, *tokens), jnp.promote_types(dtype, jnp.float32)
   return _gate(spec.read_gate, coords.get('pre'), shape, dtype, free=spec.streams == 1)
 
@@ -159,7 +164,7 @@ def write_weights(
   """(post (n, *tokens), res (n, n, *tokens)) from their coordinates; None as in Coefficients."""
   n, dtype = spec.streams, jnp.promote_types(dtype, jnp.float32)
   if spec.write_gate.kind == 'one_hot':
-    post = spec.write_gate.scale * one_hot((sublayer + 1) % n, n, tokens, dtype)
+    post = spec.write_gate.scale * one_hot(written_by(sublayer, spec), n, tokens, dtype)
   else:
     post = _gate(spec.write_gate, coords.get('post'), (n, *tokens), dtype, free=True)
   if spec.constraint.name == 'identity':
@@ -167,6 +172,11 @@ def write_weights(
   # With one stream, some sets have no coordinates.
   matrix = matrix or spec.constraint.matrix
   return post, matrix(coords.get('res', jnp.zeros((0, *tokens), dtype)), n)
+
+
+def written_by(sublayer: jax.Array | int, spec: ConnectionSpec) -> jax.Array | int:
+  """The stream to which a 'one_hot' write goes."""
+  return (sublayer // spec.write_period + 1) % spec.streams
 
 
 def one_hot(stream: jax.Array | int, n: int, tokens: Any, dtype: Any) -> jax.Array:
@@ -336,6 +346,8 @@ def init_collapse(spec: ConnectionSpec, width: int) -> dict[str, jax.Array]:
   n, dtype = spec.streams, jnp.result_type(float)
   if spec.collapse == 'weights':
     return {'b': jnp.ones(n, dtype)}
+  if spec.collapse == 'sources':
+    return generator.init_source_read(spec, width)
   if spec.collapse != 'learned':
     return {}
   return {
@@ -352,11 +364,12 @@ def collapse(
   spec: ConnectionSpec | None = None,
   pre_NBT: jax.Array | None = None,
 ) -> jax.Array:
-  """Streams (n, B, T, C) to the output (B, T, C): 'mean', 'sum' (HC), 'learned', 'weights' or 'read'.
+  """Streams (n, B, T, C) to the output (B, T, C): 'mean', 'sum' (HC), 'learned', 'weights', 'read'
+  or 'sources'.
 
   'learned' is DeepSeek-V4's head, sum_i (sigmoid(alpha (norm(x) phi)_i + b_i) + eps) x_i, and needs params
-  and spec; 'weights' is sum_i b_i x_i; 'read' takes the last sublayer's read map pre_NBT (V4.1). Raises
-  ValueError for another name.
+  and spec; 'weights' is sum_i b_i x_i; 'read' takes the last sublayer's read map pre_NBT (V4.1);
+  'sources' is one more read of attention residuals. Raises ValueError for another name.
   """
   if how == 'learned':
     projected_NBT = generator.project({'phi': params['phi']}, x_NBTD, spec)
@@ -366,8 +379,10 @@ def collapse(
     return read(jnp.broadcast_to(params['b'][:, None, None], x_NBTD.shape[:3]), x_NBTD)
   if how == 'read':
     return read(pre_NBT, x_NBTD)
+  if how == 'sources':
+    return read(generator.source_read(params, x_NBTD, spec, len(x_NBTD)), x_NBTD)
   if how not in ('mean', 'sum'):
-    raise ValueError(f'collapse must be mean, sum, learned, weights or read, got {how!r}')
+    raise ValueError(f'collapse must be mean, sum, learned, weights, read or sources, got {how!r}')
   wide_NBTD = x_NBTD.astype(jnp.promote_types(x_NBTD.dtype, jnp.float32))
   total_BTD = functools.reduce(jnp.add, wide_NBTD)  # XLA:CPU's sum over the first axis is slow
   return (total_BTD / len(x_NBTD) if how == 'mean' else total_BTD).astype(x_NBTD.dtype)

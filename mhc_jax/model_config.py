@@ -14,7 +14,7 @@ from mhc_jax.constraints.base import Constraint
 from mhc_jax.data import tokenizer_of, vocab_size_of
 from mhc_jax.errors import ConfigError, require
 from mhc_jax.kernels.choice import KERNELS
-from mhc_jax.presets import connection_spec
+from mhc_jax.presets import BLOCKS, connection_spec
 
 REMAT = ('none', 'layer', 'products', 'block')
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16, 'float64': jnp.float64}
@@ -112,8 +112,11 @@ def build_connection(c: ConfigDict, depth: int, constraint: Constraint | None = 
   impossible sizes.
   """
   fields = {key: value for key, value in c.items() if key not in ('constraint_params', 'output_init_scaling')}
-  if c.name == 'depth_matrix':
-    fields['streams'] = 2 * depth + 1  # the embedding and every sublayer's output
+  if c.name in ('depth_matrix', 'attention_residual'):
+    blocks = BLOCKS if c.preset in ('block', 'inkling2') else 2 * depth
+    fields['write_period'] = period = _given(c.write_period, -(-2 * depth // blocks))
+    # The embedding, and every sublayer's output or sums of them.
+    fields['streams'] = 1 + -(-2 * depth // max(period, 1))
   if constraint is not None:
     fields['constraint'] = constraint
   try:
@@ -324,13 +327,16 @@ def check_connection(spec: ConnectionSpec, width: int) -> None:
     spec.rank is None or spec.rank <= inputs,
     f'connection.rank={spec.rank} is over {inputs}, the number of inputs of phi',
   )
+  require(
+    width % spec.read_heads == 0, f'connection.read_heads={spec.read_heads} does not divide the width {width}'
+  )
   _check_trace(spec)
 
 
 @functools.lru_cache(maxsize=1024)
 def _check_trace(spec: ConnectionSpec) -> None:
   """The connection as training has it, traced on one token of width 1: no step knows a width from another."""
-  n, constraint = spec.streams, spec.constraint
+  n, constraint, width = spec.streams, spec.constraint, spec.read_heads
 
   def coefficients(params: Any, x_NBTD: jax.Array) -> tuple[jax.Array, Any]:
     c = hyper_connection.generate(params, x_NBTD, spec)
@@ -338,8 +344,8 @@ def _check_trace(spec: ConnectionSpec) -> None:
     return sum(jnp.sum(x) for x in (*c, read_BTD) if x is not None), c.res_NMBT
 
   try:
-    params = jax.eval_shape(lambda: hyper_connection.init_params(jax.random.key(0), spec, 1, 0))
-    x_NBTD = jax.ShapeDtypeStruct((n, 1, 1, 1), jnp.float32)
+    params = jax.eval_shape(lambda: hyper_connection.init_params(jax.random.key(0), spec, width, 0))
+    x_NBTD = jax.ShapeDtypeStruct((n, 1, 1, width), jnp.float32)
     _, res_NMBT = jax.eval_shape(jax.grad(coefficients, argnums=(0, 1), has_aux=True), params, x_NBTD)
   except Exception as error:  # whatever somebody's own constraint may raise
     what = f'{type(error).__name__}: {error}'.splitlines()[0]

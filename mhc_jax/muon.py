@@ -30,7 +30,7 @@ def is_matrix(path: tuple[Any, ...], connections: bool) -> bool:
   name = path_name(path)
   kind = line_of(name)[1]
   if '_connection/' in name or name.startswith(('expansion', 'collapse')):
-    return connections and kind in ('hidden', 'plain') and '/b_' not in name
+    return connections and kind in ('hidden', 'plain') and not name.endswith('read_query')
   return kind in ('hidden', 'factor') or name.endswith(('kv_up/w', 'kv_up/u', 'kv_up/v', '/router'))
 
 

@@ -41,11 +41,11 @@ PARAMETERS: tuple[tuple[str, str, str], ...] = (
   # Connections, and the two ends of the streams.
   (r'\w+_connection/(b|alpha)_res', '', 'mixing'),
   (r'\w+_connection/((b|alpha)_\w+|norm_weight)', '', 'scalar'),
-  (r'\w+_connection/(phi(_in|_\w+_width)?|read_down)', '', 'hidden'),
+  (r'\w+_connection/(phi(_in|_\w+_width)?|read_down|read_query)', '', 'hidden'),
   (r'\w+_connection/(phi_(out|\w+_(stream|out|row|column))|read_up)', '', 'plain'),
   (r'expansion/scale', '', 'scalar'),
-  (r'collapse/phi', '', 'hidden'),
-  (r'collapse/(alpha|b)', '', 'scalar'),
+  (r'collapse/(phi|read_query)', '', 'hidden'),
+  (r'collapse/(alpha|b|norm_weight)', '', 'scalar'),
 )
 
 

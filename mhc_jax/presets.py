@@ -52,6 +52,15 @@ _HC = {
   'collapse': 'sum',
 }
 _MHC = {**_MHC_GATES, 'init': 'cyclic', 'constraint': 'birkhoff_sinkhorn'}
+_SOURCES = {
+  'read_gate': Gate('sources'),
+  'write_gate': Gate('one_hot'),
+  'init': 'zero',
+  'constraint': 'identity',
+  'norm_weight': True,
+  'expansion': 'one_hot',
+  'collapse': 'sources',
+}
 # mhc-lite, KromHC, hyper-connections: a learned norm weight, phi = 0, streams summed. They clamp the norm at
 # 1e-12.
 _TORCH = {
@@ -152,7 +161,16 @@ PRESETS: dict[str, dict[str, dict]] = {
       'collapse': 'weights',
     }
   },
+  # Attention over the embedding and earlier outputs (Kimi, arXiv 2603.15031): of each, of sums of about an
+  # eighth of all sublayers, by eight heads (MHAR, arXiv 2607.27230), of normed sources (Inkling-2).
+  'attention_residual': {
+    'full': _SOURCES,
+    'block': _SOURCES,
+    'heads': {**_SOURCES, 'read_heads': 8},
+    'inkling2': {**_SOURCES, 'norm_weight': False, 'read_normed': True},
+  },
 }
+BLOCKS = 8  # of attention_residual's presets 'block' and 'inkling2', about
 
 
 def connection_spec(
@@ -240,7 +258,7 @@ _CHOICES = {
   'generator': ('matrix', 'cp'),
   'activation': ('none', 'tanh'),
   'expansion': ('replicate', 'one_hot', 'learned'),
-  'collapse': ('mean', 'sum', 'learned', 'weights', 'read'),
+  'collapse': ('mean', 'sum', 'learned', 'weights', 'read', 'sources'),
 }
 
 
@@ -305,3 +323,16 @@ def _check_combinations(spec: ConnectionSpec) -> None:
     raise ValueError('connection.read_gate=elementwise and a connection.read_rank >= 1 need each other')
   if elementwise and spec.scope != 'joint':
     raise ValueError('connection.read_gate=elementwise needs scope=joint')
+  ours = spec.read_gate.kind == 'sources', spec.collapse == 'sources'
+  both = spec.write_gate.kind == 'one_hot' and spec.expansion == 'one_hot' and not spec.parts
+  if ours not in ((False, False), (True, True)) or (any(ours) and not (both and spec.dynamic)):
+    raise ValueError(
+      'connection.read_gate=sources and collapse=sources need each other, write_gate=one_hot, '
+      'expansion=one_hot, dynamic and a constraint without coordinates'
+    )
+  if (spec.read_heads, spec.read_normed) != (1, False) and not any(ours):
+    raise ValueError('connection.read_heads and read_normed need read_gate=sources')
+  if spec.write_period != 1 and spec.write_gate.kind != 'one_hot':
+    raise ValueError('connection.write_period needs write_gate=one_hot')
+  if min(spec.read_heads, spec.write_period) < 1:
+    raise ValueError('connection.read_heads and write_period must be at least 1')

@@ -162,7 +162,7 @@ def test_links_paths_and_modules_lead_somewhere(page):
 def test_the_site_is_built_without_a_warning(tmp_path):
   """Every page is in the navigation, every link and docstring leads somewhere, no reader fetches anything."""
   pytest.importorskip('mkdocs')
-  build = [sys.executable, '-m', 'mkdocs', 'build', '--strict', '--quiet', '--site-dir', str(tmp_path)]
+  build = [sys.executable, '-m', 'mkdocs', 'build', '--strict', '--site-dir', str(tmp_path)]
   answer = subprocess.run(build, cwd=ROOT, capture_output=True, text=True, timeout=120)
   assert answer.returncode == 0, answer.stdout + answer.stderr
   for page in tmp_path.rglob('*.html'):

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from mhc_jax import hyper_connection as hc
-from mhc_jax.kernels import choice
+from mhc_jax.kernels import choice, lanes
 from mhc_jax.kernels.choice import Chip
 
 EXAMPLES = Path(__file__).parent.parent / 'examples'
@@ -71,16 +71,22 @@ def by_definition(module, connections, branch, table, scale, tokens_BT):
 @pytest.mark.parametrize(('name', 'kernel'), [*((name, False) for name in NAMES), ('plain_jax', True)])
 def test_it_is_the_definition(name, kernel, monkeypatch):
   """In float32, over two devices, with an H_res whose transpose is another; by the TPU's kernel, too."""
-  module = load(name)
+  module, by_kernel = load(name), []
+  # The first sublayer mixes equal streams, and the last is followed by their mean: neither shows H_res.
+  monkeypatch.setattr(module, 'DEPTH', 3)
   if kernel:
     monkeypatch.setattr(choice, 'chip_of', lambda *_: Chip('tpu', interpret=True))
+    run = lanes.matrix_kernel
+    counted = lambda *args, **how: by_kernel.append(how) or run(*args, **how)  # noqa: E731
+    monkeypatch.setattr(lanes, 'matrix_kernel', counted)
   forward, *rest = model_of(name, module, jnp.float32)
   mesh = jax.sharding.Mesh(jax.devices()[:2], ('data',))
   tokens_BT = jax.device_put(jnp.arange(32).reshape(4, 8), jax.NamedSharding(mesh, jax.P('data')))
   logits_BTV = jax.jit(forward, static_argnums=1)(tokens_BT, mesh)
   assert logits_BTV.sharding.spec[0] == 'data'
+  assert len(by_kernel) == module.DEPTH * kernel
   expected = by_definition(module, *rest, np.asarray(tokens_BT))
-  # Sums of 64 to 256 products of float32, four sublayers deep: some 1e-6 of the largest.
+  # Sums of 64 to 256 products of float32, three sublayers deep: some 1e-6 of the largest.
   assert np.abs(logits_BTV - expected).max() < 1e-5 * np.abs(expected).max()
 
 

@@ -133,7 +133,7 @@ def test_coefficients_are_float32_for_bfloat16_streams(rng, name, preset):
   params = random_params(rng, spec, np.float32)
   x_NBTD = jax.ShapeDtypeStruct((spec.streams, B, T, D), jnp.bfloat16)
   found = jax.eval_shape(lambda x: hc.generate(params, x, spec), x_NBTD)
-  per_channel = (D,) if spec.read_gate.kind == 'elementwise' else ()
+  per_channel = (D,) if spec.read_gate.kind == 'elementwise' or spec.read_heads > 1 else ()
   shapes = {'pre_NBT': (N, B, T, *per_channel), 'post_NBT': (N, B, T), 'res_NMBT': (N, N, B, T)}
   for field, value in found._asdict().items():
     if value is not None:

@@ -4,11 +4,11 @@ import pathlib
 
 import pytest
 
-from experiments import planning, plans
+from experiments import planning, plans, protocol
 from mhc_jax.config_file import parse
 from mhc_jax.plan import resolve
 
-LM1B = 4.1e9  # tokens of its training split, a few less than there are
+FINEWEB = 9e9  # tokens of the sample's training split, fewer than there are
 PAGE = pathlib.Path(__file__).parent.parent / 'docs' / 'plans.md'
 
 
@@ -21,8 +21,8 @@ def test_the_page_is_what_the_command_makes(monkeypatch):
 @pytest.mark.parametrize('name', plans.large())
 def test_no_run_needs_more_text_than_its_corpus_has(name):
   _, runs = planning.plan(name, download=False)
-  assert {run.resolved['data']['name'] for run in runs} == {'lm1b'}
-  assert max(run.derived['tokens'] for run in runs) <= LM1B
+  assert {run.resolved['data']['name'] for run in runs} == {protocol.FINEWEB}
+  assert max(run.derived['tokens'] for run in runs) <= FINEWEB
   assert not any(run.resolved['data']['repeat'] for run in runs)
 
 

@@ -156,7 +156,7 @@ def _mix(
   if spec.write_gate.kind != 'one_hot':
     return mix_MT
   # Of the sublayer's number, which is no constant.
-  where_NT = hc.one_hot((sublayer + 1) % spec.streams, spec.streams, sums_RT.shape[1:], jnp.float32)
+  where_NT = hc.one_hot(hc.written_by(sublayer, spec), spec.streams, sums_RT.shape[1:], jnp.float32)
   return jnp.concatenate([spec.write_gate.scale * where_NT, mix_MT])
 
 
