@@ -305,8 +305,7 @@ def _config(name: str | None, overrides: list[str]) -> ConfigDict:
   return config
 
 
-def main(argv: list[str] | None = None) -> int:
-  """The command line; returns the exit code (0 finished or diverged, 130 interrupted)."""
+def _parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
     prog='mhc train',
     description='Train one model; the same command goes on where it stopped.',
@@ -341,7 +340,12 @@ def main(argv: list[str] | None = None) -> int:
   )
   runtime.add_flag(parser)
   distributed.add_flags(parser)
-  args, overrides = parser.parse_known_args(argv)
+  return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+  """The command line; returns the exit code (0 finished or diverged, 130 interrupted)."""
+  args, overrides = _parser().parse_known_args(argv)
   if args.print_config:
     print(print_config.text(_config(args.config, overrides)))
     return 0
