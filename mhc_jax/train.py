@@ -313,7 +313,8 @@ def _parser() -> argparse.ArgumentParser:
     '  mhc train --config laptop --workdir runs/laptop\n'
     '  mhc train --config laptop:smoke --workdir runs/smoke \\\n'
     '    --config.model.connection.name=residual --config.optimizer.lr=2e-3\n'
-    'any field of the config file can be set by --config.section.field=value',
+    'any field can be set by --config.section.field=value; mhc --print-config lists them, log.wandb among\n'
+    'them, the project of Weights & Biases that rows go to; one axis of mesh can be -1, all devices left',
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   parser.add_argument('--config', help='a file of configs/, with :argument if it takes one')
