@@ -305,8 +305,7 @@ def _config(name: str | None, overrides: list[str]) -> ConfigDict:
   return config
 
 
-def main(argv: list[str] | None = None) -> int:
-  """The command line; returns the exit code (0 finished or diverged, 130 interrupted)."""
+def _parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
     prog='mhc train',
     description='Train one model; the same command goes on where it stopped.',
@@ -314,7 +313,8 @@ def main(argv: list[str] | None = None) -> int:
     '  mhc train --config laptop --workdir runs/laptop\n'
     '  mhc train --config laptop:smoke --workdir runs/smoke \\\n'
     '    --config.model.connection.name=residual --config.optimizer.lr=2e-3\n'
-    'any field of the config file can be set by --config.section.field=value',
+    'any field can be set by --config.section.field=value; mhc --print-config lists them, log.wandb among\n'
+    'them, the project of Weights & Biases that rows go to; one axis of mesh can be -1, all devices left',
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   parser.add_argument('--config', help='a file of configs/, with :argument if it takes one')
@@ -341,7 +341,12 @@ def main(argv: list[str] | None = None) -> int:
   )
   runtime.add_flag(parser)
   distributed.add_flags(parser)
-  args, overrides = parser.parse_known_args(argv)
+  return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+  """The command line; returns the exit code (0 finished or diverged, 130 interrupted)."""
+  args, overrides = _parser().parse_known_args(argv)
   if args.print_config:
     print(print_config.text(_config(args.config, overrides)))
     return 0

@@ -88,3 +88,23 @@ def test_dispatches_of_many_updates_end_where_the_trace_begins_and_ends(tmp_path
   assert calls == ['start', 'stop'] and trace.begin(15, None) is None
   trace.close(20)
   assert calls == ['start', 'stop']
+
+
+def test_a_run_of_many_updates_a_dispatch_is_cut_where_the_trace_is_and_has_the_same_numbers(
+  tmp_path, capsys, monkeypatch
+):
+  """As accelerators train a run alone: a population of one."""
+  real, counts, advance = train._train, [], train.Population.advance
+  monkeypatch.setattr(train, '_train', lambda *given, **named: real(*given, side_by_side=True, **named))
+  monkeypatch.setattr(
+    train.Population, 'advance', lambda self, count: counts.append(count) or advance(self, count)
+  )
+  fields = {'evaluation__every_steps': 10, 'checkpoint__every_steps': None}
+  train.run(config(**fields), str(tmp_path / 'plain'), corpus(), quiet=True)
+  assert max(counts) > 3
+  counts.clear()
+  traced(tmp_path / 'traced', (4, 6), fields=fields)
+  done = [sum(counts[:place]) for place in range(len(counts) + 1)]
+  assert {3, 6} <= set(done) and done[-1] == 10
+  assert 'updates 4 to 6 are traced' in capsys.readouterr().err
+  assert timeless(tmp_path / 'traced') == timeless(tmp_path / 'plain')
