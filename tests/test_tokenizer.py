@@ -53,7 +53,7 @@ def overrides(texts, trained):
   """Of a run of two updates on the documents in these tokens."""
   data = {'name': f'text_files:{texts}', 'dir': texts.parent / 'data', 'tokenizer': trained}
   fields = [f'data.{name}={value}' for name, value in data.items()]
-  fields += ['duration.steps=2', 'evaluation.sequences=4', 'evaluation.batch_size=4']
+  fields += ['duration.steps=2', 'evaluation.sequences=16', 'evaluation.batch_size=16']
   return [f'--config.{field}' for field in (*fields, 'log.diagnostics_every_steps=None')]
 
 
@@ -134,7 +134,8 @@ def test_two_updates_evaluation_sample_and_sweep(overrides, texts, tmp_path, mon
   split = windows(corpus.validation, corpus.tokenizer.bos, data['seq_len'], data['cross_documents'])
   assert len(corpus.byte_lengths) == len(corpus.validation)
   per_token = evaluate.validation_bytes_per_token(resolved, split, corpus)
-  batches = evaluate.validation_batches(split, 4, 1)
+  batches = evaluate.validation_batches(split, 16, 1)
+  assert (batches[0]['weights'] == 0).any()  # beginnings of documents, which count for nothing
   targets = batches[0]['targets'][batches[0]['weights'] > 0]
   decoded = b''.join(corpus.tokenizer.decode([token]).encode() for token in targets)
   assert b'\xef\xbf\xbd' not in decoded and per_token == pytest.approx(len(decoded) / len(targets), rel=1e-12)
