@@ -4,6 +4,7 @@ An experiment is a file of experiments/ with runs(arg) -> list of configs, named
 """
 
 import contextlib
+import difflib
 import json
 import os
 import pickle
@@ -83,7 +84,9 @@ def plan(
 def configs_of(name: str, overrides: Sequence[str] = (), seeds: int | None = None) -> list[ConfigDict]:
   """The experiment's configurations, locked, not yet resolved."""
   name, _, argument = name.partition(':')
-  require(name in EXPERIMENTS, f'no experiment {name!r}; there are {", ".join(EXPERIMENTS)}')
+  near = difflib.get_close_matches(name, EXPERIMENTS, 1)
+  hint = f'did you mean {near[0]}?' if near else f'there are {", ".join(EXPERIMENTS)}'
+  require(name in EXPERIMENTS, f'no experiment {name!r}; {hint}')
   try:
     configs = EXPERIMENTS[name](argument or None)
   except ValueError as error:

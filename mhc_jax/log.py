@@ -112,8 +112,9 @@ class Progress:
 
   def __init__(self, name: str, start: int, total: int, quiet: bool):
     name = ''.join(letter if letter.isprintable() else '?' for letter in name)  # a terminal obeys others
-    self._name, self._total, self._start = name, total, start
-    self._began = self._printed = time.monotonic()
+    self._name, self._total = name, total
+    self._printed = time.monotonic()
+    self._first: tuple[float, int] | None = None  # when, and how many, were done first: after compiling
     self._plain = not sys.stderr.isatty() and not quiet
     hidden = quiet or self._plain
     self._bar = tqdm(desc=name, initial=start, total=total, unit='step', postfix='compiling', disable=hidden)
@@ -125,14 +126,12 @@ class Progress:
       self._bar.set_postfix_str(f'loss {loss:.4f}{speed}', refresh=False)
       self._bar.update(step - self._bar.n)
     now = time.monotonic()
+    began, first = self._first = self._first or (now, step)
     if self._plain and (now - self._printed > 10 or step == self._total):
       self._printed = now
-      left = (now - self._began) / max(step - self._start, 1) * (self._total - step)
-      print(
-        f'{self._name}: step {step}/{self._total}, loss {loss:.4f}{speed}, {left:.0f} s left',
-        file=sys.stderr,
-        flush=True,
-      )
+      left = f', {(now - began) / (step - first) * (self._total - step):.0f} s left' if step > first else ''
+      line = f'{self._name}: step {step}/{self._total}, loss {loss:.4f}{speed}{left}'
+      print(line, file=sys.stderr, flush=True)
 
   def close(self) -> None:
     """Leaves the bar as it stands."""

@@ -88,6 +88,19 @@ def test_progress_prints_plain_lines_without_a_terminal(capsys):
   assert not capsys.readouterr().err
 
 
+def test_the_time_left_leaves_out_the_first_update_which_is_compiled(capsys, monkeypatch):
+  now = iter((0.0, 100.0, 130.0))
+  monkeypatch.setattr(log.time, 'monotonic', lambda: next(now))
+  progress = Progress('mhc', 0, 10, quiet=False)
+  progress.update(1, 2.0, None)
+  progress.update(4, 2.0, None)
+  first, second = capsys.readouterr().err.splitlines()
+  assert first == 'mhc: step 1/10, loss 2.0000'
+  assert second == 'mhc: step 4/10, loss 2.0000, 60 s left'
+  monkeypatch.undo()
+  progress.close()
+
+
 class Broken(io.StringIO):
   """A stream of which every write fails."""
 
