@@ -27,7 +27,18 @@ from mhc_jax.sharding import make_mesh
 from mhc_jax.storage import write_json
 from mhc_jax.train import load_data
 
-from . import ablation, identity_or_mixing, isoflop, learning_rate, protocol, quick, rank, router, stability
+from . import (
+  ablation,
+  attention_residual,
+  identity_or_mixing,
+  isoflop,
+  learning_rate,
+  protocol,
+  quick,
+  rank,
+  router,
+  stability,
+)
 from .workers import corpus_of
 
 EXPERIMENTS: dict[str, Callable[[str | None], list[ConfigDict]]] = {
@@ -39,6 +50,7 @@ EXPERIMENTS: dict[str, Callable[[str | None], list[ConfigDict]]] = {
   'rank': rank.runs,
   'isoflop': isoflop.runs,
   'router': router.runs,
+  'attention_residual': attention_residual.runs,
 }
 
 

@@ -49,6 +49,7 @@ PLANS = {
   'rank': '3b1504575770',
   'isoflop': 'e75d0e49bf2c',
   'router': '8e62ee6f998d',
+  'attention_residual': '96a6c5087d7e',
 }
 
 
