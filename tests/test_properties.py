@@ -2,6 +2,7 @@
 
 import functools
 import json
+import operator
 
 import numpy as np
 import pytest
@@ -112,7 +113,8 @@ def shuffled(node, random):
 def test_an_id_is_that_of_the_values_that_decide_numbers(path, value, random):
   """Every field counts but the labels, paths and machines; the order of keys and what is off do not."""
   out = any(path[: len(skipped)] == skipped for skipped in NOT_IN_ID)
-  other = changed(RESOLVED, path, value)
+  is_text = isinstance(functools.reduce(operator.getitem, path, RESOLVED), str)
+  other = changed(RESOLVED, path, str(value) if is_text else value)
   assert (run_id(other) == run_id(RESOLVED)) == out
   assert run_id(shuffled(other, random)) == run_id(json.loads(json.dumps(other))) == run_id(other)
   assert run_id({**other, 'new_section': {'off': None}}) != '' and run_id(
