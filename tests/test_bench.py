@@ -137,6 +137,7 @@ def test_settings_of_jax_are_those_of_training(run, monkeypatch):
     jax.config.update('jax_numpy_dtype_promotion', 'standard')
 
 
+@pytest.mark.slow
 def test_device_measures_what_is_here_and_stops_in_time(run, monkeypatch, tmp_path):
   report = run('device', '--small', '--out', str(tmp_path))
   assert report['platform'] == 'cpu' and report['kernels'] is None

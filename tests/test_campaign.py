@@ -25,6 +25,7 @@ def test_a_run_killed_while_it_saves_and_at_any_moment_goes_on_bit_for_bit(tiny,
   handful('kills', tiny, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings('default')  # as the commands have them
 @pytest.mark.parametrize('name', ('training', 'checkpoints', 'corpus', 'evaluation', 'sweep', 'reports'))
 def test_no_damaged_file_ends_in_a_traceback_or_in_other_numbers(name, tiny, tmp_path, monkeypatch):
@@ -32,6 +33,7 @@ def test_no_damaged_file_ends_in_a_traceback_or_in_other_numbers(name, tiny, tmp
   handful(name, tiny, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings('default')
 @pytest.mark.parametrize('name', ('overrides', 'command lines'))
 def test_odd_input_is_taken_or_refused_in_one_line(name, tiny, tmp_path, monkeypatch):

@@ -68,6 +68,7 @@ def by_definition(module, connections, branch, table, scale, tokens_BT):
   return x_NBTD.mean(0) @ np.asarray(table).T / scale
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('name', 'kernel'), [*((name, False) for name in NAMES), ('plain_jax', True)])
 def test_it_is_the_definition(name, kernel, monkeypatch):
   """In float32, over two devices, with an H_res whose transpose is another; by the TPU's kernel, too."""

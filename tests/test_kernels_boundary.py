@@ -220,9 +220,10 @@ def test_a_model_with_kernels_is_the_same_model():
   assert 2 * model.depth < len(moved) <= 6 * model.depth + 2
 
 
+@pytest.mark.slow
 def test_a_boundary_without_a_kernel_has_its_constraint_from_one():
   """14 tokens come in no tiles. Records are the definition's."""
-  model = tiny(depth=2, scan=False)
+  model = tiny(depth=1, scan=False)
   token_BT = np.random.default_rng(0).integers(0, 11, (B, 7)).astype(np.int32)
   segments_BT = np.zeros_like(token_BT)
   params = Transformer(model).init(jax.random.key(0), token_BT, segments_BT)['params']

@@ -195,6 +195,7 @@ def test_gradients_respect_time_and_documents_through_the_router():
   assert (found[allowed] > 0).all() and (found[~allowed] == 0).all(), found
 
 
+@pytest.mark.slow
 def test_the_bias_moves_by_the_loads_and_by_nothing_else():
   """One update with weight decay and clipping: AdamW leaves the bias, balancing moves it by its rate."""
   c = base_config()

@@ -123,6 +123,7 @@ def test_each_byte_is_counted_where_its_token_ends(trained):
   assert sum(whole) < len(ids) and lengths.sum() == len(text.encode())
 
 
+@pytest.mark.slow
 def test_two_updates_evaluation_sample_and_sweep(overrides, texts, tmp_path, monkeypatch, capsys):
   config, workdir = smoke(*overrides), str(tmp_path / 'run')
   status = train.run(config, workdir, quiet=True)
