@@ -25,11 +25,15 @@ RMS = 0.18  # of a step at lr = 1
 BETA = 0.95
 
 
+def _is_of_connection(name: str) -> bool:
+  return '_connection/' in name or name.startswith('collapse/')
+
+
 def is_matrix(path: tuple[Any, ...], connections: bool) -> bool:
   """Whether Muon updates the parameter: maps of sublayers, routers, and with `connections` generators too."""
   name = path_name(path)
   kind = line_of(name)[1]
-  if '_connection/' in name or name.startswith(('expansion', 'collapse')):
+  if _is_of_connection(name):
     return connections and kind in ('hidden', 'plain') and not name.endswith('read_query')
   return kind in ('hidden', 'factor') or name.endswith(('kv_up/w', 'kv_up/u', 'kv_up/v', '/router'))
 
@@ -37,14 +41,13 @@ def is_matrix(path: tuple[Any, ...], connections: bool) -> bool:
 def dimensions(path: tuple[Any, ...], leaf: jax.Array) -> MuonDimensionNumbers:
   """Which axes are a map's input and its output; those of stacked layers and experts are neither.
 
-  Maps of sublayers have their input first (D, H, K), generators their output last (N, C, K).
+  Maps of sublayers have their input first (D, H, K), as read_up has (R, N, C); generators their output last
+  (N, C, K).
   """
   name = path_name(path)
   first = name.startswith('layers/') + ('/expert_' in name)
   axes = tuple(range(first, leaf.ndim))
-  split = (
-    1 if '_connection/' not in name and not name.startswith(('expansion', 'collapse')) else len(axes) - 1
-  )
+  split = len(axes) - 1 if _is_of_connection(name) and not name.endswith('read_up') else 1
   return MuonDimensionNumbers(axes[:split], axes[split:])
 
 
@@ -54,11 +57,7 @@ def share(path: tuple[Any, ...], adamw: float, width_ratio: float, rank_ratio: f
   smaller = width_ratio
   if name.endswith('/u') or line_of(name)[1] == 'factor':
     smaller = rank_ratio
-  if (
-    '_connection/' in name
-    or name.startswith('collapse')
-    or name.endswith(('/router', 'kv_down/w', 'kv_up/w'))
-  ):
+  if _is_of_connection(name) or name.endswith(('/router', 'kv_down/w', 'kv_up/w')):
     smaller = 1.0  # a few streams, experts or a latent, whatever the width
   return adamw * math.sqrt(smaller)
 

@@ -18,6 +18,7 @@ from mhc_jax.plan import resolve
 CASES = {
   'rank and generator': {'arm': ARMS[-1], 'on': True},
   'experts': {'arm': {'name': 'mhc', 'experts': 3}, 'on': False},
+  'gated reads': {'arm': {'name': 'gated_residual'}, 'on': True},
   'layer by layer': {'arm': {'name': 'mhc', 'scan': False}, 'on': True},
 }
 
@@ -25,7 +26,8 @@ CASES = {
 def inputs_of(name, leaf):
   """(matrices, fan-in, fan-out) of a parameter that Muon moves, written out by hand."""
   stacked, shape = name.startswith('layers/') + ('/expert_' in name), leaf.shape
-  rows = shape[-1] if 'connection/' in name or 'collapse/' in name else None
+  generates = ('connection/' in name or 'collapse/' in name) and not name.endswith('read_up')
+  rows = shape[-1] if generates else None
   matrices = int(np.prod(shape[:stacked]))
   fan_out = rows or int(np.prod(shape[stacked + 1 :]))
   return matrices, leaf.size // matrices // fan_out, fan_out
@@ -57,7 +59,7 @@ def by_hand(w, gradients, rates, sizes, decay, beta=0.95):
 # Shares of lr at m_N = m_R = 2: AdamW's times the root of the smaller side's growth.
 SHARES = {'/u': 2**-0.5, '/v': 2**-0.5, 'phi_in': 0.5, 'phi': 0.5, 'phi_out': 1, 'router': 1, 'kv_up/w': 1}
 SHARES |= {'kv_down/w': 0.5, '/w': 2**-0.5, 'expert_gate': 2**-0.5, 'expert_up': 2**-0.5}
-SHARES['expert_down'] = 2**-0.5
+SHARES |= {'expert_down': 2**-0.5, 'read_down': 0.5, 'read_up': 1}
 
 
 @pytest.mark.parametrize('case', CASES)
