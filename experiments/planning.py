@@ -21,7 +21,7 @@ from mhc_jax.config import fill_mesh
 from mhc_jax.config_file import override
 from mhc_jax.data import is_here
 from mhc_jax.errors import ConfigError, require
-from mhc_jax.plan import Run, resolve
+from mhc_jax.plan import Run, reseeded, resolve
 from mhc_jax.run_folder import load_options, load_plan
 from mhc_jax.sharding import make_mesh
 from mhc_jax.storage import write_json
@@ -72,10 +72,13 @@ def plan(
   """
   configs = configs_of(name, overrides, seeds)
   planned, seen = [], {}
-  for config in configs:
+  for index, config in enumerate(configs):
     if elsewhere and devices is None:
       require(-1 not in config.mesh.values(), 'mesh: -1, what is left of the devices, needs a number here')
     fill_mesh(config, devices or jax.device_count())
+    if seeds and index % seeds:  # the one before, at another seed
+      planned.append(reseeded(planned[-1], config.seed))
+      continue
     settings.check_precision(config.model.dtype)
     if download or is_here(config.data.name, config.data.dir):
       corpus = corpus_of(config.data)

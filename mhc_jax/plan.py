@@ -123,6 +123,12 @@ def resolve(config: ConfigDict, digest: str, constraint: Constraint | None = Non
   return Run(run_id(resolved), resolved, model, optimizer, derived)
 
 
+def reseeded(run: Run, seed: int) -> Run:
+  """The same run at another seed, as resolve would have it."""
+  resolved = run.resolved | {'seed': seed}
+  return dataclasses.replace(run, resolved=resolved, run_id=run_id(resolved))
+
+
 def check_size(model: ModelConfig, config: ConfigDict) -> None:
   """Raises ConfigError for what no machine holds, or what int32 cannot count."""
   tokens = config.data.batch_size * config.data.seq_len

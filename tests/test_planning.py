@@ -53,6 +53,9 @@ def test_seeds_replace_those_of_the_plan(experiment):
   _, [first, second, other] = planning.plan(experiment)
   assert {first.run_id, second.run_id} <= ids and other.run_id not in ids  # seed 5
   assert all(config.is_locked for config in configs)
+  assert planned == [
+    plan.resolve(config, run.resolved['data']['digest']) for config, run in zip(configs, planned, strict=True)
+  ]
 
 
 @pytest.mark.parametrize(
