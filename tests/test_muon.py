@@ -1,12 +1,10 @@
 """muon.py: which parameters, steps by hand in float64, sizes of steps, no trace of it where it is off."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_optimizer import ARMS, by_path, model, optimizer, parameters
+from test_optimizer import ARMS, by_path, model, optimizer, parameters, updated
 
 from mhc_jax import muon
 from mhc_jax import optimizer as optim
@@ -72,18 +70,11 @@ def test_two_updates_by_hand(case, rng):
     jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes) for _ in range(3)
   )
 
-  @functools.partial(jax.jit, static_argnums=2)
-  def run(params, gradients, c):
-    state = optim.transform(c, config, jnp.zeros(()), jnp.zeros(())).init(params)
-    for gradient, lr in zip(gradients, rates, strict=True):
-      transform = optim.transform(c, config, jnp.float32(lr), jnp.float32(weight_decay))
-      updates, state = transform.update(gradient, state, params)
-      params = jax.tree.map(jnp.add, params, updates)
-    return params
-
-  found, start, moved = by_path(run(params, gradients, c)), by_path(params), set()
-  plain = optimizer(clip_norm=None)
-  adamw = by_path(run(params, gradients, plain))
+  start, moved = by_path(params), set()
+  found, adamw = (
+    by_path(updated(params, gradients, how, config, rates, weight_decay))
+    for how in (c, optimizer(clip_norm=None))
+  )
   kind_of = by_path(kinds(shapes))
   for name, leaf in start.items():
     ends = [end for end in SHARES if name.endswith(end)]

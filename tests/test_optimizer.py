@@ -1,6 +1,7 @@
 """optimizer.py: parameter groups, AdamW by hand, schedules at their corners."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -161,6 +162,17 @@ def test_factors_follow_width_and_rank(transfer, ratio, gain):
   assert np.std(factors['v']) == pytest.approx(4**-0.5, rel=0.2)
 
 
+@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
+def updated(params, gradients, c, config, rates, weight_decay):
+  """The parameters after an update by each gradient, at its rate."""
+  state = optim.transform(c, config, jnp.zeros(()), jnp.zeros(())).init(params)
+  for gradient, lr in zip(gradients, rates, strict=True):
+    transform = optim.transform(c, config, jnp.float32(lr), jnp.float32(weight_decay))
+    updates, state = transform.update(gradient, state, params)
+    params = jax.tree.map(jnp.add, params, updates)
+  return params
+
+
 def test_three_updates_are_adamw_by_hand(rng):
   """With transfer, decay groups, an eps that matters, and clipping in the second update only."""
   config, c = model(**ARMS[-1]), optimizer(clip_norm=100.0, eps=0.1, beta2=0.9)
@@ -175,17 +187,8 @@ def test_three_updates_are_adamw_by_hand(rng):
   norms = [np.sqrt(sum(np.sum(g**2) for g in jax.tree.leaves(tree))) for tree in gradients]
   assert norms[0] < c.clip_norm < norms[1] and norms[2] < c.clip_norm
 
-  @jax.jit
-  def run(params, gradients):
-    state = optim.transform(c, config, jnp.zeros(()), jnp.zeros(())).init(params)
-    for gradient, lr in zip(gradients, rates, strict=True):
-      transform = optim.transform(c, config, jnp.float32(lr), jnp.float32(weight_decay))
-      updates, state = transform.update(gradient, state, params)
-      params = jax.tree.map(jnp.add, params, updates)
-    return params
-
   wanted = adamw_by_hand(by_path(params), [by_path(g) for g in gradients], rates, c, weight_decay)
-  for name, leaf in by_path(run(params, gradients)).items():
+  for name, leaf in by_path(updated(params, gradients, c, config, rates, weight_decay)).items():
     # Some ten float32 operations on numbers of order 1.
     np.testing.assert_allclose(leaf, wanted[name], rtol=2e-6, atol=2e-6, err_msg=name)
 
