@@ -320,11 +320,13 @@ def test_another_column_and_the_types_of_text(tmp_path):
   for index, kind in enumerate(kinds):
     column = pa.array([None if w is None else f'{w}{i}' for i, w in enumerate(words)]).cast(kind)
     with pa.OSFile(str(tmp_path / f'{index}.arrow'), 'wb') as file:
-      batch = pa.record_batch({'body': column[3:], 'text': range(len(words) - 3)})
+      batch = pa.record_batch({'body': column[3:], 'head': column[:-3], 'text': range(len(words) - 3)})
       with pa.ipc.new_file(file, batch.schema) as writer:
         writer.write_batch(batch)
     digests.add(load_corpus(f'arrow:{tmp_path}/{index}.arrow', str(tmp_path / 'data'), column='body').digest)
   assert len(digests) == 1
+  other = load_corpus(f'arrow:{tmp_path}/0.arrow', str(tmp_path / 'data'), column='head')
+  assert other.digest not in digests, 'the tokens of the column that was prepared before'
 
 
 def test_memory_does_not_grow_with_a_row_group(tmp_path):
