@@ -37,6 +37,7 @@ from . import (
   quick,
   rank,
   router,
+  sparse,
   stability,
 )
 from .workers import corpus_of
@@ -51,6 +52,7 @@ EXPERIMENTS: dict[str, Callable[[str | None], list[ConfigDict]]] = {
   'isoflop': isoflop.runs,
   'router': router.runs,
   'attention_residual': attention_residual.runs,
+  'sparse': sparse.runs,
 }
 
 
