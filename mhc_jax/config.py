@@ -138,6 +138,8 @@ def _pickled_base() -> bytes:
           'name': 'mhc',  # a key of presets.PRESETS
           'preset': optional(str),  # one of PRESETS[name]; None: its first
           'streams': 4,  # n; the residual connection has one
+          'fractions': optional(int),  # m, in which each stream is read, mixed and written; None: 1
+          'write_across': optional(bool),  # a fraction of a sublayer's output goes to all; None: the preset's
           'rank': optional(int),  # of the generator phi
           'constraint': optional(str),  # of H_res: a key of constraints.CONSTRAINTS
           'constraint_params': Section(),  # of the constraint, by the names of its function, like iterations
