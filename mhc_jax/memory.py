@@ -32,7 +32,9 @@ def check_memory(run: Run) -> None:
   c = run.resolved
   tokens = c['data']['batch_size'] * c['data']['seq_len']
   size = c['mesh']['data'] * c['mesh']['fsdp'] * c['mesh']['tensor'] * c['mesh']['expert']
-  needed = cost.least_bytes(run.model, tokens, c['optimizer']['microbatches'] or 1, size)
+  needed = cost.least_bytes(
+    run.model, tokens, c['optimizer']['microbatches'] or 1, size, c['optimizer']['name']
+  )
   here = [device for device in find_devices()[:size] if device.process_index == jax.process_index()]
   have = memory_of(here[0]) if here else None
   if have is None:
