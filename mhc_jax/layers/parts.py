@@ -18,7 +18,8 @@ from mhc_jax.model_config import ModelConfig
 from mhc_jax.sharding import splits_time
 
 # A sublayer's result F(x), (B, T, D), and what it records: {}, or by name what all layers of its kind record.
-Output = tuple[jax.Array, dict[str, jax.Array]]
+# 'losses' is a dict of its own: auxiliary losses by name, sums over tokens in nats (train_step.Beside).
+Output = tuple[jax.Array, dict[str, Any]]
 
 
 class Visible(NamedTuple):
