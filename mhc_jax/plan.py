@@ -113,6 +113,7 @@ def resolve(config: ConfigDict, digest: str, constraint: Constraint | None = Non
   derived = {
     'params': params,
     'flops_per_token': flops_per_token,
+    'ideal_flops_per_token': cost.train_flops_per_token(model, config.data.seq_len, causal=True),
     'forward_flops_per_token_by_term': cost.forward_flops_per_token(model, config.data.seq_len),
     'tokens_per_step': tokens_per_step,
     'num_steps': num_steps,
@@ -155,6 +156,7 @@ def _check_fit(model: ModelConfig, optimizer: OptimizerConfig) -> None:
   """Raises ConfigError where the manifold does not fit the parameters that its pattern matches."""
   if optimizer.manifold is None:
     return
+  require(not model.warms_up, 'model.sparse.stage=warmup moves the index alone: leave optimizer.manifold out')
 
   def first_update(key):
     state = init_state(key, model, optimizer)
@@ -284,7 +286,7 @@ def deciding(resolved: dict[str, Any]) -> dict[str, Any]:
   for path in NOT_IN_ID:
     node = functools.reduce(lambda node, key: node.get(key, {}), path[:-1], kept)
     node.pop(path[-1], None)
-  for section in ('mla', 'moe'):
+  for section in ('mla', 'moe', 'sparse'):
     if not kept['model'].get(section):
       kept['model'].pop(section, None)
   connection = kept['model']['connection']
