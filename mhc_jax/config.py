@@ -71,6 +71,7 @@ def _pickled_base() -> bytes:
   c = Section()
   c.arm = optional(str)  # label of the arm in a sweep; None: the connection's name
   c.seed = 0  # of the initial weights and the order of the data
+  c.start = optional(str)  # digest of the weights to begin with, set by `mhc import`; None: random ones
   c.data = Section(
     {
       # python_wheels, python_stdlib, text_files:, parquet:, jsonl: or arrow:<file, folder or glob>,
