@@ -32,7 +32,9 @@ def check_memory(run: Run) -> None:
   c = run.resolved
   tokens = c['data']['batch_size'] * c['data']['seq_len']
   size = c['mesh']['data'] * c['mesh']['fsdp'] * c['mesh']['tensor'] * c['mesh']['expert']
-  needed = cost.least_bytes(run.model, tokens, c['optimizer']['microbatches'] or 1, size)
+  needed = cost.least_bytes(
+    run.model, tokens, c['optimizer']['microbatches'] or 1, size, c['optimizer']['name']
+  )
   here = [device for device in find_devices()[:size] if device.process_index == jax.process_index()]
   have = memory_of(here[0]) if here else None
   if have is None:
@@ -120,8 +122,9 @@ def _layer_bytes(run: Run) -> float:
   """
   c = run.model
   maps = cost.products(c)
-  dense = [*maps['attention'], *maps['feed_forward']]
-  experts = list(maps['attention'])
+  attention = [*maps['attention'], *maps['index']]
+  dense = [*attention, *maps['feed_forward']]
+  experts = list(attention)
   if c.moe:
     each = [(c.width, c.moe.ffn_width)] * 2 + [(c.moe.ffn_width, c.width)]
     experts += each * (c.moe.active + c.moe.shared)
@@ -137,7 +140,8 @@ def _score_bytes(run: Run) -> float:
   more; 0 by a kernel, which accelerators that are not here (config.topology) are taken to have."""
   c, away = run.model, run.resolved['topology'] is not None
   formula = c.kernels == 'xla' if away else why_formula(c, None, run.resolved['data']['seq_len']) is not None
-  return 4 * c.heads * ((c.depth if c.remat == 'none' else 1) + 2) * formula
+  heads = c.heads + (c.sparse.index_heads if c.indexed else 0)  # an index keeps its heads' products
+  return 4 * heads * ((c.depth if c.remat == 'none' else 1) + 2) * formula
 
 
 def advice(

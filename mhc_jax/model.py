@@ -167,7 +167,8 @@ class Transformer(nn.Module):
   labels: targets and weights, (B, T); then loss_sums of the logits in their place (layers/unembedding.py).
 
   Records: for attention and feed-forward a dict of what all layers found, (L, ...) each: always the loads of
-  experts, load_LE, of the layers that have them; of the first `record` sequences also coefficients and stream
+  experts, load_E, of the layers that have them, and `losses`, auxiliary losses by name as sums over tokens in
+  nats, of which train_step adds the gradients; of the first `record` sequences also coefficients and stream
   products.
   """
 
