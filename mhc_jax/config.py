@@ -14,6 +14,7 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder as optional
 
+from mhc_jax.energy import check_kind
 from mhc_jax.errors import require
 from mhc_jax.manifold_updates import MANIFOLDS
 
@@ -244,6 +245,9 @@ def _pickled_base() -> bytes:
       'diagnostics_every_steps': optional(int),  # of H_res and the streams, by layer; None: never
       'tensorboard': True,  # rows go there too. Not part of the run id
       'wandb': optional(str),  # project of Weights & Biases for rows (extra wandb). Not part of the run id
+      'energy': optional(
+        str
+      ),  # joules in rows, by nvml, rapl or cpu:WATTS (energy.py). Not part of the run id
     }
   )
   c.checkpoint = Section(
@@ -275,7 +279,7 @@ def _pickled_base() -> bytes:
 NOT_IN_ID = (
   *(('arm',), ('mesh',), ('topology',), ('checkpoint',)),
   *(('model', 'kernels'), ('data', 'dir'), ('data', 'column'), ('data', 'tokenizer')),
-  *(('log', 'tensorboard'), ('log', 'wandb')),
+  *(('log', 'tensorboard'), ('log', 'wandb'), ('log', 'energy')),
 )
 
 
@@ -364,6 +368,7 @@ def check_counts(config: ConfigDict) -> None:
     for name in names:
       value = config[section][name]
       require(value is None or value >= 1, f'{section}.{name} must be at least 1, got {value}')
+  check_kind(config.log.energy)
   require(0 <= config.seed < 2**31, f'seed must lie between 0 and 2**31 - 1, got {config.seed}')
   given = [name for name in DURATIONS if config.duration[name] is not None]
   require(
