@@ -71,6 +71,7 @@ def _pickled_base() -> bytes:
   c = Section()
   c.arm = optional(str)  # label of the arm in a sweep; None: the connection's name
   c.seed = 0  # of the initial weights and the order of the data
+  c.start = optional(str)  # digest of the weights to begin with, set by `mhc import`; None: random ones
   c.data = Section(
     {
       # python_wheels, python_stdlib, text_files:, parquet:, jsonl: or arrow:<file, folder or glob>,
@@ -120,6 +121,20 @@ def _pickled_base() -> bytes:
           'head_dim': optional(int),  # of queries and keys, without the rotary part; None: width / heads
           'rope_dim': optional(int),  # None: half of head_dim
           'value_dim': optional(int),  # None: head_dim
+          'q_rank': optional(int),  # of the latent that queries come from; None: they have full rank
+        }
+      ),
+      # Attention over some of the tokens before, on where kind is set. A mask: exact, and no faster.
+      'sparse': Section(
+        {
+          'kind': optional(str),  # window: the last tokens; topk: those that an index chooses (DeepSeek-V3.2)
+          'topk': optional(int),  # tokens of a query
+          'window': optional(int),  # the last so many, its own included; with topk they are among those
+          'index_heads': optional(int),  # None: half as many as heads
+          'index_dim': optional(int),  # of an index head; None: that of attention's, without mla.rope_dim
+          'index_rope_dim': optional(int),  # the first so many have the position; None: half of index_dim
+          # warmup: attention over all tokens, and the index alone learns, from it; None: both learn
+          'stage': optional(str),
         }
       ),
       # A mixture of experts (DeepSeek-V3) in every layer after the dense ones, on where experts is set.

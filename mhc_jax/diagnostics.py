@@ -141,8 +141,16 @@ def stream_rank(gram_SNMBT: Array) -> Array:
   return effective_rank(sigma_SBTN).mean((1, 2))
 
 
+def sparsity(attention: dict[str, Any]) -> dict[str, Array]:
+  """Means over tokens of what layers/sparse.py records, by layer, (L,); {} where attention is to all."""
+  names = ('recall', 'best', 'random', 'entropy')
+  given = {name: attention[f'{name}_BT'] for name in names if f'{name}_BT' in attention}
+  return {f'attention_{name}': np.asarray(value_LBT).mean((1, 2)) for name, value_LBT in given.items()}
+
+
 def diagnose(records: list[dict[str, Any]], config: ModelConfig) -> dict[str, Array]:
-  """All diagnostics of a batch of sequences: name -> (S,), (S, n, n) for matrices, () for the whole model.
+  """All diagnostics of a batch of sequences: name -> (S,), (S, n, n) for matrices, () for the whole model,
+  (L,) for attention.
 
   Sublayers in order; 'composite_' is the product of H_res up to and with each sublayer. What a connection
   has not is not there.
@@ -173,6 +181,7 @@ def diagnose(records: list[dict[str, Any]], config: ModelConfig) -> dict[str, Ar
     out |= {name: interleave(records, name) for name in fp8}
     if all(value is None or value.ndim == 4 for value in (pre_SNBT, post_SNBT)):
       out |= _depth_rank(pre_SNBT, post_SNBT, res_SNMBT)
+    out |= sparsity(records[0])
     return out | lambda_2(out)
 
 

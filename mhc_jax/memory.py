@@ -122,8 +122,9 @@ def _layer_bytes(run: Run) -> float:
   """
   c = run.model
   maps = cost.products(c)
-  dense = [*maps['attention'], *maps['feed_forward']]
-  experts = list(maps['attention'])
+  attention = [*maps['attention'], *maps['index']]
+  dense = [*attention, *maps['feed_forward']]
+  experts = list(attention)
   if c.moe:
     each = [(c.width, c.moe.ffn_width)] * 2 + [(c.moe.ffn_width, c.width)]
     experts += each * (c.moe.active + c.moe.shared)
@@ -143,7 +144,8 @@ def _score_bytes(run: Run) -> float:
   more; 0 by a kernel, which accelerators that are not here (config.topology) are taken to have."""
   c, away = run.model, run.resolved['topology'] is not None
   formula = c.kernels == 'xla' if away else why_formula(c, None, run.resolved['data']['seq_len']) is not None
-  return 4 * c.heads * ((c.depth if c.remat == 'none' else 1) + 2) * formula
+  heads = c.heads + (c.sparse.index_heads if c.indexed else 0)  # an index keeps its heads' products
+  return 4 * heads * ((c.depth if c.remat == 'none' else 1) + 2) * formula
 
 
 def advice(

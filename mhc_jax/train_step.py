@@ -93,9 +93,11 @@ def sums_and_beside(
   params: Any, batch: Batch, model: ModelConfig, mesh: Mesh | None = None
 ) -> tuple[tuple[jax.Array, jax.Array], Beside]:
   """evaluate_sums, and what the records carry for training."""
-  sums, records = sums_and_records(params, batch, model, mesh)
+  (total, count), records = sums_and_records(params, batch, model, mesh)
+  if model.warms_up:  # nothing but the index learns
+    total = jax.lax.stop_gradient(total)
   losses = {name: value for record in records for name, value in record.get('losses', {}).items()}
-  return sums, Beside(records[1].get('load_E'), losses)
+  return (total, count), Beside(records[1].get('load_E'), losses)
 
 
 def with_gradients_of(total: jax.Array, losses: dict[str, jax.Array]) -> jax.Array:
@@ -175,7 +177,7 @@ def train_step(
   params = optax.apply_updates(state.params, updates)
   if load_LE is not None:
     metrics['load_max_over_mean'] = load_LE.max(-1) / load_LE.mean(-1)
-    params = balance(params, load_LE, model)
+    params = params if model.warms_up else balance(params, load_LE, model)
   if batch['inputs'].shape[1] == 1:  # else no batch can be without a target: no document is empty
     params, opt_state = jax.tree.map(
       lambda new, old: jnp.where(metrics['targets'] > 0, new, old),
