@@ -99,6 +99,9 @@ def _pickled_base() -> bytes:
       'ffn_width': optional(int),
       'vocab_size': optional(int),  # None: the tokenizer's; more leaves the rest of the table unused
       'dtype': 'float32',  # of activations and streams: float32, bfloat16 or float64
+      # Of the products with weights in attention and feed-forward: fp8_v3 (E4M3 in tiles, as DeepSeek-V3) or
+      # fp8_tensor (one scale for an array, for comparison); None: dtype's
+      'precision': optional(str),
       # Of the backward pass: 'layer' computes each layer again, 'products' all of it but the products with
       # weights, 'block' the connections of mHC's blocks of layers.
       'remat': 'none',

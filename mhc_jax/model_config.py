@@ -21,6 +21,7 @@ DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16, 'float64': jnp.float
 MOST_LAYERS = 10_000
 MOST_WRITTEN = 512  # layers outside of a loop: compiling takes seconds for each
 ROUTERS = ('sigmoid', 'sinkhorn')
+PRECISIONS = (None, 'fp8_v3', 'fp8_tensor')
 SPARSE = ('window', 'topk')
 
 
@@ -88,6 +89,7 @@ class ModelConfig:
   mla: MLAConfig | None  # None: grouped-query attention
   moe: MoEConfig | None  # None: every layer is dense
   dense_layers: int  # leading layers outside the scan, with a dense feed-forward sublayer; 0 without moe
+  precision: str | None = None  # of products with weights in sublayers: one of PRECISIONS (layers/fp8.py)
   sparse: SparseConfig | None = None  # None: attention over all tokens before
 
   @property
@@ -255,6 +257,13 @@ def _check_values(config: ConfigDict) -> None:
     f'model.scan, scan_unroll and dense_layers write out {written} layers; at most {MOST_WRITTEN}',
   )
   require(c.dtype in DTYPES, f'model.dtype must be one of {", ".join(DTYPES)}, got {c.dtype!r}')
+  require(
+    c.precision in PRECISIONS, f'model.precision must be fp8_v3, fp8_tensor or None, got {c.precision!r}'
+  )
+  require(
+    c.precision != 'fp8_tensor' or c.moe.experts is None,
+    'model.precision=fp8_tensor does not go with model.moe.experts, which share no scale: fp8_v3 does',
+  )
   require(c.remat in REMAT, f'model.remat must be one of {", ".join(REMAT)}, got {c.remat!r}')
   require(c.kernels in KERNELS, f'model.kernels must be one of {", ".join(KERNELS)}, got {c.kernels!r}')
   require(c.remat != 'block' or c.scan, 'model.remat=block needs model.scan=True')

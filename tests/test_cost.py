@@ -44,6 +44,7 @@ CASES = {
     'name': 'residual',
     'mla': {'kv_rank': 6, 'head_dim': 4, 'rope_dim': 2, 'value_dim': 3},
   },
+  'fp8': {'name': 'mhc', 'precision': 'fp8_v3'},
   'experts': {'name': 'mhc', 'moe': {'experts': 5, 'active': 2, 'shared': 1, 'ffn_width': 7}},
 }
 
@@ -54,6 +55,7 @@ def model(case):
   c.model.update(
     {'width': 16, 'depth': 3, 'heads': 4, 'ffn_width': 20, 'kv_heads': fields.pop('kv_heads', None)}
   )
+  c.model.precision = fields.pop('precision', None)
   c.model.weights.rank = fields.pop('weights_rank', None)
   for section in ('mla', 'moe'):
     c.model[section].update(fields.pop(section, {}))
