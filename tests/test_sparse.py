@@ -300,7 +300,8 @@ def test_what_is_recorded_of_the_first_sequence(x64):
     assert (found['recall_BT'] < 1).any()
   entropy, most = np.asarray(records['topk']['entropy_BT']), np.log(VISIBLE[0].sum(-1))
   assert 'entropy_BT' not in records['window']
-  assert (entropy <= most + 1e-12).all() and (entropy >= 0.5 * most).all()  # close to uniform at the start
+  assert (-1e-12 <= entropy).all() and (entropy <= most + 1e-12).all()
+  assert entropy.mean() > 0.8 * most.mean()  # close to uniform at the start
 
 
 def test_attentions_weights_are_made_once():
