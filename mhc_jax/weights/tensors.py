@@ -1,9 +1,9 @@
 """Which parameter of ours is which published tensor: one table, read in both directions.
 
-Names and shapes are those of transformers' Llama and DeepSeek-V3, which store maps as (out, in); of
-connections those of DeepSeek-V4 (hc_attn_fn, hc_attn_base, hc_attn_scale, hc_ffn_..., hc_head_...): rows of
-fn and base are pre | post | res, and H_res is stored as comb, which V4 applies transposed. What V4 does not
-have keeps our name behind hc_attn_ or hc_ffn_, in our shape.
+Names and shapes are those of transformers' Llama and DeepSeek-V3, which store maps as (out, in), of the index
+of sparse attention V3.2's, and of connections DeepSeek-V4's (hc_attn_fn, hc_attn_base, hc_attn_scale, hc_ffn_
+and hc_head_ likewise): rows of fn and base are pre | post | res, and H_res is stored as comb, which V4
+applies transposed. What these do not have keeps our name, behind hc_attn_ or hc_ffn_, and our shape.
 """
 
 import math
@@ -42,6 +42,12 @@ _MAPS = {
   'attention/output': 'self_attn.o_proj',
   'attention/kv_down': 'self_attn.kv_a_proj_with_mqa',
   'attention/kv_up': 'self_attn.kv_b_proj',
+  'attention/q_down': 'self_attn.q_a_proj',
+  'attention/q_up': 'self_attn.q_b_proj',
+  'attention/index/query': 'self_attn.indexer.wq',
+  'attention/index/query_up': 'self_attn.indexer.wq_b',
+  'attention/index/key': 'self_attn.indexer.wk',
+  'attention/index/weights': 'self_attn.indexer.weights_proj',
   'feed_forward/gate': 'mlp.gate_proj',
   'feed_forward/up': 'mlp.up_proj',
   'feed_forward/down': 'mlp.down_proj',
@@ -68,6 +74,9 @@ def _connection(ours: str, theirs: str) -> tuple[Row, ...]:
 LAYER: tuple[Row, ...] = (
   (('attention/norm',), 'input_layernorm.weight', 'same'),
   (('attention/latent_norm',), 'self_attn.kv_a_layernorm.weight', 'same'),
+  (('attention/query_norm',), 'self_attn.q_a_layernorm.weight', 'same'),
+  (('attention/index/key_norm',), 'self_attn.indexer.k_norm.weight', 'same'),
+  (('attention/index/key_norm_bias',), 'self_attn.indexer.k_norm.bias', 'same'),
   (('feed_forward/norm',), 'post_attention_layernorm.weight', 'same'),
   *(((f'{ours}/w',), f'{theirs}.weight', 'matrix') for ours, theirs in _MAPS.items()),
   *(((f'{ours}/{part}',), f'{theirs}.{part}', 'same') for ours, theirs in _MAPS.items() for part in 'uv'),
@@ -107,7 +116,7 @@ def folds(c: ModelConfig) -> dict[str, float]:
   return {
     'unembedding': 1 / c.width_ratio,
     'feed_forward/router': 1 / c.width_ratio,
-    'attention/query/w': scale,
+    **dict.fromkeys(('attention/query/w', 'attention/q_up/w'), scale),
     **dict.fromkeys(outputs, 1 / c.depth_ratio),
   }
 
