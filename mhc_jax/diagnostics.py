@@ -187,7 +187,8 @@ def diagnose(records: list[dict[str, Any]], config: ModelConfig) -> dict[str, Ar
     for name, value, gate in (('pre', pre_SNBT, spec.read_gate), ('post', post_SNBT, spec.write_gate)):
       if value is not None:
         out |= gate_values(value, gate, name)
-    if all(value is None or value.ndim == 4 for value in (pre_SNBT, post_SNBT)):
+    scalars = all(value is None or value.ndim == 4 for value in (pre_SNBT, post_SNBT))
+    if scalars and spec.read_gate.kind != 'dense':  # which go on from what they read, not from H_res x
       out |= _depth_rank(pre_SNBT, post_SNBT, res_SNMBT, spec.fractions)
     out |= sparsity(records[0])
     return out | lambda_2(out)
