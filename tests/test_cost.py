@@ -154,7 +154,15 @@ def product_terms(config):
   if 'hc_collapse' in terms:
     terms['hc_collapse'] -= norms + 2 * spec.streams * config.width
   names = ('unembedding', 'attention_maps', 'attention_scores', 'feed_forward')
-  some = {'hc_generator', 'hc_elementwise', 'hc_collapse', 'router', 'shared_experts', 'routed_experts'}
+  some = {
+    'hc_generator',
+    'hc_dense',
+    'hc_elementwise',
+    'hc_collapse',
+    'router',
+    'shared_experts',
+    'routed_experts',
+  }
   some |= {'index_maps', 'index_scores'}
   return sum(terms[name] for name in (*names, *terms.keys() & some))
 
