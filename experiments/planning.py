@@ -34,6 +34,7 @@ from . import (
   identity_or_mixing,
   isoflop,
   learning_rate,
+  mtp,
   protocol,
   quick,
   rank,
@@ -53,6 +54,7 @@ EXPERIMENTS: dict[str, Callable[[str | None], list[ConfigDict]]] = {
   'router': router.runs,
   'attention_residual': attention_residual.runs,
   'fp8': fp8.runs,
+  'mtp': mtp.runs,
 }
 
 

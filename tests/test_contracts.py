@@ -51,6 +51,7 @@ PLANS = {
   'router': '8e62ee6f998d',
   'attention_residual': '96a6c5087d7e',
   'fp8': 'b6a05722a908',
+  'mtp': '18c3936055d2',
 }
 
 
