@@ -35,6 +35,7 @@ from . import (
   identity_or_mixing,
   isoflop,
   learning_rate,
+  mtp,
   protocol,
   quick,
   rank,
@@ -57,6 +58,7 @@ EXPERIMENTS: dict[str, Callable[[str | None], list[ConfigDict]]] = {
   'fractions': fractions.runs,
   'fp8': fp8.runs,
   'sparse': sparse.runs,
+  'mtp': mtp.runs,
 }
 
 

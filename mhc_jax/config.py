@@ -150,6 +150,14 @@ def _pickled_base() -> bytes:
           'bias_rate': optional(float),  # of the balancing; None: 1e-3, 0 is off
         }
       ),
+      # Multi-token prediction (DeepSeek-V3): a module that predicts the token after the next, on where depth
+      # is set. It is trained on beside the reported loss; its parameters are in no N of scaling laws.
+      'mtp': Section(
+        {
+          'depth': optional(int),  # further tokens that are predicted: 1
+          'weight': optional(float),  # of its loss; None: 0.3
+        }
+      ),
       'dense_layers': optional(int),  # leading layers without experts; None: 1 with experts
       # None keeps what presets.py sets.
       'connection': Section(

@@ -316,7 +316,7 @@ def deciding(resolved: dict[str, Any]) -> dict[str, Any]:
   for path in NOT_IN_ID:
     node = functools.reduce(lambda node, key: node.get(key, {}), path[:-1], kept)
     node.pop(path[-1], None)
-  for section in ('mla', 'moe', 'sparse'):
+  for section in ('mla', 'moe', 'sparse', 'mtp'):
     if not kept['model'].get(section):
       kept['model'].pop(section, None)
   connection = kept['model']['connection']

@@ -53,6 +53,7 @@ PLANS = {
   'fractions': 'deccf8eafe3d',
   'fp8': 'b6a05722a908',
   'sparse': 'bda86dfdcf02',
+  'mtp': '18c3936055d2',
 }
 
 
