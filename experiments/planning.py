@@ -30,6 +30,7 @@ from mhc_jax.train import load_data
 from . import (
   ablation,
   attention_residual,
+  clusters,
   identity_or_mixing,
   isoflop,
   learning_rate,
@@ -51,6 +52,7 @@ EXPERIMENTS: dict[str, Callable[[str | None], list[ConfigDict]]] = {
   'isoflop': isoflop.runs,
   'router': router.runs,
   'attention_residual': attention_residual.runs,
+  'clusters': clusters.runs,
 }
 
 

@@ -23,6 +23,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
@@ -363,15 +364,10 @@ def _side_by_side(
   return jax.vmap(inner, spmd_axis_name=AXIS)(params, opt_state, split)
 
 
-def hparams_of(cluster: ClusterConfig) -> dict[str, Any]:
+def hparams_of(cluster: ClusterConfig) -> dict[str, np.generic]:
   """What `synchronised` takes as arrays, less the number of updates."""
-  names = {
-    'sync_every': jnp.int32,
-    'overlap': jnp.int32,
-    'outer_lr': jnp.float32,
-    'outer_momentum': jnp.float32,
-  }
-  return {name: kind(getattr(cluster, name)) for name, kind in names.items()}
+  counts = {name: np.int32(getattr(cluster, name)) for name in ('sync_every', 'overlap')}
+  return counts | {name: np.float32(getattr(cluster, name)) for name in ('outer_lr', 'outer_momentum')}
 
 
 def message_bytes(params: Any, cluster: ClusterConfig) -> list[int]:

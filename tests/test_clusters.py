@@ -11,9 +11,10 @@ import optax
 import pytest
 from test_train import config, corpus, rows
 
+from experiments.compile.abstract_step import device_bytes, trace_step
 from experiments.compile.hlo_cost import count, in_scope
 from experiments.compile.hlo_text import parse_module
-from mhc_jax import clusters, manifold_updates, train
+from mhc_jax import clusters, manifold_updates, memory, train
 from mhc_jax.checkpoint import Checkpoints
 from mhc_jax.clusters import ClusterConfig
 from mhc_jax.errors import ConfigError
@@ -378,3 +379,20 @@ def test_off_it_is_no_part_of_a_run_and_coupled_tightly_it_changes_no_program():
     resolve(config(**fields(workers=4, sync_every=h, outer_lr=lr)), 'd') for h, lr in ((2, 1.0), (5, 0.7))
   ]
   assert loose[0].shapes == loose[1].shapes != plain.shapes and loose[0].run_id != loose[1].run_id
+
+
+def test_the_estimate_and_the_compile_report_know_of_workers():
+  """State by terms is that of the abstract one, on one device and on a mesh."""
+  for data, settings in (
+    (1, {'workers': 4, 'sync_every': 4}),
+    (2, {'workers': 4, 'sync_every': 4, 'overlap': 1}),
+  ):
+    c = config(mesh__data=data, model__width=32, **fields(**settings))
+    plan = resolve(c, 'd')
+    assert plan.derived['tokens_per_step'] == 4 * 16, 'of all workers'
+    terms = memory.terms(plan)
+    abstract = programs(plan.model, plan.optimizer, make_mesh({'data': data}), plan.loose).abstract
+    assert terms['parameters'] + terms['optimizer state'] == pytest.approx(device_bytes(abstract), rel=1e-3)
+    assert terms['gradients'] == 4 * plan.derived['params']['total'] * 4 / data
+    traced, state, _, _ = trace_step(c, make_mesh({'data': data}))
+    assert device_bytes(state) == device_bytes(abstract) and traced.out_info[1]['drift'].shape == ()
