@@ -30,6 +30,7 @@ from mhc_jax.train import load_data
 from . import (
   ablation,
   attention_residual,
+  clusters,
   fp8,
   fractions,
   identity_or_mixing,
@@ -59,6 +60,7 @@ EXPERIMENTS: dict[str, Callable[[str | None], list[ConfigDict]]] = {
   'fp8': fp8.runs,
   'sparse': sparse.runs,
   'mtp': mtp.runs,
+  'clusters': clusters.runs,
 }
 
 

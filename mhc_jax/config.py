@@ -234,6 +234,18 @@ def _pickled_base() -> bytes:
     }
   )
   c.optimizer.clip_norm = 1.0
+  # Clusters that train apart and average their parameters now and then (DiLoCo), on where workers is set.
+  c.cluster = Section(
+    {
+      'workers': optional(int),  # each with its share of the batch and moments of its own
+      'sync_every': optional(int),  # updates between averages; None: gradients are averaged at every update
+      'outer_lr': optional(float),  # of the step to the average; None: 0.7 as published, few rounds want 1
+      'outer_momentum': optional(float),  # Nesterov's; None: 0.9 as published, few rounds want 0
+      'fragments': optional(int),  # parts of the layers that are averaged at times of their own; None: 1
+      'overlap': optional(int),  # updates from sending an average to its arrival; None: 0
+      'outer_bits': optional(int),  # of a number that is sent: 32, or 4 (E3M0); None: 32
+    }
+  )
   # Exactly one. Parameters are matmul parameters with the unembedding (cost.py: 'matmul').
   c.duration = Section(
     {

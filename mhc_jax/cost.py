@@ -72,15 +72,20 @@ def parameters(c: ModelConfig) -> dict[str, int]:
 
 
 def least_bytes(
-  c: ModelConfig, tokens: int, parts: int = 1, devices: int = 1, optimizer: str | None = None
+  c: ModelConfig,
+  tokens: int,
+  parts: int = 1,
+  devices: int = 1,
+  optimizer: str | None = None,
+  copies: int = 1,
 ) -> int:
   """What training on `tokens` at once holds at the least, on all devices together.
 
-  Parameters, gradients and both of Adam's moments (by 'muon' one, as of its matrices), 4 bytes each; and the
-  streams and logits of one of `parts` microbatches, a piece of them per device. Every activation kept for the
-  backward pass comes on top.
+  Parameters, gradients and both of Adam's moments (by 'muon' one, as of its matrices), 4 bytes each, for each
+  of `copies` workers (clusters.py); and the streams and logits of one of `parts` microbatches, a piece of
+  them per device. Every activation kept for the backward pass comes on top.
   """
-  state = (12 if optimizer == 'muon' else 16) * parameters(c)['total']
+  state = (12 if optimizer == 'muon' else 16) * copies * parameters(c)['total']
   streams = c.connection.streams * c.width * jnp.dtype(c.dtype).itemsize
   logits = min(tokens // parts * 4 * c.vocab_size, devices * LARGEST)
   return state + tokens // parts * streams + logits

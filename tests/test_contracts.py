@@ -54,6 +54,7 @@ PLANS = {
   'fp8': 'b6a05722a908',
   'sparse': 'bda86dfdcf02',
   'mtp': '18c3936055d2',
+  'clusters': '8202575c9377',
 }
 
 
