@@ -1,9 +1,9 @@
 """Which parameter of ours is which published tensor: one table, read in both directions.
 
-Names and shapes are those of transformers' Llama and DeepSeek-V3, which store maps as (out, in), with the
-index of DeepSeek-V3.2; of connections those of DeepSeek-V4 (hc_attn_fn, hc_attn_base, hc_attn_scale,
-hc_ffn_..., hc_head_...): rows of fn and base are pre | post | res, and H_res is stored as comb, which V4
-applies transposed. What V4 does not have keeps our name behind hc_attn_ or hc_ffn_, in our shape.
+Names and shapes are those of transformers' Llama and DeepSeek-V3, which store maps as (out, in), of the index
+of sparse attention V3.2's, and of connections DeepSeek-V4's (hc_attn_fn, hc_attn_base, hc_attn_scale, hc_ffn_
+and hc_head_ likewise): rows of fn and base are pre | post | res, and H_res is stored as comb, which V4
+applies transposed. What these do not have keeps our name, behind hc_attn_ or hc_ffn_, and our shape.
 """
 
 import math
@@ -41,14 +41,14 @@ _MAPS = {
   'attention/key': 'self_attn.k_proj',
   'attention/value': 'self_attn.v_proj',
   'attention/output': 'self_attn.o_proj',
+  'attention/kv_down': 'self_attn.kv_a_proj_with_mqa',
+  'attention/kv_up': 'self_attn.kv_b_proj',
   'attention/q_down': 'self_attn.q_a_proj',
   'attention/q_up': 'self_attn.q_b_proj',
   'attention/index/query': 'self_attn.indexer.wq',
   'attention/index/query_up': 'self_attn.indexer.wq_b',
   'attention/index/key': 'self_attn.indexer.wk',
   'attention/index/weights': 'self_attn.indexer.weights_proj',
-  'attention/kv_down': 'self_attn.kv_a_proj_with_mqa',
-  'attention/kv_up': 'self_attn.kv_b_proj',
   'feed_forward/gate': 'mlp.gate_proj',
   'feed_forward/up': 'mlp.up_proj',
   'feed_forward/down': 'mlp.down_proj',
@@ -117,7 +117,7 @@ def folds(c: ModelConfig) -> dict[str, float]:
   return {
     'unembedding': 1 / c.width_ratio,
     'feed_forward/router': 1 / c.width_ratio,
-    'attention/query/w': scale,
+    **dict.fromkeys(('attention/query/w', 'attention/q_up/w'), scale),
     **dict.fromkeys(outputs, 1 / c.depth_ratio),
   }
 
