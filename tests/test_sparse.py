@@ -323,7 +323,8 @@ def test_an_index_starts_as_ever_beside_weights_that_have_none(mla):
   c.model.sparse.update({'kind': 'topk', 'topk': TOPK, 'stage': 'warmup'})
   run, starts = resolve(c, 'd'), {}
   for name, planned, seed in (('weights', dense, 0), ('fresh', run, 5)):
-    starts[name] = init_state(jax.random.key(seed), planned.model, planned.optimizer).params
+    init = functools.partial(init_state, model=planned.model, optimizer=planned.optimizer)
+    starts[name] = jax.jit(init)(jax.random.key(seed)).params
   begun = importing._state(run, published(starts['weights'], dense.model, folded=False)).params
   again = importing._state(run, published(begun, run.model, folded=False)).params
   jax.tree.map(np.testing.assert_array_equal, begun, again)
