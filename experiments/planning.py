@@ -30,6 +30,8 @@ from mhc_jax.train import load_data
 from . import (
   ablation,
   attention_residual,
+  fp8,
+  fractions,
   identity_or_mixing,
   isoflop,
   learning_rate,
@@ -37,6 +39,7 @@ from . import (
   quick,
   rank,
   router,
+  sparse,
   stability,
 )
 from .workers import corpus_of
@@ -51,6 +54,9 @@ EXPERIMENTS: dict[str, Callable[[str | None], list[ConfigDict]]] = {
   'isoflop': isoflop.runs,
   'router': router.runs,
   'attention_residual': attention_residual.runs,
+  'fractions': fractions.runs,
+  'fp8': fp8.runs,
+  'sparse': sparse.runs,
 }
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder as optional
 
+from mhc_jax.energy import check_kind
 from mhc_jax.errors import require
 from mhc_jax.manifold_updates import MANIFOLDS
 
@@ -98,6 +99,9 @@ def _pickled_base() -> bytes:
       'ffn_width': optional(int),
       'vocab_size': optional(int),  # None: the tokenizer's; more leaves the rest of the table unused
       'dtype': 'float32',  # of activations and streams: float32, bfloat16 or float64
+      # Of the products with weights in attention and feed-forward: fp8_v3 (E4M3 in tiles, as DeepSeek-V3) or
+      # fp8_tensor (one scale for an array, for comparison); None: dtype's
+      'precision': optional(str),
       # Of the backward pass: 'layer' computes each layer again, 'products' all of it but the products with
       # weights, 'block' the connections of mHC's blocks of layers.
       'remat': 'none',
@@ -153,6 +157,8 @@ def _pickled_base() -> bytes:
           'name': 'mhc',  # a key of presets.PRESETS
           'preset': optional(str),  # one of PRESETS[name]; None: its first
           'streams': 4,  # n; the residual connection has one
+          'fractions': optional(int),  # m, in which each stream is read, mixed and written; None: 1
+          'write_across': optional(bool),  # a fraction of a sublayer's output goes to all; None: the preset's
           'rank': optional(int),  # of the generator phi
           'constraint': optional(str),  # of H_res: a key of constraints.CONSTRAINTS
           'constraint_params': Section(),  # of the constraint, by the names of its function, like iterations
@@ -167,11 +173,12 @@ def _pickled_base() -> bytes:
           'norm_weight': optional(bool),  # that norm has weights
           'norm_eps': optional(float),  # of that norm
           'norm_eps_outside': optional(bool),  # 1 / (rms + eps) instead of 1 / sqrt(mean square + eps)
-          'read_gate': optional(str),  # sigmoid, softmax, tanh, linear, fixed, elementwise or sources
+          'read_gate': optional(str),  # sigmoid, softmax, tanh, linear, fixed, elementwise, sources or dense
           'read_scale': optional(float),  # None: the preset's; 1 / streams for a fixed gate
           'read_rank': optional(int),  # of the elementwise read gate
           'read_heads': optional(int),  # of the sources read gate: slices of the width
           'read_normed': optional(bool),  # the sources read gate adds up normed streams
+          'read_ways': optional(int),  # of the dense read gate: 1, or 4: queries, keys, values, residual
           'write_period': optional(int),  # sublayers that a one_hot write adds up in one stream
           'write_gate': optional(str),  # sigmoid, softmax, tanh, linear, fixed or one_hot
           'write_scale': optional(float),  # m of m-sigmoid; 1 for a fixed gate
@@ -179,7 +186,7 @@ def _pickled_base() -> bytes:
           'write_eps': optional(float),  # added to the write gate
           'single_pass': optional(bool),  # reads by the map of the sublayer before (DeepSeek-V4.1)
           'expansion': optional(str),  # of the embedding to streams: replicate, one_hot or learned
-          'collapse': optional(str),  # of streams to the output: mean, sum, learned, weights, read or sources
+          'collapse': optional(str),  # of streams: mean, sum, learned, weights, read, sources or dense
           'output_init_scaling': False,  # HC's: output maps start sqrt(n) times larger
         }
       ),
@@ -242,6 +249,9 @@ def _pickled_base() -> bytes:
       'diagnostics_every_steps': optional(int),  # of H_res and the streams, by layer; None: never
       'tensorboard': True,  # rows go there too. Not part of the run id
       'wandb': optional(str),  # project of Weights & Biases for rows (extra wandb). Not part of the run id
+      'energy': optional(
+        str
+      ),  # joules in rows, by nvml, rapl or cpu:WATTS (energy.py). Not part of the run id
     }
   )
   c.checkpoint = Section(
@@ -273,7 +283,7 @@ def _pickled_base() -> bytes:
 NOT_IN_ID = (
   *(('arm',), ('mesh',), ('topology',), ('checkpoint',)),
   *(('model', 'kernels'), ('data', 'dir'), ('data', 'column'), ('data', 'tokenizer')),
-  *(('log', 'tensorboard'), ('log', 'wandb')),
+  *(('log', 'tensorboard'), ('log', 'wandb'), ('log', 'energy')),
 )
 
 
@@ -362,6 +372,7 @@ def check_counts(config: ConfigDict) -> None:
     for name in names:
       value = config[section][name]
       require(value is None or value >= 1, f'{section}.{name} must be at least 1, got {value}')
+  check_kind(config.log.energy)
   require(0 <= config.seed < 2**31, f'seed must lie between 0 and 2**31 - 1, got {config.seed}')
   given = [name for name in DURATIONS if config.duration[name] is not None]
   require(

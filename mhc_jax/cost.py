@@ -8,8 +8,11 @@ token and sublayer), except the connection's own norm. XLA's count of matrix pro
 are matrix products (tests/test_cost.py).
 """
 
+import math
+
 import jax.numpy as jnp
 
+from mhc_jax import dense_reads
 from mhc_jax.generator import cp_shapes
 from mhc_jax.layers.grouped_experts import buffer_rows
 from mhc_jax.layers.unembedding import LARGEST
@@ -29,11 +32,12 @@ def parameters(c: ModelConfig) -> dict[str, int]:
   dynamic = spec.dynamic and bool(spec.parts)
   alphas = len({spec.alpha_of(part) for part in spec.parts})
   static = 0 if spec.phi_only else sum(spec.parts.values()) + alphas * dynamic
-  norm = spec.norm_inputs * c.width
+  norm = spec.norm_inputs * c.width // spec.fractions
   norm *= spec.norm_weight and spec.dynamic and spec.has_params
   head = {'learned': c.width * n**2, 'sources': c.width}.get(spec.collapse, 0)
   ends = {'learned': 1 + n, 'weights': n, 'sources': spec.norm_weight * c.width}.get(spec.collapse, 0)
-  ends += n * c.width * (spec.expansion == 'learned')
+  ends += n * c.width * (spec.expansion == 'learned') + sum(_dense_sizes(c, 'b_read'))
+  dense = _dense_maps(c)
   groups = {
     'embedding': c.vocab_size * c.width,
     'unembedding': c.width * c.vocab_size,
@@ -41,8 +45,8 @@ def parameters(c: ModelConfig) -> dict[str, int]:
     'feed_forward': _dense(c) * sum(_size(shape, c.weights_rank) for shape in maps['feed_forward']),
     **_expert_parameters(c),
     **_index_parameters(c),
-    'norm': (2 * c.depth + 1) * c.width + (c.depth * (c.mla.kv_rank + (c.mla.q_rank or 0)) if c.mla else 0),
-    'hc_dynamic': 2 * c.depth * (_generator(c) * dynamic + _elementwise(c) + _query(c)) + head,
+    'norm': (2 * c.depth + 1 + 2 * c.depth * (spec.read_ways > 1)) * c.width + _latent_norms(c),
+    'hc_dynamic': 2 * c.depth * (_generator(c) * dynamic + _elementwise(c) + _query(c)) + head + dense,
     'hc_static': 2 * c.depth * (static + norm) + ends,
   }
   total = sum(groups.values())
@@ -92,20 +96,22 @@ def forward_flops_per_token(c: ModelConfig, seq_len: int) -> dict[str, float]:
   if not spec.has_params:
     return flops
   inputs, outputs = spec.generator_shape
-  copies = n // inputs  # 'per_stream' applies one small map n times
+  units, part = spec.units, c.width // spec.fractions
+  copies = units // inputs  # 'per_stream' applies one small map n times
   product = _generator(c)
   if spec.generator == 'cp':  # multiplied out
     res = spec.parts['res']
-    product = inputs * c.width * (outputs - res + spec.rank) + spec.rank * res
+    product = inputs * part * (outputs - res + spec.rank) + spec.rank * res
   sublayers = 2 * c.depth
   flops |= {
     'hc_generator': sublayers * spec.dynamic * (2 * copies * product + 3 * n * c.width),
-    'hc_read': sublayers * 2 * n * c.width,
-    'hc_mix': sublayers * (2 * n * n * c.width if 'res' in spec.parts else 0),
-    'hc_write': sublayers * 2 * n * c.width,
+    'hc_read': (sublayers + c.depth * (spec.read_ways - 1)) * 2 * spec.parts.get('pre', units) * part,
+    'hc_mix': sublayers * (2 * units * units * part if 'res' in spec.parts else 0),
+    'hc_write': sublayers * 2 * spec.parts.get('post', units) * part,
     'hc_elementwise': sublayers * 2 * _elementwise(c),
+    'hc_dense': 2 * _dense_maps(c),
     'hc_sources': (2 * sublayers + 7 * (spec.collapse == 'sources')) * n * _query(c),
-    'hc_constraint': sublayers * spec.constraint.flops(n),
+    'hc_constraint': sublayers * spec.constraint.flops(units),
   }
   if spec.collapse == 'learned':
     flops['hc_collapse'] = 2 * n * n * c.width + 5 * n * c.width
@@ -208,17 +214,35 @@ def _generator(c: ModelConfig) -> int:
   """Parameters of one sublayer's phi."""
   spec = c.connection
   inputs, outputs = spec.generator_shape
+  width = c.width // spec.fractions
   if spec.rank is None:
-    return inputs * c.width * outputs
+    return inputs * width * outputs
   if spec.generator == 'cp':
     gates = outputs - spec.parts['res']
-    return inputs * c.width * gates + spec.rank * sum(cp_shapes(spec, c.width).values())
-  return spec.rank * (inputs * c.width + outputs)
+    return inputs * width * gates + spec.rank * sum(cp_shapes(spec, width).values())
+  return spec.rank * (inputs * width + outputs)
 
 
 def _elementwise(c: ModelConfig) -> int:
   """Parameters of one sublayer's elementwise read."""
   return 2 * (c.connection.read_rank or 0) * c.connection.streams * c.width
+
+
+def _latent_norms(c: ModelConfig) -> int:
+  """Parameters of the norms of latents, in all layers."""
+  return c.depth * (c.mla.kv_rank + (c.mla.q_rank or 0)) if c.mla else 0
+
+
+def _dense_sizes(c: ModelConfig, name: str) -> list[int]:
+  """Sizes of that parameter of dense reads, of all layers and of the collapse; [] without."""
+  spec = c.connection
+  ways = [spec.read_ways] * c.depth + [1] if spec.read_gate.kind == 'dense' else []
+  return [math.prod(dense_reads.sizes(spec, c.width, way)[name]) for way in ways]
+
+
+def _dense_maps(c: ModelConfig) -> int:
+  """Parameters of the maps that make the weights of dense reads, the collapse's too."""
+  return sum(_dense_sizes(c, 'read_down') + _dense_sizes(c, 'read_up'))
 
 
 def _query(c: ModelConfig) -> int:

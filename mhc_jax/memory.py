@@ -131,8 +131,12 @@ def _layer_bytes(run: Run) -> float:
   dense_layers = c.depth if c.moe is None else c.dense_layers
   layers = [dense] * dense_layers + [experts] * (c.depth - dense_layers)
   one = max(sum(a + b for a, b in layer) for layer in layers)
-  kept = sum(b + a * (c.remat == 'none') for layer in layers for a, b in layer) * (c.remat != 'layer')
-  return (kept + 2 * one) * jnp.dtype(c.dtype).itemsize
+  size = jnp.dtype(c.dtype).itemsize
+  # Of FP8 products a float32 sum is kept by name of its operation, and a byte of each input, with scales.
+  output = size if c.precision is None or c.remat == 'none' else max(size, 4)
+  into = size if c.precision is None else 1 + 4 / 128
+  kept = sum(output * b + into * a * (c.remat == 'none') for layer in layers for a, b in layer)
+  return kept * (c.remat != 'layer') + 2 * one * size
 
 
 def _score_bytes(run: Run) -> float:

@@ -21,6 +21,7 @@ DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16, 'float64': jnp.float
 MOST_LAYERS = 10_000
 MOST_WRITTEN = 512  # layers outside of a loop: compiling takes seconds for each
 ROUTERS = ('sigmoid', 'sinkhorn')
+PRECISIONS = (None, 'fp8_v3', 'fp8_tensor')
 SPARSE = ('window', 'topk')
 
 
@@ -88,6 +89,7 @@ class ModelConfig:
   mla: MLAConfig | None  # None: grouped-query attention
   moe: MoEConfig | None  # None: every layer is dense
   dense_layers: int  # leading layers outside the scan, with a dense feed-forward sublayer; 0 without moe
+  precision: str | None = None  # of products with weights in sublayers: one of PRECISIONS (layers/fp8.py)
   sparse: SparseConfig | None = None  # None: attention over all tokens before
 
   @property
@@ -138,8 +140,9 @@ def build_connection(c: ConfigDict, depth: int, constraint: Constraint | None = 
   impossible sizes.
   """
   fields = {key: value for key, value in c.items() if key not in ('constraint_params', 'output_init_scaling')}
-  if c.name in ('depth_matrix', 'attention_residual'):
+  if c.name in ('depth_matrix', 'attention_residual', 'mudd'):
     blocks = BLOCKS if c.preset in ('block', 'inkling2') else 2 * depth
+    blocks = depth if c.name == 'mudd' else blocks
     fields['write_period'] = period = _given(c.write_period, -(-2 * depth // blocks))
     # The embedding, and every sublayer's output or sums of them.
     fields['streams'] = 1 + -(-2 * depth // max(period, 1))
@@ -155,8 +158,9 @@ def build_model(config: ConfigDict, constraint: Constraint | None = None) -> Mod
   """config -> ModelConfig with derived sizes; raises ConfigError for impossible ones."""
   derived = derive_sizes(config)
   spec = build_connection(config.model.connection, config.model.depth, constraint)
-  check_connection(spec, config.model.width)
-  return model_of(config.model.to_dict() | derived, derive_transfer(config), spec)
+  model = model_of(config.model.to_dict() | derived, derive_transfer(config), spec)
+  check_connection(model)
+  return model
 
 
 def derive_sizes(config: ConfigDict) -> dict[str, Any]:
@@ -255,6 +259,13 @@ def _check_values(config: ConfigDict) -> None:
     f'model.scan, scan_unroll and dense_layers write out {written} layers; at most {MOST_WRITTEN}',
   )
   require(c.dtype in DTYPES, f'model.dtype must be one of {", ".join(DTYPES)}, got {c.dtype!r}')
+  require(
+    c.precision in PRECISIONS, f'model.precision must be fp8_v3, fp8_tensor or None, got {c.precision!r}'
+  )
+  require(
+    c.precision != 'fp8_tensor' or c.moe.experts is None,
+    'model.precision=fp8_tensor does not go with model.moe.experts, which share no scale: fp8_v3 does',
+  )
   require(c.remat in REMAT, f'model.remat must be one of {", ".join(REMAT)}, got {c.remat!r}')
   require(c.kernels in KERNELS, f'model.kernels must be one of {", ".join(KERNELS)}, got {c.kernels!r}')
   require(c.remat != 'block' or c.scan, 'model.remat=block needs model.scan=True')
@@ -379,9 +390,19 @@ def _dense_layers(c: ConfigDict, moe: MoEConfig | None) -> int:
   return dense
 
 
-def check_connection(spec: ConnectionSpec, width: int) -> None:
-  """Raises ConfigError for a rank above the inputs of phi, and where tracing it or its gradient fails."""
-  inputs = spec.generator_shape[0] * width
+def check_connection(model: ModelConfig) -> None:
+  """Raises ConfigError where it does not go with the model, and where tracing it or its gradient fails."""
+  spec, width = model.connection, model.width
+  require(
+    spec.read_ways == 1 or (model.mla is None and not model.indexed),
+    'connection.read_ways=4 needs attention with keys of its own: neither model.mla.kv_rank nor '
+    'model.sparse.kind=topk; read_ways=1 goes with both',
+  )
+  require(
+    width % spec.fractions == 0,
+    f'connection.fractions={spec.fractions} does not divide the width {width}',
+  )
+  inputs = spec.generator_shape[0] * width // spec.fractions
   require(
     spec.rank is None or spec.rank <= inputs,
     f'connection.rank={spec.rank} is over {inputs}, the number of inputs of phi',
@@ -395,15 +416,17 @@ def check_connection(spec: ConnectionSpec, width: int) -> None:
 @functools.lru_cache(maxsize=1024)
 def _check_trace(spec: ConnectionSpec) -> None:
   """The connection as training has it, traced on one token of width 1: no step knows a width from another."""
-  n, constraint, width = spec.streams, spec.constraint, spec.read_heads
+  n, constraint, width = spec.units, spec.constraint, spec.read_heads
 
   def coefficients(params: Any, x_NBTD: jax.Array) -> tuple[jax.Array, Any]:
     c = hyper_connection.generate(params, x_NBTD, spec)
-    read_BTD = hyper_connection.read(c.pre_NBT, x_NBTD)
+    read_BTD = hyper_connection.read(c.pre_NBT, x_NBTD, spec.fractions * spec.read_ways)
     return sum(jnp.sum(x) for x in (*c, read_BTD) if x is not None), c.res_NMBT
 
   try:
-    params = jax.eval_shape(lambda: hyper_connection.init_params(jax.random.key(0), spec, width, 0))
+    params = jax.eval_shape(
+      lambda: hyper_connection.init_params(jax.random.key(0), spec, width * spec.fractions, 0)
+    )
     x_NBTD = jax.ShapeDtypeStruct((n, 1, 1, width), jnp.float32)
     _, res_NMBT = jax.eval_shape(jax.grad(coefficients, argnums=(0, 1), has_aux=True), params, x_NBTD)
   except Exception as error:  # whatever somebody's own constraint may raise

@@ -101,7 +101,7 @@ def resolve(config: ConfigDict, digest: str, constraint: Constraint | None = Non
   spec = build_connection(config.model.connection, config.model.depth, constraint)
   model = model_of(resolved['model'], resolved['transfer'], spec)
   check_size(model, config)
-  check_connection(spec, config.model.width)
+  check_connection(model)
   resolved['model']['connection'] = _resolved_connection(resolved['model']['connection'], spec)
   optimizer = build_optimizer(config)
   _check_fit(model, without_traced(optimizer))
@@ -209,7 +209,7 @@ def rebuild_model(resolved: dict[str, Any], constraint: Constraint | None = None
     raise _of_connection(error) from None
   rebuilt = model_of(model, config.transfer.to_dict(), spec)
   check_size(rebuilt, config)
-  check_connection(spec, rebuilt.width)
+  check_connection(rebuilt)
   return rebuilt
 
 

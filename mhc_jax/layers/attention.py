@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from mhc_jax.derivatives import with_backward
 from mhc_jax.kernels.attention import splash, triton, why_not
 from mhc_jax.kernels.choice import kernels_for
-from mhc_jax.layers import sparse
+from mhc_jax.layers import fp8, sparse
 from mhc_jax.layers.parts import Output, Visible, linear_of, ones, rms_norm, rope
 from mhc_jax.model_config import ModelConfig
 from mhc_jax.sharding import constrain, token_local
@@ -160,21 +160,28 @@ _attend = with_backward(_attend, _attend_forward, _attend_backward, (4,))
 
 
 class Attention(nn.Module):
-  """RMSNorm and grouped-query attention: (B, T, D) -> (B, T, D)."""
+  """RMSNorm and grouped-query attention: (B, T, D), or three for queries, keys and values, -> (B, T, D)."""
 
   config: ModelConfig
   mesh: Mesh | None = None
   record: bool = False
 
   @nn.compact
-  def __call__(self, x_BTD: jax.Array, seen: Visible) -> Output:
+  def __call__(self, x_BTD: jax.Array | tuple[jax.Array, ...], seen: Visible) -> Output:
     c = self.config
-    linear = linear_of(c, self.mesh)
-    x_BTD = rms_norm(x_BTD, self.param('norm', ones, (c.width,)), c.norm_eps)
-    x_BTD = constrain(x_BTD, 'BSD', self.mesh)  # every time step on every device of `tensor`, in one gather
+    measured = [] if self.record else None
+    linear = linear_of(c, self.mesh, measured)
+    x_BTD, *others = x_BTD if isinstance(x_BTD, tuple) else (x_BTD,)
+
+    def normed(x_BTD: jax.Array, name: str) -> jax.Array:
+      x_BTD = rms_norm(x_BTD, self.param(name, ones, (c.width,)), c.norm_eps)
+      return constrain(x_BTD, 'BSD', self.mesh)  # every time step on every device of `tensor`, in one gather
+
+    x_BTD = normed(x_BTD, 'norm')
+    keys_BSD, values_BSD = map(normed, others, ('key_norm', 'value_norm')) if others else (x_BTD, x_BTD)
     q_BTHK = linear((c.width, c.heads, c.head_dim), name='query')(x_BTD)
-    k_BSGK = linear((c.width, c.kv_heads, c.head_dim), name='key')(x_BTD)
-    v_BSGK = linear((c.width, c.kv_heads, c.head_dim), name='value')(x_BTD)
+    k_BSGK = linear((c.width, c.kv_heads, c.head_dim), name='key')(keys_BSD)
+    v_BSGK = linear((c.width, c.kv_heads, c.head_dim), name='value')(values_BSD)
     q_BTHK = constrain(q_BTHK, 'BTHK', self.mesh)
     k_BSGK, v_BSGK = constrain(k_BSGK, 'BSGK', self.mesh), constrain(v_BSGK, 'BSGK', self.mesh)
     q_BTHK, k_BSGK = rope(q_BTHK, c.rope_theta), rope(k_BSGK, c.rope_theta)
@@ -182,4 +189,5 @@ class Attention(nn.Module):
     out_BTHK, records = attention_of(q_BTHK, k_BSGK, v_BSGK, seen, c, self.mesh, index_BTS, self.record)
     out_BTHK = constrain(out_BTHK, 'BTHK', self.mesh)
     out_BTE = out_BTHK.reshape(*x_BTD.shape[:2], c.heads * c.head_dim)
-    return linear((c.heads * c.head_dim, c.width), gain=c.output_gain, name='output')(out_BTE), records
+    y_BTD = linear((c.heads * c.head_dim, c.width), gain=c.output_gain, name='output')(out_BTE)
+    return y_BTD, records | fp8.records(measured)

@@ -35,6 +35,7 @@ ENDS: tuple[Row, ...] = (
   (('collapse/read_query',), 'hc_head_read_query', 'same'),
   (('collapse/norm_weight',), 'hc_head_norm_weight', 'same'),
 )
+INDEXER = '.indexer.'  # in the names of an index's tensors
 _MAPS = {
   'attention/query': 'self_attn.q_proj',
   'attention/key': 'self_attn.k_proj',
