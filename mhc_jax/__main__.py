@@ -19,6 +19,8 @@ from mhc_jax.log import say
 COMMANDS = {
   'train': 'train one model; the same command goes on where it stopped',
   'evaluate': "validation loss of a run's last checkpoint, and a sample of its text",
+  'export': "a run's weights as safetensors, config.json and a model card",
+  'import': 'the folder of a run from published weights',
   'tokenizer': 'train a tokenizer on a corpus',
   'sweep': 'run an experiment: many runs, resumable, on one machine or many',
   'report': 'results.csv, fits, figures and one HTML page of a sweep',
@@ -52,6 +54,10 @@ def main_of(command: str) -> Callable[[list[str]], int]:
       from mhc_jax.train import main
     case 'evaluate':
       from mhc_jax.evaluate import main
+    case 'export':
+      from mhc_jax.weights.exporting import main
+    case 'import':
+      from mhc_jax.weights.importing import main
     case 'tokenizer':
       from mhc_jax.tokenizer_training import main
     case 'sweep':

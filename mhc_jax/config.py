@@ -72,6 +72,7 @@ def _pickled_base() -> bytes:
   c = Section()
   c.arm = optional(str)  # label of the arm in a sweep; None: the connection's name
   c.seed = 0  # of the initial weights and the order of the data
+  c.start = optional(str)  # digest of the weights to begin with, set by `mhc import`; None: random ones
   c.data = Section(
     {
       # python_wheels, python_stdlib, text_files:, parquet:, jsonl: or arrow:<file, folder or glob>,
@@ -98,6 +99,9 @@ def _pickled_base() -> bytes:
       'ffn_width': optional(int),
       'vocab_size': optional(int),  # None: the tokenizer's; more leaves the rest of the table unused
       'dtype': 'float32',  # of activations and streams: float32, bfloat16 or float64
+      # Of the products with weights in attention and feed-forward: fp8_v3 (E4M3 in tiles, as DeepSeek-V3) or
+      # fp8_tensor (one scale for an array, for comparison); None: dtype's
+      'precision': optional(str),
       # Of the backward pass: 'layer' computes each layer again, 'products' all of it but the products with
       # weights, 'block' the connections of mHC's blocks of layers.
       'remat': 'none',
@@ -118,6 +122,20 @@ def _pickled_base() -> bytes:
           'head_dim': optional(int),  # of queries and keys, without the rotary part; None: width / heads
           'rope_dim': optional(int),  # None: half of head_dim
           'value_dim': optional(int),  # None: head_dim
+          'q_rank': optional(int),  # of the latent that queries come from; None: they have full rank
+        }
+      ),
+      # Attention over some of the tokens before, on where kind is set. A mask: exact, and no faster.
+      'sparse': Section(
+        {
+          'kind': optional(str),  # window: the last tokens; topk: those that an index chooses (DeepSeek-V3.2)
+          'topk': optional(int),  # tokens of a query
+          'window': optional(int),  # the last so many, its own included; with topk they are among those
+          'index_heads': optional(int),  # None: half as many as heads
+          'index_dim': optional(int),  # of an index head; None: that of attention's, without mla.rope_dim
+          'index_rope_dim': optional(int),  # the first so many have the position; None: half of index_dim
+          # warmup: attention over all tokens, and the index alone learns, from it; None: both learn
+          'stage': optional(str),
         }
       ),
       # A mixture of experts (DeepSeek-V3) in every layer after the dense ones, on where experts is set.
@@ -132,6 +150,14 @@ def _pickled_base() -> bytes:
           'bias_rate': optional(float),  # of the balancing; None: 1e-3, 0 is off
         }
       ),
+      # Multi-token prediction (DeepSeek-V3): a module that predicts the token after the next, on where depth
+      # is set. It is trained on beside the reported loss; its parameters are in no N of scaling laws.
+      'mtp': Section(
+        {
+          'depth': optional(int),  # further tokens that are predicted: 1
+          'weight': optional(float),  # of its loss; None: 0.3
+        }
+      ),
       'dense_layers': optional(int),  # leading layers without experts; None: 1 with experts
       # None keeps what presets.py sets.
       'connection': Section(
@@ -139,6 +165,8 @@ def _pickled_base() -> bytes:
           'name': 'mhc',  # a key of presets.PRESETS
           'preset': optional(str),  # one of PRESETS[name]; None: its first
           'streams': 4,  # n; the residual connection has one
+          'fractions': optional(int),  # m, in which each stream is read, mixed and written; None: 1
+          'write_across': optional(bool),  # a fraction of a sublayer's output goes to all; None: the preset's
           'rank': optional(int),  # of the generator phi
           'constraint': optional(str),  # of H_res: a key of constraints.CONSTRAINTS
           'constraint_params': Section(),  # of the constraint, by the names of its function, like iterations
@@ -153,11 +181,12 @@ def _pickled_base() -> bytes:
           'norm_weight': optional(bool),  # that norm has weights
           'norm_eps': optional(float),  # of that norm
           'norm_eps_outside': optional(bool),  # 1 / (rms + eps) instead of 1 / sqrt(mean square + eps)
-          'read_gate': optional(str),  # sigmoid, softmax, tanh, linear, fixed, elementwise or sources
+          'read_gate': optional(str),  # sigmoid, softmax, tanh, linear, fixed, elementwise, sources or dense
           'read_scale': optional(float),  # None: the preset's; 1 / streams for a fixed gate
           'read_rank': optional(int),  # of the elementwise read gate
           'read_heads': optional(int),  # of the sources read gate: slices of the width
           'read_normed': optional(bool),  # the sources read gate adds up normed streams
+          'read_ways': optional(int),  # of the dense read gate: 1, or 4: queries, keys, values, residual
           'write_period': optional(int),  # sublayers that a one_hot write adds up in one stream
           'write_gate': optional(str),  # sigmoid, softmax, tanh, linear, fixed or one_hot
           'write_scale': optional(float),  # m of m-sigmoid; 1 for a fixed gate
@@ -165,7 +194,7 @@ def _pickled_base() -> bytes:
           'write_eps': optional(float),  # added to the write gate
           'single_pass': optional(bool),  # reads by the map of the sublayer before (DeepSeek-V4.1)
           'expansion': optional(str),  # of the embedding to streams: replicate, one_hot or learned
-          'collapse': optional(str),  # of streams to the output: mean, sum, learned, weights, read or sources
+          'collapse': optional(str),  # of streams: mean, sum, learned, weights, read, sources or dense
           'output_init_scaling': False,  # HC's: output maps start sqrt(n) times larger
         }
       ),
@@ -205,6 +234,18 @@ def _pickled_base() -> bytes:
     }
   )
   c.optimizer.clip_norm = 1.0
+  # Clusters that train apart and average their parameters now and then (DiLoCo), on where workers is set.
+  c.cluster = Section(
+    {
+      'workers': optional(int),  # each with its share of the batch and moments of its own
+      'sync_every': optional(int),  # updates between averages; None: gradients are averaged at every update
+      'outer_lr': optional(float),  # of the step to the average; None: 0.7 as published, few rounds want 1
+      'outer_momentum': optional(float),  # Nesterov's; None: 0.9 as published, few rounds want 0
+      'fragments': optional(int),  # parts of the layers that are averaged at times of their own; None: 1
+      'overlap': optional(int),  # updates from sending an average to its arrival; None: 0
+      'outer_bits': optional(int),  # of a number that is sent: 32, or 4 (E3M0); None: 32
+    }
+  )
   # Exactly one. Parameters are matmul parameters with the unembedding (cost.py: 'matmul').
   c.duration = Section(
     {

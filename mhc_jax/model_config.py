@@ -21,16 +21,32 @@ DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16, 'float64': jnp.float
 MOST_LAYERS = 10_000
 MOST_WRITTEN = 512  # layers outside of a loop: compiling takes seconds for each
 ROUTERS = ('sigmoid', 'sinkhorn')
+PRECISIONS = (None, 'fp8_v3', 'fp8_tensor')
+SPARSE = ('window', 'topk')
 
 
 @dataclasses.dataclass(frozen=True)
 class MLAConfig:
-  """Sizes of multi-head latent attention (DeepSeek-V2, arXiv 2405.04434); queries have full rank."""
+  """Sizes of multi-head latent attention (DeepSeek-V2, arXiv 2405.04434)."""
 
   kv_rank: int  # of the latent from which keys and values are made
   head_dim: int  # of queries and keys, without the rotary part
   rope_dim: int  # of the rotary part; one rotary key serves all heads
   value_dim: int
+  q_rank: int | None = None  # of the latent from which queries are made; None: queries have full rank
+
+
+@dataclasses.dataclass(frozen=True)
+class SparseConfig:
+  """Which of the tokens before it a query attends to (layers/sparse.py)."""
+
+  kind: str  # one of SPARSE
+  topk: int | None = None  # tokens of a query
+  window: int | None = None  # the last so many, the query's own included; with topk they are among those
+  index_heads: int | None = None
+  index_dim: int | None = None  # of an index head
+  index_rope_dim: int | None = None  # the first so many of them have the position
+  stage: str | None = None  # 'warmup': attention over all, and the index alone learns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +60,14 @@ class MoEConfig:
   scale: float  # of the routed experts' sum, whose weights add up to 1
   router: str  # 'sigmoid' or 'sinkhorn'
   bias_rate: float  # by which an expert's bias moves after each update
+
+
+@dataclasses.dataclass(frozen=True)
+class MTPConfig:
+  """Multi-token prediction (DeepSeek-V3, arXiv 2412.19437, section 2.2) by one module."""
+
+  depth: int  # tokens beyond the next: 1
+  weight: float  # lambda, of its loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +97,9 @@ class ModelConfig:
   mla: MLAConfig | None  # None: grouped-query attention
   moe: MoEConfig | None  # None: every layer is dense
   dense_layers: int  # leading layers outside the scan, with a dense feed-forward sublayer; 0 without moe
+  precision: str | None = None  # of products with weights in sublayers: one of PRECISIONS (layers/fp8.py)
+  sparse: SparseConfig | None = None  # None: attention over all tokens before
+  mtp: MTPConfig | None = None  # None: the next token alone is predicted
 
   @property
   def width_ratio(self) -> float:
@@ -100,6 +127,16 @@ class ModelConfig:
     return self.head_dim ** (-0.5 if self.base_width is None else -1.0)
 
   @property
+  def indexed(self) -> bool:
+    """Whether an index chooses the tokens that attention is over."""
+    return self.sparse is not None and self.sparse.kind == 'topk'
+
+  @property
+  def warms_up(self) -> bool:
+    """Whether the index alone learns, from attention to all tokens."""
+    return self.sparse is not None and self.sparse.stage == 'warmup'
+
+  @property
   def value_dim(self) -> int:
     """Size of one head's value."""
     return self.head_dim if self.mla is None else self.mla.value_dim
@@ -112,8 +149,9 @@ def build_connection(c: ConfigDict, depth: int, constraint: Constraint | None = 
   impossible sizes.
   """
   fields = {key: value for key, value in c.items() if key not in ('constraint_params', 'output_init_scaling')}
-  if c.name in ('depth_matrix', 'attention_residual'):
+  if c.name in ('depth_matrix', 'attention_residual', 'mudd'):
     blocks = BLOCKS if c.preset in ('block', 'inkling2') else 2 * depth
+    blocks = depth if c.name == 'mudd' else blocks
     fields['write_period'] = period = _given(c.write_period, -(-2 * depth // blocks))
     # The embedding, and every sublayer's output or sums of them.
     fields['streams'] = 1 + -(-2 * depth // max(period, 1))
@@ -129,15 +167,16 @@ def build_model(config: ConfigDict, constraint: Constraint | None = None) -> Mod
   """config -> ModelConfig with derived sizes; raises ConfigError for impossible ones."""
   derived = derive_sizes(config)
   spec = build_connection(config.model.connection, config.model.depth, constraint)
-  check_connection(spec, config.model.width)
-  return model_of(config.model.to_dict() | derived, derive_transfer(config), spec)
+  model = model_of(config.model.to_dict() | derived, derive_transfer(config), spec)
+  check_connection(model)
+  return model
 
 
 def derive_sizes(config: ConfigDict) -> dict[str, Any]:
   """What model's fields mean where they are None, as plain values; raises ConfigError for impossible ones."""
   c = config.model
   _check_values(config)
-  mla, moe = _build_mla(c), _build_moe(c)
+  mla, moe, mtp = _build_mla(c), _build_moe(c), _build_mtp(c)
   head_dim, kv_heads = _heads(c, mla)
   all_experts = None if moe is None else (moe.active + moe.shared) * moe.ffn_width
   ffn_width = _given(c.ffn_width, all_experts or -(-8 * c.width // 24) * 8)
@@ -153,7 +192,7 @@ def derive_sizes(config: ConfigDict) -> dict[str, Any]:
   if mla is None:
     largest = min(c.width, kv_heads * head_dim, ffn_width)
   else:
-    sides = (mla.kv_rank, c.heads * head_dim, c.heads * mla.value_dim)
+    sides = (mla.kv_rank, _given(mla.q_rank, c.width), c.heads * head_dim, c.heads * mla.value_dim)
     largest = min(c.width, ffn_width, *sides)
   rank = c.weights.rank
   require(
@@ -161,7 +200,7 @@ def derive_sizes(config: ConfigDict) -> dict[str, Any]:
     f'model.weights.rank must lie between 1 and {largest}, the smallest side of a weight, got {rank}',
   )
   require(rank is None or moe is None, 'model.weights.rank does not go with model.moe.experts')
-  dense = _dense_layers(c, moe)
+  dense, sparse = _dense_layers(c, moe), _build_sparse(c, mla)
   return {
     'kv_heads': kv_heads,
     'head_dim': head_dim,
@@ -169,7 +208,9 @@ def derive_sizes(config: ConfigDict) -> dict[str, Any]:
     'vocab_size': vocabulary,
     'mla': dataclasses.asdict(mla) if mla else c.mla.to_dict(),
     'moe': dataclasses.asdict(moe) if moe else c.moe.to_dict(),
+    'mtp': dataclasses.asdict(mtp) if mtp else c.mtp.to_dict(),
     'dense_layers': dense if moe else None,
+    'sparse': dataclasses.asdict(sparse) if sparse else c.sparse.to_dict(),
   }
 
 
@@ -199,14 +240,17 @@ def model_of(m: dict[str, Any], transfer: dict[str, Any], connection: Connection
       'base_rank': transfer.get('base_rank'),  # not there in older runs
       'mla': _section(MLAConfig, m.get('mla')),
       'moe': _section(MoEConfig, m.get('moe')),
+      'mtp': _section(MTPConfig, m.get('mtp')),
       'dense_layers': m.get('dense_layers') or 0,
+      'sparse': _section(SparseConfig, m.get('sparse')),
     }
   )
 
 
 def _section(kind: Any, values: dict[str, Any] | None) -> Any:
   """A section as its dataclass; None where it is off, or not there because the run is older than it."""
-  return None if not values or None in values.values() else kind(**values)
+  needed = (field.name for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING)
+  return None if not values or any(values[name] is None for name in needed) else kind(**values)
 
 
 def _given(value: Any, default: Any) -> Any:
@@ -226,6 +270,13 @@ def _check_values(config: ConfigDict) -> None:
     f'model.scan, scan_unroll and dense_layers write out {written} layers; at most {MOST_WRITTEN}',
   )
   require(c.dtype in DTYPES, f'model.dtype must be one of {", ".join(DTYPES)}, got {c.dtype!r}')
+  require(
+    c.precision in PRECISIONS, f'model.precision must be fp8_v3, fp8_tensor or None, got {c.precision!r}'
+  )
+  require(
+    c.precision != 'fp8_tensor' or c.moe.experts is None,
+    'model.precision=fp8_tensor does not go with model.moe.experts, which share no scale: fp8_v3 does',
+  )
   require(c.remat in REMAT, f'model.remat must be one of {", ".join(REMAT)}, got {c.remat!r}')
   require(c.kernels in KERNELS, f'model.kernels must be one of {", ".join(KERNELS)}, got {c.kernels!r}')
   require(c.remat != 'block' or c.scan, 'model.remat=block needs model.scan=True')
@@ -237,7 +288,7 @@ def _check_values(config: ConfigDict) -> None:
   base = config.transfer.base_rank
   require(base is None or 1e-3 <= base <= 1e9, f'transfer.base_rank must be a rank or None, got {base}')
   require(base is None or c.weights.rank is not None, 'transfer.base_rank needs model.weights.rank')
-  for section, switch in (('mla', 'kv_rank'), ('moe', 'experts')):
+  for section, switch in (('mla', 'kv_rank'), ('moe', 'experts'), ('sparse', 'kind'), ('mtp', 'depth')):
     given = [name for name, value in c[section].items() if value is not None]
     on = c[section][switch] is not None
     require(on or not given, f'model.{section}.{"".join(given[:1])} needs model.{section}.{switch}')
@@ -268,11 +319,41 @@ def _build_mla(c: ConfigDict) -> MLAConfig | None:
     return None
   head_dim = _given(m.head_dim, c.width // c.heads)
   rope_dim = _given(m.rope_dim, max(2, head_dim // 4 * 2))
-  mla = MLAConfig(m.kv_rank, head_dim, rope_dim, _given(m.value_dim, head_dim))
+  mla = MLAConfig(m.kv_rank, head_dim, rope_dim, _given(m.value_dim, head_dim), m.q_rank)
   for name, value in dataclasses.asdict(mla).items():
-    require(value >= 1, f'model.mla.{name} must be at least 1, got {value}')
+    require(value is None or value >= 1, f'model.mla.{name} must be at least 1, got {value}')
   require(rope_dim % 2 == 0, f'model.mla.rope_dim must be even, got {rope_dim}')
   return mla
+
+
+def _build_sparse(c: ConfigDict, mla: MLAConfig | None) -> SparseConfig | None:
+  """model.sparse -> SparseConfig. Sizes of the index that are not given are, relative to attention's,
+  DeepSeek-V3.2's (arXiv 2512.02556)."""
+  s = c.sparse
+  if s.kind is None:
+    return None
+  require(s.kind in SPARSE, f'model.sparse.kind must be one of {", ".join(SPARSE)}, got {s.kind!r}')
+  for name in ('topk', 'window', 'index_heads', 'index_dim'):
+    require(s[name] is None or s[name] >= 1, f'model.sparse.{name} must be at least 1, got {s[name]}')
+  if s.kind == 'window':
+    require(s.window is not None, 'model.sparse.kind=window needs model.sparse.window, a number of tokens')
+    given = [name for name, value in s.items() if value is not None and name not in ('kind', 'window')]
+    require(not given, f'model.sparse.{"".join(given[:1])} needs model.sparse.kind=topk')
+    return SparseConfig('window', window=s.window)
+  require(s.topk is not None, 'model.sparse.kind=topk needs model.sparse.topk, a number of tokens')
+  require(
+    s.window is None or s.window <= s.topk,
+    f'model.sparse.window={s.window} is over model.sparse.topk={s.topk}, among which its tokens are',
+  )
+  require(s.stage in (None, 'warmup'), f'model.sparse.stage must be warmup or None, got {s.stage!r}')
+  size = _given(s.index_dim, mla.head_dim if mla else c.width // c.heads)
+  rope_dim = _given(s.index_rope_dim, max(2, size // 4 * 2))
+  require(
+    rope_dim % 2 == 0 and 0 <= rope_dim <= size,
+    f'model.sparse.index_rope_dim must be even and at most index_dim={size}, got {rope_dim}',
+  )
+  heads = _given(s.index_heads, max(1, c.heads // 2))
+  return SparseConfig('topk', s.topk, s.window, heads, size, rope_dim, s.stage)
 
 
 def _build_moe(c: ConfigDict) -> MoEConfig | None:
@@ -310,6 +391,25 @@ def _build_moe(c: ConfigDict) -> MoEConfig | None:
   return moe
 
 
+def _build_mtp(c: ConfigDict) -> MTPConfig | None:
+  """model.mtp -> MTPConfig; the weight is V3's of its first 10T tokens."""
+  m = c.mtp
+  if m.depth is None:
+    return None
+  require(m.depth == 1, f'model.mtp.depth: one module, 1, is what there is, got {m.depth}')
+  mtp = MTPConfig(m.depth, _given(m.weight, 0.3))
+  require(
+    mtp.weight > 0, f'model.mtp.weight must be positive, got {mtp.weight}: without, leave depth at None'
+  )
+  require(
+    c.connection.name not in ('depth_matrix', 'attention_residual', 'mudd'),
+    f'model.mtp.depth does not go with the connection {c.connection.name}, which has no stream for its block',
+  )
+  warmup = c.sparse.stage == 'warmup'
+  require(not warmup, 'model.sparse.stage=warmup moves the index alone: leave model.mtp.depth out')
+  return mtp
+
+
 def _dense_layers(c: ConfigDict, moe: MoEConfig | None) -> int:
   require(moe is not None or c.dense_layers is None, 'model.dense_layers needs model.moe.experts')
   dense = 0 if moe is None else _given(c.dense_layers, 1)
@@ -320,9 +420,19 @@ def _dense_layers(c: ConfigDict, moe: MoEConfig | None) -> int:
   return dense
 
 
-def check_connection(spec: ConnectionSpec, width: int) -> None:
-  """Raises ConfigError for a rank above the inputs of phi, and where tracing it or its gradient fails."""
-  inputs = spec.generator_shape[0] * width
+def check_connection(model: ModelConfig) -> None:
+  """Raises ConfigError where it does not go with the model, and where tracing it or its gradient fails."""
+  spec, width = model.connection, model.width
+  require(
+    spec.read_ways == 1 or (model.mla is None and not model.indexed),
+    'connection.read_ways=4 needs attention with keys of its own: neither model.mla.kv_rank nor '
+    'model.sparse.kind=topk; read_ways=1 goes with both',
+  )
+  require(
+    width % spec.fractions == 0,
+    f'connection.fractions={spec.fractions} does not divide the width {width}',
+  )
+  inputs = spec.generator_shape[0] * width // spec.fractions
   require(
     spec.rank is None or spec.rank <= inputs,
     f'connection.rank={spec.rank} is over {inputs}, the number of inputs of phi',
@@ -336,15 +446,17 @@ def check_connection(spec: ConnectionSpec, width: int) -> None:
 @functools.lru_cache(maxsize=1024)
 def _check_trace(spec: ConnectionSpec) -> None:
   """The connection as training has it, traced on one token of width 1: no step knows a width from another."""
-  n, constraint, width = spec.streams, spec.constraint, spec.read_heads
+  n, constraint, width = spec.units, spec.constraint, spec.read_heads
 
   def coefficients(params: Any, x_NBTD: jax.Array) -> tuple[jax.Array, Any]:
     c = hyper_connection.generate(params, x_NBTD, spec)
-    read_BTD = hyper_connection.read(c.pre_NBT, x_NBTD)
+    read_BTD = hyper_connection.read(c.pre_NBT, x_NBTD, spec.fractions * spec.read_ways)
     return sum(jnp.sum(x) for x in (*c, read_BTD) if x is not None), c.res_NMBT
 
   try:
-    params = jax.eval_shape(lambda: hyper_connection.init_params(jax.random.key(0), spec, width, 0))
+    params = jax.eval_shape(
+      lambda: hyper_connection.init_params(jax.random.key(0), spec, width * spec.fractions, 0)
+    )
     x_NBTD = jax.ShapeDtypeStruct((n, 1, 1, width), jnp.float32)
     _, res_NMBT = jax.eval_shape(jax.grad(coefficients, argnums=(0, 1), has_aux=True), params, x_NBTD)
   except Exception as error:  # whatever somebody's own constraint may raise

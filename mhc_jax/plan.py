@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from mhc_jax import config_file, cost
+from mhc_jax import clusters, config_file, cost
 from mhc_jax import optimizer as optim
+from mhc_jax.clusters import ClusterConfig, build_cluster
 from mhc_jax.config import NOT_IN_ID, OptimizerConfig, build_optimizer, check_counts, fill_mesh
 from mhc_jax.connection import ConnectionSpec, Gate, Init
 from mhc_jax.constraints.base import Constraint
@@ -32,7 +33,7 @@ from mhc_jax.model_config import (
   model_of,
 )
 from mhc_jax.patterns import check_pattern
-from mhc_jax.presets import PRESETS, connection_spec
+from mhc_jax.presets import INITS, PRESETS, connection_spec
 from mhc_jax.sharding import check_mesh, find_devices
 from mhc_jax.train_step import init_state, without_traced
 from mhc_jax.values import INT32
@@ -50,6 +51,7 @@ class Run:
   model: ModelConfig
   optimizer: OptimizerConfig
   derived: dict[str, Any]  # parameters by group, FLOPs, tokens, num_steps; goes into status.json
+  cluster: ClusterConfig | None = None
 
   @property
   def num_steps(self) -> int:
@@ -57,10 +59,16 @@ class Run:
     return self.derived['num_steps']
 
   @property
+  def loose(self) -> ClusterConfig | None:
+    """The clusters that average parameters, not gradients."""
+    return self.cluster if self.cluster and self.cluster.sync_every else None
+
+  @property
   def shapes(self) -> tuple[Any, ...]:
     """What must be equal for two runs to share a compilation."""
     data = self.resolved['data']
-    return self.model, without_traced(self.optimizer), data['batch_size'], data['seq_len']
+    loose = self.loose and clusters.without_traced(self.loose)
+    return self.model, without_traced(self.optimizer), data['batch_size'], data['seq_len'], loose
 
   @property
   def _every(self) -> dict[str, int | None]:
@@ -89,6 +97,7 @@ def resolve(config: ConfigDict, digest: str, constraint: Constraint | None = Non
   config = config_file.check_fields(config)
   fill_mesh(config, jax.device_count())
   check_counts(config)
+  cluster = build_cluster(config)
   resolved = config.to_dict()
   resolved['arm'] = config.arm or config.model.connection.name
   resolved['data']['digest'] = digest
@@ -101,7 +110,7 @@ def resolve(config: ConfigDict, digest: str, constraint: Constraint | None = Non
   spec = build_connection(config.model.connection, config.model.depth, constraint)
   model = model_of(resolved['model'], resolved['transfer'], spec)
   check_size(model, config)
-  check_connection(spec, config.model.width)
+  check_connection(model)
   resolved['model']['connection'] = _resolved_connection(resolved['model']['connection'], spec)
   optimizer = build_optimizer(config)
   _check_fit(model, without_traced(optimizer))
@@ -113,6 +122,7 @@ def resolve(config: ConfigDict, digest: str, constraint: Constraint | None = Non
   derived = {
     'params': params,
     'flops_per_token': flops_per_token,
+    'ideal_flops_per_token': cost.train_flops_per_token(model, config.data.seq_len, causal=True),
     'forward_flops_per_token_by_term': cost.forward_flops_per_token(model, config.data.seq_len),
     'tokens_per_step': tokens_per_step,
     'num_steps': num_steps,
@@ -120,7 +130,17 @@ def resolve(config: ConfigDict, digest: str, constraint: Constraint | None = Non
     'flops': num_steps * tokens_per_step * flops_per_token,
     'data_digest': digest,
   }
-  return Run(run_id(resolved), resolved, model, optimizer, derived)
+  if cluster:
+    messages = clusters.message_bytes(_shapes(model), cluster)
+    sent = clusters.bytes_sent(messages, cluster, num_steps, num_steps)
+    derived |= {'cluster_messages': messages, 'cluster_bytes_per_token': sent / derived['tokens']}
+  return Run(run_id(resolved), resolved, model, optimizer, derived, cluster)
+
+
+@functools.lru_cache(maxsize=1024)
+def _shapes(model: ModelConfig) -> Any:
+  key, tokens = jax.eval_shape(lambda: jax.random.key(0)), jax.ShapeDtypeStruct((1, 2), jnp.int32)
+  return jax.eval_shape(Transformer(model).init, key, tokens, tokens)['params']
 
 
 def reseeded(run: Run, seed: int) -> Run:
@@ -140,7 +160,9 @@ def check_size(model: ModelConfig, config: ConfigDict) -> None:
   }
   for name, size in sizes.items():
     require(size <= INT32, f'{name} = {size}: at most {INT32}')
-  needed = cost.least_bytes(model, tokens, config.optimizer.microbatches or 1)
+  needed = cost.least_bytes(
+    model, tokens, config.optimizer.microbatches or 1, optimizer=config.optimizer.name
+  )
   require(
     needed <= MOST_BYTES,
     f'the model has {cost.parameters(model)["total"]} parameters and needs {needed / 2**40:.0f} TiB at the '
@@ -153,19 +175,17 @@ def _check_fit(model: ModelConfig, optimizer: OptimizerConfig) -> None:
   """Raises ConfigError where the manifold does not fit the parameters that its pattern matches."""
   if optimizer.manifold is None:
     return
+  require(not model.warms_up, 'model.sparse.stage=warmup moves the index alone: leave optimizer.manifold out')
 
   def first_update(key):
     state = init_state(key, model, optimizer)
     transform = optim.transform(optimizer, model, jnp.zeros(()), jnp.zeros(()))
     return transform.update(state.params, state.opt_state, state.params)
 
-  key = jax.eval_shape(lambda: jax.random.key(0))
-  tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
   check_pattern('optimizer.manifold_pattern', optimizer.manifold_pattern)
-  params = jax.eval_shape(Transformer(model).init, key, tokens, tokens)['params']
   try:
-    check_matches(optimizer.manifold, optimizer.manifold_pattern, params)
-    jax.eval_shape(first_update, key)
+    check_matches(optimizer.manifold, optimizer.manifold_pattern, _shapes(model))
+    jax.eval_shape(first_update, jax.eval_shape(lambda: jax.random.key(0)))
   except ValueError as error:
     raise ConfigError(f'optimizer.manifold={optimizer.manifold}: {error}') from None
 
@@ -202,13 +222,43 @@ def rebuild_model(resolved: dict[str, Any], constraint: Constraint | None = None
   try:
     spec = _rebuild_connection(resolved['model']['connection'], constraint)
   except (AttributeError, KeyError, TypeError, ValueError) as error:
-    if isinstance(error, ConfigError):
-      raise
-    raise ConfigError(f'model.connection: {type(error).__name__}: {error}') from None
+    raise _of_connection(error) from None
   rebuilt = model_of(model, config.transfer.to_dict(), spec)
   check_size(rebuilt, config)
-  check_connection(spec, rebuilt.width)
+  check_connection(rebuilt)
   return rebuilt
+
+
+def configuration_of(resolved: dict[str, Any]) -> ConfigDict:
+  """The configuration that resolves to this one (config.json): with equal data, the same run.
+
+  Traces nothing. Raises ConfigError as rebuild_model does, and where the connection's start values have no
+  name (presets.INITS).
+  """
+  config = config_file.complete(resolved)
+  try:
+    spec = _rebuild_connection(resolved['model']['connection'], None)
+  except (AttributeError, KeyError, TypeError, ValueError) as error:
+    raise _of_connection(error) from None
+  connection = config.model.connection
+  for name, gate in (('read', spec.read_gate), ('write', spec.write_gate)):
+    connection[f'{name}_gate'], connection[f'{name}_scale'] = gate.kind, float(gate.scale)
+    connection[f'{name}_eps'] = float(gate.eps)
+  changes = {'mixing': spec.init.mixing, 'alpha': spec.init.alpha}
+  changes = {name: float(value) for name, value in changes.items() if value is not None}
+  connection.update(changes)
+  named = (
+    name for name, init in INITS.items() if dataclasses.replace(init(spec.streams), **changes) == spec.init
+  )
+  connection.init = next(named, None)
+  require(connection.init is not None, f'model.connection.init: nothing in presets.INITS is {spec.init}')
+  return config
+
+
+def _of_connection(error: Exception) -> ConfigError:
+  if isinstance(error, ConfigError):
+    return error
+  return ConfigError(f'model.connection: {type(error).__name__}: {error}')
 
 
 def _rebuild_connection(given: dict[str, Any], constraint: Constraint | None) -> ConnectionSpec:
@@ -282,7 +332,9 @@ def deciding(resolved: dict[str, Any]) -> dict[str, Any]:
   for path in NOT_IN_ID:
     node = functools.reduce(lambda node, key: node.get(key, {}), path[:-1], kept)
     node.pop(path[-1], None)
-  for section in ('mla', 'moe'):
+  if not kept.get('cluster'):
+    kept.pop('cluster', None)
+  for section in ('mla', 'moe', 'sparse', 'mtp'):
     if not kept['model'].get(section):
       kept['model'].pop(section, None)
   connection = kept['model']['connection']

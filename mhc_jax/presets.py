@@ -61,6 +61,16 @@ _SOURCES = {
   'expansion': 'one_hot',
   'collapse': 'sources',
 }
+_DENSE = {
+  'read_gate': Gate('dense'),
+  'read_ways': 4,
+  'write_gate': Gate('one_hot'),
+  'write_period': 2,
+  'init': 'zero',
+  'constraint': 'identity',
+  'expansion': 'one_hot',
+  'collapse': 'dense',
+}
 # mhc-lite, KromHC, hyper-connections: a learned norm weight, phi = 0, streams summed. They clamp the norm at
 # 1e-12.
 _TORCH = {
@@ -148,6 +158,10 @@ PRESETS: dict[str, dict[str, dict]] = {
       'norm_weight': True,
     }
   },
+  # HC of one stream's fractions, each of which is written by itself (Frac-Connections, arXiv 2503.14125).
+  'frac': {'dynamic': {**_HC, 'streams': 1, 'fractions': 4, 'write_across': False}},
+  # HC with reads and writes between all fractions of all streams (virtual width, arXiv 2511.11238).
+  'vwn': {'dynamic': {**_HC, 'fractions': 2}},
   # Unmixed: sublayer t reads sum_s A_ts F_s over all earlier outputs, A learned, 1 at the start (a residual
   # stream). One stream per output: 2 depth + 1 of them.
   'depth_matrix': {
@@ -169,6 +183,8 @@ PRESETS: dict[str, dict[str, dict]] = {
     'heads': {**_SOURCES, 'read_heads': 8},
     'inkling2': {**_SOURCES, 'norm_weight': False, 'read_normed': True},
   },
+  # Dynamic dense reads (MUDD, arXiv 2502.12170): queries, keys, values and the residual apart, or one read.
+  'mudd': {'multiway': _DENSE, 'single': {**_DENSE, 'read_ways': 1}},
 }
 BLOCKS = 8  # of attention_residual's presets 'block' and 'inkling2', about
 
@@ -195,8 +211,8 @@ def connection_spec(
 
   None keeps the preset's value. constraint: a key of CONSTRAINTS or a Constraint of one's own; init: a key of
   INITS or an Init; mixing and alpha replace that one value of it; read_gate and write_gate: a Gate or its
-  kind, with scales and eps; overrides are fields of ConnectionSpec. 'residual' has one stream whatever
-  `streams` says. Raises ValueError for unknown names and sizes.
+  kind, with scales and eps; overrides are fields of ConnectionSpec. 'residual' and 'frac' have one stream
+  whatever `streams` says. Raises ValueError for unknown names and sizes.
   """
   if name not in PRESETS:
     raise ValueError(f'connection.name must be one of {", ".join(PRESETS)}, got {name!r}')
@@ -258,16 +274,19 @@ _CHOICES = {
   'generator': ('matrix', 'cp'),
   'activation': ('none', 'tanh'),
   'expansion': ('replicate', 'one_hot', 'learned'),
-  'collapse': ('mean', 'sum', 'learned', 'weights', 'read', 'sources'),
+  'collapse': ('mean', 'sum', 'learned', 'weights', 'read', 'sources', 'dense'),
 }
 
 
 def _check_cost(spec: ConnectionSpec) -> None:
   """Raises ConfigError, before anything is computed, for what takes too long to trace or to compute."""
-  constraint, n = spec.constraint, spec.streams
+  constraint, n = spec.constraint, spec.units
+  what = f'connection.streams={n}'
+  if spec.fractions > 1:
+    what = f'connection.streams * fractions = {n}'
+    require(n <= MOST_MIXED, f'{what}, which all are read by weights of their own; at most {MOST_MIXED}')
   if constraint.name != 'identity':
-    sums = f'connection.streams={n} mixed by {n * n} sums, written out; at most {MOST_MIXED}^2'
-    require(n <= MOST_MIXED, sums)
+    require(n <= MOST_MIXED, f'{what} mixed by {n * n} sums, written out; at most {MOST_MIXED}^2')
   where = f'connection.constraint={constraint.name} at {n} streams'
   for what, count, most in (
     ('coordinates', constraint.num_coordinates, MOST_COORDINATES),
@@ -291,12 +310,13 @@ def _check(spec: ConnectionSpec) -> None:
       raise ValueError(f'connection.{name} must be one of {", ".join(kinds)}, got {kind!r}')
   if spec.norm_eps < 0:
     raise ValueError(f'connection.norm_eps must not be negative, got {spec.norm_eps}')
+  _check_fractions(spec)
   _check_cost(spec)
   _check_combinations(spec)
   mixing = spec.init.mixing
   if mixing is not None:
     with np.errstate(all='ignore'):
-      start = spec.constraint.identity(spec.streams, mixing) if 0 <= mixing <= 1 else np.nan
+      start = spec.constraint.identity(spec.units, mixing) if 0 <= mixing <= 1 else np.nan
     if not np.isfinite(start).all():
       raise ValueError(
         f'{spec.constraint.name} has no start with connection.mixing={mixing}; 0.01 is a usual value'
@@ -307,6 +327,33 @@ def _check(spec: ConnectionSpec) -> None:
       f'connection.rank must lie between 1 and {outputs}, the number of coordinates that phi generates, '
       f'got {spec.rank}'
     )
+
+
+def _check_fractions(spec: ConnectionSpec) -> None:
+  require(spec.fractions >= 1, f'connection.fractions must be at least 1, got {spec.fractions}')
+  if spec.fractions == 1:
+    require(spec.write_across, 'connection.write_across=False needs connection.fractions above 1')
+    return
+  for what, there in (
+    (f'read_gate={spec.read_gate.kind}', spec.read_gate.kind in ('elementwise', 'sources', 'dense')),
+    ('write_gate=one_hot', spec.write_gate.kind == 'one_hot'),
+    ('single_pass', spec.single_pass),
+  ):
+    require(not there, f'connection.{what} does not go with connection.fractions={spec.fractions}')
+
+
+def _check_dense(spec: ConnectionSpec) -> None:
+  ours = spec.read_gate.kind == 'dense', spec.collapse == 'dense'
+  written = spec.write_gate.kind == 'one_hot' and spec.write_period == 2 and spec.expansion == 'one_hot'
+  require(
+    ours == (False, False) or (all(ours) and written and spec.dynamic and not spec.parts),
+    'connection.read_gate=dense and collapse=dense need each other, write_gate=one_hot, write_period=2, '
+    'expansion=one_hot, dynamic and a constraint without coordinates',
+  )
+  require(
+    spec.read_ways == 1 or (ours[0] and spec.read_ways == 4),
+    f'connection.read_ways must be 1, or 4 with read_gate=dense, got {spec.read_ways}',
+  )
 
 
 def _check_combinations(spec: ConnectionSpec) -> None:
@@ -330,6 +377,7 @@ def _check_combinations(spec: ConnectionSpec) -> None:
       'connection.read_gate=sources and collapse=sources need each other, write_gate=one_hot, '
       'expansion=one_hot, dynamic and a constraint without coordinates'
     )
+  _check_dense(spec)
   if (spec.read_heads, spec.read_normed) != (1, False) and not any(ours):
     raise ValueError('connection.read_heads and read_normed need read_gate=sources')
   if spec.write_period != 1 and spec.write_gate.kind != 'one_hot':

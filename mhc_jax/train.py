@@ -39,13 +39,13 @@ from mhc_jax.log import Progress, say, tolerant_streams
 from mhc_jax.loop import Data, Member, Single, alone, is_full, loop
 from mhc_jax.memory import check_memory
 from mhc_jax.paths import expand
-from mhc_jax.plan import Run, resolve, warnings_of
+from mhc_jax.plan import Run, configuration_of, resolve, warnings_of
 from mhc_jax.population import Population, alike, on_one_device
 from mhc_jax.profiling import Trace
 from mhc_jax.recorder import Position, Recorder
 from mhc_jax.sharding import left_out, local_rows, make_mesh, put_batch
 from mhc_jax.train_step import Batch, Programs, programs
-from mhc_jax.workdir import ENDED, check_workdir, claim
+from mhc_jax.workdir import ENDED, check_workdir, claim, read_config
 
 
 def load_data(run: Run, corpus: Corpus) -> tuple[Windows, Windows]:
@@ -136,6 +136,7 @@ def run_population(
   """
   plans = [resolve(config, corpus.digest) for config in configs]
   require(len({alike(plan) for plan in plans}) == 1, 'the members of a population must have equal shapes')
+  require(plans[0].loose is None, 'clusters are no member of a population: train them alone (mhc train)')
   require(on_one_device(plans[0]), 'a population takes one device: set mesh.data and the others to 1')
   settings.check_precision(configs[0].model.dtype)
   check_memory(plans[0])
@@ -224,7 +225,8 @@ def _train_opened(
   profile: tuple[int, int] | None,
   boards: Dashboards,
 ) -> None:
-  compiled = programs(members[0].plan.model, members[0].plan.optimizer, mesh)
+  first = members[0].plan
+  compiled = programs(first.model, first.optimizer, mesh, first.loose)
   common = _common_step(members) if len(members) > 1 else None
   for member in members:
     member.record.population = max(member.record.population, len(members))
@@ -233,7 +235,8 @@ def _train_opened(
   opened = [member for member in members if member.status is None]
   if not opened:
     return
-  if side_by_side or (mesh.devices.flat[0].platform != 'cpu' and on_one_device(opened[0].plan)):
+  accelerated = mesh.devices.flat[0].platform != 'cpu' and on_one_device(first)
+  if side_by_side or (accelerated and first.loose is None):
     updates = Population(opened, compiled, data.train, mesh)
   else:
     (member,) = opened
@@ -273,13 +276,17 @@ def _open(member: Member, compiled: Programs, at_most: int | None, quiet: bool, 
   keep = c['checkpoint']['keep']
   member.checkpoints = member.files.enter_context(Checkpoints(folder, keep, member.record.held))
   saved = member.checkpoints.restore_latest(compiled.abstract, at_most=at_most)
+  require(
+    saved is not None or c['start'] is None,
+    f'{member.workdir} lacks the weights that start={c["start"]} names: `mhc import` makes such a folder',
+  )
   at.step, at.state, extra = saved or (0, compiled.init(jax.random.key(c['seed'])), {})
   for name, value in extra.items():
     setattr(at, name, value)
   if member.goes_on:
     at.divergence |= {'ignored': True}
   member.step = at.step
-  member.record.open(at, saved is not None, quiet, boards)
+  member.record.open(at, at.step > 0, quiet, boards)  # imported weights are a checkpoint of step 0
   member.files.callback(member.record.close)
   member.record.status(at, 'running')
 
@@ -300,11 +307,11 @@ def _inputs(member: Member, train: Windows, mesh: Mesh) -> Iterator[Batch]:
   return (put_batch(batch, mesh) for batch in batches)
 
 
-def _config(name: str | None, overrides: list[str]) -> ConfigDict:
-  """The config of that name, or the defaults, with overrides."""
+def _config(name: str | None, overrides: list[str], resolved: dict[str, Any] | None = None) -> ConfigDict:
+  """The config of that name, or of the resolved run, or the defaults, with overrides."""
   if name is not None:
     return parse(name, overrides)
-  config = base_config()
+  config = base_config() if resolved is None else configuration_of(resolved)
   override(config, overrides)
   return config
 
@@ -317,6 +324,7 @@ def _parser() -> argparse.ArgumentParser:
     '  mhc train --config laptop --workdir runs/laptop\n'
     '  mhc train --config laptop:smoke --workdir runs/smoke \\\n'
     '    --config.model.connection.name=residual --config.optimizer.lr=2e-3\n'
+    '  mhc train --workdir runs/laptop         # goes on with what the folder holds\n'
     'any field can be set by --config.section.field=value; mhc --print-config lists them, log.wandb among\n'
     'them, the project of Weights & Biases that rows go to; one axis of mesh can be -1, all devices left',
     formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -354,14 +362,19 @@ def main(argv: list[str] | None = None) -> int:
   if args.print_config:
     print(print_config.text(_config(args.config, overrides)))
     return 0
-  require(args.config is not None, 'name a config: --config laptop (mhc train --help)')
+  goes_on = args.config is None and args.workdir is not None
+  resolved = read_config(expand(args.workdir)) if goes_on else None
+  require(
+    args.config is not None or resolved is not None,
+    'name a config: --config laptop (mhc train --help); without one goes on what --workdir holds already',
+  )
   if args.estimate:
-    print(estimate.text(resolve(parse(args.config, overrides), '')))
+    print(estimate.text(resolve(_config(args.config, overrides, resolved), '')))
     return 0
   require(args.workdir is not None, 'name the folder of the run: --workdir runs/laptop')
   profile = profiling.updates_of(args.profile) if args.profile else None
   runtime.prepare(args)
-  config = parse(args.config, overrides)
+  config = _config(args.config, overrides, resolved)
   cluster = distributed.find(args)
   if cluster and not distributed.is_supervised():
     command = [sys.executable, '-m', 'mhc_jax.train', *(sys.argv[1:] if argv is None else argv)]
