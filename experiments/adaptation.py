@@ -12,8 +12,8 @@ documents plus a tenth of its mean over the subset (rms). lr and decay are fitte
 those reported; none is among the choices.
 
 What adapts: the parameters whose path matches a pattern, and as controls as many scalars drawn from the
-norms' weights and from all parameters outside the connection; of an arm without a match, as many as of the arm
-with the most. adaptation.csv has a row per run, subset and document.
+norms' weights and from all parameters outside the connection; of an arm without a match, as many as of the
+arm with the most. adaptation.csv has a row per run, subset and document.
 """
 
 import argparse

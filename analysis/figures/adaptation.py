@@ -98,7 +98,7 @@ def changes(table: pd.DataFrame) -> Drawing:
   first = rows.iloc[0]
   caption = (
     'Change in bits per byte by adapting some scalars while a document is read; text is scored before '
-    f'they are adapted to it. {first["documents"]} documents, {rows["seeds"].max()} seeds; rates fitted on as many '
-    'other documents. Intervals: bootstrap over documents, of these models.'
+    f'they are adapted to it. {first["documents"]} documents, {rows["seeds"].max()} seeds; rates fitted on '
+    'as many other documents. Intervals: bootstrap over documents, of these models.'
   )
   return Drawing(fig, caption, rows)
