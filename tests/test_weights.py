@@ -177,7 +177,7 @@ def test_every_model_comes_back_as_it_was(rng, overrides):
   assert all(x.flags.c_contiguous for x in tensors.values())
   back = parameters_of(tensors, shapes_of(model), model)
   jax.tree.map(np.testing.assert_array_equal, params, back)
-  assert why_not('llama', model) is None or model.connection.streams > 1 or model.weights_rank or model.moe
+  assert why_not('llama', model) is None or model.connection.units > 1 or model.weights_rank or model.moe
 
 
 @pytest.mark.parametrize('transpose', (True, False))

@@ -34,6 +34,10 @@ ENDS: tuple[Row, ...] = (
   (('collapse/alpha',), 'hc_head_scale', 'numbers'),
   (('collapse/read_query',), 'hc_head_read_query', 'same'),
   (('collapse/norm_weight',), 'hc_head_norm_weight', 'same'),
+  *(
+    ((f'collapse/{name}',), f'hc_head_{name}', 'same')
+    for name in ('read_down', 'read_up', 'b_read', 'post_norm')
+  ),
 )
 _MAPS = {
   'attention/query': 'self_attn.q_proj',
@@ -51,7 +55,7 @@ _MAPS = {
 }
 _OF_CONNECTIONS = (
   *('phi_in', 'phi_out', 'phi_res_stream', 'phi_res_width', 'phi_res_row', 'phi_res_column', 'phi_res_out'),
-  *('norm_weight', 'read_down', 'read_up', 'read_query'),
+  *('norm_weight', 'read_down', 'read_up', 'read_query', 'b_read', 'post_norm'),
 )
 
 
@@ -68,6 +72,8 @@ def _connection(ours: str, theirs: str) -> tuple[Row, ...]:
 LAYER: tuple[Row, ...] = (
   (('attention/norm',), 'input_layernorm.weight', 'same'),
   (('attention/latent_norm',), 'self_attn.kv_a_layernorm.weight', 'same'),
+  (('attention/key_norm',), 'input_layernorm_key.weight', 'same'),
+  (('attention/value_norm',), 'input_layernorm_value.weight', 'same'),
   (('feed_forward/norm',), 'post_attention_layernorm.weight', 'same'),
   *(((f'{ours}/w',), f'{theirs}.weight', 'matrix') for ours, theirs in _MAPS.items()),
   *(((f'{ours}/{part}',), f'{theirs}.{part}', 'same') for ours, theirs in _MAPS.items() for part in 'uv'),
@@ -203,7 +209,7 @@ def _order(how: str, count: int, c: ModelConfig) -> np.ndarray:
 
   A constraint with `transpose` (V4's) has comb's coordinates itself.
   """
-  rows, n, spec = np.arange(count), c.connection.streams, c.connection
+  rows, n, spec = np.arange(count), c.connection.units, c.connection
   entries = spec.parts['res'] if 'res' in spec.parts else 0
   joint = how == 'mixing_vectors' or (spec.scope == 'joint' and count == sum(spec.parts.values()))
   is_comb = spec.constraint.params.get('transpose') is True
