@@ -16,6 +16,7 @@ from . import layers, training
 from .alternatives import Alternative, alternatives, other_choices
 from .compare import Candidate, LackOfFit, RolloutStep, lack_of_fit, nested, residuals, rollout
 from .diagnostics import Diagnostics, diagnostics
+from .efficiency import efficiency
 from .fitting.document import document
 from .fitting.estimate import Fit, fit
 from .fitting.identify import RULES, Choice, choose_law
@@ -67,6 +68,7 @@ class Study:
   seed_spread: float | None
   gaps: list[Gap]
   published: Published
+  efficiency: pd.DataFrame
   summary: pd.DataFrame
   final_losses: pd.DataFrame
   ablation: pd.DataFrame
@@ -140,6 +142,7 @@ def study(
     seed_spread=spread,
     gaps=paired,
     published=published(grid, paired, own, reference),
+    efficiency=efficiency(shown, own, reference),
     summary=summary(table),
     final_losses=losses,
     ablation=ablation(shown, losses),
@@ -189,6 +192,7 @@ def fits_json(s: Study) -> dict[str, object]:
       'rollout': s.rollout,
       'seed_standard_deviation': s.seed_spread,
       'gaps': s.gaps,
+      'efficiency': s.efficiency.to_dict('records'),
       'published_gaps': s.published.gaps.to_dict('records'),
       'published_fits': s.published.fits.to_dict('records'),
       'summary': s.summary.to_dict('records'),

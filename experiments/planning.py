@@ -31,6 +31,7 @@ from . import (
   ablation,
   attention_residual,
   fp8,
+  fractions,
   identity_or_mixing,
   isoflop,
   learning_rate,
@@ -53,6 +54,7 @@ EXPERIMENTS: dict[str, Callable[[str | None], list[ConfigDict]]] = {
   'isoflop': isoflop.runs,
   'router': router.runs,
   'attention_residual': attention_residual.runs,
+  'fractions': fractions.runs,
   'fp8': fp8.runs,
   'mtp': mtp.runs,
 }

@@ -14,6 +14,7 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder as optional
 
+from mhc_jax.energy import check_kind
 from mhc_jax.errors import require
 from mhc_jax.manifold_updates import MANIFOLDS
 
@@ -164,6 +165,8 @@ def _pickled_base() -> bytes:
           'name': 'mhc',  # a key of presets.PRESETS
           'preset': optional(str),  # one of PRESETS[name]; None: its first
           'streams': 4,  # n; the residual connection has one
+          'fractions': optional(int),  # m, in which each stream is read, mixed and written; None: 1
+          'write_across': optional(bool),  # a fraction of a sublayer's output goes to all; None: the preset's
           'rank': optional(int),  # of the generator phi
           'constraint': optional(str),  # of H_res: a key of constraints.CONSTRAINTS
           'constraint_params': Section(),  # of the constraint, by the names of its function, like iterations
@@ -253,6 +256,9 @@ def _pickled_base() -> bytes:
       'diagnostics_every_steps': optional(int),  # of H_res and the streams, by layer; None: never
       'tensorboard': True,  # rows go there too. Not part of the run id
       'wandb': optional(str),  # project of Weights & Biases for rows (extra wandb). Not part of the run id
+      'energy': optional(
+        str
+      ),  # joules in rows, by nvml, rapl or cpu:WATTS (energy.py). Not part of the run id
     }
   )
   c.checkpoint = Section(
@@ -284,7 +290,7 @@ def _pickled_base() -> bytes:
 NOT_IN_ID = (
   *(('arm',), ('mesh',), ('topology',), ('checkpoint',)),
   *(('model', 'kernels'), ('data', 'dir'), ('data', 'column'), ('data', 'tokenizer')),
-  *(('log', 'tensorboard'), ('log', 'wandb')),
+  *(('log', 'tensorboard'), ('log', 'wandb'), ('log', 'energy')),
 )
 
 
@@ -373,6 +379,7 @@ def check_counts(config: ConfigDict) -> None:
     for name in names:
       value = config[section][name]
       require(value is None or value >= 1, f'{section}.{name} must be at least 1, got {value}')
+  check_kind(config.log.energy)
   require(0 <= config.seed < 2**31, f'seed must lie between 0 and 2**31 - 1, got {config.seed}')
   given = [name for name in DURATIONS if config.duration[name] is not None]
   require(

@@ -32,7 +32,7 @@ def parameters(c: ModelConfig) -> dict[str, int]:
   dynamic = spec.dynamic and bool(spec.parts)
   alphas = len({spec.alpha_of(part) for part in spec.parts})
   static = 0 if spec.phi_only else sum(spec.parts.values()) + alphas * dynamic
-  norm = spec.norm_inputs * c.width
+  norm = spec.norm_inputs * c.width // spec.fractions
   norm *= spec.norm_weight and spec.dynamic and spec.has_params
   head = {'learned': c.width * n**2, 'sources': c.width}.get(spec.collapse, 0)
   ends = {'learned': 1 + n, 'weights': n, 'sources': spec.norm_weight * c.width}.get(spec.collapse, 0)
@@ -97,20 +97,21 @@ def forward_flops_per_token(c: ModelConfig, seq_len: int) -> dict[str, float]:
   if not spec.has_params:
     return flops | _mtp_flops(c, seq_len, flops)
   inputs, outputs = spec.generator_shape
-  copies = n // inputs  # 'per_stream' applies one small map n times
+  units, part = spec.units, c.width // spec.fractions
+  copies = units // inputs  # 'per_stream' applies one small map n times
   product = _generator(c)
   if spec.generator == 'cp':  # multiplied out
     res = spec.parts['res']
-    product = inputs * c.width * (outputs - res + spec.rank) + spec.rank * res
+    product = inputs * part * (outputs - res + spec.rank) + spec.rank * res
   sublayers = 2 * c.depth
   flops |= {
     'hc_generator': sublayers * spec.dynamic * (2 * copies * product + 3 * n * c.width),
-    'hc_read': sublayers * 2 * n * c.width,
-    'hc_mix': sublayers * (2 * n * n * c.width if 'res' in spec.parts else 0),
-    'hc_write': sublayers * 2 * n * c.width,
+    'hc_read': sublayers * 2 * spec.parts.get('pre', units) * part,
+    'hc_mix': sublayers * (2 * units * units * part if 'res' in spec.parts else 0),
+    'hc_write': sublayers * 2 * spec.parts.get('post', units) * part,
     'hc_elementwise': sublayers * 2 * _elementwise(c),
     'hc_sources': (2 * sublayers + 7 * (spec.collapse == 'sources')) * n * _query(c),
-    'hc_constraint': sublayers * spec.constraint.flops(n),
+    'hc_constraint': sublayers * spec.constraint.flops(units),
   }
   if spec.collapse == 'learned':
     flops['hc_collapse'] = 2 * n * n * c.width + 5 * n * c.width
@@ -235,12 +236,13 @@ def _generator(c: ModelConfig) -> int:
   """Parameters of one sublayer's phi."""
   spec = c.connection
   inputs, outputs = spec.generator_shape
+  width = c.width // spec.fractions
   if spec.rank is None:
-    return inputs * c.width * outputs
+    return inputs * width * outputs
   if spec.generator == 'cp':
     gates = outputs - spec.parts['res']
-    return inputs * c.width * gates + spec.rank * sum(cp_shapes(spec, c.width).values())
-  return spec.rank * (inputs * c.width + outputs)
+    return inputs * width * gates + spec.rank * sum(cp_shapes(spec, width).values())
+  return spec.rank * (inputs * width + outputs)
 
 
 def _elementwise(c: ModelConfig) -> int:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
+from mhc_jax import fractions
 from mhc_jax import hyper_connection as hc
 from mhc_jax.kernels import boundary as kernels
 from mhc_jax.kernels import lanes
@@ -64,7 +65,8 @@ class Block(nn.Module):
       if fused:
         pending = kernels.Pending(x_NBTD, y_BTD, own)
         continue
-      x_NBTD = constrain(hc.write(own.res_NMBT, own.post_NBT, x_NBTD, y_BTD), 'NBTD', mesh)
+      x_NBTD = hc.write(own.res_NMBT, own.post_NBT, x_NBTD, y_BTD, spec.fractions)
+      x_NBTD = constrain(x_NBTD, 'NBTD', mesh)
       pending = hc.Pending(x_NBTD, pre_NBT=own.pre_NBT if spec.single_pass else None)
       if self.record:
         records[-1]['gram_NMBT'] = _gram(pending.x_NBTD[:, : self.record])
@@ -116,14 +118,14 @@ def boundary(
   )
   own = generate(params, pending.x_NBTD, sublayer)
   pre_NBT = pending.pre_NBT if spec.single_pass else own.pre_NBT
-  return pending.x_NBTD, constrain(hc.read(pre_NBT, pending.x_NBTD), 'BTD', mesh), own
+  return pending.x_NBTD, constrain(hc.read(pre_NBT, pending.x_NBTD, spec.fractions), 'BTD', mesh), own
 
 
 def constraint_kernel(c: ModelConfig, mesh: Mesh | None) -> Callable[..., jax.Array] | None:
   """What computes the constraint's matrix in boundaries by XLA: a kernel (lanes.py), None without one."""
   if c.dtype == jnp.float64:
     return None
-  return lanes.kernel_for(c.connection.constraint, c.connection.streams, chip_of(c.kernels, mesh))
+  return lanes.kernel_for(c.connection.constraint, c.connection.units, chip_of(c.kernels, mesh))
 
 
 def fused_boundary(
@@ -207,13 +209,15 @@ class MultiToken(nn.Module):
     std = (2 * c.width) ** -0.5  # the two are one map of 2 C numbers
     e_proj_DD, h_proj_DD = (self.param(name, normal(std), (c.width,) * 2) for name in ('e_proj', 'h_proj'))
     e_BTD = rms_norm(next_BTD, norms[0], c.norm_eps) @ e_proj_DD.astype(c.dtype)
-    normed_NBTD = jax.vmap(lambda x_BTD: rms_norm(x_BTD, norms[1], c.norm_eps))(pending.x_NBTD)
-    x_NBTD = e_BTD[None] + normed_NBTD @ h_proj_DD.astype(c.dtype)
+    m = c.connection.fractions
+    whole_NBTD = fractions.merge(pending.x_NBTD, m)
+    normed_NBTD = jax.vmap(lambda x_BTD: rms_norm(x_BTD, norms[1], c.norm_eps))(whole_NBTD)
+    x_NBTD = fractions.split(e_BTD[None] + normed_NBTD @ h_proj_DD.astype(c.dtype), m)
     pending = pending._replace(x_NBTD=constrain(x_NBTD, 'NBTD', mesh))
     kept = {'policy': policy(c.remat)} if c.remat in ('layer', 'products') else {}
     block = Block if c.remat == 'none' else nn.remat(Block, **kept)
     pending, records = block(c, 0, mesh, True, name='block')(pending, c.depth, seen)
-    x_NBTD = constrain(hc.settled(pending), 'NBTD', mesh)
+    x_NBTD = constrain(hc.settled(pending, c.connection.fractions), 'NBTD', mesh)
     head = _ends(self, 'collapse', hc.init_collapse)
     x_BTD = rms_norm(_collapsed(head, x_NBTD, pending.pre_NBT, c, mesh), norms[2], c.norm_eps)
     losses = {name: loss for record in records for name, loss in record.get('losses', {}).items()}
@@ -253,9 +257,9 @@ class Transformer(nn.Module):
     head = _ends(self, 'collapse', hc.init_collapse)
     copies = _ends(self, 'expansion', hc.init_expand)
     x_BTD = constrain(embedding_VD[tokens_BT].astype(c.dtype), 'BTD', mesh)
-    x_NBTD = hc.expand(x_BTD, c.connection.streams, c.connection.expansion, copies)
-    x_NBTD = constrain(x_NBTD, 'NBTD', mesh)
     spec, first_NBT = c.connection, None
+    x_NBTD = hc.expand(x_BTD, spec.streams, spec.expansion, copies, spec.fractions)
+    x_NBTD = constrain(x_NBTD, 'NBTD', mesh)
     if spec.single_pass:
       first_NBT = hc.one_hot(0, spec.streams, tokens_BT.shape, c.dtype)
     pending = hc.Pending(x_NBTD, pre_NBT=first_NBT)
@@ -265,7 +269,7 @@ class Transformer(nn.Module):
     pending, records = self._layers(pending, visible(segments_BT, c, mesh), record)
     if isinstance(pending, kernels.Pending):
       pending = kernels.definition(pending, spec)
-    x_NBTD = constrain(hc.settled(pending), 'NBTD', mesh)
+    x_NBTD = constrain(hc.settled(pending, spec.fractions), 'NBTD', mesh)
     x_BTD = rms_norm(_collapsed(head, x_NBTD, pending.pre_NBT, c, mesh), final_norm_D, c.norm_eps)
     if c.mtp is not None and (labels is not None or self.is_initializing()):
       next_BT = tokens_BT if labels is None else labels[0]

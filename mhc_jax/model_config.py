@@ -420,7 +420,11 @@ def _dense_layers(c: ConfigDict, moe: MoEConfig | None) -> int:
 
 def check_connection(spec: ConnectionSpec, width: int) -> None:
   """Raises ConfigError for a rank above the inputs of phi, and where tracing it or its gradient fails."""
-  inputs = spec.generator_shape[0] * width
+  require(
+    width % spec.fractions == 0,
+    f'connection.fractions={spec.fractions} does not divide the width {width}',
+  )
+  inputs = spec.generator_shape[0] * width // spec.fractions
   require(
     spec.rank is None or spec.rank <= inputs,
     f'connection.rank={spec.rank} is over {inputs}, the number of inputs of phi',
@@ -434,15 +438,17 @@ def check_connection(spec: ConnectionSpec, width: int) -> None:
 @functools.lru_cache(maxsize=1024)
 def _check_trace(spec: ConnectionSpec) -> None:
   """The connection as training has it, traced on one token of width 1: no step knows a width from another."""
-  n, constraint, width = spec.streams, spec.constraint, spec.read_heads
+  n, constraint, width = spec.units, spec.constraint, spec.read_heads
 
   def coefficients(params: Any, x_NBTD: jax.Array) -> tuple[jax.Array, Any]:
     c = hyper_connection.generate(params, x_NBTD, spec)
-    read_BTD = hyper_connection.read(c.pre_NBT, x_NBTD)
+    read_BTD = hyper_connection.read(c.pre_NBT, x_NBTD, spec.fractions)
     return sum(jnp.sum(x) for x in (*c, read_BTD) if x is not None), c.res_NMBT
 
   try:
-    params = jax.eval_shape(lambda: hyper_connection.init_params(jax.random.key(0), spec, width, 0))
+    params = jax.eval_shape(
+      lambda: hyper_connection.init_params(jax.random.key(0), spec, width * spec.fractions, 0)
+    )
     x_NBTD = jax.ShapeDtypeStruct((n, 1, 1, width), jnp.float32)
     _, res_NMBT = jax.eval_shape(jax.grad(coefficients, argnums=(0, 1), has_aux=True), params, x_NBTD)
   except Exception as error:  # whatever somebody's own constraint may raise

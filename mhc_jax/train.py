@@ -16,7 +16,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mhc_jax import distributed, estimate, print_config, profiling, runtime, settings, storage
+from mhc_jax import distributed, energy, estimate, print_config, profiling, runtime, settings, storage
 from mhc_jax.checkpoint import Checkpoints
 from mhc_jax.command import end_with_message
 from mhc_jax.config import base_config
@@ -242,9 +242,13 @@ def _train_opened(
   if len(members) > 1 and not quiet:
     steps = sum(member.step for member in opened), sum(member.plan.num_steps for member in opened)
     progress = Progress(f'{len(opened)} runs', *steps, quiet)
+  kind = opened[0].plan.resolved['log']['energy']
+  counted = energy.meter(kind, list(mesh.local_devices), jax.process_count())
+  for member in opened:
+    member.record.energy = counted and counted.source
   trace = Trace(profile, opened[0].workdir, opened[0].plan.num_steps) if profile else None
   try:
-    loop(opened, updates, compiled, data, stops_at, progress, trace)
+    loop(opened, updates, compiled, data, stops_at, progress, trace, counted)
   finally:
     if trace:
       trace.close(opened[0].step)

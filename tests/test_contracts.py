@@ -50,6 +50,7 @@ PLANS = {
   'isoflop': 'e75d0e49bf2c',
   'router': '8e62ee6f998d',
   'attention_residual': '96a6c5087d7e',
+  'fractions': 'deccf8eafe3d',
   'fp8': 'b6a05722a908',
   'mtp': '18c3936055d2',
 }

@@ -36,6 +36,8 @@ CASES = {
   'mhc static': {'name': 'mhc', 'dynamic': False},
   'mhc of 2 streams': {'name': 'mhc', 'streams': 2},
   'identity of 1 stream': {'name': 'identity', 'streams': 1},
+  'mhc of 2 streams in 4 fractions': {'name': 'mhc', 'streams': 2, 'fractions': 4, 'norm_weight': True},
+  'fractions by cp': {'name': 'mhc', 'fractions': 2, 'generator': 'cp', 'rank': 2, 'collapse': 'learned'},
   'factored weights': {'name': 'residual', 'weights_rank': 3},
   'grouped queries': {'name': 'mhc', 'kv_heads': 1},
   'latent attention': {
@@ -160,10 +162,10 @@ def product_terms(config):
 
 def constraint_products(spec):
   """FLOPs of the matrix products inside the constraint's map, per token: a part of what it states."""
-  coords_K1 = jax.ShapeDtypeStruct((spec.constraint.num_coordinates(spec.streams), 1), jnp.float32)
-  jaxpr = jax.make_jaxpr(lambda c: spec.constraint.matrix(c, spec.streams))(coords_K1)
+  coords_K1 = jax.ShapeDtypeStruct((spec.constraint.num_coordinates(spec.units), 1), jnp.float32)
+  jaxpr = jax.make_jaxpr(lambda c: spec.constraint.matrix(c, spec.units))(coords_K1)
   products = sum(times * product_flops(equation) for equation, times in matrix_products(jaxpr.jaxpr))
-  assert products <= spec.constraint.flops(spec.streams)
+  assert products <= spec.constraint.flops(spec.units)
   return products
 
 

@@ -70,6 +70,7 @@ SECTIONS = (
     {'paper_gap_flops': gap_and_ratio, 'paper_gap_tokens': token_scaling},
     secondary=False,
   ),
+  Section('efficiency', 'What a token and equal loss cost'),
   Section('published', 'Published gaps beside ours', {'published_gaps': published_figure}),
   Section('tables', 'Final losses'),
   Section('excluded', 'Runs left out'),
