@@ -30,6 +30,7 @@ from mhc_jax.train import load_data
 from . import (
   ablation,
   attention_residual,
+  clusters,
   fp8,
   fractions,
   identity_or_mixing,
@@ -40,6 +41,7 @@ from . import (
   quick,
   rank,
   router,
+  sparse,
   stability,
 )
 from .workers import corpus_of
@@ -56,7 +58,9 @@ EXPERIMENTS: dict[str, Callable[[str | None], list[ConfigDict]]] = {
   'attention_residual': attention_residual.runs,
   'fractions': fractions.runs,
   'fp8': fp8.runs,
+  'sparse': sparse.runs,
   'mtp': mtp.runs,
+  'clusters': clusters.runs,
 }
 
 

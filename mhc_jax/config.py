@@ -181,11 +181,12 @@ def _pickled_base() -> bytes:
           'norm_weight': optional(bool),  # that norm has weights
           'norm_eps': optional(float),  # of that norm
           'norm_eps_outside': optional(bool),  # 1 / (rms + eps) instead of 1 / sqrt(mean square + eps)
-          'read_gate': optional(str),  # sigmoid, softmax, tanh, linear, fixed, elementwise or sources
+          'read_gate': optional(str),  # sigmoid, softmax, tanh, linear, fixed, elementwise, sources or dense
           'read_scale': optional(float),  # None: the preset's; 1 / streams for a fixed gate
           'read_rank': optional(int),  # of the elementwise read gate
           'read_heads': optional(int),  # of the sources read gate: slices of the width
           'read_normed': optional(bool),  # the sources read gate adds up normed streams
+          'read_ways': optional(int),  # of the dense read gate: 1, or 4: queries, keys, values, residual
           'write_period': optional(int),  # sublayers that a one_hot write adds up in one stream
           'write_gate': optional(str),  # sigmoid, softmax, tanh, linear, fixed or one_hot
           'write_scale': optional(float),  # m of m-sigmoid; 1 for a fixed gate
@@ -193,7 +194,7 @@ def _pickled_base() -> bytes:
           'write_eps': optional(float),  # added to the write gate
           'single_pass': optional(bool),  # reads by the map of the sublayer before (DeepSeek-V4.1)
           'expansion': optional(str),  # of the embedding to streams: replicate, one_hot or learned
-          'collapse': optional(str),  # of streams to the output: mean, sum, learned, weights, read or sources
+          'collapse': optional(str),  # of streams: mean, sum, learned, weights, read, sources or dense
           'output_init_scaling': False,  # HC's: output maps start sqrt(n) times larger
         }
       ),
@@ -233,6 +234,18 @@ def _pickled_base() -> bytes:
     }
   )
   c.optimizer.clip_norm = 1.0
+  # Clusters that train apart and average their parameters now and then (DiLoCo), on where workers is set.
+  c.cluster = Section(
+    {
+      'workers': optional(int),  # each with its share of the batch and moments of its own
+      'sync_every': optional(int),  # updates between averages; None: gradients are averaged at every update
+      'outer_lr': optional(float),  # of the step to the average; None: 0.7 as published, few rounds want 1
+      'outer_momentum': optional(float),  # Nesterov's; None: 0.9 as published, few rounds want 0
+      'fragments': optional(int),  # parts of the layers that are averaged at times of their own; None: 1
+      'overlap': optional(int),  # updates from sending an average to its arrival; None: 0
+      'outer_bits': optional(int),  # of a number that is sent: 32, or 4 (E3M0); None: 32
+    }
+  )
   # Exactly one. Parameters are matmul parameters with the unembedding (cost.py: 'matmul').
   c.duration = Section(
     {

@@ -9,9 +9,11 @@ the terms that are matrix products (tests/test_cost.py).
 """
 
 import dataclasses
+import math
 
 import jax.numpy as jnp
 
+from mhc_jax import dense_reads
 from mhc_jax.generator import cp_shapes
 from mhc_jax.layers.grouped_experts import buffer_rows
 from mhc_jax.layers.unembedding import LARGEST
@@ -36,7 +38,8 @@ def parameters(c: ModelConfig) -> dict[str, int]:
   norm *= spec.norm_weight and spec.dynamic and spec.has_params
   head = {'learned': c.width * n**2, 'sources': c.width}.get(spec.collapse, 0)
   ends = {'learned': 1 + n, 'weights': n, 'sources': spec.norm_weight * c.width}.get(spec.collapse, 0)
-  ends += n * c.width * (spec.expansion == 'learned')
+  ends += n * c.width * (spec.expansion == 'learned') + sum(_dense_sizes(c, 'b_read'))
+  dense = _dense_maps(c)
   groups = {
     'embedding': c.vocab_size * c.width,
     'unembedding': c.width * c.vocab_size,
@@ -44,8 +47,8 @@ def parameters(c: ModelConfig) -> dict[str, int]:
     'feed_forward': _dense(c) * sum(_size(shape, c.weights_rank) for shape in maps['feed_forward']),
     **_expert_parameters(c),
     **_index_parameters(c),
-    'norm': (2 * c.depth + 1) * c.width + (c.depth * (c.mla.kv_rank + (c.mla.q_rank or 0)) if c.mla else 0),
-    'hc_dynamic': 2 * c.depth * (_generator(c) * dynamic + _elementwise(c) + _query(c)) + head,
+    'norm': (2 * c.depth + 1 + 2 * c.depth * (spec.read_ways > 1)) * c.width + _latent_norms(c),
+    'hc_dynamic': 2 * c.depth * (_generator(c) * dynamic + _elementwise(c) + _query(c)) + head + dense,
     'hc_static': 2 * c.depth * (static + norm) + ends,
   }
   mtp = _mtp_parameters(c)
@@ -69,15 +72,20 @@ def parameters(c: ModelConfig) -> dict[str, int]:
 
 
 def least_bytes(
-  c: ModelConfig, tokens: int, parts: int = 1, devices: int = 1, optimizer: str | None = None
+  c: ModelConfig,
+  tokens: int,
+  parts: int = 1,
+  devices: int = 1,
+  optimizer: str | None = None,
+  copies: int = 1,
 ) -> int:
   """What training on `tokens` at once holds at the least, on all devices together.
 
-  Parameters, gradients and both of Adam's moments (by 'muon' one, as of its matrices), 4 bytes each; and the
-  streams and logits of one of `parts` microbatches, a piece of them per device. Every activation kept for the
-  backward pass comes on top.
+  Parameters, gradients and both of Adam's moments (by 'muon' one, as of its matrices), 4 bytes each, for each
+  of `copies` workers (clusters.py); and the streams and logits of one of `parts` microbatches, a piece of
+  them per device. Every activation kept for the backward pass comes on top.
   """
-  state = (12 if optimizer == 'muon' else 16) * parameters(c)['total']
+  state = (12 if optimizer == 'muon' else 16) * copies * parameters(c)['total']
   streams = c.connection.streams * c.width * jnp.dtype(c.dtype).itemsize
   logits = min(tokens // parts * 4 * c.vocab_size, devices * LARGEST)
   return state + tokens // parts * streams + logits
@@ -106,10 +114,11 @@ def forward_flops_per_token(c: ModelConfig, seq_len: int) -> dict[str, float]:
   sublayers = 2 * c.depth
   flops |= {
     'hc_generator': sublayers * spec.dynamic * (2 * copies * product + 3 * n * c.width),
-    'hc_read': sublayers * 2 * spec.parts.get('pre', units) * part,
+    'hc_read': (sublayers + c.depth * (spec.read_ways - 1)) * 2 * spec.parts.get('pre', units) * part,
     'hc_mix': sublayers * (2 * units * units * part if 'res' in spec.parts else 0),
     'hc_write': sublayers * 2 * spec.parts.get('post', units) * part,
     'hc_elementwise': sublayers * 2 * _elementwise(c),
+    'hc_dense': 2 * _dense_maps(c),
     'hc_sources': (2 * sublayers + 7 * (spec.collapse == 'sources')) * n * _query(c),
     'hc_constraint': sublayers * spec.constraint.flops(units),
   }
@@ -248,6 +257,23 @@ def _generator(c: ModelConfig) -> int:
 def _elementwise(c: ModelConfig) -> int:
   """Parameters of one sublayer's elementwise read."""
   return 2 * (c.connection.read_rank or 0) * c.connection.streams * c.width
+
+
+def _latent_norms(c: ModelConfig) -> int:
+  """Parameters of the norms of latents, in all layers."""
+  return c.depth * (c.mla.kv_rank + (c.mla.q_rank or 0)) if c.mla else 0
+
+
+def _dense_sizes(c: ModelConfig, name: str) -> list[int]:
+  """Sizes of that parameter of dense reads, of all layers and of the collapse; [] without."""
+  spec = c.connection
+  ways = [spec.read_ways] * c.depth + [1] if spec.read_gate.kind == 'dense' else []
+  return [math.prod(dense_reads.sizes(spec, c.width, way)[name]) for way in ways]
+
+
+def _dense_maps(c: ModelConfig) -> int:
+  """Parameters of the maps that make the weights of dense reads, the collapse's too."""
+  return sum(_dense_sizes(c, 'read_down') + _dense_sizes(c, 'read_up'))
 
 
 def _query(c: ModelConfig) -> int:

@@ -149,8 +149,9 @@ def build_connection(c: ConfigDict, depth: int, constraint: Constraint | None = 
   impossible sizes.
   """
   fields = {key: value for key, value in c.items() if key not in ('constraint_params', 'output_init_scaling')}
-  if c.name in ('depth_matrix', 'attention_residual'):
+  if c.name in ('depth_matrix', 'attention_residual', 'mudd'):
     blocks = BLOCKS if c.preset in ('block', 'inkling2') else 2 * depth
+    blocks = depth if c.name == 'mudd' else blocks
     fields['write_period'] = period = _given(c.write_period, -(-2 * depth // blocks))
     # The embedding, and every sublayer's output or sums of them.
     fields['streams'] = 1 + -(-2 * depth // max(period, 1))
@@ -166,8 +167,9 @@ def build_model(config: ConfigDict, constraint: Constraint | None = None) -> Mod
   """config -> ModelConfig with derived sizes; raises ConfigError for impossible ones."""
   derived = derive_sizes(config)
   spec = build_connection(config.model.connection, config.model.depth, constraint)
-  check_connection(spec, config.model.width)
-  return model_of(config.model.to_dict() | derived, derive_transfer(config), spec)
+  model = model_of(config.model.to_dict() | derived, derive_transfer(config), spec)
+  check_connection(model)
+  return model
 
 
 def derive_sizes(config: ConfigDict) -> dict[str, Any]:
@@ -400,7 +402,7 @@ def _build_mtp(c: ConfigDict) -> MTPConfig | None:
     mtp.weight > 0, f'model.mtp.weight must be positive, got {mtp.weight}: without, leave depth at None'
   )
   require(
-    c.connection.name not in ('depth_matrix', 'attention_residual'),
+    c.connection.name not in ('depth_matrix', 'attention_residual', 'mudd'),
     f'model.mtp.depth does not go with the connection {c.connection.name}, which has no stream for its block',
   )
   warmup = c.sparse.stage == 'warmup'
@@ -418,8 +420,14 @@ def _dense_layers(c: ConfigDict, moe: MoEConfig | None) -> int:
   return dense
 
 
-def check_connection(spec: ConnectionSpec, width: int) -> None:
-  """Raises ConfigError for a rank above the inputs of phi, and where tracing it or its gradient fails."""
+def check_connection(model: ModelConfig) -> None:
+  """Raises ConfigError where it does not go with the model, and where tracing it or its gradient fails."""
+  spec, width = model.connection, model.width
+  require(
+    spec.read_ways == 1 or (model.mla is None and not model.indexed),
+    'connection.read_ways=4 needs attention with keys of its own: neither model.mla.kv_rank nor '
+    'model.sparse.kind=topk; read_ways=1 goes with both',
+  )
   require(
     width % spec.fractions == 0,
     f'connection.fractions={spec.fractions} does not divide the width {width}',
@@ -442,7 +450,7 @@ def _check_trace(spec: ConnectionSpec) -> None:
 
   def coefficients(params: Any, x_NBTD: jax.Array) -> tuple[jax.Array, Any]:
     c = hyper_connection.generate(params, x_NBTD, spec)
-    read_BTD = hyper_connection.read(c.pre_NBT, x_NBTD, spec.fractions)
+    read_BTD = hyper_connection.read(c.pre_NBT, x_NBTD, spec.fractions * spec.read_ways)
     return sum(jnp.sum(x) for x in (*c, read_BTD) if x is not None), c.res_NMBT
 
   try:

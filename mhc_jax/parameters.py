@@ -18,7 +18,7 @@ import jax
 PARAMETERS: tuple[tuple[str, str, str], ...] = (
   (r'embedding', 'VD', 'plain'),
   (r'unembedding', 'DV', 'plain'),
-  (r'((final|latent|query|embedding|state)_)?norm', '', 'scalar'),
+  (r'((final|latent|query|key|value|embedding|state)_)?norm', '', 'scalar'),
   (r'attention/query/w', 'DHK', 'hidden'),
   (r'attention/(key|value)/w', 'DGK', 'hidden'),
   (r'attention/output/w', 'HD', 'hidden'),
@@ -50,8 +50,9 @@ PARAMETERS: tuple[tuple[str, str, str], ...] = (
   (r'\w+_connection/(phi(_in|_\w+_width)?|read_down|read_query)', '', 'hidden'),
   (r'\w+_connection/(phi_(out|\w+_(stream|out|row|column))|read_up)', '', 'plain'),
   (r'expansion/scale', '', 'scalar'),
-  (r'collapse/(phi|read_query)', '', 'hidden'),
-  (r'collapse/(alpha|b|norm_weight)', '', 'scalar'),
+  (r'collapse/(phi|read_query|read_down)', '', 'hidden'),
+  (r'collapse/read_up', '', 'plain'),
+  (r'collapse/(alpha|b|b_read|norm_weight)', '', 'scalar'),
 )
 
 

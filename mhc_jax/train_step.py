@@ -17,7 +17,10 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from mhc_jax import clusters as loose
+from mhc_jax import manifold_updates
 from mhc_jax import optimizer as optim
+from mhc_jax.clusters import ClusterConfig
 from mhc_jax.config import OptimizerConfig
 from mhc_jax.kernels.choice import kernels_for
 from mhc_jax.model import Transformer, two_ahead
@@ -56,11 +59,17 @@ class Programs:
   abstract: TrainState  # shapes, dtypes and shardings
 
 
-def init_state(key: jax.Array, model: ModelConfig, optimizer: OptimizerConfig) -> TrainState:
-  """Initial state. A parameter's value depends on key and its own path alone, not on the connection."""
+def init_state(
+  key: jax.Array, model: ModelConfig, optimizer: OptimizerConfig, cluster: ClusterConfig | None = None
+) -> TrainState:
+  """Initial state, with a cluster that of cluster_step.
+
+  A parameter's value depends on key and its own path alone, not on the connection.
+  """
   tokens = jnp.zeros((1, 2), jnp.int32)
   params = optim.start(optimizer, Transformer(model).init(key, tokens, tokens)['params'])
   opt_state = optim.transform(optimizer, model, jnp.zeros(()), jnp.zeros(())).init(params)
+  opt_state = loose.start(params, opt_state, cluster) if cluster else opt_state
   return TrainState(jnp.zeros((), jnp.int32), params, opt_state)
 
 
@@ -191,6 +200,35 @@ def train_step(
   return TrainState(state.step + 1, params, opt_state), metrics
 
 
+def cluster_step(
+  state: TrainState,
+  batch: Batch,
+  hparams: Hparams,
+  model: ModelConfig,
+  optimizer: OptimizerConfig,
+  cluster: ClusterConfig,
+  mesh: Mesh | None = None,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+  """train_step of every worker of clusters.py, and the averaging that is due; mesh: clusters.worker_mesh.
+
+  state.params are the outer parameters, state.opt_state is a clusters.Clusters.
+  """
+
+  def inner(params: Any, opt_state: Any, rows: Batch) -> tuple[Any, Any, dict[str, jax.Array]]:
+    of_worker = TrainState(state.step, params, opt_state)
+    new, metrics = train_step(of_worker, rows, hparams, model, optimizer, mesh)
+    return new.params, new.opt_state, metrics
+
+  def project(params: Any) -> Any:
+    if optimizer.manifold is None:
+      return params
+    return manifold_updates.project_params(optim.projection(optimizer), optimizer.manifold_pattern, params)
+
+  given = state.params, state.opt_state, batch, state.step + 1, hparams
+  params, workers, metrics = loose.update(*given, cluster, inner, project, mesh)
+  return TrainState(state.step + 1, params, workers), metrics
+
+
 def balance(params: Any, load_LE: jax.Array, c: ModelConfig) -> Any:
   """params with the routers' biases moved by bias_rate * sign(mean load - load), (2408.15664, algorithm 1).
 
@@ -212,9 +250,11 @@ def balance(params: Any, load_LE: jax.Array, c: ModelConfig) -> Any:
   return params | {name: moved(params[name], move_E) for name, move_E in zip(names, move_LE, strict=True)}
 
 
-def hparams_of(optimizer: OptimizerConfig, num_steps: int) -> dict[str, np.ndarray]:
-  """What train_step takes as arrays of a run of that many updates."""
-  return {
+def hparams_of(
+  optimizer: OptimizerConfig, num_steps: int, cluster: ClusterConfig | None = None
+) -> dict[str, np.ndarray]:
+  """What train_step, or cluster_step, takes as arrays of a run of that many updates."""
+  return (loose.hparams_of(cluster) if cluster else {}) | {
     'lr': np.float32(optimizer.lr),
     'weight_decay': np.float32(optimizer.weight_decay),
     'num_steps': np.int32(num_steps),
@@ -222,9 +262,14 @@ def hparams_of(optimizer: OptimizerConfig, num_steps: int) -> dict[str, np.ndarr
   }
 
 
-def programs(model: ModelConfig, optimizer: OptimizerConfig, mesh: Mesh) -> Programs:
-  """The jitted functions for runs of these shapes; what differs by lr, seed or duration shares them."""
-  return _programs(model, without_traced(optimizer), mesh)
+def programs(
+  model: ModelConfig, optimizer: OptimizerConfig, mesh: Mesh, cluster: ClusterConfig | None = None
+) -> Programs:
+  """The jitted functions for runs of these shapes; what differs by lr, seed or duration shares them.
+
+  cluster: workers that are coupled loosely; the mesh is the run's, and the state that of cluster_step.
+  """
+  return _programs(model, without_traced(optimizer), mesh, cluster and loose.without_traced(cluster))
 
 
 def without_traced(optimizer: OptimizerConfig) -> OptimizerConfig:
@@ -234,10 +279,17 @@ def without_traced(optimizer: OptimizerConfig) -> OptimizerConfig:
 
 
 @functools.lru_cache(maxsize=8)
-def _programs(model: ModelConfig, optimizer: OptimizerConfig, mesh: Mesh) -> Programs:
-  init = functools.partial(init_state, model=model, optimizer=optimizer)
+def _programs(
+  model: ModelConfig, optimizer: OptimizerConfig, mesh: Mesh, cluster: ClusterConfig | None
+) -> Programs:
+  init = functools.partial(init_state, model=model, optimizer=optimizer, cluster=cluster)
   abstract = jax.eval_shape(init, jax.random.key(0))
   sharding, replicated = state_sharding(abstract, mesh), NamedSharding(mesh, P())
+  step = functools.partial(train_step, model=model, optimizer=optimizer, mesh=mesh)
+  if cluster:
+    own = loose.worker_mesh(mesh, cluster.workers)
+    sharding = sharding.replace(opt_state=loose.sharding(abstract.opt_state, cluster.workers, mesh, own))
+    step = functools.partial(cluster_step, model=model, optimizer=optimizer, cluster=cluster, mesh=own)
   abstract = jax.tree.map(
     lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
     abstract,
@@ -251,7 +303,6 @@ def _programs(model: ModelConfig, optimizer: OptimizerConfig, mesh: Mesh) -> Pro
   record = jax.jit(functools.partial(evaluate, record=1), out_shardings=replicated)
   # Records are those of the definition: where that runs anyway, one program does both.
   shared = kernels_for(model.kernels, mesh) == 'xla'
-  step = functools.partial(train_step, model=model, optimizer=optimizer, mesh=mesh)
   return Programs(
     init=jax.jit(init, out_shardings=sharding, compiler_options=_UNOPTIMISED),
     step=jax.jit(step, donate_argnums=0, out_shardings=(sharding, replicated)),
