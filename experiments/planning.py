@@ -30,11 +30,13 @@ from mhc_jax.train import load_data
 from . import (
   ablation,
   attention_residual,
+  clusters,
   fp8,
   fractions,
   identity_or_mixing,
   isoflop,
   learning_rate,
+  mtp,
   protocol,
   quick,
   rank,
@@ -57,6 +59,8 @@ EXPERIMENTS: dict[str, Callable[[str | None], list[ConfigDict]]] = {
   'fractions': fractions.runs,
   'fp8': fp8.runs,
   'sparse': sparse.runs,
+  'mtp': mtp.runs,
+  'clusters': clusters.runs,
 }
 
 

@@ -150,6 +150,14 @@ def _pickled_base() -> bytes:
           'bias_rate': optional(float),  # of the balancing; None: 1e-3, 0 is off
         }
       ),
+      # Multi-token prediction (DeepSeek-V3): a module that predicts the token after the next, on where depth
+      # is set. It is trained on beside the reported loss; its parameters are in no N of scaling laws.
+      'mtp': Section(
+        {
+          'depth': optional(int),  # further tokens that are predicted: 1
+          'weight': optional(float),  # of its loss; None: 0.3
+        }
+      ),
       'dense_layers': optional(int),  # leading layers without experts; None: 1 with experts
       # None keeps what presets.py sets.
       'connection': Section(
@@ -226,6 +234,18 @@ def _pickled_base() -> bytes:
     }
   )
   c.optimizer.clip_norm = 1.0
+  # Clusters that train apart and average their parameters now and then (DiLoCo), on where workers is set.
+  c.cluster = Section(
+    {
+      'workers': optional(int),  # each with its share of the batch and moments of its own
+      'sync_every': optional(int),  # updates between averages; None: gradients are averaged at every update
+      'outer_lr': optional(float),  # of the step to the average; None: 0.7 as published, few rounds want 1
+      'outer_momentum': optional(float),  # Nesterov's; None: 0.9 as published, few rounds want 0
+      'fragments': optional(int),  # parts of the layers that are averaged at times of their own; None: 1
+      'overlap': optional(int),  # updates from sending an average to its arrival; None: 0
+      'outer_bits': optional(int),  # of a number that is sent: 32, or 4 (E3M0); None: 32
+    }
+  )
   # Exactly one. Parameters are matmul parameters with the unembedding (cost.py: 'matmul').
   c.duration = Section(
     {

@@ -110,7 +110,8 @@ class Single:
 
   def __init__(self, member: Member, compiled: Programs, inputs: Iterator[Batch]):
     self._member, self._compiled, self._inputs = member, compiled, inputs
-    self._hparams = jax.tree.map(jnp.asarray, hparams_of(member.plan.optimizer, member.plan.num_steps))
+    plan = member.plan
+    self._hparams = jax.tree.map(jnp.asarray, hparams_of(plan.optimizer, plan.num_steps, plan.loose))
     self._begun = False
 
   def keep(self, live: list[Member]) -> bool:

@@ -32,9 +32,9 @@ def check_memory(run: Run) -> None:
   c = run.resolved
   tokens = c['data']['batch_size'] * c['data']['seq_len']
   size = c['mesh']['data'] * c['mesh']['fsdp'] * c['mesh']['tensor'] * c['mesh']['expert']
-  needed = cost.least_bytes(
-    run.model, tokens, c['optimizer']['microbatches'] or 1, size, c['optimizer']['name']
-  )
+  copies = run.loose.workers if run.loose else 1
+  parts = c['optimizer']['microbatches'] or 1
+  needed = cost.least_bytes(run.model, tokens, parts, size, c['optimizer']['name'], copies)
   here = [device for device in find_devices()[:size] if device.process_index == jax.process_index()]
   have = memory_of(here[0]) if here else None
   if have is None:
@@ -86,10 +86,13 @@ def terms(run: Run) -> dict[str, float]:
   parts, length = c['optimizer']['microbatches'] or 1, c['data']['seq_len']
   rows = rows_at_a_time(c)
   tokens = rows * length / mesh['tensor']
+  here, outer, loose = 1, 0, run.loose  # workers on one device, and copies that are all workers'
+  if loose:
+    here, outer = loose.workers // min(loose.workers, mesh['data']), 2 + (loose.overlap > 0)
   return {
-    'parameters': params * held,
-    'optimizer state': moments * held,
-    'gradients': params * held * (2 if parts > 1 else 1),
+    'parameters': params * held * (here + (outer > 0)),
+    'optimizer state': moments * held * here + params * held * max(outer - 1, 0),
+    'gradients': params * held * here * (2 if parts > 1 else 1),
     'streams': tokens * _stream_bytes(run),
     'activations of layers': tokens * _layer_bytes(run),
     'attention scores': rows * length**2 * _score_bytes(run) / mesh['tensor'],

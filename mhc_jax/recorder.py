@@ -16,6 +16,7 @@ from mhc_jax import cost
 from mhc_jax import optimizer as optim
 from mhc_jax.checkpoint import Checkpoints
 from mhc_jax.chips import chip_of
+from mhc_jax.clusters import bytes_sent
 from mhc_jax.dashboards import Dashboards
 from mhc_jax.divergence import Divergence
 from mhc_jax.kernels.choice import kernels_for
@@ -110,6 +111,8 @@ class Recorder:
     per_step = self._plan.derived['tokens_per_step']
     row: dict[str, Any] = {'step': step, 'tokens': step * per_step}
     row['flops'] = step * per_step * self._plan.derived['flops_per_token']
+    if messages := self._plan.derived.get('cluster_messages'):
+      row['cluster/bytes'] = bytes_sent(messages, self._plan.cluster, step, self._plan.num_steps)
     at.step, diverged, measured = step, False, {}
     if metrics is not None:
       values = {name: np.asarray(value).tolist() for name, value in jax.device_get(metrics).items()}

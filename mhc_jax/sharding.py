@@ -84,7 +84,9 @@ def left_out(resolved: dict[str, Any], mesh: Mesh) -> str | None:
   here, rows = jax.device_count(), resolved['data']['batch_size']
   parts, evaluated = resolved['optimizer']['microbatches'] or 1, resolved['evaluation']['batch_size']
   others = mesh.size // mesh.shape['data']
-  fits = (n for n in range(here // others, mesh.shape['data'], -1))
+  workers = resolved['cluster']['workers'] or 1
+  numbers = range(here // others, mesh.shape['data'], -1)
+  fits = (n for n in numbers if max(n, workers) % min(n, workers) == 0)
   shards = mesh.shape['fsdp'] * mesh.shape['expert']
   most = next((n for n in fits if rows % (n * shards * parts) == evaluated % (n * shards) == 0), None)
   if most is None:

@@ -136,6 +136,7 @@ def run_population(
   """
   plans = [resolve(config, corpus.digest) for config in configs]
   require(len({alike(plan) for plan in plans}) == 1, 'the members of a population must have equal shapes')
+  require(plans[0].loose is None, 'clusters are no member of a population: train them alone (mhc train)')
   require(on_one_device(plans[0]), 'a population takes one device: set mesh.data and the others to 1')
   settings.check_precision(configs[0].model.dtype)
   check_memory(plans[0])
@@ -224,7 +225,8 @@ def _train_opened(
   profile: tuple[int, int] | None,
   boards: Dashboards,
 ) -> None:
-  compiled = programs(members[0].plan.model, members[0].plan.optimizer, mesh)
+  first = members[0].plan
+  compiled = programs(first.model, first.optimizer, mesh, first.loose)
   common = _common_step(members) if len(members) > 1 else None
   for member in members:
     member.record.population = max(member.record.population, len(members))
@@ -233,7 +235,8 @@ def _train_opened(
   opened = [member for member in members if member.status is None]
   if not opened:
     return
-  if side_by_side or (mesh.devices.flat[0].platform != 'cpu' and on_one_device(opened[0].plan)):
+  accelerated = mesh.devices.flat[0].platform != 'cpu' and on_one_device(first)
+  if side_by_side or (accelerated and first.loose is None):
     updates = Population(opened, compiled, data.train, mesh)
   else:
     (member,) = opened

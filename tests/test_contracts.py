@@ -52,7 +52,9 @@ PLANS = {
   'attention_residual': '96a6c5087d7e',
   'fractions': 'deccf8eafe3d',
   'fp8': 'b6a05722a908',
-  'sparse': 'bda86dfdcf02',
+  'sparse': '338ceeb8bd70',
+  'mtp': '18c3936055d2',
+  'clusters': '8202575c9377',
 }
 
 

@@ -53,6 +53,7 @@ CASES = {
   },
   'chosen tokens': {'name': 'mhc', 'kv_heads': 2, 'sparse': {'kind': 'topk', 'topk': 3}},
   'a window': {'name': 'residual', 'sparse': {'kind': 'window', 'window': 3}},
+  'multi-token': {'name': 'mhc', 'preset': 'deepseek_v4', 'expansion': 'learned', 'mtp': {'depth': 1}},
   'experts': {'name': 'mhc', 'moe': {'experts': 5, 'active': 2, 'shared': 1, 'ffn_width': 7}},
 }
 
@@ -65,7 +66,7 @@ def model(case):
   )
   c.model.precision = fields.pop('precision', None)
   c.model.weights.rank = fields.pop('weights_rank', None)
-  for section in ('mla', 'moe', 'sparse'):
+  for section in ('mla', 'moe', 'sparse', 'mtp'):
     c.model[section].update(fields.pop(section, {}))
   c.model.connection.update(fields)
   return dataclasses.replace(build_model(c), vocab_size=VOCAB)
@@ -89,6 +90,8 @@ def tree(config):
 def group(name):
   """The group that a parameter belongs to, from its path alone."""
   parts = name.split('/')
+  if parts[0] == 'mtp':
+    return 'mtp'
   if 'connection' in name or parts[0] in ('collapse', 'expansion'):
     return 'hc_dynamic' if re.match('phi|read_', parts[-1]) else 'hc_static'
   if 'index' in parts:
@@ -111,8 +114,8 @@ def test_parameters_by_group_are_those_of_the_tree(case):
   idle = 2 * 3 * 3 * 16 * 7 if config.moe else 0  # two layers, 3 of 5 experts, 3 maps
   others = ('router', 'shared_experts', 'routed_experts') if config.moe else ()
   counted['matmul'] = sum(counted[n] for n in ('attention', 'feed_forward', 'unembedding', *others)) - idle
-  counted['active'] = counted['total'] - counted['embedding'] - idle
-  counted['non_embedding'] = counted['total'] - counted['embedding'] - counted['unembedding']
+  counted['active'] = counted['total'] - counted.get('mtp', 0) - counted['embedding'] - idle
+  counted['non_embedding'] = counted['active'] + idle - counted['unembedding']
   assert counted == parameters(config)
 
 
@@ -141,18 +144,19 @@ def product_flops(equation):
 
 
 def forward_products(config):
-  jaxpr = jax.make_jaxpr(Transformer(config).apply)(variables(config), *abstract_inputs())
+  labels = abstract_inputs() if config.mtp else None  # which multi-token prediction needs
+  jaxpr = jax.make_jaxpr(Transformer(config).apply)(variables(config), *abstract_inputs(), labels=labels)
   return list(matrix_products(jaxpr.jaxpr))
 
 
 def product_terms(config):
   """The terms of cost.py that are matrix products, without the norms and reads inside two of them."""
   terms, spec = forward_flops_per_token(config, T), config.connection
-  norms = 3 * spec.streams * config.width
+  norms, further = 3 * spec.streams * config.width, config.mtp is not None
   if 'hc_generator' in terms:
-    terms['hc_generator'] -= 2 * config.depth * spec.dynamic * norms
+    terms['hc_generator'] -= 2 * (config.depth + further) * spec.dynamic * norms
   if 'hc_collapse' in terms:
-    terms['hc_collapse'] -= norms + 2 * spec.streams * config.width
+    terms['hc_collapse'] -= (1 + further) * (norms + 2 * spec.streams * config.width)
   names = ('unembedding', 'attention_maps', 'attention_scores', 'feed_forward')
   some = {
     'hc_generator',
@@ -162,6 +166,7 @@ def product_terms(config):
     'router',
     'shared_experts',
     'routed_experts',
+    'mtp',
   }
   some |= {'index_maps', 'index_scores'}
   return sum(terms[name] for name in (*names, *terms.keys() & some))
@@ -180,7 +185,7 @@ def constraint_products(spec):
 def test_flops_of_matrix_products_are_those_of_the_program(case):
   config = model(case)
   counted = sum(times * product_flops(equation) for equation, times in forward_products(config))
-  inside = 2 * config.depth * constraint_products(config.connection)
+  inside = 2 * (config.depth + (config.mtp is not None)) * constraint_products(config.connection)
   if config.indexed:  # the loss states attention's weights again, which XLA merges (test_sparse.py)
     inside += 2 * config.depth * T * config.heads * config.head_dim
   assert counted == B * T * (product_terms(config) + inside)
