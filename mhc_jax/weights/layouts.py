@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from mhc_jax.connection import Gate
 from mhc_jax.errors import ConfigError, require
 from mhc_jax.model_config import MLAConfig, ModelConfig, MoEConfig
+from mhc_jax.presets import connection_spec
 from mhc_jax.weights.tensors import Flat
 
 # Layout -> the class that loads it. The last is read by `mhc import` alone.
@@ -40,9 +40,7 @@ def why_not(layout: str, c: ModelConfig) -> str | None:
   if layout == 'mhc':
     return None
   if not _is_plain(c):
-    return (
-      f'its connection has {c.connection.streams} streams or weights of its own, and the class adds residuals'
-    )
+    return f'its connection, of {c.connection.streams} stream(s), is not the residual that the class adds'
   for section in (c, c.mla, c.moe):
     for field in dataclasses.fields(section) if section else ():
       value, off = getattr(section, field.name), _OFF.get((type(section).__name__, field.name))
@@ -61,10 +59,9 @@ def why_not(layout: str, c: ModelConfig) -> str | None:
 
 
 def _is_plain(c: ModelConfig) -> bool:
-  spec = c.connection
-  ends = spec.expansion in ('replicate', 'one_hot') and spec.collapse in ('mean', 'sum')
-  unit = spec.read_gate == spec.write_gate == Gate('fixed') and spec.constraint.name == 'identity'
-  return spec.streams == 1 and not spec.has_params and unit and ends
+  """Whether every choice of the connection is the residual's; its start values count no more."""
+  plain = connection_spec('residual')
+  return dataclasses.replace(c.connection, init=plain.init) == plain
 
 
 def choose(layout: str | None, c: ModelConfig) -> str:
