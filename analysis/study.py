@@ -16,6 +16,7 @@ from . import layers, training
 from .alternatives import Alternative, alternatives, other_choices
 from .compare import Candidate, LackOfFit, RolloutStep, lack_of_fit, nested, residuals, rollout
 from .diagnostics import Diagnostics, diagnostics
+from .efficiency import efficiency
 from .fitting.document import document
 from .fitting.estimate import Fit, fit
 from .fitting.identify import RULES, Choice, choose_law
@@ -25,6 +26,7 @@ from .gaps import Gap, gaps, seed_spread
 from .law_curves import LawCurve, arrows, at_equal_flops, law_curves
 from .multipliers import Multiplier, multipliers
 from .optima import Optimum, as_json, optima
+from .published import Published, published
 from .ranks import RankSweep, rank_sweeps
 from .rates import RateSweep, rate_sweeps
 from .router import Loads, loads
@@ -65,6 +67,8 @@ class Study:
   arrows: list[dict]
   seed_spread: float | None
   gaps: list[Gap]
+  published: Published
+  efficiency: pd.DataFrame
   summary: pd.DataFrame
   final_losses: pd.DataFrame
   ablation: pd.DataFrame
@@ -137,6 +141,8 @@ def study(
     arrows=arrows(curves, own, grid),
     seed_spread=spread,
     gaps=paired,
+    published=published(grid, paired, own, reference),
+    efficiency=efficiency(shown, own, reference),
     summary=summary(table),
     final_losses=losses,
     ablation=ablation(shown, losses),
@@ -186,6 +192,9 @@ def fits_json(s: Study) -> dict[str, object]:
       'rollout': s.rollout,
       'seed_standard_deviation': s.seed_spread,
       'gaps': s.gaps,
+      'efficiency': s.efficiency.to_dict('records'),
+      'published_gaps': s.published.gaps.to_dict('records'),
+      'published_fits': s.published.fits.to_dict('records'),
       'summary': s.summary.to_dict('records'),
       'final_losses': s.final_losses.to_dict('records'),
       'ablation': s.ablation.to_dict('records'),

@@ -31,6 +31,8 @@ from . import (
   ablation,
   attention_residual,
   clusters,
+  fp8,
+  fractions,
   identity_or_mixing,
   isoflop,
   learning_rate,
@@ -53,6 +55,8 @@ EXPERIMENTS: dict[str, Callable[[str | None], list[ConfigDict]]] = {
   'router': router.runs,
   'attention_residual': attention_residual.runs,
   'clusters': clusters.runs,
+  'fractions': fractions.runs,
+  'fp8': fp8.runs,
 }
 
 

@@ -19,6 +19,8 @@ from mhc_jax.log import say
 COMMANDS = {
   'train': 'train one model; the same command goes on where it stopped',
   'evaluate': "validation loss of a run's last checkpoint, and a sample of its text",
+  'export': "a run's weights as safetensors, config.json and a model card",
+  'import': 'the folder of a run from published weights',
   'tokenizer': 'train a tokenizer on a corpus',
   'sweep': 'run an experiment: many runs, resumable, on one machine or many',
   'report': 'results.csv, fits, figures and one HTML page of a sweep',
@@ -28,6 +30,7 @@ COMMANDS = {
   'coverage': 'how often the intervals of a fit hold the truth, by simulation',
   'compile': 'memory and predicted speed on chips that are not here',
   'overhead': "mHC over residual at the paper's sizes, compiled",
+  'energy': 'joules of a token and of equal loss, beside the claims: docs/energy.md',
   'bench': 'measured ratios: steps, constraints, communication, memory',
   'env': 'versions, devices, memory and flags: what a report of a fault needs',
 }
@@ -51,6 +54,10 @@ def main_of(command: str) -> Callable[[list[str]], int]:
       from mhc_jax.train import main
     case 'evaluate':
       from mhc_jax.evaluate import main
+    case 'export':
+      from mhc_jax.weights.exporting import main
+    case 'import':
+      from mhc_jax.weights.importing import main
     case 'tokenizer':
       from mhc_jax.tokenizer_training import main
     case 'sweep':
@@ -69,6 +76,8 @@ def main_of(command: str) -> Callable[[list[str]], int]:
       from mhc_jax.experiments.compile.__main__ import main
     case 'overhead':
       from mhc_jax.experiments.compile.overhead import main
+    case 'energy':
+      from mhc_jax.analysis.energy import main
     case 'bench':
       from mhc_jax.experiments.bench.__main__ import main
     case 'env':

@@ -14,6 +14,7 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder as optional
 
+from mhc_jax.energy import check_kind
 from mhc_jax.errors import require
 from mhc_jax.manifold_updates import MANIFOLDS
 
@@ -71,6 +72,7 @@ def _pickled_base() -> bytes:
   c = Section()
   c.arm = optional(str)  # label of the arm in a sweep; None: the connection's name
   c.seed = 0  # of the initial weights and the order of the data
+  c.start = optional(str)  # digest of the weights to begin with, set by `mhc import`; None: random ones
   c.data = Section(
     {
       # python_wheels, python_stdlib, text_files:, parquet:, jsonl: or arrow:<file, folder or glob>,
@@ -97,6 +99,9 @@ def _pickled_base() -> bytes:
       'ffn_width': optional(int),
       'vocab_size': optional(int),  # None: the tokenizer's; more leaves the rest of the table unused
       'dtype': 'float32',  # of activations and streams: float32, bfloat16 or float64
+      # Of the products with weights in attention and feed-forward: fp8_v3 (E4M3 in tiles, as DeepSeek-V3) or
+      # fp8_tensor (one scale for an array, for comparison); None: dtype's
+      'precision': optional(str),
       # Of the backward pass: 'layer' computes each layer again, 'products' all of it but the products with
       # weights, 'block' the connections of mHC's blocks of layers.
       'remat': 'none',
@@ -117,6 +122,20 @@ def _pickled_base() -> bytes:
           'head_dim': optional(int),  # of queries and keys, without the rotary part; None: width / heads
           'rope_dim': optional(int),  # None: half of head_dim
           'value_dim': optional(int),  # None: head_dim
+          'q_rank': optional(int),  # of the latent that queries come from; None: they have full rank
+        }
+      ),
+      # Attention over some of the tokens before, on where kind is set. A mask: exact, and no faster.
+      'sparse': Section(
+        {
+          'kind': optional(str),  # window: the last tokens; topk: those that an index chooses (DeepSeek-V3.2)
+          'topk': optional(int),  # tokens of a query
+          'window': optional(int),  # the last so many, its own included; with topk they are among those
+          'index_heads': optional(int),  # None: half as many as heads
+          'index_dim': optional(int),  # of an index head; None: that of attention's, without mla.rope_dim
+          'index_rope_dim': optional(int),  # the first so many have the position; None: half of index_dim
+          # warmup: attention over all tokens, and the index alone learns, from it; None: both learn
+          'stage': optional(str),
         }
       ),
       # A mixture of experts (DeepSeek-V3) in every layer after the dense ones, on where experts is set.
@@ -138,6 +157,8 @@ def _pickled_base() -> bytes:
           'name': 'mhc',  # a key of presets.PRESETS
           'preset': optional(str),  # one of PRESETS[name]; None: its first
           'streams': 4,  # n; the residual connection has one
+          'fractions': optional(int),  # m, in which each stream is read, mixed and written; None: 1
+          'write_across': optional(bool),  # a fraction of a sublayer's output goes to all; None: the preset's
           'rank': optional(int),  # of the generator phi
           'constraint': optional(str),  # of H_res: a key of constraints.CONSTRAINTS
           'constraint_params': Section(),  # of the constraint, by the names of its function, like iterations
@@ -239,6 +260,9 @@ def _pickled_base() -> bytes:
       'diagnostics_every_steps': optional(int),  # of H_res and the streams, by layer; None: never
       'tensorboard': True,  # rows go there too. Not part of the run id
       'wandb': optional(str),  # project of Weights & Biases for rows (extra wandb). Not part of the run id
+      'energy': optional(
+        str
+      ),  # joules in rows, by nvml, rapl or cpu:WATTS (energy.py). Not part of the run id
     }
   )
   c.checkpoint = Section(
@@ -270,7 +294,7 @@ def _pickled_base() -> bytes:
 NOT_IN_ID = (
   *(('arm',), ('mesh',), ('topology',), ('checkpoint',)),
   *(('model', 'kernels'), ('data', 'dir'), ('data', 'column'), ('data', 'tokenizer')),
-  *(('log', 'tensorboard'), ('log', 'wandb')),
+  *(('log', 'tensorboard'), ('log', 'wandb'), ('log', 'energy')),
 )
 
 
@@ -359,6 +383,7 @@ def check_counts(config: ConfigDict) -> None:
     for name in names:
       value = config[section][name]
       require(value is None or value >= 1, f'{section}.{name} must be at least 1, got {value}')
+  check_kind(config.log.energy)
   require(0 <= config.seed < 2**31, f'seed must lie between 0 and 2**31 - 1, got {config.seed}')
   given = [name for name in DURATIONS if config.duration[name] is not None]
   require(

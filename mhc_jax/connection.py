@@ -40,6 +40,8 @@ KINDS = {
   'tanh': jnp.tanh,
   'softmax': lambda coords_NBT: jax.nn.softmax(coords_NBT, 0),
 }
+# Coordinates at the start of weights between different fractions: 0, or next to it where nothing else is.
+ACROSS = {'linear': 0.0, 'sigmoid': -4.0, 'tanh': 0.0, 'softmax': -4.0}
 READ_GATES = ('fixed', *KINDS, 'elementwise', 'sources')
 WRITE_GATES = ('fixed', *KINDS, 'one_hot')
 
@@ -88,14 +90,21 @@ class ConnectionSpec:
   expansion: str = 'replicate'  # 'one_hot': the embedding in stream 0; 'learned': scaled copies
   collapse: str = 'mean'  # 'mean', 'sum', 'learned', 'weights', 'read' or 'sources'
   collapse_eps: float = 0.0
+  fractions: int = 1  # m, in which each stream is read, mixed and written (fractions.py)
+  write_across: bool = True  # False: each fraction of a sublayer's output goes to that fraction of streams
+
+  @property
+  def units(self) -> int:
+    """Number of what is mixed: streams, or the fractions of all streams."""
+    return self.streams * self.fractions
 
   @property
   def parts(self) -> dict[str, int]:
     """Number of coordinates of each part that has any, in the order pre, post, res."""
-    n = self.streams
+    n, m = self.units, self.fractions
     sizes = {
-      'pre': n * self.read_gate.has_coordinates,
-      'post': n * self.write_gate.has_coordinates,
+      'pre': n * m * self.read_gate.has_coordinates,
+      'post': n * (m if self.write_across else 1) * self.write_gate.has_coordinates,
       'res': self.constraint.num_coordinates(n),
     }
     return {part: size for part, size in sizes.items() if size}
@@ -106,8 +115,8 @@ class ConnectionSpec:
 
   @property
   def generator_shape(self) -> tuple[int, int]:
-    """(number of inputs per unit of width, number of outputs) of phi."""
-    sizes, n = self.parts.values(), self.streams
+    """(number of inputs per unit of a fraction's width, number of outputs) of phi."""
+    sizes, n = self.parts.values(), self.units
     return (n, sum(sizes)) if self.scope == 'joint' else (1, sum(-(-size // n) for size in sizes))
 
   @property
@@ -120,4 +129,4 @@ class ConnectionSpec:
     """Number of streams that the learned weight of the norm tells apart."""
     if self.read_gate.kind == 'sources':
       return 1
-    return self.generator_shape[0] if self.parts else self.streams
+    return self.generator_shape[0] if self.parts else self.units

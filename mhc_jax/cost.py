@@ -1,10 +1,11 @@
 """Parameters and FLOPs of a model by term, hyper-connections included: pure functions of its sizes.
 
 Conventions. A multiply-add is 2 FLOPs; training is 3 x forward (no recomputation counted). Attention is
-counted in full, T x T, as it is executed without a kernel; of the routed experts, those that a token goes
-to. Left out: norms, softmax, activations, rotary embedding, sorting by expert and residual additions (O(C)
-per token and sublayer), except the connection's own norm. XLA's count of matrix products equals the terms
-that are matrix products (tests/test_cost.py).
+counted in full, T x T, as it is executed without a kernel, a mask of it included (train_flops_per_token has
+the ideal too); of the routed experts, those that a token goes to. Left out: norms, softmax, activations,
+rotary embedding, sorting by expert, choices and divergence of an index, and residual additions (O(C) per
+token and sublayer), except the connection's own norm. XLA's count of matrix products equals the terms that
+are matrix products (tests/test_cost.py).
 """
 
 import jax.numpy as jnp
@@ -19,15 +20,16 @@ def parameters(c: ModelConfig) -> dict[str, int]:
   """Number of parameters by group, and at the end the sums 'total', 'active', 'matmul', 'non_embedding'.
 
   'active': what a token meets, total less the routed experts that it does not go to and the embedding (the
-  vocabulary counts once). 'matmul' (attention, feed-forward, unembedding; of routed experts the active ones)
-  is the primary N of the scaling laws (Porian et al., arXiv 2406.19146); tokens_per_param counts by it.
+  vocabulary counts once). 'matmul' (attention, feed-forward, unembedding; of routed experts the active ones;
+  not an index of sparse attention) is the primary N of the scaling laws (Porian et al., arXiv 2406.19146);
+  tokens_per_param counts by it.
   """
   maps = products(c)
   spec, n = c.connection, c.connection.streams
   dynamic = spec.dynamic and bool(spec.parts)
   alphas = len({spec.alpha_of(part) for part in spec.parts})
   static = 0 if spec.phi_only else sum(spec.parts.values()) + alphas * dynamic
-  norm = spec.norm_inputs * c.width
+  norm = spec.norm_inputs * c.width // spec.fractions
   norm *= spec.norm_weight and spec.dynamic and spec.has_params
   head = {'learned': c.width * n**2, 'sources': c.width}.get(spec.collapse, 0)
   ends = {'learned': 1 + n, 'weights': n, 'sources': spec.norm_weight * c.width}.get(spec.collapse, 0)
@@ -38,7 +40,8 @@ def parameters(c: ModelConfig) -> dict[str, int]:
     'attention': c.depth * sum(_size(shape, c.weights_rank) for shape in maps['attention']),
     'feed_forward': _dense(c) * sum(_size(shape, c.weights_rank) for shape in maps['feed_forward']),
     **_expert_parameters(c),
-    'norm': (2 * c.depth + 1) * c.width + (c.depth * c.mla.kv_rank if c.mla else 0),
+    **_index_parameters(c),
+    'norm': (2 * c.depth + 1) * c.width + (c.depth * (c.mla.kv_rank + (c.mla.q_rank or 0)) if c.mla else 0),
     'hc_dynamic': 2 * c.depth * (_generator(c) * dynamic + _elementwise(c) + _query(c)) + head,
     'hc_static': 2 * c.depth * (static + norm) + ends,
   }
@@ -60,14 +63,21 @@ def parameters(c: ModelConfig) -> dict[str, int]:
   }
 
 
-def least_bytes(c: ModelConfig, tokens: int, parts: int = 1, devices: int = 1, copies: int = 1) -> int:
+def least_bytes(
+  c: ModelConfig,
+  tokens: int,
+  parts: int = 1,
+  devices: int = 1,
+  optimizer: str | None = None,
+  copies: int = 1,
+) -> int:
   """What training on `tokens` at once holds at the least, on all devices together.
 
-  Parameters, both of Adam's moments and gradients, 4 bytes each, for each of `copies` workers (clusters.py);
-  and the streams and logits of one of `parts` microbatches, a piece of them per device. Every activation kept
-  for the backward pass comes on top.
+  Parameters, gradients and both of Adam's moments (by 'muon' one, as of its matrices), 4 bytes each, for each
+  of `copies` workers (clusters.py); and the streams and logits of one of `parts` microbatches, a piece of
+  them per device. Every activation kept for the backward pass comes on top.
   """
-  state = 16 * copies * parameters(c)['total']
+  state = (12 if optimizer == 'muon' else 16) * copies * parameters(c)['total']
   streams = c.connection.streams * c.width * jnp.dtype(c.dtype).itemsize
   logits = min(tokens // parts * 4 * c.vocab_size, devices * LARGEST)
   return state + tokens // parts * streams + logits
@@ -80,26 +90,28 @@ def forward_flops_per_token(c: ModelConfig, seq_len: int) -> dict[str, float]:
     'unembedding': 2 * c.width * c.vocab_size,
     'attention_maps': 2 * c.depth * sum(_size(s, c.weights_rank) for s in maps['attention']),
     'attention_scores': 2 * c.depth * seq_len * c.heads * (c.head_dim + c.value_dim),
+    **_index_flops(c, seq_len),
     'feed_forward': 2 * _dense(c) * sum(_size(s, c.weights_rank) for s in maps['feed_forward']),
     **_expert_flops(c),
   }
   if not spec.has_params:
     return flops
   inputs, outputs = spec.generator_shape
-  copies = n // inputs  # 'per_stream' applies one small map n times
+  units, part = spec.units, c.width // spec.fractions
+  copies = units // inputs  # 'per_stream' applies one small map n times
   product = _generator(c)
   if spec.generator == 'cp':  # multiplied out
     res = spec.parts['res']
-    product = inputs * c.width * (outputs - res + spec.rank) + spec.rank * res
+    product = inputs * part * (outputs - res + spec.rank) + spec.rank * res
   sublayers = 2 * c.depth
   flops |= {
     'hc_generator': sublayers * spec.dynamic * (2 * copies * product + 3 * n * c.width),
-    'hc_read': sublayers * 2 * n * c.width,
-    'hc_mix': sublayers * (2 * n * n * c.width if 'res' in spec.parts else 0),
-    'hc_write': sublayers * 2 * n * c.width,
+    'hc_read': sublayers * 2 * spec.parts.get('pre', units) * part,
+    'hc_mix': sublayers * (2 * units * units * part if 'res' in spec.parts else 0),
+    'hc_write': sublayers * 2 * spec.parts.get('post', units) * part,
     'hc_elementwise': sublayers * 2 * _elementwise(c),
     'hc_sources': (2 * sublayers + 7 * (spec.collapse == 'sources')) * n * _query(c),
-    'hc_constraint': sublayers * spec.constraint.flops(n),
+    'hc_constraint': sublayers * spec.constraint.flops(units),
   }
   if spec.collapse == 'learned':
     flops['hc_collapse'] = 2 * n * n * c.width + 5 * n * c.width
@@ -107,19 +119,39 @@ def forward_flops_per_token(c: ModelConfig, seq_len: int) -> dict[str, float]:
 
 
 def train_flops_per_token(c: ModelConfig, seq_len: int, causal: bool = False) -> float:
-  """3 x forward. causal: of attention's scores the half that is needed, (seq_len + 1) / 2 for seq_len."""
-  return 3.0 * sum(_of_kernel(forward_flops_per_token(c, seq_len), seq_len, causal).values())
+  """3 x forward, less what has no gradient beside an index. causal: the ideal, attention's scores for the
+  keys that a query attends to, half of seq_len or those of a window or a choice (mean_keys).
+  """
+  return _with_backward(c, _of_kernel(c, seq_len, causal))
 
 
 def train_product_flops_per_token(c: ModelConfig, seq_len: int) -> float:
   """3 x forward of the matrix products outside the connection, causal: no program of the step does fewer."""
-  terms = _of_kernel(forward_flops_per_token(c, seq_len), seq_len, causal=True)
-  return 3.0 * sum(flops for name, flops in terms.items() if not name.startswith('hc_'))
+  terms = _of_kernel(c, seq_len, causal=True)
+  return _with_backward(c, {name: flops for name, flops in terms.items() if not name.startswith('hc_')})
 
 
-def _of_kernel(terms: dict[str, float], seq_len: int, causal: bool) -> dict[str, float]:
-  part = (seq_len + 1) / (2 * seq_len) if causal else 1
-  return {**terms, 'attention_scores': part * terms['attention_scores']}
+def mean_keys(c: ModelConfig, seq_len: int) -> float:
+  """How many keys a query attends to, on average over a window of one document: min(t, most) for token t."""
+  most = seq_len
+  if c.sparse is not None and not c.warms_up:
+    most = min(seq_len, c.sparse.topk or c.sparse.window)
+  return (most + 1) / 2 if most == seq_len else most - most * (most - 1) / (2 * seq_len)
+
+
+def _of_kernel(c: ModelConfig, seq_len: int, causal: bool) -> dict[str, float]:
+  terms = forward_flops_per_token(c, seq_len)
+  parts = {'attention_scores': mean_keys(c, seq_len) / seq_len, 'index_scores': (seq_len + 1) / (2 * seq_len)}
+  return terms | {name: part * terms[name] for name, part in parts.items() if causal and name in terms}
+
+
+def _with_backward(c: ModelConfig, terms: dict[str, float]) -> float:
+  """Training by forward terms, 3 x each; an index's input has no gradient, in its warm-up nothing else."""
+  if not c.indexed:
+    return 3.0 * sum(terms.values())
+  times = {name: 1.0 if c.warms_up else 3.0 for name in terms}
+  times |= {'index_maps': 2.0, 'index_scores': 3.0}
+  return sum(times[name] * flops for name, flops in terms.items())
 
 
 def routed_flops_over_ideal(c: ModelConfig, shards: int) -> float:
@@ -160,16 +192,35 @@ def _expert_flops(c: ModelConfig) -> dict[str, int]:
   }
 
 
+def _index_parameters(c: ModelConfig) -> dict[str, int]:
+  """By group, {} without an index."""
+  if not c.indexed:
+    return {}
+  return {'index': c.depth * (sum(a * b for a, b in products(c)['index']) + 2 * c.sparse.index_dim)}
+
+
+def _index_flops(c: ModelConfig, seq_len: int) -> dict[str, float]:
+  """Forward FLOPs per token by term, {} without an index: its maps, and its scores for all of seq_len."""
+  if not c.indexed:
+    return {}
+  scores = c.sparse.index_heads * (c.sparse.index_dim + 1)
+  return {
+    'index_maps': 2 * c.depth * sum(a * b for a, b in products(c)['index']),
+    'index_scores': 2 * c.depth * seq_len * scores,
+  }
+
+
 def _generator(c: ModelConfig) -> int:
   """Parameters of one sublayer's phi."""
   spec = c.connection
   inputs, outputs = spec.generator_shape
+  width = c.width // spec.fractions
   if spec.rank is None:
-    return inputs * c.width * outputs
+    return inputs * width * outputs
   if spec.generator == 'cp':
     gates = outputs - spec.parts['res']
-    return inputs * c.width * gates + spec.rank * sum(cp_shapes(spec, c.width).values())
-  return spec.rank * (inputs * c.width + outputs)
+    return inputs * width * gates + spec.rank * sum(cp_shapes(spec, width).values())
+  return spec.rank * (inputs * width + outputs)
 
 
 def _elementwise(c: ModelConfig) -> int:
@@ -189,9 +240,17 @@ def products(c: ModelConfig) -> dict[str, list[tuple[int, int]]]:
   if c.mla is not None:
     up, values = c.heads * (c.mla.head_dim + c.mla.value_dim), c.heads * c.mla.value_dim
     latent = c.mla.kv_rank
-    attention = [(c.width, queries), (c.width, latent + c.mla.rope_dim), (latent, up), (values, c.width)]
+    query = [(c.width, queries)]
+    if c.mla.q_rank:
+      query = [(c.width, c.mla.q_rank), (c.mla.q_rank, queries)]
+    attention = [*query, (c.width, latent + c.mla.rope_dim), (latent, up), (values, c.width)]
+  index = []
+  if c.indexed:
+    inputs, heads, size = (c.mla and c.mla.q_rank) or c.width, c.sparse.index_heads, c.sparse.index_dim
+    index = [(inputs, heads * size), (c.width, size), (c.width, heads)]
   return {
     'attention': attention,
+    'index': index,
     'feed_forward': [(c.width, c.ffn_width), (c.width, c.ffn_width), (c.ffn_width, c.width)],
   }
 

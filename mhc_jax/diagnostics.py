@@ -96,16 +96,26 @@ def effective_rank(spectrum: Array) -> Array:
 def depth_matrix(pre_SNBT: Array, post_SNBT: Array, res_SNMBT: Array) -> Array:
   """A_ts = pre_t (H_{t-1} ... H_{s+1}) post_s, (S, S, B, T): how much sublayer t reads of what s wrote.
 
-  Zero for s >= t. Its blocks below the diagonal have rank <= n.
+  Zero for s >= t. Its blocks below the diagonal have rank <= n. With m fractions, weights of all their pairs
+  (m N rows, fractions.py) make it (S m, S m, B, T): fraction f of t's input of fraction g of s's output.
   """
-  s, n = pre_SNBT.shape[:2]
-  carried_NSBT = np.zeros((n, s, *pre_SNBT.shape[2:]), pre_SNBT.dtype)
+  s, n = res_SNMBT.shape[:2]
+  m, tokens = pre_SNBT.shape[1] // n, pre_SNBT.shape[2:]
+  pre_SFNBT, post_SFNBT = (value.reshape(s, m, n, *tokens) for value in (pre_SNBT, post_SNBT))
+  carried_NSBT = np.zeros((n, s * m, *tokens), pre_SNBT.dtype)
   rows = []
-  for t, (pre_NBT, post_NBT, res_NMBT) in enumerate(zip(pre_SNBT, post_SNBT, res_SNMBT, strict=True)):
-    rows.append(np.einsum('nbt,nsbt->sbt', pre_NBT, carried_NSBT))
+  for t, (pre_FNBT, post_FNBT, res_NMBT) in enumerate(zip(pre_SFNBT, post_SFNBT, res_SNMBT, strict=True)):
+    rows.append(np.einsum('fnbt,nsbt->fsbt', pre_FNBT, carried_NSBT))
     carried_NSBT = np.einsum('nmbt,msbt->nsbt', res_NMBT, carried_NSBT)
-    carried_NSBT[:, t] = post_NBT
-  return np.stack(rows)
+    carried_NSBT[:, t * m : (t + 1) * m] = post_FNBT.swapaxes(0, 1)
+  return np.concatenate(rows)
+
+
+def _of_pairs(value_SNBT: Array, m: int) -> Array:
+  """Weights of units (n m) with their own fraction, as weights of all pairs (m n m); others as they are."""
+  own_FN = np.arange(m)[:, None] == np.arange(value_SNBT.shape[1])[None] % m
+  pairs_SFNBT = value_SNBT[:, None] * own_FN[None, :, :, None, None].astype(value_SNBT.dtype)
+  return pairs_SFNBT.reshape(len(value_SNBT), -1, *value_SNBT.shape[2:])
 
 
 def gate_values(value_SNBT: Array, gate: Gate, name: str) -> dict[str, Array]:
@@ -141,8 +151,16 @@ def stream_rank(gram_SNMBT: Array) -> Array:
   return effective_rank(sigma_SBTN).mean((1, 2))
 
 
+def sparsity(attention: dict[str, Any]) -> dict[str, Array]:
+  """Means over tokens of what layers/sparse.py records, by layer, (L,); {} where attention is to all."""
+  names = ('recall', 'best', 'random', 'entropy')
+  given = {name: attention[f'{name}_BT'] for name in names if f'{name}_BT' in attention}
+  return {f'attention_{name}': np.asarray(value_LBT).mean((1, 2)) for name, value_LBT in given.items()}
+
+
 def diagnose(records: list[dict[str, Any]], config: ModelConfig) -> dict[str, Array]:
-  """All diagnostics of a batch of sequences: name -> (S,), (S, n, n) for matrices, () for the whole model.
+  """All diagnostics of a batch of sequences: name -> (S,), (S, n, n) for matrices, () for the whole model,
+  (L,) for attention.
 
   Sublayers in order; 'composite_' is the product of H_res up to and with each sublayer. What a connection
   has not is not there.
@@ -169,8 +187,11 @@ def diagnose(records: list[dict[str, Any]], config: ModelConfig) -> dict[str, Ar
     for name, value, gate in (('pre', pre_SNBT, spec.read_gate), ('post', post_SNBT, spec.write_gate)):
       if value is not None:
         out |= gate_values(value, gate, name)
+    fp8 = [name for name in records[0] if name.startswith('fp8_')]
+    out |= {name: interleave(records, name) for name in fp8}
     if all(value is None or value.ndim == 4 for value in (pre_SNBT, post_SNBT)):
-      out |= _depth_rank(pre_SNBT, post_SNBT, res_SNMBT)
+      out |= _depth_rank(pre_SNBT, post_SNBT, res_SNMBT, spec.fractions)
+    out |= sparsity(records[0])
     return out | lambda_2(out)
 
 
@@ -180,13 +201,20 @@ def _defect_of(constraint: Constraint) -> Callable[[Array], jax.Array]:
   return jax.jit(jax.vmap(constraint.defect))
 
 
-def _depth_rank(pre_SNBT: Array | None, post_SNBT: Array | None, res_SNMBT: Array) -> dict[str, Array]:
+def _depth_rank(
+  pre_SNBT: Array | None, post_SNBT: Array | None, res_SNMBT: Array, m: int
+) -> dict[str, Array]:
   """The effective rank of the token-mean depth matrix; nothing where it is not finite."""
   shape = (res_SNMBT.shape[0], *res_SNMBT.shape[2:])
   if pre_SNBT is None:  # reads stream 0
     pre_SNBT = np.zeros(shape, res_SNMBT.dtype)
-    pre_SNBT[:, 0] = 1
+    pre_SNBT[:, :m] = 1
   post_SNBT = np.ones(shape, res_SNMBT.dtype) if post_SNBT is None else post_SNBT
+  if m > 1:
+    units = res_SNMBT.shape[1]
+    pre_SNBT, post_SNBT = (
+      _of_pairs(value, m) if value.shape[1] == units else value for value in (pre_SNBT, post_SNBT)
+    )
   mean_SS = depth_matrix(pre_SNBT, post_SNBT, res_SNMBT).mean((2, 3))
   if not np.isfinite(mean_SS).all():
     return {}

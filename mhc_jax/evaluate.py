@@ -78,6 +78,16 @@ def load(workdir: str, constraint: Constraint | None = None) -> tuple[dict[str, 
   constraint: the caller's own that the run was trained with. Raises ConfigError where workdir holds no run or
   no checkpoint, or was trained with another constraint.
   """
+  return restore(workdir, constraint)[:4]
+
+
+def restore(
+  workdir: str, constraint: Constraint | None = None, device: jax.Device | None = None
+) -> tuple[dict[str, Any], ModelConfig, int, Any, dict[str, Any]]:
+  """What `load` returns, and the loop's small numbers (recorder.Position) at that step.
+
+  device: where the parameters go, by default the first one.
+  """
   resolved = read_config(workdir)
   if resolved is None:
     raise ConfigError(f'{workdir} holds no run (no config.json)')
@@ -90,11 +100,16 @@ def load(workdir: str, constraint: Constraint | None = None) -> tuple[dict[str, 
     raise ConfigError(f'{workdir}/config.json is not the configuration of a run: {error!r}') from None
   tokens = jnp.zeros((1, 2), jnp.int32)
   init = functools.partial(Transformer(model).init, jax.random.key(0), tokens, tokens)
+  wanted = {'params': jax.eval_shape(init)['params']}
+  if device is not None:
+    here = jax.sharding.SingleDeviceSharding(device)
+    wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), wanted)
   with Checkpoints(os.path.join(workdir, 'checkpoints')) as checkpoints:
-    newest = checkpoints.restore_latest({'params': jax.eval_shape(init)['params']}, only_part=True)
+    newest = checkpoints.restore_latest(wanted, only_part=True)
   if newest is None:
     raise ConfigError(f'{workdir} has no checkpoint yet')
-  return resolved, model, newest[0], newest[1]['params']
+  step, state, extra = newest
+  return resolved, model, step, state['params'], extra
 
 
 def validation(resolved: dict[str, Any], model: ModelConfig, params: Any, corpus: Corpus) -> dict[str, float]:
@@ -166,7 +181,7 @@ def main(argv: list[str] | None = None) -> int:
   resolved, model, step, params = load(args.workdir)
   data = resolved['data']
   corpus = corpus_of(data)
-  if corpus.digest != data['digest']:
+  if data['digest'] and corpus.digest != data['digest']:  # weights from elsewhere saw nothing here
     raise ConfigError(f'{args.workdir} was trained on another version of {corpus.name} than is here')
   losses = validation(resolved, model, params, corpus)
   print(f'step {step}: ' + ', '.join(f'{name} {value:.4f}' for name, value in losses.items()))

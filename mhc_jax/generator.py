@@ -57,7 +57,7 @@ def init_generator(
 
 def cp_shapes(spec: ConnectionSpec, width: int) -> dict[str, int]:
   """Factor of res -> its length, for generator 'cp'."""
-  n, size = spec.streams, spec.parts['res']
+  n, size = spec.units, spec.parts['res']
   sides = {'row': n, 'column': n} if size == n * n else {'out': size}
   return {'stream': n, 'width': width, **sides}
 
@@ -201,7 +201,7 @@ def _regrouped(out_KNX: jax.Array, spec: ConnectionSpec) -> dict[str, jax.Array]
   """Of one map for all streams: stream j yields coordinates j, j + n, j + 2n, ... of each part."""
   dynamic, start = {}, 0
   for part, size in spec.parts.items():
-    stop = start + -(-size // spec.streams)
+    stop = start + -(-size // spec.units)
     dynamic[part] = out_KNX[start:stop].reshape(-1, *out_KNX.shape[2:])[:size]
     start = stop
   return dynamic

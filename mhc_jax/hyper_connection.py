@@ -7,7 +7,8 @@ One sublayer F of a model with n residual streams x (mHC, arXiv 2512.24880, eq. 
 H_pre (`pre`) reads the streams, H_post (`post`) writes F's output to them, H_res (`res`) mixes them. What
 differs between HC, mHC, iHC and their relatives is data in ConnectionSpec. Streams are stream-major
 x_NBTD and stored in the model's dtype; coefficients keep tokens minor (pre_NBT, res_NMBT) and are
-computed in at least float32. Axes: N streams out, M streams in, B batch, T time, D width, K coordinates.
+computed in at least float32. Axes: N streams out, M streams in, B batch, T time, D width, K coordinates; of
+streams in fractions, N counts the fractions of all, and D is the width of one (fractions.py).
 """
 
 import functools
@@ -19,9 +20,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mhc_jax import generator
-from mhc_jax.connection import ConnectionSpec, Gate
+from mhc_jax import fractions, generator
+from mhc_jax.connection import ACROSS, ConnectionSpec, Gate
 from mhc_jax.derivatives import with_backward
+from mhc_jax.stream_sums import inner, weighted_sum
 
 
 class Coefficients(NamedTuple):
@@ -59,13 +61,13 @@ def init_params(
 
   b_PART (K_PART,) and alpha_PART () unless spec.phi_only; the generator's phi (generator.init_generator);
   norm_weight (n, C), or (1, C) for one map per stream. sublayer sets the home stream and may be traced.
-  phi_scale multiplies phi's start (width transfer).
+  phi_scale multiplies phi's start (width transfer). width: of a stream; with fractions, n counts those of all
+  streams and C is the width of one.
   """
-  n, parts, dtype = spec.streams, spec.parts, jnp.result_type(float)
-  is_home_N = jnp.arange(n) == sublayer % n
+  n, parts, dtype, width = spec.units, spec.parts, jnp.result_type(float), width // spec.fractions
   bias = {
-    'pre': lambda: jnp.where(is_home_N, spec.init.read[1], spec.init.read[0]),
-    'post': lambda: jnp.where(is_home_N, spec.init.write[1], spec.init.write[0]),
+    'pre': lambda: _first_weights(spec.init.read, spec.read_gate, spec, sublayer, True),
+    'post': lambda: _first_weights(spec.init.write, spec.write_gate, spec, sublayer, spec.write_across),
     'res': lambda: (
       jnp.zeros(parts['res'])
       if spec.init.mixing is None
@@ -84,6 +86,18 @@ def init_params(
   elif spec.norm_weight and spec.dynamic and spec.has_params:
     params['norm_weight'] = jnp.ones((spec.norm_inputs, width), dtype)
   return params
+
+
+def _first_weights(
+  pair: tuple[float, float], gate: Gate, spec: ConnectionSpec, sublayer: jax.Array | int, across: bool
+) -> jax.Array:
+  """Coordinates of reads or writes at the start: a pair of other streams and home (connection.Init)."""
+  units, m = jnp.arange(spec.units), spec.fractions
+  start_N = jnp.where(units // m == sublayer % spec.streams, pair[1], pair[0])
+  if m == 1 or not across:
+    return start_N
+  is_own_FN = jnp.arange(m)[:, None] == (units % m)[None]
+  return jnp.where(is_own_FN, start_N[None], ACROSS[gate.kind]).reshape(-1)
 
 
 def coordinates(
@@ -130,9 +144,9 @@ def generate(
 ) -> Coefficients:
   """The coefficients of one sublayer (mHC eq. 7-8) from streams (n, B, T, C), in at least float32.
 
-  pre (n, B, T), post (n, B, T), res (n, n, B, T); each coordinate is alpha * f(norm(x) phi) + b, taken
-  through the gates and the constraint. sublayer is its index, for writes to one stream each; matrix computes
-  what constraint.matrix does, by default that.
+  pre (n, B, T), post (n, B, T), res (n, n, B, T), or as in fractions.py; each coordinate is
+  alpha * f(norm(x) phi) + b, taken through the gates and the constraint. sublayer: its index; matrix
+  computes what constraint.matrix does, by default that.
   """
   tokens, coords = x_NBTD.shape[1:3], coordinates(params, x_NBTD, spec)
   if spec.read_gate.kind == 'elementwise':
@@ -149,7 +163,7 @@ def read_weights(
   coords: dict[str, jax.Array], spec: ConnectionSpec, tokens: Any, dtype: Any
 ) -> jax.Array | None:
   """pre (n, *tokens) from its coordinates, for all gates that have any; None reads stream 0 alone."""
-  shape, dtype = (spec.streams, *tokens), jnp.promote_types(dtype, jnp.float32)
+  shape, dtype = (spec.units, *tokens), jnp.promote_types(dtype, jnp.float32)
   return _gate(spec.read_gate, coords.get('pre'), shape, dtype, free=spec.streams == 1)
 
 
@@ -162,7 +176,7 @@ def write_weights(
   matrix: Callable[..., jax.Array] | None = None,
 ) -> tuple[jax.Array | None, jax.Array | None]:
   """(post (n, *tokens), res (n, n, *tokens)) from their coordinates; None as in Coefficients."""
-  n, dtype = spec.streams, jnp.promote_types(dtype, jnp.float32)
+  n, dtype = spec.units, jnp.promote_types(dtype, jnp.float32)
   if spec.write_gate.kind == 'one_hot':
     post = spec.write_gate.scale * one_hot(written_by(sublayer, spec), n, tokens, dtype)
   else:
@@ -189,45 +203,22 @@ def _gate(
   gate: Gate, coords_NBT: jax.Array | None, shape: tuple[int, ...], dtype: Any, free: bool
 ) -> jax.Array | None:
   """The gate's weights; None for fixed weights of 1 where they need no product (free)."""
+  if coords_NBT is not None and len(coords_NBT) > shape[0]:  # all pairs of fractions: a gate for each one's
+    return jax.vmap(gate)(coords_NBT.reshape(-1, *shape)).reshape(coords_NBT.shape)
   if coords_NBT is not None:
     return gate(coords_NBT)
   return None if free and gate.scale == 1.0 else jnp.full(shape, gate.scale, dtype)
 
 
-def _weighted_sum(weights_NBT: jax.Array, x_NBTD: jax.Array) -> jax.Array:
-  """sum_n weights_n x_n, in float32 or more, not yet rounded. Unrolled: n is small, and one pass suffices."""
-  wide = jnp.promote_types(x_NBTD.dtype, jnp.float32)
-  terms = [weights_NBT[i][..., None] * x_NBTD[i].astype(wide) for i in range(x_NBTD.shape[0])]
-  return functools.reduce(jnp.add, terms)
-
-
-def _sums(*terms_BTD: jax.Array) -> tuple[jax.Array, ...]:
-  """Each term's sum over D. XLA:CPU makes one pass of them, and reads what they share once."""
-
-  def one_pass(*terms_BTD):
-    zeros = tuple(jnp.zeros((), term.dtype) for term in terms_BTD)
-    return tuple(lax.reduce(terms_BTD, zeros, lambda a, b: tuple(map(jnp.add, a, b)), (2,)))
-
-  return lax.platform_dependent(
-    *terms_BTD, cpu=one_pass, default=lambda *terms: tuple(jnp.sum(term, -1) for term in terms)
-  )
-
-
-def _inner(pairs: Sequence[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, ...]:
-  """Inner products over D of each pair (B, T, D), in float32 or more."""
-  wide = jnp.promote_types(pairs[0][0].dtype, jnp.float32)
-  return _sums(*(a_BTD.astype(wide) * b_BTD.astype(wide) for a_BTD, b_BTD in pairs))
-
-
 def _read(pre_NBT: jax.Array, x_NBTD: jax.Array) -> jax.Array:
-  return _weighted_sum(lax.optimization_barrier(pre_NBT), x_NBTD).astype(x_NBTD.dtype)
+  return weighted_sum(lax.optimization_barrier(pre_NBT), x_NBTD).astype(x_NBTD.dtype)
 
 
 def _read_backward(saved, g_BTD):
   pre_NBT, x_NBTD = saved
   pre_NBT, g_BTD = lax.optimization_barrier((pre_NBT, g_BTD))
   wide = jnp.promote_types(x_NBTD.dtype, jnp.float32)
-  d_pre = jnp.stack(_inner([(g_BTD, x_BTD) for x_BTD in x_NBTD]))
+  d_pre = jnp.stack(inner([(g_BTD, x_BTD) for x_BTD in x_NBTD]))
   d_x = pre_NBT[..., None] * g_BTD.astype(wide)[None]
   return d_pre.astype(pre_NBT.dtype), d_x.astype(x_NBTD.dtype)
 
@@ -235,11 +226,13 @@ def _read_backward(saved, g_BTD):
 _read = with_backward(_read, lambda *args: (_read(*args), args), _read_backward)
 
 
-def read(pre_NBT: jax.Array | None, x_NBTD: jax.Array) -> jax.Array:
+def read(pre_NBT: jax.Array | None, x_NBTD: jax.Array, m: int = 1) -> jax.Array:
   """H_pre x: the sublayer's input (B, T, C) in the streams' dtype; accumulated in float32.
 
-  pre (n, B, T), or (n, B, T, C) for a weight per channel; None reads stream 0.
+  pre (n, B, T), or (n, B, T, C) for a weight per channel; None reads stream 0. m: fractions of a stream.
   """
+  if m > 1:
+    return fractions.read(pre_NBT, x_NBTD, m)
   if pre_NBT is None:
     return x_NBTD[0]
   if pre_NBT.ndim == x_NBTD.ndim:
@@ -252,7 +245,7 @@ def _write(res_NMBT: jax.Array | None, post_NBT: jax.Array, x_NBTD: jax.Array, y
   res_NMBT, post_NBT = lax.optimization_barrier((res_NMBT, post_NBT))
   new = []
   for i in range(x_NBTD.shape[0]):
-    kept = x_NBTD[i].astype(wide) if res_NMBT is None else _weighted_sum(res_NMBT[i], x_NBTD)
+    kept = x_NBTD[i].astype(wide) if res_NMBT is None else weighted_sum(res_NMBT[i], x_NBTD)
     new.append((kept + post_NBT[i][..., None] * y_BTD.astype(wide)).astype(x_NBTD.dtype))
   return jnp.stack(new)
 
@@ -263,13 +256,13 @@ def _write_backward(saved, g_NBTD):
   n, pairs = len(x_NBTD), [(g_BTD, y_BTD) for g_BTD in g_NBTD]
   if res_NMBT is not None:
     pairs += [(g_BTD, x_BTD) for g_BTD in g_NBTD for x_BTD in x_NBTD]
-  products = jnp.stack(_inner(pairs))
+  products = jnp.stack(inner(pairs))
   d_post = products[:n].astype(post_NBT.dtype)
-  d_y = lax.optimization_barrier(_weighted_sum(post_NBT, g_NBTD).astype(y_BTD.dtype))
+  d_y = lax.optimization_barrier(weighted_sum(post_NBT, g_NBTD).astype(y_BTD.dtype))
   if res_NMBT is None:
     return None, d_post, g_NBTD, d_y
   d_res = products[n:].reshape(res_NMBT.shape)
-  columns = [_weighted_sum(res_NMBT[:, j], g_NBTD) for j in range(x_NBTD.shape[0])]
+  columns = [weighted_sum(res_NMBT[:, j], g_NBTD) for j in range(x_NBTD.shape[0])]
   return d_res.astype(res_NMBT.dtype), d_post, jnp.stack(columns).astype(x_NBTD.dtype), d_y
 
 
@@ -277,13 +270,20 @@ _write = with_backward(_write, lambda *args: (_write(*args), args), _write_backw
 
 
 def write(
-  res_NMBT: jax.Array | None, post_NBT: jax.Array | None, x_NBTD: jax.Array, y_BTD: jax.Array
+  res_NMBT: jax.Array | None,
+  post_NBT: jax.Array | None,
+  x_NBTD: jax.Array,
+  y_BTD: jax.Array,
+  m: int = 1,
 ) -> jax.Array:
   """H_res x + H_post^T y (eq. 3): the new streams (n, B, T, C), accumulated in float32, rounded once.
 
   None stands for H_res = I and for unit writes. The sums over streams are unrolled behind barriers, with a
   backward of their own: XLA:CPU otherwise recomputes the coefficients for each element they multiply.
+  m: fractions of a stream.
   """
+  if m > 1:
+    return fractions.write(res_NMBT, post_NBT, x_NBTD, y_BTD, m)
   if post_NBT is None and res_NMBT is None:
     return (x_NBTD + y_BTD[None]).astype(x_NBTD.dtype)
   if post_NBT is None:
@@ -298,16 +298,17 @@ def boundary(
 
   The definition of what kernels/boundary.py does in one pass.
   """
-  x_NBTD = settled(pending)
+  x_NBTD = settled(pending, spec.fractions)
   own = generate(params, x_NBTD, spec, sublayer)
-  return x_NBTD, read(pending.pre_NBT if spec.single_pass else own.pre_NBT, x_NBTD), own
+  pre_NBT = pending.pre_NBT if spec.single_pass else own.pre_NBT
+  return x_NBTD, read(pre_NBT, x_NBTD, spec.fractions), own
 
 
-def settled(pending: Pending) -> jax.Array:
-  """The streams with y written to them."""
+def settled(pending: Pending, m: int = 1) -> jax.Array:
+  """The streams, of m fractions each, with y written to them."""
   if pending.y_BTD is None:
     return pending.x_NBTD
-  return write(pending.res_NMBT, pending.post_NBT, pending.x_NBTD, pending.y_BTD)
+  return write(pending.res_NMBT, pending.post_NBT, pending.x_NBTD, pending.y_BTD, m)
 
 
 def init_expand(spec: ConnectionSpec, width: int) -> dict[str, jax.Array]:
@@ -323,13 +324,15 @@ def init_expand(spec: ConnectionSpec, width: int) -> dict[str, jax.Array]:
 
 
 def expand(
-  x_BTD: jax.Array, n: int, how: str = 'replicate', params: dict[str, jax.Array] | None = None
+  x_BTD: jax.Array, n: int, how: str = 'replicate', params: dict[str, jax.Array] | None = None, m: int = 1
 ) -> jax.Array:
-  """The embedding (B, T, C) to n streams (n, B, T, C).
+  """The embedding (B, T, C) to n streams (n, B, T, C), or to their m fractions each (n m, B, T, C / m).
 
   'replicate' copies it; 'one_hot' puts it in stream 0 and zeros elsewhere (DeepSeek-V4.1); 'learned' scales
   each copy by params['scale'] (n, C). Raises ValueError for another name.
   """
+  if m > 1:
+    return fractions.split(expand(x_BTD, n, how, params), m)
   if how == 'one_hot':
     return jnp.concatenate([x_BTD[None], jnp.zeros((n - 1, *x_BTD.shape), x_BTD.dtype)])
   if how not in ('replicate', 'learned'):
@@ -364,13 +367,14 @@ def collapse(
   spec: ConnectionSpec | None = None,
   pre_NBT: jax.Array | None = None,
 ) -> jax.Array:
-  """Streams (n, B, T, C) to the output (B, T, C): 'mean', 'sum' (HC), 'learned', 'weights', 'read'
-  or 'sources'.
+  """Streams (n, B, T, C), or the fractions of spec, to the output (B, T, C): 'mean', 'sum' (HC), 'learned',
+  'weights', 'read' or 'sources'.
 
   'learned' is DeepSeek-V4's head, sum_i (sigmoid(alpha (norm(x) phi)_i + b_i) + eps) x_i, and needs params
   and spec; 'weights' is sum_i b_i x_i; 'read' takes the last sublayer's read map pre_NBT (V4.1);
   'sources' is one more read of attention residuals. Raises ValueError for another name.
   """
+  x_NBTD = fractions.merge(x_NBTD, 1 if spec is None else spec.fractions)
   if how == 'learned':
     projected_NBT = generator.project({'phi': params['phi']}, x_NBTD, spec)
     coords_NBT = params['alpha'] * projected_NBT + params['b'][:, None, None]

@@ -32,8 +32,8 @@ def check_memory(run: Run) -> None:
   c = run.resolved
   tokens = c['data']['batch_size'] * c['data']['seq_len']
   size = c['mesh']['data'] * c['mesh']['fsdp'] * c['mesh']['tensor'] * c['mesh']['expert']
-  copies = run.loose.workers if run.loose else 1
-  needed = cost.least_bytes(run.model, tokens, c['optimizer']['microbatches'] or 1, size, copies)
+  parts, copies = c['optimizer']['microbatches'] or 1, run.loose.workers if run.loose else 1
+  needed = cost.least_bytes(run.model, tokens, parts, size, c['optimizer']['name'], copies)
   here = [device for device in find_devices()[:size] if device.process_index == jax.process_index()]
   have = memory_of(here[0]) if here else None
   if have is None:
@@ -124,16 +124,21 @@ def _layer_bytes(run: Run) -> float:
   """
   c = run.model
   maps = cost.products(c)
-  dense = [*maps['attention'], *maps['feed_forward']]
-  experts = list(maps['attention'])
+  attention = [*maps['attention'], *maps['index']]
+  dense = [*attention, *maps['feed_forward']]
+  experts = list(attention)
   if c.moe:
     each = [(c.width, c.moe.ffn_width)] * 2 + [(c.moe.ffn_width, c.width)]
     experts += each * (c.moe.active + c.moe.shared)
   dense_layers = c.depth if c.moe is None else c.dense_layers
   layers = [dense] * dense_layers + [experts] * (c.depth - dense_layers)
   one = max(sum(a + b for a, b in layer) for layer in layers)
-  kept = sum(b + a * (c.remat == 'none') for layer in layers for a, b in layer) * (c.remat != 'layer')
-  return (kept + 2 * one) * jnp.dtype(c.dtype).itemsize
+  size = jnp.dtype(c.dtype).itemsize
+  # Of FP8 products a float32 sum is kept by name of its operation, and a byte of each input, with scales.
+  output = size if c.precision is None or c.remat == 'none' else max(size, 4)
+  into = size if c.precision is None else 1 + 4 / 128
+  kept = sum(output * b + into * a * (c.remat == 'none') for layer in layers for a, b in layer)
+  return kept * (c.remat != 'layer') + 2 * one * size
 
 
 def _score_bytes(run: Run) -> float:
@@ -141,7 +146,8 @@ def _score_bytes(run: Run) -> float:
   more; 0 by a kernel, which accelerators that are not here (config.topology) are taken to have."""
   c, away = run.model, run.resolved['topology'] is not None
   formula = c.kernels == 'xla' if away else why_formula(c, None, run.resolved['data']['seq_len']) is not None
-  return 4 * c.heads * ((c.depth if c.remat == 'none' else 1) + 2) * formula
+  heads = c.heads + (c.sparse.index_heads if c.indexed else 0)  # an index keeps its heads' products
+  return 4 * heads * ((c.depth if c.remat == 'none' else 1) + 2) * formula
 
 
 def advice(

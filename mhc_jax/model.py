@@ -64,7 +64,8 @@ class Block(nn.Module):
       if fused:
         pending = kernels.Pending(x_NBTD, y_BTD, own)
         continue
-      x_NBTD = constrain(hc.write(own.res_NMBT, own.post_NBT, x_NBTD, y_BTD), 'NBTD', mesh)
+      x_NBTD = hc.write(own.res_NMBT, own.post_NBT, x_NBTD, y_BTD, spec.fractions)
+      x_NBTD = constrain(x_NBTD, 'NBTD', mesh)
       pending = hc.Pending(x_NBTD, pre_NBT=own.pre_NBT if spec.single_pass else None)
       if self.record:
         records[-1]['gram_NMBT'] = _gram(pending.x_NBTD[:, : self.record])
@@ -116,14 +117,14 @@ def boundary(
   )
   own = generate(params, pending.x_NBTD, sublayer)
   pre_NBT = pending.pre_NBT if spec.single_pass else own.pre_NBT
-  return pending.x_NBTD, constrain(hc.read(pre_NBT, pending.x_NBTD), 'BTD', mesh), own
+  return pending.x_NBTD, constrain(hc.read(pre_NBT, pending.x_NBTD, spec.fractions), 'BTD', mesh), own
 
 
 def constraint_kernel(c: ModelConfig, mesh: Mesh | None) -> Callable[..., jax.Array] | None:
   """What computes the constraint's matrix in boundaries by XLA: a kernel (lanes.py), None without one."""
   if c.dtype == jnp.float64:
     return None
-  return lanes.kernel_for(c.connection.constraint, c.connection.streams, chip_of(c.kernels, mesh))
+  return lanes.kernel_for(c.connection.constraint, c.connection.units, chip_of(c.kernels, mesh))
 
 
 def fused_boundary(
@@ -166,7 +167,8 @@ class Transformer(nn.Module):
   labels: targets and weights, (B, T); then loss_sums of the logits in their place (layers/unembedding.py).
 
   Records: for attention and feed-forward a dict of what all layers found, (L, ...) each: always the loads of
-  experts, load_LE, of the layers that have them; of the first `record` sequences also coefficients and stream
+  experts, load_E, of the layers that have them, and `losses`, auxiliary losses by name as sums over tokens in
+  nats, of which train_step adds the gradients; of the first `record` sequences also coefficients and stream
   products.
   """
 
@@ -191,9 +193,9 @@ class Transformer(nn.Module):
     head = self._ends('collapse', hc.init_collapse)
     copies = self._ends('expansion', hc.init_expand)
     x_BTD = constrain(embedding_VD[tokens_BT].astype(c.dtype), 'BTD', mesh)
-    x_NBTD = hc.expand(x_BTD, c.connection.streams, c.connection.expansion, copies)
-    x_NBTD = constrain(x_NBTD, 'NBTD', mesh)
     spec, first_NBT = c.connection, None
+    x_NBTD = hc.expand(x_BTD, spec.streams, spec.expansion, copies, spec.fractions)
+    x_NBTD = constrain(x_NBTD, 'NBTD', mesh)
     if spec.single_pass:
       first_NBT = hc.one_hot(0, spec.streams, tokens_BT.shape, c.dtype)
     pending = hc.Pending(x_NBTD, pre_NBT=first_NBT)
@@ -203,7 +205,7 @@ class Transformer(nn.Module):
     pending, records = self._layers(pending, visible(segments_BT, c, mesh), record)
     if isinstance(pending, kernels.Pending):
       pending = kernels.definition(pending, spec)
-    x_NBTD, last_NBT = constrain(hc.settled(pending), 'NBTD', mesh), pending.pre_NBT
+    x_NBTD, last_NBT = constrain(hc.settled(pending, spec.fractions), 'NBTD', mesh), pending.pre_NBT
     collapse = token_local(
       lambda head, x_NBTD, pre_NBT: hc.collapse(x_NBTD, c.connection.collapse, head, c.connection, pre_NBT),
       mesh,

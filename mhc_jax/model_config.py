@@ -21,16 +21,32 @@ DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16, 'float64': jnp.float
 MOST_LAYERS = 10_000
 MOST_WRITTEN = 512  # layers outside of a loop: compiling takes seconds for each
 ROUTERS = ('sigmoid', 'sinkhorn')
+PRECISIONS = (None, 'fp8_v3', 'fp8_tensor')
+SPARSE = ('window', 'topk')
 
 
 @dataclasses.dataclass(frozen=True)
 class MLAConfig:
-  """Sizes of multi-head latent attention (DeepSeek-V2, arXiv 2405.04434); queries have full rank."""
+  """Sizes of multi-head latent attention (DeepSeek-V2, arXiv 2405.04434)."""
 
   kv_rank: int  # of the latent from which keys and values are made
   head_dim: int  # of queries and keys, without the rotary part
   rope_dim: int  # of the rotary part; one rotary key serves all heads
   value_dim: int
+  q_rank: int | None = None  # of the latent from which queries are made; None: queries have full rank
+
+
+@dataclasses.dataclass(frozen=True)
+class SparseConfig:
+  """Which of the tokens before it a query attends to (layers/sparse.py)."""
+
+  kind: str  # one of SPARSE
+  topk: int | None = None  # tokens of a query
+  window: int | None = None  # the last so many, the query's own included; with topk they are among those
+  index_heads: int | None = None
+  index_dim: int | None = None  # of an index head
+  index_rope_dim: int | None = None  # the first so many of them have the position
+  stage: str | None = None  # 'warmup': attention over all, and the index alone learns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +89,8 @@ class ModelConfig:
   mla: MLAConfig | None  # None: grouped-query attention
   moe: MoEConfig | None  # None: every layer is dense
   dense_layers: int  # leading layers outside the scan, with a dense feed-forward sublayer; 0 without moe
+  precision: str | None = None  # of products with weights in sublayers: one of PRECISIONS (layers/fp8.py)
+  sparse: SparseConfig | None = None  # None: attention over all tokens before
 
   @property
   def width_ratio(self) -> float:
@@ -98,6 +116,16 @@ class ModelConfig:
   def attention_scale(self) -> float:
     """1 / K with transfer, 1 / sqrt(K) without."""
     return self.head_dim ** (-0.5 if self.base_width is None else -1.0)
+
+  @property
+  def indexed(self) -> bool:
+    """Whether an index chooses the tokens that attention is over."""
+    return self.sparse is not None and self.sparse.kind == 'topk'
+
+  @property
+  def warms_up(self) -> bool:
+    """Whether the index alone learns, from attention to all tokens."""
+    return self.sparse is not None and self.sparse.stage == 'warmup'
 
   @property
   def value_dim(self) -> int:
@@ -153,7 +181,7 @@ def derive_sizes(config: ConfigDict) -> dict[str, Any]:
   if mla is None:
     largest = min(c.width, kv_heads * head_dim, ffn_width)
   else:
-    sides = (mla.kv_rank, c.heads * head_dim, c.heads * mla.value_dim)
+    sides = (mla.kv_rank, _given(mla.q_rank, c.width), c.heads * head_dim, c.heads * mla.value_dim)
     largest = min(c.width, ffn_width, *sides)
   rank = c.weights.rank
   require(
@@ -161,7 +189,7 @@ def derive_sizes(config: ConfigDict) -> dict[str, Any]:
     f'model.weights.rank must lie between 1 and {largest}, the smallest side of a weight, got {rank}',
   )
   require(rank is None or moe is None, 'model.weights.rank does not go with model.moe.experts')
-  dense = _dense_layers(c, moe)
+  dense, sparse = _dense_layers(c, moe), _build_sparse(c, mla)
   return {
     'kv_heads': kv_heads,
     'head_dim': head_dim,
@@ -170,6 +198,7 @@ def derive_sizes(config: ConfigDict) -> dict[str, Any]:
     'mla': dataclasses.asdict(mla) if mla else c.mla.to_dict(),
     'moe': dataclasses.asdict(moe) if moe else c.moe.to_dict(),
     'dense_layers': dense if moe else None,
+    'sparse': dataclasses.asdict(sparse) if sparse else c.sparse.to_dict(),
   }
 
 
@@ -200,13 +229,15 @@ def model_of(m: dict[str, Any], transfer: dict[str, Any], connection: Connection
       'mla': _section(MLAConfig, m.get('mla')),
       'moe': _section(MoEConfig, m.get('moe')),
       'dense_layers': m.get('dense_layers') or 0,
+      'sparse': _section(SparseConfig, m.get('sparse')),
     }
   )
 
 
 def _section(kind: Any, values: dict[str, Any] | None) -> Any:
   """A section as its dataclass; None where it is off, or not there because the run is older than it."""
-  return None if not values or None in values.values() else kind(**values)
+  needed = (field.name for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING)
+  return None if not values or any(values[name] is None for name in needed) else kind(**values)
 
 
 def _given(value: Any, default: Any) -> Any:
@@ -226,6 +257,13 @@ def _check_values(config: ConfigDict) -> None:
     f'model.scan, scan_unroll and dense_layers write out {written} layers; at most {MOST_WRITTEN}',
   )
   require(c.dtype in DTYPES, f'model.dtype must be one of {", ".join(DTYPES)}, got {c.dtype!r}')
+  require(
+    c.precision in PRECISIONS, f'model.precision must be fp8_v3, fp8_tensor or None, got {c.precision!r}'
+  )
+  require(
+    c.precision != 'fp8_tensor' or c.moe.experts is None,
+    'model.precision=fp8_tensor does not go with model.moe.experts, which share no scale: fp8_v3 does',
+  )
   require(c.remat in REMAT, f'model.remat must be one of {", ".join(REMAT)}, got {c.remat!r}')
   require(c.kernels in KERNELS, f'model.kernels must be one of {", ".join(KERNELS)}, got {c.kernels!r}')
   require(c.remat != 'block' or c.scan, 'model.remat=block needs model.scan=True')
@@ -237,7 +275,7 @@ def _check_values(config: ConfigDict) -> None:
   base = config.transfer.base_rank
   require(base is None or 1e-3 <= base <= 1e9, f'transfer.base_rank must be a rank or None, got {base}')
   require(base is None or c.weights.rank is not None, 'transfer.base_rank needs model.weights.rank')
-  for section, switch in (('mla', 'kv_rank'), ('moe', 'experts')):
+  for section, switch in (('mla', 'kv_rank'), ('moe', 'experts'), ('sparse', 'kind')):
     given = [name for name, value in c[section].items() if value is not None]
     on = c[section][switch] is not None
     require(on or not given, f'model.{section}.{"".join(given[:1])} needs model.{section}.{switch}')
@@ -268,11 +306,41 @@ def _build_mla(c: ConfigDict) -> MLAConfig | None:
     return None
   head_dim = _given(m.head_dim, c.width // c.heads)
   rope_dim = _given(m.rope_dim, max(2, head_dim // 4 * 2))
-  mla = MLAConfig(m.kv_rank, head_dim, rope_dim, _given(m.value_dim, head_dim))
+  mla = MLAConfig(m.kv_rank, head_dim, rope_dim, _given(m.value_dim, head_dim), m.q_rank)
   for name, value in dataclasses.asdict(mla).items():
-    require(value >= 1, f'model.mla.{name} must be at least 1, got {value}')
+    require(value is None or value >= 1, f'model.mla.{name} must be at least 1, got {value}')
   require(rope_dim % 2 == 0, f'model.mla.rope_dim must be even, got {rope_dim}')
   return mla
+
+
+def _build_sparse(c: ConfigDict, mla: MLAConfig | None) -> SparseConfig | None:
+  """model.sparse -> SparseConfig. Sizes of the index that are not given are, relative to attention's,
+  DeepSeek-V3.2's (arXiv 2512.02556)."""
+  s = c.sparse
+  if s.kind is None:
+    return None
+  require(s.kind in SPARSE, f'model.sparse.kind must be one of {", ".join(SPARSE)}, got {s.kind!r}')
+  for name in ('topk', 'window', 'index_heads', 'index_dim'):
+    require(s[name] is None or s[name] >= 1, f'model.sparse.{name} must be at least 1, got {s[name]}')
+  if s.kind == 'window':
+    require(s.window is not None, 'model.sparse.kind=window needs model.sparse.window, a number of tokens')
+    given = [name for name, value in s.items() if value is not None and name not in ('kind', 'window')]
+    require(not given, f'model.sparse.{"".join(given[:1])} needs model.sparse.kind=topk')
+    return SparseConfig('window', window=s.window)
+  require(s.topk is not None, 'model.sparse.kind=topk needs model.sparse.topk, a number of tokens')
+  require(
+    s.window is None or s.window <= s.topk,
+    f'model.sparse.window={s.window} is over model.sparse.topk={s.topk}, among which its tokens are',
+  )
+  require(s.stage in (None, 'warmup'), f'model.sparse.stage must be warmup or None, got {s.stage!r}')
+  size = _given(s.index_dim, mla.head_dim if mla else c.width // c.heads)
+  rope_dim = _given(s.index_rope_dim, max(2, size // 4 * 2))
+  require(
+    rope_dim % 2 == 0 and 0 <= rope_dim <= size,
+    f'model.sparse.index_rope_dim must be even and at most index_dim={size}, got {rope_dim}',
+  )
+  heads = _given(s.index_heads, max(1, c.heads // 2))
+  return SparseConfig('topk', s.topk, s.window, heads, size, rope_dim, s.stage)
 
 
 def _build_moe(c: ConfigDict) -> MoEConfig | None:
@@ -322,7 +390,11 @@ def _dense_layers(c: ConfigDict, moe: MoEConfig | None) -> int:
 
 def check_connection(spec: ConnectionSpec, width: int) -> None:
   """Raises ConfigError for a rank above the inputs of phi, and where tracing it or its gradient fails."""
-  inputs = spec.generator_shape[0] * width
+  require(
+    width % spec.fractions == 0,
+    f'connection.fractions={spec.fractions} does not divide the width {width}',
+  )
+  inputs = spec.generator_shape[0] * width // spec.fractions
   require(
     spec.rank is None or spec.rank <= inputs,
     f'connection.rank={spec.rank} is over {inputs}, the number of inputs of phi',
@@ -336,15 +408,17 @@ def check_connection(spec: ConnectionSpec, width: int) -> None:
 @functools.lru_cache(maxsize=1024)
 def _check_trace(spec: ConnectionSpec) -> None:
   """The connection as training has it, traced on one token of width 1: no step knows a width from another."""
-  n, constraint, width = spec.streams, spec.constraint, spec.read_heads
+  n, constraint, width = spec.units, spec.constraint, spec.read_heads
 
   def coefficients(params: Any, x_NBTD: jax.Array) -> tuple[jax.Array, Any]:
     c = hyper_connection.generate(params, x_NBTD, spec)
-    read_BTD = hyper_connection.read(c.pre_NBT, x_NBTD)
+    read_BTD = hyper_connection.read(c.pre_NBT, x_NBTD, spec.fractions)
     return sum(jnp.sum(x) for x in (*c, read_BTD) if x is not None), c.res_NMBT
 
   try:
-    params = jax.eval_shape(lambda: hyper_connection.init_params(jax.random.key(0), spec, width, 0))
+    params = jax.eval_shape(
+      lambda: hyper_connection.init_params(jax.random.key(0), spec, width * spec.fractions, 0)
+    )
     x_NBTD = jax.ShapeDtypeStruct((n, 1, 1, width), jnp.float32)
     _, res_NMBT = jax.eval_shape(jax.grad(coefficients, argnums=(0, 1), has_aux=True), params, x_NBTD)
   except Exception as error:  # whatever somebody's own constraint may raise

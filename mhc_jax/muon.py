@@ -35,7 +35,10 @@ def is_matrix(path: tuple[Any, ...], connections: bool) -> bool:
   kind = line_of(name)[1]
   if _is_of_connection(name):
     return connections and kind in ('hidden', 'plain') and not name.endswith('read_query')
-  return kind in ('hidden', 'factor') or name.endswith(('kv_up/w', 'kv_up/u', 'kv_up/v', '/router'))
+  if '/index/' in name:
+    return False  # as published: an index of attention learns by AdamW
+  from_latent = tuple(f'{up}_up/{part}' for up in ('kv', 'q') for part in 'wuv')
+  return kind in ('hidden', 'factor') or name.endswith((*from_latent, '/router'))
 
 
 def dimensions(path: tuple[Any, ...], leaf: jax.Array) -> MuonDimensionNumbers:
@@ -57,7 +60,7 @@ def share(path: tuple[Any, ...], adamw: float, width_ratio: float, rank_ratio: f
   smaller = width_ratio
   if name.endswith('/u') or line_of(name)[1] == 'factor':
     smaller = rank_ratio
-  if _is_of_connection(name) or name.endswith(('/router', 'kv_down/w', 'kv_up/w')):
+  if _is_of_connection(name) or name.endswith(('/router', 'kv_down/w', 'kv_up/w', 'q_down/w', 'q_up/w')):
     smaller = 1.0  # a few streams, experts or a latent, whatever the width
   return adamw * math.sqrt(smaller)
 

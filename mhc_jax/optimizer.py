@@ -26,6 +26,8 @@ from mhc_jax.config import OptimizerConfig
 from mhc_jax.model_config import ModelConfig
 from mhc_jax.parameters import kinds, matches
 
+INDEX = '.*/attention/index/.*'  # parameters with a loss of their own (layers/sparse.py)
+
 
 def schedule(step: jax.Array, num_steps: jax.Array, warmup: jax.Array, c: OptimizerConfig) -> jax.Array:
   """The multiplier of lr for update `step` (0-based) of num_steps, float32.
@@ -63,6 +65,10 @@ def transform(
   """
   clip = optax.identity() if c.clip_norm is None else optax.clip_by_global_norm(c.clip_norm)
   plain = _descent(c, model, lr, weight_decay)
+  if model.indexed:  # two losses, two norms: neither changes the other's steps
+    clip = optax.partition({'index': clip, 'rest': clip}, _of_index)
+  if model.warms_up:  # plan.py refuses a manifold
+    return optax.partition({'index': optax.chain(clip, plain), 'rest': optax.set_to_zero()}, _of_index)
   if c.manifold is None:
     return optax.chain(clip, plain)
   if c.manifold in manifold_updates.PROJECTIONS:
@@ -76,6 +82,10 @@ def transform(
     return jax.tree.map(lambda ours: 'own' if ours else 'adamw', matches(c.manifold_pattern, params))
 
   return optax.chain(clip, optax.partition({'own': own, 'adamw': plain}, label))
+
+
+def _of_index(params: Any) -> Any:
+  return jax.tree.map(lambda ours: 'index' if ours else 'rest', matches(INDEX, params))
 
 
 def projection(c: OptimizerConfig) -> manifold_updates.Projection:

@@ -18,12 +18,17 @@ import jax
 PARAMETERS: tuple[tuple[str, str, str], ...] = (
   (r'embedding', 'VD', 'plain'),
   (r'unembedding', 'DV', 'plain'),
-  (r'(final_|latent_)?norm', '', 'scalar'),
+  (r'(final_|latent_|query_)?norm', '', 'scalar'),
   (r'attention/query/w', 'DHK', 'hidden'),
   (r'attention/(key|value)/w', 'DGK', 'hidden'),
   (r'attention/output/w', 'HD', 'hidden'),
   (r'attention/kv_up/w', 'RHK', 'plain'),  # its fan-in is the latent's rank, whatever the width
   (r'attention/kv_up/u', '', 'plain'),
+  (r'attention/q_up/w', 'RHK', 'plain'),  # likewise
+  (r'attention/q_up/u', '', 'plain'),
+  (r'attention/index/(query|key|weights)/w', '', 'hidden'),  # small: every device has all heads
+  (r'attention/index/query_up/w', '', 'plain'),
+  (r'attention/index/key_norm(_bias)?', '', 'scalar'),
   (r'feed_forward/(shared_)?(gate|up)/w', 'DF', 'hidden'),
   (r'feed_forward/(shared_)?down/w', 'FD', 'hidden'),
   (r'feed_forward/router', '', 'plain'),  # output-like: see layers/moe.py

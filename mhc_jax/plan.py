@@ -33,7 +33,7 @@ from mhc_jax.model_config import (
   model_of,
 )
 from mhc_jax.patterns import check_pattern
-from mhc_jax.presets import PRESETS, connection_spec
+from mhc_jax.presets import INITS, PRESETS, connection_spec
 from mhc_jax.sharding import check_mesh, find_devices
 from mhc_jax.train_step import init_state, without_traced
 from mhc_jax.values import INT32
@@ -122,6 +122,7 @@ def resolve(config: ConfigDict, digest: str, constraint: Constraint | None = Non
   derived = {
     'params': params,
     'flops_per_token': flops_per_token,
+    'ideal_flops_per_token': cost.train_flops_per_token(model, config.data.seq_len, causal=True),
     'forward_flops_per_token_by_term': cost.forward_flops_per_token(model, config.data.seq_len),
     'tokens_per_step': tokens_per_step,
     'num_steps': num_steps,
@@ -159,7 +160,9 @@ def check_size(model: ModelConfig, config: ConfigDict) -> None:
   }
   for name, size in sizes.items():
     require(size <= INT32, f'{name} = {size}: at most {INT32}')
-  needed = cost.least_bytes(model, tokens, config.optimizer.microbatches or 1)
+  needed = cost.least_bytes(
+    model, tokens, config.optimizer.microbatches or 1, optimizer=config.optimizer.name
+  )
   require(
     needed <= MOST_BYTES,
     f'the model has {cost.parameters(model)["total"]} parameters and needs {needed / 2**40:.0f} TiB at the '
@@ -172,6 +175,7 @@ def _check_fit(model: ModelConfig, optimizer: OptimizerConfig) -> None:
   """Raises ConfigError where the manifold does not fit the parameters that its pattern matches."""
   if optimizer.manifold is None:
     return
+  require(not model.warms_up, 'model.sparse.stage=warmup moves the index alone: leave optimizer.manifold out')
 
   def first_update(key):
     state = init_state(key, model, optimizer)
@@ -218,13 +222,43 @@ def rebuild_model(resolved: dict[str, Any], constraint: Constraint | None = None
   try:
     spec = _rebuild_connection(resolved['model']['connection'], constraint)
   except (AttributeError, KeyError, TypeError, ValueError) as error:
-    if isinstance(error, ConfigError):
-      raise
-    raise ConfigError(f'model.connection: {type(error).__name__}: {error}') from None
+    raise _of_connection(error) from None
   rebuilt = model_of(model, config.transfer.to_dict(), spec)
   check_size(rebuilt, config)
   check_connection(spec, rebuilt.width)
   return rebuilt
+
+
+def configuration_of(resolved: dict[str, Any]) -> ConfigDict:
+  """The configuration that resolves to this one (config.json): with equal data, the same run.
+
+  Traces nothing. Raises ConfigError as rebuild_model does, and where the connection's start values have no
+  name (presets.INITS).
+  """
+  config = config_file.complete(resolved)
+  try:
+    spec = _rebuild_connection(resolved['model']['connection'], None)
+  except (AttributeError, KeyError, TypeError, ValueError) as error:
+    raise _of_connection(error) from None
+  connection = config.model.connection
+  for name, gate in (('read', spec.read_gate), ('write', spec.write_gate)):
+    connection[f'{name}_gate'], connection[f'{name}_scale'] = gate.kind, float(gate.scale)
+    connection[f'{name}_eps'] = float(gate.eps)
+  changes = {'mixing': spec.init.mixing, 'alpha': spec.init.alpha}
+  changes = {name: float(value) for name, value in changes.items() if value is not None}
+  connection.update(changes)
+  named = (
+    name for name, init in INITS.items() if dataclasses.replace(init(spec.streams), **changes) == spec.init
+  )
+  connection.init = next(named, None)
+  require(connection.init is not None, f'model.connection.init: nothing in presets.INITS is {spec.init}')
+  return config
+
+
+def _of_connection(error: Exception) -> ConfigError:
+  if isinstance(error, ConfigError):
+    return error
+  return ConfigError(f'model.connection: {type(error).__name__}: {error}')
 
 
 def _rebuild_connection(given: dict[str, Any], constraint: Constraint | None) -> ConnectionSpec:
@@ -300,7 +334,7 @@ def deciding(resolved: dict[str, Any]) -> dict[str, Any]:
     node.pop(path[-1], None)
   if not kept.get('cluster'):
     kept.pop('cluster', None)
-  for section in ('mla', 'moe'):
+  for section in ('mla', 'moe', 'sparse'):
     if not kept['model'].get(section):
       kept['model'].pop(section, None)
   connection = kept['model']['connection']

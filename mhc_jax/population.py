@@ -76,7 +76,8 @@ def most_members(run: Run) -> int:
   memory = memory_of(device)
   if memory is not None:
     parts = c['optimizer']['microbatches'] or 1
-    fit = min(fit, memory / 3 / cost.least_bytes(run.model, derived['tokens_per_step'], parts))
+    tokens, optimizer = derived['tokens_per_step'], run.optimizer.name
+    fit = min(fit, memory / 3 / cost.least_bytes(run.model, tokens, parts, optimizer=optimizer))
   most = ON_TPU if device.platform == 'tpu' else MOST_MEMBERS
   return 1 << (int(min(max(fit, 1), most)).bit_length() - 1)
 

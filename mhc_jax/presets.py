@@ -148,6 +148,10 @@ PRESETS: dict[str, dict[str, dict]] = {
       'norm_weight': True,
     }
   },
+  # HC of one stream's fractions, each of which is written by itself (Frac-Connections, arXiv 2503.14125).
+  'frac': {'dynamic': {**_HC, 'streams': 1, 'fractions': 4, 'write_across': False}},
+  # HC with reads and writes between all fractions of all streams (virtual width, arXiv 2511.11238).
+  'vwn': {'dynamic': {**_HC, 'fractions': 2}},
   # Unmixed: sublayer t reads sum_s A_ts F_s over all earlier outputs, A learned, 1 at the start (a residual
   # stream). One stream per output: 2 depth + 1 of them.
   'depth_matrix': {
@@ -195,8 +199,8 @@ def connection_spec(
 
   None keeps the preset's value. constraint: a key of CONSTRAINTS or a Constraint of one's own; init: a key of
   INITS or an Init; mixing and alpha replace that one value of it; read_gate and write_gate: a Gate or its
-  kind, with scales and eps; overrides are fields of ConnectionSpec. 'residual' has one stream whatever
-  `streams` says. Raises ValueError for unknown names and sizes.
+  kind, with scales and eps; overrides are fields of ConnectionSpec. 'residual' and 'frac' have one stream
+  whatever `streams` says. Raises ValueError for unknown names and sizes.
   """
   if name not in PRESETS:
     raise ValueError(f'connection.name must be one of {", ".join(PRESETS)}, got {name!r}')
@@ -264,10 +268,13 @@ _CHOICES = {
 
 def _check_cost(spec: ConnectionSpec) -> None:
   """Raises ConfigError, before anything is computed, for what takes too long to trace or to compute."""
-  constraint, n = spec.constraint, spec.streams
+  constraint, n = spec.constraint, spec.units
+  what = f'connection.streams={n}'
+  if spec.fractions > 1:
+    what = f'connection.streams * fractions = {n}'
+    require(n <= MOST_MIXED, f'{what}, which all are read by weights of their own; at most {MOST_MIXED}')
   if constraint.name != 'identity':
-    sums = f'connection.streams={n} mixed by {n * n} sums, written out; at most {MOST_MIXED}^2'
-    require(n <= MOST_MIXED, sums)
+    require(n <= MOST_MIXED, f'{what} mixed by {n * n} sums, written out; at most {MOST_MIXED}^2')
   where = f'connection.constraint={constraint.name} at {n} streams'
   for what, count, most in (
     ('coordinates', constraint.num_coordinates, MOST_COORDINATES),
@@ -291,12 +298,13 @@ def _check(spec: ConnectionSpec) -> None:
       raise ValueError(f'connection.{name} must be one of {", ".join(kinds)}, got {kind!r}')
   if spec.norm_eps < 0:
     raise ValueError(f'connection.norm_eps must not be negative, got {spec.norm_eps}')
+  _check_fractions(spec)
   _check_cost(spec)
   _check_combinations(spec)
   mixing = spec.init.mixing
   if mixing is not None:
     with np.errstate(all='ignore'):
-      start = spec.constraint.identity(spec.streams, mixing) if 0 <= mixing <= 1 else np.nan
+      start = spec.constraint.identity(spec.units, mixing) if 0 <= mixing <= 1 else np.nan
     if not np.isfinite(start).all():
       raise ValueError(
         f'{spec.constraint.name} has no start with connection.mixing={mixing}; 0.01 is a usual value'
@@ -307,6 +315,19 @@ def _check(spec: ConnectionSpec) -> None:
       f'connection.rank must lie between 1 and {outputs}, the number of coordinates that phi generates, '
       f'got {spec.rank}'
     )
+
+
+def _check_fractions(spec: ConnectionSpec) -> None:
+  require(spec.fractions >= 1, f'connection.fractions must be at least 1, got {spec.fractions}')
+  if spec.fractions == 1:
+    require(spec.write_across, 'connection.write_across=False needs connection.fractions above 1')
+    return
+  for what, there in (
+    (f'read_gate={spec.read_gate.kind}', spec.read_gate.kind in ('elementwise', 'sources')),
+    ('write_gate=one_hot', spec.write_gate.kind == 'one_hot'),
+    ('single_pass', spec.single_pass),
+  ):
+    require(not there, f'connection.{what} does not go with connection.fractions={spec.fractions}')
 
 
 def _check_combinations(spec: ConnectionSpec) -> None:

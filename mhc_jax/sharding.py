@@ -116,6 +116,11 @@ def check_mesh(axes: dict[str, int], model: ModelConfig, seq_len: int) -> None:
     sizes['model.moe.ffn_width'] = model.moe.ffn_width
     if model.moe.experts % axes['expert']:
       raise ConfigError(f'mesh.expert={axes["expert"]} does not divide model.moe.experts={model.moe.experts}')
+    if model.precision and tensor > 1 and model.moe.ffn_width % (128 * tensor):  # it would change the numbers
+      raise ConfigError(
+        f'mesh.tensor={tensor} cuts tiles of 128 of model.moe.ffn_width={model.moe.ffn_width}, which '
+        'model.precision multiplies by one scale: use mesh.expert'
+      )
   for name, size in {**sizes, 'data.seq_len': seq_len}.items():
     if size % tensor:
       raise ConfigError(f'mesh.tensor={tensor} does not divide {name}={size}')

@@ -16,7 +16,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mhc_jax import distributed, estimate, print_config, profiling, runtime, settings, storage
+from mhc_jax import distributed, energy, estimate, print_config, profiling, runtime, settings, storage
 from mhc_jax.checkpoint import Checkpoints
 from mhc_jax.command import end_with_message
 from mhc_jax.config import base_config
@@ -39,13 +39,13 @@ from mhc_jax.log import Progress, say, tolerant_streams
 from mhc_jax.loop import Data, Member, Single, alone, is_full, loop
 from mhc_jax.memory import check_memory
 from mhc_jax.paths import expand
-from mhc_jax.plan import Run, resolve, warnings_of
+from mhc_jax.plan import Run, configuration_of, resolve, warnings_of
 from mhc_jax.population import Population, alike, on_one_device
 from mhc_jax.profiling import Trace
 from mhc_jax.recorder import Position, Recorder
 from mhc_jax.sharding import left_out, local_rows, make_mesh, put_batch
 from mhc_jax.train_step import Batch, Programs, programs
-from mhc_jax.workdir import ENDED, check_workdir, claim
+from mhc_jax.workdir import ENDED, check_workdir, claim, read_config
 
 
 def load_data(run: Run, corpus: Corpus) -> tuple[Windows, Windows]:
@@ -245,9 +245,13 @@ def _train_opened(
   if len(members) > 1 and not quiet:
     steps = sum(member.step for member in opened), sum(member.plan.num_steps for member in opened)
     progress = Progress(f'{len(opened)} runs', *steps, quiet)
+  kind = opened[0].plan.resolved['log']['energy']
+  counted = energy.meter(kind, list(mesh.local_devices), jax.process_count())
+  for member in opened:
+    member.record.energy = counted and counted.source
   trace = Trace(profile, opened[0].workdir, opened[0].plan.num_steps) if profile else None
   try:
-    loop(opened, updates, compiled, data, stops_at, progress, trace)
+    loop(opened, updates, compiled, data, stops_at, progress, trace, counted)
   finally:
     if trace:
       trace.close(opened[0].step)
@@ -272,13 +276,17 @@ def _open(member: Member, compiled: Programs, at_most: int | None, quiet: bool, 
   keep = c['checkpoint']['keep']
   member.checkpoints = member.files.enter_context(Checkpoints(folder, keep, member.record.held))
   saved = member.checkpoints.restore_latest(compiled.abstract, at_most=at_most)
+  require(
+    saved is not None or c['start'] is None,
+    f'{member.workdir} lacks the weights that start={c["start"]} names: `mhc import` makes such a folder',
+  )
   at.step, at.state, extra = saved or (0, compiled.init(jax.random.key(c['seed'])), {})
   for name, value in extra.items():
     setattr(at, name, value)
   if member.goes_on:
     at.divergence |= {'ignored': True}
   member.step = at.step
-  member.record.open(at, saved is not None, quiet, boards)
+  member.record.open(at, at.step > 0, quiet, boards)  # imported weights are a checkpoint of step 0
   member.files.callback(member.record.close)
   member.record.status(at, 'running')
 
@@ -299,11 +307,11 @@ def _inputs(member: Member, train: Windows, mesh: Mesh) -> Iterator[Batch]:
   return (put_batch(batch, mesh) for batch in batches)
 
 
-def _config(name: str | None, overrides: list[str]) -> ConfigDict:
-  """The config of that name, or the defaults, with overrides."""
+def _config(name: str | None, overrides: list[str], resolved: dict[str, Any] | None = None) -> ConfigDict:
+  """The config of that name, or of the resolved run, or the defaults, with overrides."""
   if name is not None:
     return parse(name, overrides)
-  config = base_config()
+  config = base_config() if resolved is None else configuration_of(resolved)
   override(config, overrides)
   return config
 
@@ -316,6 +324,7 @@ def _parser() -> argparse.ArgumentParser:
     '  mhc train --config laptop --workdir runs/laptop\n'
     '  mhc train --config laptop:smoke --workdir runs/smoke \\\n'
     '    --config.model.connection.name=residual --config.optimizer.lr=2e-3\n'
+    '  mhc train --workdir runs/laptop         # goes on with what the folder holds\n'
     'any field can be set by --config.section.field=value; mhc --print-config lists them, log.wandb among\n'
     'them, the project of Weights & Biases that rows go to; one axis of mesh can be -1, all devices left',
     formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -353,14 +362,19 @@ def main(argv: list[str] | None = None) -> int:
   if args.print_config:
     print(print_config.text(_config(args.config, overrides)))
     return 0
-  require(args.config is not None, 'name a config: --config laptop (mhc train --help)')
+  goes_on = args.config is None and args.workdir is not None
+  resolved = read_config(expand(args.workdir)) if goes_on else None
+  require(
+    args.config is not None or resolved is not None,
+    'name a config: --config laptop (mhc train --help); without one goes on what --workdir holds already',
+  )
   if args.estimate:
-    print(estimate.text(resolve(parse(args.config, overrides), '')))
+    print(estimate.text(resolve(_config(args.config, overrides, resolved), '')))
     return 0
   require(args.workdir is not None, 'name the folder of the run: --workdir runs/laptop')
   profile = profiling.updates_of(args.profile) if args.profile else None
   runtime.prepare(args)
-  config = parse(args.config, overrides)
+  config = _config(args.config, overrides, resolved)
   cluster = distributed.find(args)
   if cluster and not distributed.is_supervised():
     command = [sys.executable, '-m', 'mhc_jax.train', *(sys.argv[1:] if argv is None else argv)]

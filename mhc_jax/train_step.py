@@ -7,7 +7,7 @@ config -> data -> model -> **train_step** -> checkpoint -> metrics. What differs
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -83,56 +83,77 @@ def evaluate_sums(
 def sums_and_records(
   params: Any, batch: Batch, model: ModelConfig, mesh: Mesh | None = None, record: int = 0
 ) -> tuple[tuple[jax.Array, jax.Array], list[dict[str, Any]]]:
-  """evaluate_sums, and the model's records: the experts' loads, and what diagnostics.py takes of the first
-  `record` sequences.
+  """evaluate_sums, and the model's records: the experts' loads, auxiliary losses, and what diagnostics.py
+  takes of the first `record` sequences.
   """
   inputs = (batch['inputs'], batch['segments'])
   labels = (batch['targets'], batch['weights'])
   return Transformer(model, mesh).apply({'params': params}, *inputs, labels=labels, record=record)
 
 
-def sums_and_load(
+class Beside(NamedTuple):
+  """What a model says of a batch beside its cross-entropies, as sums over tokens."""
+
+  load_LE: jax.Array | None  # tokens that went to each expert, int32; None without experts
+  losses: dict[str, jax.Array]  # auxiliary losses in nats by name, of the model, (), or by layer, (L,)
+
+
+def sums_and_beside(
   params: Any, batch: Batch, model: ModelConfig, mesh: Mesh | None = None
-) -> tuple[tuple[jax.Array, jax.Array], Any]:
-  """evaluate_sums, and the tokens that went to each expert, (L, E) int32; None without experts."""
-  sums, records = sums_and_records(params, batch, model, mesh)
-  return sums, records[1].get('load_E')
+) -> tuple[tuple[jax.Array, jax.Array], Beside]:
+  """evaluate_sums, and what the records carry for training."""
+  (total, count), records = sums_and_records(params, batch, model, mesh)
+  if model.warms_up:  # nothing but the index learns
+    total = jax.lax.stop_gradient(total)
+  losses = {name: value for record in records for name, value in record.get('losses', {}).items()}
+  return (total, count), Beside(records[1].get('load_E'), losses)
 
 
-def loss_fn(params: Any, batch: Batch, model: ModelConfig, mesh: Mesh | None = None) -> tuple[jax.Array, Any]:
-  """Mean cross-entropy in nats per predicted token, 0 where there is none, and the experts' loads."""
-  (total, count), load_LE = sums_and_load(params, batch, model, mesh)
-  return total / jnp.maximum(count, 1), load_LE
+def with_gradients_of(total: jax.Array, losses: dict[str, jax.Array]) -> jax.Array:
+  """total, with the gradients of the losses added to its own: what is reported stays the language model's."""
+  for loss in losses.values():
+    total += jnp.sum(loss - jax.lax.stop_gradient(loss))
+  return total
+
+
+def loss_fn(
+  params: Any, batch: Batch, model: ModelConfig, mesh: Mesh | None = None
+) -> tuple[jax.Array, Beside]:
+  """Mean cross-entropy in nats per predicted token, 0 where there is none, and Beside.
+
+  Its gradient is that of the mean and of all auxiliary losses per predicted token.
+  """
+  (total, count), beside = sums_and_beside(params, batch, model, mesh)
+  return with_gradients_of(total, beside.losses) / jnp.maximum(count, 1), beside
 
 
 def gradients(
   params: Any, batch: Batch, model: ModelConfig, parts: int | None = None, mesh: Mesh | None = None
-) -> tuple[tuple[jax.Array, Any], Any]:
+) -> tuple[tuple[jax.Array, Beside], Any]:
   """(loss_fn, its gradient), from `parts` microbatches one after another.
 
-  Each adds its sum of cross-entropies over the number of tokens of the whole batch, so that every token
-  weighs the same wherever it lies, and its loads. Row r is in part r % parts: rows stay on the devices that
-  hold them.
+  Each adds its sums of losses over the number of tokens of the whole batch, so that every token weighs the
+  same wherever it lies, and its loads. Row r is in part r % parts: rows stay on the devices that hold them.
   """
   if parts is None:
-    loss_and_load, grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch, model, mesh)
-    return loss_and_load, constrain_state(grads, mesh)
+    loss_and_beside, grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch, model, mesh)
+    return loss_and_beside, constrain_state(grads, mesh)
   count = jnp.maximum(jnp.sum(batch['weights']), 1)
 
   @functools.partial(jax.value_and_grad, has_aux=True)
-  def share(params: Any, part: Batch) -> tuple[jax.Array, Any]:
-    (total, _), load_LE = sums_and_load(params, part, model, mesh)
-    return total / count, load_LE
+  def share(params: Any, part: Batch) -> tuple[jax.Array, Beside]:
+    (total, _), beside = sums_and_beside(params, part, model, mesh)
+    return with_gradients_of(total, beside.losses) / count, beside
 
   def add(sums: Any, part: Batch) -> tuple[Any, None]:
     part = {name: constrain(value, 'BS', mesh) for name, value in part.items()}
-    loss_and_load, grads = jax.tree.map(jnp.add, sums, share(params, part))
-    return (loss_and_load, constrain_state(grads, mesh)), None
+    loss_and_beside, grads = jax.tree.map(jnp.add, sums, share(params, part))
+    return (loss_and_beside, constrain_state(grads, mesh)), None
 
   split = {name: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1) for name, x in batch.items()}
   sums = jax.eval_shape(share, params, {name: x[0] for name, x in split.items()})
-  loss_and_load, grads = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)
-  return jax.lax.scan(add, (loss_and_load, constrain_state(grads, mesh)), split)[0]
+  loss_and_beside, grads = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)
+  return jax.lax.scan(add, (loss_and_beside, constrain_state(grads, mesh)), split)[0]
 
 
 def train_step(
@@ -147,9 +168,10 @@ def train_step(
 
   A batch without a target (of one token, which begins a document) counts as an update and changes nothing.
   With experts also load_max_over_mean, (L,): the fullest expert's tokens over the mean of its layer. The
-  routers' biases then move by these loads, outside of the optimizer.
+  routers' biases then move by these loads, outside of the optimizer. loss_NAME: auxiliary losses per
+  predicted target, whose gradients are in the norm.
   """
-  (loss, load_LE), grads = gradients(state.params, batch, model, optimizer.microbatches, mesh)
+  (loss, (load_LE, losses)), grads = gradients(state.params, batch, model, optimizer.microbatches, mesh)
   lr = hparams['lr'] * optim.schedule(state.step, hparams['num_steps'], hparams['warmup'], optimizer)
   transform = optim.transform(optimizer, model, lr, hparams['weight_decay'])
   updates, opt_state = transform.update(grads, state.opt_state, state.params)
@@ -160,10 +182,11 @@ def train_step(
     'lr': lr,
     'targets': jnp.sum(batch['weights']),
   }
+  metrics |= {f'loss_{name}': loss / jnp.maximum(metrics['targets'], 1) for name, loss in losses.items()}
   params = optax.apply_updates(state.params, updates)
   if load_LE is not None:
     metrics['load_max_over_mean'] = load_LE.max(-1) / load_LE.mean(-1)
-    params = balance(params, load_LE, model)
+    params = params if model.warms_up else balance(params, load_LE, model)
   if batch['inputs'].shape[1] == 1:  # else no batch can be without a target: no document is empty
     params, opt_state = jax.tree.map(
       lambda new, old: jnp.where(metrics['targets'] > 0, new, old),

@@ -239,6 +239,8 @@ def test_what_this_machine_cannot_hold_is_refused_and_nothing_else(monkeypatch):
   small, memory = resolve(changed(), 'd'), psutil.virtual_memory()
   needed = cost.least_bytes(small.model, small.derived['tokens_per_step'])
   assert needed > 16 * small.derived['params']['total']
+  muon = cost.least_bytes(small.model, small.derived['tokens_per_step'], optimizer='muon')
+  assert needed - muon == 4 * small.derived['params']['total']  # of a matrix Muon keeps one moment
   monkeypatch.setattr(psutil, 'swap_memory', lambda: memory._replace(total=1))
   for total in (needed - 1, needed - 2):
     monkeypatch.setattr(psutil, 'virtual_memory', lambda total=total: memory._replace(total=total))

@@ -292,6 +292,7 @@ SECTIONS = {
   'latent attention': 'model.mla.kv_rank=8',
   'experts': 'model.moe.experts=4 model.moe.router=sinkhorn model.moe.active=2 model.vocab_size=300',
   'factored': 'model.weights.rank=3',
+  'sparse attention': 'model.mla.kv_rank=8 model.mla.q_rank=6 model.sparse.kind=topk model.sparse.topk=3',
 }
 
 
@@ -304,7 +305,7 @@ def test_config_json_rebuilds_latent_attention_experts_and_factors(name):
     assert (run.model.vocab_size, run.model.dense_layers, run.model.moe.ffn_width) == (300, 1, 24)
     assert run.model.ffn_width == 4 * 24  # 2 active and 2 shared ones
   if name == 'latent attention':
-    assert dataclasses.astuple(run.model.mla) == (8, 16, 8, 16) and run.model.head_dim == 24
+    assert dataclasses.astuple(run.model.mla) == (8, 16, 8, 16, None) and run.model.head_dim == 24
 
 
 @pytest.mark.parametrize('name', PRESETS)

@@ -51,6 +51,8 @@ PLANS = {
   'router': '8e62ee6f998d',
   'attention_residual': '96a6c5087d7e',
   'clusters': '8202575c9377',
+  'fractions': 'deccf8eafe3d',
+  'fp8': 'b6a05722a908',
 }
 
 

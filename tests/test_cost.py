@@ -36,12 +36,15 @@ CASES = {
   'mhc static': {'name': 'mhc', 'dynamic': False},
   'mhc of 2 streams': {'name': 'mhc', 'streams': 2},
   'identity of 1 stream': {'name': 'identity', 'streams': 1},
+  'mhc of 2 streams in 4 fractions': {'name': 'mhc', 'streams': 2, 'fractions': 4, 'norm_weight': True},
+  'fractions by cp': {'name': 'mhc', 'fractions': 2, 'generator': 'cp', 'rank': 2, 'collapse': 'learned'},
   'factored weights': {'name': 'residual', 'weights_rank': 3},
   'grouped queries': {'name': 'mhc', 'kv_heads': 1},
   'latent attention': {
     'name': 'residual',
     'mla': {'kv_rank': 6, 'head_dim': 4, 'rope_dim': 2, 'value_dim': 3},
   },
+  'fp8': {'name': 'mhc', 'precision': 'fp8_v3'},
   'experts': {'name': 'mhc', 'moe': {'experts': 5, 'active': 2, 'shared': 1, 'ffn_width': 7}},
 }
 
@@ -52,6 +55,7 @@ def model(case):
   c.model.update(
     {'width': 16, 'depth': 3, 'heads': 4, 'ffn_width': 20, 'kv_heads': fields.pop('kv_heads', None)}
   )
+  c.model.precision = fields.pop('precision', None)
   c.model.weights.rank = fields.pop('weights_rank', None)
   for section in ('mla', 'moe'):
     c.model[section].update(fields.pop(section, {}))
@@ -146,10 +150,10 @@ def product_terms(config):
 
 def constraint_products(spec):
   """FLOPs of the matrix products inside the constraint's map, per token: a part of what it states."""
-  coords_K1 = jax.ShapeDtypeStruct((spec.constraint.num_coordinates(spec.streams), 1), jnp.float32)
-  jaxpr = jax.make_jaxpr(lambda c: spec.constraint.matrix(c, spec.streams))(coords_K1)
+  coords_K1 = jax.ShapeDtypeStruct((spec.constraint.num_coordinates(spec.units), 1), jnp.float32)
+  jaxpr = jax.make_jaxpr(lambda c: spec.constraint.matrix(c, spec.units))(coords_K1)
   products = sum(times * product_flops(equation) for equation, times in matrix_products(jaxpr.jaxpr))
-  assert products <= spec.constraint.flops(spec.streams)
+  assert products <= spec.constraint.flops(spec.units)
   return products
 
 

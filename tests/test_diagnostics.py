@@ -176,7 +176,7 @@ def test_every_connection_has_finite_diagnostics(name, preset):
   found = diagnosed(name=name, preset=preset)
   for key, value in found.items():
     assert np.isfinite(value).all() and value.dtype in (np.float32, np.float64), key
-  assert ('logit_range' in found) == (name in ('hc', 'mhc'))
+  assert ('logit_range' in found) == (name in ('hc', 'mhc', 'frac', 'vwn'))
   assert ('pre_saturation' in found) == (name in ('mhc', 'identity'))
   per_channel = name == 'gated_residual' or preset == 'heads'
   assert ('depth_rank' in found) == (not per_channel)

@@ -131,10 +131,13 @@ def test_bfloat16_streams_are_accumulated_in_float32_and_rounded_once(rng):
 def test_coefficients_are_float32_for_bfloat16_streams(rng, name, preset):
   spec = connection_spec(name, preset, streams=N)
   params = random_params(rng, spec, np.float32)
-  x_NBTD = jax.ShapeDtypeStruct((spec.streams, B, T, D), jnp.bfloat16)
+  units, m = spec.units, spec.fractions
+  x_NBTD = jax.ShapeDtypeStruct((units, B, T, D // m), jnp.bfloat16)
   found = jax.eval_shape(lambda x: hc.generate(params, x, spec), x_NBTD)
   per_channel = (D,) if spec.read_gate.kind == 'elementwise' or spec.read_heads > 1 else ()
-  shapes = {'pre_NBT': (N, B, T, *per_channel), 'post_NBT': (N, B, T), 'res_NMBT': (N, N, B, T)}
+  written = m if spec.write_across else 1
+  shapes = {'pre_NBT': (m * units, B, T, *per_channel), 'post_NBT': (written * units, B, T)}
+  shapes['res_NMBT'] = (units, units, B, T)
   for field, value in found._asdict().items():
     if value is not None:
       assert (value.dtype, value.shape) == (jnp.float32, shapes[field])

@@ -158,10 +158,12 @@ def test_streams_that_stay_equal_make_the_residual_model(x64, rng):
   assert np.abs(forward(streams)(params) - expected).max() > 1e-2
 
 
-@pytest.mark.parametrize('preset', PRESETS['hc'])
-def test_hc_is_exactly_pre_norm_at_step_0(x64, preset):
+@pytest.mark.parametrize(
+  'name,preset', [(name, preset) for name in ('hc', 'frac', 'vwn') for preset in PRESETS[name]]
+)
+def test_hc_is_exactly_pre_norm_at_step_0(x64, name, preset):
   # The final norm's eps, set to 0, would tell HC's sum of streams from their mean.
-  configs = model('residual'), model({'name': 'hc', 'preset': preset})
+  configs = model('residual'), model({'name': name, 'preset': preset})
   residual, hc = (dataclasses.replace(config, norm_eps=0.0) for config in configs)
   ours, plain = initial(hc), initial(residual)
   for name, leaf in body(plain).items():

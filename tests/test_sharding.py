@@ -120,9 +120,9 @@ def test_no_choice_of_experts_is_a_matter_of_rounding(x64):
 @pytest.mark.slow
 @pytest.mark.parametrize('name,shape', CASES)
 def test_loss_and_gradients_on_a_mesh_are_those_of_one_device(x64, name, shape):
-  (loss, load_LE), grads = outcome(name, shape)
-  (alone_loss, alone_load_LE), alone = outcome(name.split(',')[0], (1, 1, 1, 1))
-  np.testing.assert_equal(load_LE, alone_load_LE)
+  (loss, beside), grads = outcome(name, shape)
+  (alone_loss, alone_beside), alone = outcome(name.split(',')[0], (1, 1, 1, 1))
+  np.testing.assert_equal(beside.load_LE, alone_beside.load_LE)
   assert loss.dtype == np.float64 and float(loss) == pytest.approx(float(alone_loss), rel=1e-10)
   # The first sublayer's H_res mixes equal streams: where it is a leaf of its own, its gradient is rounding.
   rounding = 1e-16 * max(np.abs(leaf).max() for leaf in jax.tree.leaves(alone))

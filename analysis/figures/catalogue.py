@@ -20,6 +20,7 @@ from .gaps import gap_and_ratio
 from .isoflop import isoflop_panels, optimal_sizes
 from .layers import gains, heat_maps
 from .learning_rate import learning_rates, rate_sensitivity
+from .published import published_figure
 from .router import expert_loads
 from .shape import loss_vs_depth, loss_vs_width, rank_plot
 from .stability import stability_panels
@@ -69,6 +70,8 @@ SECTIONS = (
     {'paper_gap_flops': gap_and_ratio, 'paper_gap_tokens': token_scaling},
     secondary=False,
   ),
+  Section('efficiency', 'What a token and equal loss cost'),
+  Section('published', 'Published gaps beside ours', {'published_gaps': published_figure}),
   Section('tables', 'Final losses'),
   Section('excluded', 'Runs left out'),
   Section(

@@ -13,8 +13,9 @@ from mhc_jax.constraints.birkhoff_permutations import birkhoff_permutations
 from mhc_jax.constraints.birkhoff_sinkhorn import birkhoff_sinkhorn
 from mhc_jax.constraints.birkhoff_transport import birkhoff_transport
 from mhc_jax.constraints.circulant import circulant
-from mhc_jax.constraints.elementary import identity, row_stochastic, unconstrained
+from mhc_jax.constraints.elementary import diagonal, identity, row_stochastic, unconstrained
 from mhc_jax.constraints.orthogonal import orthogonal_cayley, orthogonal_quaternion
+from mhc_jax.constraints.rotation_reflection import rotation_reflection
 from mhc_jax.constraints.spectral_sphere import spectral_sphere
 
 CONSTRAINTS: dict[str, Callable[..., Constraint]] = {
@@ -25,9 +26,11 @@ CONSTRAINTS: dict[str, Callable[..., Constraint]] = {
   'birkhoff_sinkhorn': birkhoff_sinkhorn,
   'birkhoff_transport': birkhoff_transport,
   'circulant': circulant,
+  'diagonal': diagonal,
   'identity': identity,
   'orthogonal_cayley': orthogonal_cayley,
   'orthogonal_quaternion': orthogonal_quaternion,
+  'rotation_reflection': rotation_reflection,
   'row_stochastic': row_stochastic,
   'spectral_sphere': spectral_sphere,
   'unconstrained': unconstrained,

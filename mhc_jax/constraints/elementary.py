@@ -1,4 +1,4 @@
-"""Sets without a projection: all matrices (HC), the identity alone (iHC), row-stochastic ones."""
+"""Sets without a projection: all matrices (HC), the identity alone (iHC), diagonal, row-stochastic ones."""
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +54,38 @@ def identity() -> Constraint:
       }
     ),
     flops=lambda n: 0,
+  )
+
+
+def diagonal() -> Constraint:
+  """diag(sigmoid of n coordinates): streams are kept in part and not mixed (Hyperloop, 2604.21254).
+
+  identity() keeps 1 - mixing of each. A write computes all n^2 products, those with zeros too.
+  """
+
+  def matrix(coords_KX: jax.Array, n: int) -> jax.Array:
+    kept_KX = jax.nn.sigmoid(promote(coords_KX))
+    return _identity_matrix(coords_KX, n) * kept_KX[None]
+
+  def identity(n: int, mixing: float = 0.01) -> np.ndarray:
+    lost = np.clip(mixing, 1e-6, 1 - 1e-6)
+    return np.full(n, np.log(1 / lost - 1))
+
+  def defect(h_NMX: jax.Array) -> jax.Array:
+    kept_NX = jnp.stack([h_NMX[i, i] for i in range(len(h_NMX))])
+    outside_X = jnp.maximum(jnp.maximum(-kept_NX, kept_NX - 1), 0).max(0)
+    eye_NMX = _identity_matrix(h_NMX[0], len(h_NMX))
+    return jnp.maximum(outside_X, jnp.abs(h_NMX * (1 - eye_NMX)).max((0, 1)))
+
+  return Constraint(
+    name='diagonal',
+    num_coordinates=lambda n: n,
+    matrix=matrix,
+    identity=identity,
+    dimension=lambda n: n,
+    defect=defect,
+    properties=frozenset({'nonnegative', 'nonexpansive', 'closed_under_product', 'exact'}),
+    flops=lambda n: 4 * n,
   )
 
 

@@ -59,6 +59,20 @@ def vocab_size_of(name: str | None) -> int | None:
   return tokenizer_of(name).vocab_size if here else None
 
 
+def file_of(name: str | None) -> tuple[str, bytes] | None:
+  """(its usual name, content) of the one file that data.tokenizer names; None for bytes and tiktoken.
+
+  Raises ConfigError where it is not there.
+  """
+  kind, separator, place = (name or BYTES.name).partition(':')
+  if name in (None, BYTES.name) or (kind == 'tiktoken' and separator):
+    return None
+  pieces = kind == 'sentencepiece' and separator
+  path = place if pieces else name
+  _version(path)
+  return ('tokenizer.model' if pieces else 'tokenizer.json'), _read(path)
+
+
 def _version(path: str) -> tuple[int, ...]:
   if is_remote(path):
     return ()

@@ -35,6 +35,8 @@ def why_not(spec: ConnectionSpec, width: int, tokens: int, dtype: Any, chip: Chi
     return 'the connection generates nothing from the streams'
   if spec.read_gate.kind == 'elementwise':
     return 'its read has a weight per channel'
+  if spec.fractions > 1:
+    return 'its streams come in fractions'
   if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32):
     return f'streams in {jnp.dtype(dtype).name}'
   if chip.platform == 'gpu' and spec.streams > boundary_gpu.STREAMS:

@@ -5,8 +5,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from mhc_jax.layers.attention import attention, rope
-from mhc_jax.layers.parts import Output, Visible, linear_of, ones, rms_norm
+from mhc_jax.layers import fp8, sparse
+from mhc_jax.layers.attention import attention_of
+from mhc_jax.layers.parts import Output, Visible, linear_of, ones, rms_norm, rope
 from mhc_jax.model_config import ModelConfig
 from mhc_jax.sharding import constrain
 
@@ -14,8 +15,9 @@ from mhc_jax.sharding import constrain
 class LatentAttention(nn.Module):
   """RMSNorm and multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): (B, T, D) -> (B, T, D).
 
-  Keys and values of all heads are made from one normalised latent of kv_rank numbers per token. Position is
-  in rope_dim more numbers of every query and key; the key's are the same for all heads.
+  Keys and values of all heads are made from one normalised latent of kv_rank numbers per token, with q_rank
+  queries from another one. Position is in rope_dim more numbers of every query and key; the key's are the
+  same for all heads.
   """
 
   config: ModelConfig
@@ -25,12 +27,20 @@ class LatentAttention(nn.Module):
   @nn.compact
   def __call__(self, x_BTD: jax.Array, seen: Visible) -> Output:
     c, m = self.config, self.config.mla
-    linear = linear_of(c, self.mesh)
+    measured = [] if self.record else None
+    linear = linear_of(c, self.mesh, measured)
     x_BTD = rms_norm(x_BTD, self.param('norm', ones, (c.width,)), c.norm_eps)
     x_BTD = constrain(x_BTD, 'BSD', self.mesh)
     latent_norm_R = self.param('latent_norm', ones, (m.kv_rank,))
-    q_BTHK = constrain(linear((c.width, c.heads, c.head_dim), name='query')(x_BTD), 'BTHK', self.mesh)
-    q_BTHK, q_rope_BTHK = jnp.split(q_BTHK, [m.head_dim], -1)
+    queries, query_latent_BSR = (c.heads, c.head_dim), None
+    if m.q_rank is None:
+      q_BTHK = linear((c.width, *queries), name='query')(x_BTD)
+    else:
+      query_latent_BSR = linear((c.width, m.q_rank), name='q_down')(x_BTD)
+      query_norm_R = self.param('query_norm', ones, (m.q_rank,))
+      query_latent_BSR = rms_norm(query_latent_BSR, query_norm_R, c.norm_eps)
+      q_BTHK = linear((m.q_rank, *queries), factor_gain=1.0, name='q_up')(query_latent_BSR)
+    q_BTHK, q_rope_BTHK = jnp.split(constrain(q_BTHK, 'BTHK', self.mesh), [m.head_dim], -1)
     latent_BSR = linear((c.width, m.kv_rank + m.rope_dim), name='kv_down')(x_BTD)
     latent_BSR, k_rope_BSK = jnp.split(latent_BSR, [m.kv_rank], -1)
     latent_BSR = rms_norm(latent_BSR, latent_norm_R, c.norm_eps)
@@ -40,7 +50,9 @@ class LatentAttention(nn.Module):
     k_rope_BSHK = jnp.broadcast_to(rope(k_rope_BSK[:, :, None], c.rope_theta), q_rope_BTHK.shape)
     q_BTHK = jnp.concatenate([q_BTHK, rope(q_rope_BTHK, c.rope_theta)], -1)
     k_BSHK = jnp.concatenate([k_BSHK, k_rope_BSHK], -1)
-    out_BTHK = attention(q_BTHK, k_BSHK, v_BSHK, seen, c, self.mesh)
+    index_BTS = sparse.index_of(c, self.mesh, x_BTD, query_latent_BSR)
+    out_BTHK, records = attention_of(q_BTHK, k_BSHK, v_BSHK, seen, c, self.mesh, index_BTS, self.record)
     out_BTHK = constrain(out_BTHK, 'BTHK', self.mesh)
     out_BTE = out_BTHK.reshape(*x_BTD.shape[:2], c.heads * m.value_dim)
-    return linear((c.heads * m.value_dim, c.width), gain=c.output_gain, name='output')(out_BTE), {}
+    y_BTD = linear((c.heads * m.value_dim, c.width), gain=c.output_gain, name='output')(out_BTE)
+    return y_BTD, records | fp8.records(measured)
