@@ -32,6 +32,7 @@ from .rates import RateSweep, rate_sweeps
 from .router import Loads, loads
 from .runs import Sweep
 from .selection import classify, largest, rate_notes, rate_problems, reference_arm, to_points
+from .sparse import Sparsity, sparsity
 from .stability import Stability, stability
 from .tables import ablation, final_losses, summary
 
@@ -77,6 +78,7 @@ class Study:
   rates: list[RateSweep]
   stability: Stability
   loads: Loads
+  sparsity: Sparsity
   training_losses: pd.DataFrame
   gaps_over_updates: pd.DataFrame
   gaps_over_tokens: pd.DataFrame
@@ -151,6 +153,7 @@ def study(
     rates=rate_sweeps(table, params),
     stability=stability(table, sweep.runs),
     loads=loads(sweep.runs),
+    sparsity=sparsity(table, sweep.runs),
     training_losses=training.losses(shown, sweep.runs),
     gaps_over_updates=training.gaps_over_updates(shown, sweep.runs, reference),
     gaps_over_tokens=training.gaps_over_tokens(shown, sweep.runs, reference),
@@ -207,6 +210,8 @@ def fits_json(s: Study) -> dict[str, object]:
       ],
       'stability': s.stability.means.to_dict('records'),
       'router_loads': s.loads.last.to_dict('records'),
+      'sparse_gains': s.sparsity.gains.to_dict('records'),
+      'sparse_layers': s.sparsity.layers.to_dict('records'),
       'diagnostics': s.diagnostics.by_arm.to_dict('records'),
       'excluded': left_out[['run_id', 'arm', 'reason']].to_dict('records'),
       'warnings': s.sweep.warnings,

@@ -36,10 +36,12 @@ from . import (
   identity_or_mixing,
   isoflop,
   learning_rate,
+  mtp,
   protocol,
   quick,
   rank,
   router,
+  sparse,
   stability,
 )
 from .workers import corpus_of
@@ -54,9 +56,11 @@ EXPERIMENTS: dict[str, Callable[[str | None], list[ConfigDict]]] = {
   'isoflop': isoflop.runs,
   'router': router.runs,
   'attention_residual': attention_residual.runs,
-  'clusters': clusters.runs,
   'fractions': fractions.runs,
   'fp8': fp8.runs,
+  'sparse': sparse.runs,
+  'mtp': mtp.runs,
+  'clusters': clusters.runs,
 }
 
 

@@ -150,6 +150,14 @@ def _pickled_base() -> bytes:
           'bias_rate': optional(float),  # of the balancing; None: 1e-3, 0 is off
         }
       ),
+      # Multi-token prediction (DeepSeek-V3): a module that predicts the token after the next, on where depth
+      # is set. It is trained on beside the reported loss; its parameters are in no N of scaling laws.
+      'mtp': Section(
+        {
+          'depth': optional(int),  # further tokens that are predicted: 1
+          'weight': optional(float),  # of its loss; None: 0.3
+        }
+      ),
       'dense_layers': optional(int),  # leading layers without experts; None: 1 with experts
       # None keeps what presets.py sets.
       'connection': Section(
@@ -173,11 +181,12 @@ def _pickled_base() -> bytes:
           'norm_weight': optional(bool),  # that norm has weights
           'norm_eps': optional(float),  # of that norm
           'norm_eps_outside': optional(bool),  # 1 / (rms + eps) instead of 1 / sqrt(mean square + eps)
-          'read_gate': optional(str),  # sigmoid, softmax, tanh, linear, fixed, elementwise or sources
+          'read_gate': optional(str),  # sigmoid, softmax, tanh, linear, fixed, elementwise, sources or dense
           'read_scale': optional(float),  # None: the preset's; 1 / streams for a fixed gate
           'read_rank': optional(int),  # of the elementwise read gate
           'read_heads': optional(int),  # of the sources read gate: slices of the width
           'read_normed': optional(bool),  # the sources read gate adds up normed streams
+          'read_ways': optional(int),  # of the dense read gate: 1, or 4: queries, keys, values, residual
           'write_period': optional(int),  # sublayers that a one_hot write adds up in one stream
           'write_gate': optional(str),  # sigmoid, softmax, tanh, linear, fixed or one_hot
           'write_scale': optional(float),  # m of m-sigmoid; 1 for a fixed gate
@@ -185,7 +194,7 @@ def _pickled_base() -> bytes:
           'write_eps': optional(float),  # added to the write gate
           'single_pass': optional(bool),  # reads by the map of the sublayer before (DeepSeek-V4.1)
           'expansion': optional(str),  # of the embedding to streams: replicate, one_hot or learned
-          'collapse': optional(str),  # of streams to the output: mean, sum, learned, weights, read or sources
+          'collapse': optional(str),  # of streams: mean, sum, learned, weights, read, sources or dense
           'output_init_scaling': False,  # HC's: output maps start sqrt(n) times larger
         }
       ),

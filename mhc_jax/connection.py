@@ -18,7 +18,9 @@ class Gate:
   'linear', 'sigmoid', 'tanh': per stream; 'softmax': over the streams. Without coordinates: 'fixed', the
   weight is `scale` for ever; 'one_hot' (writes), sublayer s writes stream 1 + s // write_period alone;
   'elementwise' (reads), a low-rank map yields one weight per stream and channel (generator.elementwise_read);
-  'sources' (reads), attention over the streams written so far (generator.source_read).
+  'sources' (reads), attention over the streams written so far (generator.source_read); 'dense' (reads),
+  before attention weights from the last stream (dense_reads.py), and before feed-forward 'written', the
+  stream that attention wrote.
   """
 
   kind: str
@@ -42,7 +44,7 @@ KINDS = {
 }
 # Coordinates at the start of weights between different fractions: 0, or next to it where nothing else is.
 ACROSS = {'linear': 0.0, 'sigmoid': -4.0, 'tanh': 0.0, 'softmax': -4.0}
-READ_GATES = ('fixed', *KINDS, 'elementwise', 'sources')
+READ_GATES = ('fixed', *KINDS, 'elementwise', 'sources', 'dense')
 WRITE_GATES = ('fixed', *KINDS, 'one_hot')
 
 
@@ -88,8 +90,9 @@ class ConnectionSpec:
   norm_eps_outside: bool = False  # 1 / (rms + eps) instead of 1 / sqrt(mean square + eps)
   single_pass: bool = False  # each sublayer reads by the map that the sublayer before it generated (V4.1)
   expansion: str = 'replicate'  # 'one_hot': the embedding in stream 0; 'learned': scaled copies
-  collapse: str = 'mean'  # 'mean', 'sum', 'learned', 'weights', 'read' or 'sources'
+  collapse: str = 'mean'  # 'mean', 'sum', 'learned', 'weights', 'read', 'sources' or 'dense'
   collapse_eps: float = 0.0
+  read_ways: int = 1  # of the 'dense' read gate: 4 for queries, keys, values and the residual apart
   fractions: int = 1  # m, in which each stream is read, mixed and written (fractions.py)
   write_across: bool = True  # False: each fraction of a sublayer's output goes to that fraction of streams
 
@@ -122,7 +125,13 @@ class ConnectionSpec:
   @property
   def has_params(self) -> bool:
     """Whether a sublayer's connection has any parameter."""
-    return bool(self.parts) or self.read_gate.kind in ('elementwise', 'sources')
+    return bool(self.parts) or self.read_gate.kind in ('elementwise', 'sources', 'dense')
+
+  def of_sublayer(self, index: int) -> 'ConnectionSpec':
+    """That of a layer's sublayer 0 or 1, which differ with dense reads."""
+    if self.read_gate.kind != 'dense' or index == 0:
+      return self
+    return dataclasses.replace(self, read_gate=Gate('written'), read_ways=1)
 
   @property
   def norm_inputs(self) -> int:

@@ -4,12 +4,16 @@ Conventions. A multiply-add is 2 FLOPs; training is 3 x forward (no recomputatio
 counted in full, T x T, as it is executed without a kernel, a mask of it included (train_flops_per_token has
 the ideal too); of the routed experts, those that a token goes to. Left out: norms, softmax, activations,
 rotary embedding, sorting by expert, choices and divergence of an index, and residual additions (O(C) per
-token and sublayer), except the connection's own norm. XLA's count of matrix products equals the terms that
-are matrix products (tests/test_cost.py).
+token and sublayer), rounding to FP8, except the connection's own norm. XLA's count of matrix products equals
+the terms that are matrix products (tests/test_cost.py).
 """
+
+import dataclasses
+import math
 
 import jax.numpy as jnp
 
+from mhc_jax import dense_reads
 from mhc_jax.generator import cp_shapes
 from mhc_jax.layers.grouped_experts import buffer_rows
 from mhc_jax.layers.unembedding import LARGEST
@@ -22,7 +26,8 @@ def parameters(c: ModelConfig) -> dict[str, int]:
   'active': what a token meets, total less the routed experts that it does not go to and the embedding (the
   vocabulary counts once). 'matmul' (attention, feed-forward, unembedding; of routed experts the active ones;
   not an index of sparse attention) is the primary N of the scaling laws (Porian et al., arXiv 2406.19146);
-  tokens_per_param counts by it.
+  tokens_per_param counts by it. With multi-token prediction also 'mtp', all of its module; of the sums it is
+  in 'total' alone, having no part in predicting the next token.
   """
   maps = products(c)
   spec, n = c.connection, c.connection.streams
@@ -33,7 +38,8 @@ def parameters(c: ModelConfig) -> dict[str, int]:
   norm *= spec.norm_weight and spec.dynamic and spec.has_params
   head = {'learned': c.width * n**2, 'sources': c.width}.get(spec.collapse, 0)
   ends = {'learned': 1 + n, 'weights': n, 'sources': spec.norm_weight * c.width}.get(spec.collapse, 0)
-  ends += n * c.width * (spec.expansion == 'learned')
+  ends += n * c.width * (spec.expansion == 'learned') + sum(_dense_sizes(c, 'b_read'))
+  dense = _dense_maps(c)
   groups = {
     'embedding': c.vocab_size * c.width,
     'unembedding': c.width * c.vocab_size,
@@ -41,10 +47,11 @@ def parameters(c: ModelConfig) -> dict[str, int]:
     'feed_forward': _dense(c) * sum(_size(shape, c.weights_rank) for shape in maps['feed_forward']),
     **_expert_parameters(c),
     **_index_parameters(c),
-    'norm': (2 * c.depth + 1) * c.width + (c.depth * (c.mla.kv_rank + (c.mla.q_rank or 0)) if c.mla else 0),
-    'hc_dynamic': 2 * c.depth * (_generator(c) * dynamic + _elementwise(c) + _query(c)) + head,
+    'norm': (2 * c.depth + 1 + 2 * c.depth * (spec.read_ways > 1)) * c.width + _latent_norms(c),
+    'hc_dynamic': 2 * c.depth * (_generator(c) * dynamic + _elementwise(c) + _query(c)) + head + dense,
     'hc_static': 2 * c.depth * (static + norm) + ends,
   }
+  mtp = _mtp_parameters(c)
   total = sum(groups.values())
   inactive = groups['routed_experts'] * (c.moe.experts - c.moe.active) // c.moe.experts if c.moe else 0
   names = (
@@ -56,7 +63,8 @@ def parameters(c: ModelConfig) -> dict[str, int]:
   matmul = sum(groups[name] for name in names) - inactive
   return {
     **groups,
-    'total': total,
+    **mtp,
+    'total': total + sum(mtp.values()),
     'active': total - groups['embedding'] - inactive,
     'matmul': matmul,
     'non_embedding': total - groups['embedding'] - groups['unembedding'],
@@ -95,7 +103,7 @@ def forward_flops_per_token(c: ModelConfig, seq_len: int) -> dict[str, float]:
     **_expert_flops(c),
   }
   if not spec.has_params:
-    return flops
+    return flops | _mtp_flops(c, seq_len, flops)
   inputs, outputs = spec.generator_shape
   units, part = spec.units, c.width // spec.fractions
   copies = units // inputs  # 'per_stream' applies one small map n times
@@ -106,16 +114,17 @@ def forward_flops_per_token(c: ModelConfig, seq_len: int) -> dict[str, float]:
   sublayers = 2 * c.depth
   flops |= {
     'hc_generator': sublayers * spec.dynamic * (2 * copies * product + 3 * n * c.width),
-    'hc_read': sublayers * 2 * spec.parts.get('pre', units) * part,
+    'hc_read': (sublayers + c.depth * (spec.read_ways - 1)) * 2 * spec.parts.get('pre', units) * part,
     'hc_mix': sublayers * (2 * units * units * part if 'res' in spec.parts else 0),
     'hc_write': sublayers * 2 * spec.parts.get('post', units) * part,
     'hc_elementwise': sublayers * 2 * _elementwise(c),
+    'hc_dense': 2 * _dense_maps(c),
     'hc_sources': (2 * sublayers + 7 * (spec.collapse == 'sources')) * n * _query(c),
     'hc_constraint': sublayers * spec.constraint.flops(units),
   }
   if spec.collapse == 'learned':
     flops['hc_collapse'] = 2 * n * n * c.width + 5 * n * c.width
-  return flops
+  return flops | _mtp_flops(c, seq_len, flops)
 
 
 def train_flops_per_token(c: ModelConfig, seq_len: int, causal: bool = False) -> float:
@@ -210,6 +219,28 @@ def _index_flops(c: ModelConfig, seq_len: int) -> dict[str, float]:
   }
 
 
+def _mtp_block(c: ModelConfig) -> ModelConfig:
+  """A model of one layer, as the block of multi-token prediction and what comes after it."""
+  return dataclasses.replace(c, depth=1, dense_layers=0, moe=None, mtp=None)
+
+
+def _mtp_parameters(c: ModelConfig) -> dict[str, int]:
+  if c.mtp is None:
+    return {}
+  expansion = c.connection.streams * c.width * (c.connection.expansion == 'learned')
+  return {'mtp': parameters(_mtp_block(c))['non_embedding'] - expansion + 2 * c.width**2 + 2 * c.width}
+
+
+def _mtp_flops(c: ModelConfig, seq_len: int, flops: dict[str, float]) -> dict[str, float]:
+  """'mtp': the module's products with weights and its logits; the rest of it is added to terms of layers."""
+  if c.mtp is None:
+    return {}
+  own = forward_flops_per_token(_mtp_block(c), seq_len)
+  beside = ('hc_', 'attention_scores', 'index_')
+  shared = {name: flops[name] + own.pop(name) for name in flops if name.startswith(beside)}
+  return shared | {'mtp': sum(own.values()) + 2 * (1 + c.connection.streams) * c.width**2}
+
+
 def _generator(c: ModelConfig) -> int:
   """Parameters of one sublayer's phi."""
   spec = c.connection
@@ -226,6 +257,23 @@ def _generator(c: ModelConfig) -> int:
 def _elementwise(c: ModelConfig) -> int:
   """Parameters of one sublayer's elementwise read."""
   return 2 * (c.connection.read_rank or 0) * c.connection.streams * c.width
+
+
+def _latent_norms(c: ModelConfig) -> int:
+  """Parameters of the norms of latents, in all layers."""
+  return c.depth * (c.mla.kv_rank + (c.mla.q_rank or 0)) if c.mla else 0
+
+
+def _dense_sizes(c: ModelConfig, name: str) -> list[int]:
+  """Sizes of that parameter of dense reads, of all layers and of the collapse; [] without."""
+  spec = c.connection
+  ways = [spec.read_ways] * c.depth + [1] if spec.read_gate.kind == 'dense' else []
+  return [math.prod(dense_reads.sizes(spec, c.width, way)[name]) for way in ways]
+
+
+def _dense_maps(c: ModelConfig) -> int:
+  """Parameters of the maps that make the weights of dense reads, the collapse's too."""
+  return sum(_dense_sizes(c, 'read_down') + _dense_sizes(c, 'read_up'))
 
 
 def _query(c: ModelConfig) -> int:

@@ -13,7 +13,20 @@ themselves: h_f reads units of fraction f, y_f goes to them (Frac-Connections' b
 import jax
 import jax.numpy as jnp
 
+from mhc_jax.connection import ACROSS, ConnectionSpec, Gate
 from mhc_jax.stream_sums import mix
+
+
+def first_weights(
+  pair: tuple[float, float], gate: Gate, spec: ConnectionSpec, sublayer: jax.Array | int, across: bool
+) -> jax.Array:
+  """Coordinates of reads or writes at the start: a pair of other streams and home (connection.Init)."""
+  units, m = jnp.arange(spec.units), spec.fractions
+  start_N = jnp.where(units // m == sublayer % spec.streams, pair[1], pair[0])
+  if m == 1 or not across:
+    return start_N
+  is_own_FN = jnp.arange(m)[:, None] == (units % m)[None]
+  return jnp.where(is_own_FN, start_N[None], ACROSS[gate.kind]).reshape(-1)
 
 
 def split(x_NBTD: jax.Array, m: int) -> jax.Array:

@@ -20,8 +20,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mhc_jax import fractions, generator
-from mhc_jax.connection import ACROSS, ConnectionSpec, Gate
+from mhc_jax import dense_reads, fractions, generator
+from mhc_jax.connection import ConnectionSpec, Gate
 from mhc_jax.derivatives import with_backward
 from mhc_jax.stream_sums import inner, weighted_sum
 
@@ -66,8 +66,10 @@ def init_params(
   """
   n, parts, dtype, width = spec.units, spec.parts, jnp.result_type(float), width // spec.fractions
   bias = {
-    'pre': lambda: _first_weights(spec.init.read, spec.read_gate, spec, sublayer, True),
-    'post': lambda: _first_weights(spec.init.write, spec.write_gate, spec, sublayer, spec.write_across),
+    'pre': lambda: fractions.first_weights(spec.init.read, spec.read_gate, spec, sublayer, True),
+    'post': lambda: fractions.first_weights(
+      spec.init.write, spec.write_gate, spec, sublayer, spec.write_across
+    ),
     'res': lambda: (
       jnp.zeros(parts['res'])
       if spec.init.mixing is None
@@ -81,23 +83,13 @@ def init_params(
     params |= generator.init_generator(key, spec, width, phi_scale)
   if spec.read_gate.kind == 'elementwise':
     params |= generator.init_elementwise_read(jax.random.fold_in(key, 1), spec, width)
+  if spec.read_gate.kind == 'dense':
+    params |= dense_reads.init(key, spec, width, written_by(sublayer, spec) - 1, spec.read_ways)
   if spec.read_gate.kind == 'sources':
     params |= generator.init_source_read(spec, width)
   elif spec.norm_weight and spec.dynamic and spec.has_params:
     params['norm_weight'] = jnp.ones((spec.norm_inputs, width), dtype)
   return params
-
-
-def _first_weights(
-  pair: tuple[float, float], gate: Gate, spec: ConnectionSpec, sublayer: jax.Array | int, across: bool
-) -> jax.Array:
-  """Coordinates of reads or writes at the start: a pair of other streams and home (connection.Init)."""
-  units, m = jnp.arange(spec.units), spec.fractions
-  start_N = jnp.where(units // m == sublayer % spec.streams, pair[1], pair[0])
-  if m == 1 or not across:
-    return start_N
-  is_own_FN = jnp.arange(m)[:, None] == (units % m)[None]
-  return jnp.where(is_own_FN, start_N[None], ACROSS[gate.kind]).reshape(-1)
 
 
 def coordinates(
@@ -154,6 +146,10 @@ def generate(
   elif spec.read_gate.kind == 'sources':
     written = 1 + (sublayer + spec.write_period - 1) // spec.write_period
     pre_NBT = generator.source_read(params, x_NBTD, spec, written)
+  elif spec.read_gate.kind == 'dense':
+    pre_NBT = dense_reads.weights(params, x_NBTD, spec, written_by(sublayer, spec) - 1)
+  elif spec.read_gate.kind == 'written':
+    pre_NBT = one_hot(written_by(sublayer, spec), spec.streams, tokens, x_NBTD.dtype)
   else:
     pre_NBT = read_weights(coords, spec, tokens, x_NBTD.dtype)
   return Coefficients(pre_NBT, *write_weights(coords, spec, tokens, x_NBTD.dtype, sublayer, matrix))
@@ -229,7 +225,8 @@ _read = with_backward(_read, lambda *args: (_read(*args), args), _read_backward)
 def read(pre_NBT: jax.Array | None, x_NBTD: jax.Array, m: int = 1) -> jax.Array:
   """H_pre x: the sublayer's input (B, T, C) in the streams' dtype; accumulated in float32.
 
-  pre (n, B, T), or (n, B, T, C) for a weight per channel; None reads stream 0. m: fractions of a stream.
+  pre (n, B, T), or (n, B, T, C) for a weight per channel; None reads stream 0. m: fractions of a
+  stream, or several reads, (m n, B, T), which come side by side, (B, T, m C).
   """
   if m > 1:
     return fractions.read(pre_NBT, x_NBTD, m)
@@ -301,7 +298,7 @@ def boundary(
   x_NBTD = settled(pending, spec.fractions)
   own = generate(params, x_NBTD, spec, sublayer)
   pre_NBT = pending.pre_NBT if spec.single_pass else own.pre_NBT
-  return x_NBTD, read(pre_NBT, x_NBTD, spec.fractions), own
+  return x_NBTD, read(pre_NBT, x_NBTD, spec.fractions * spec.read_ways), own
 
 
 def settled(pending: Pending, m: int = 1) -> jax.Array:
@@ -341,7 +338,7 @@ def expand(
   return x_NBTD if how == 'replicate' else (params['scale'][:, None, None] * x_NBTD).astype(x_BTD.dtype)
 
 
-def init_collapse(spec: ConnectionSpec, width: int) -> dict[str, jax.Array]:
+def init_collapse(spec: ConnectionSpec, width: int, key: jax.Array | None = None) -> dict[str, jax.Array]:
   """Parameters of the learned collapses, {} for the others.
 
   'learned' (DeepSeek-V4's head): phi 0, so it starts as a mean. 'weights': n ones, so it starts as a sum.
@@ -351,6 +348,8 @@ def init_collapse(spec: ConnectionSpec, width: int) -> dict[str, jax.Array]:
     return {'b': jnp.ones(n, dtype)}
   if spec.collapse == 'sources':
     return generator.init_source_read(spec, width)
+  if spec.collapse == 'dense':
+    return dense_reads.init(jax.random.key(0) if key is None else key, spec, width, n - 1, 1)
   if spec.collapse != 'learned':
     return {}
   return {
@@ -368,11 +367,11 @@ def collapse(
   pre_NBT: jax.Array | None = None,
 ) -> jax.Array:
   """Streams (n, B, T, C), or the fractions of spec, to the output (B, T, C): 'mean', 'sum' (HC), 'learned',
-  'weights', 'read' or 'sources'.
+  'weights', 'read', 'sources' or 'dense'.
 
   'learned' is DeepSeek-V4's head, sum_i (sigmoid(alpha (norm(x) phi)_i + b_i) + eps) x_i, and needs params
   and spec; 'weights' is sum_i b_i x_i; 'read' takes the last sublayer's read map pre_NBT (V4.1);
-  'sources' is one more read of attention residuals. Raises ValueError for another name.
+  'sources' and 'dense' are one more read of such. Raises ValueError for another name.
   """
   x_NBTD = fractions.merge(x_NBTD, 1 if spec is None else spec.fractions)
   if how == 'learned':
@@ -385,8 +384,10 @@ def collapse(
     return read(pre_NBT, x_NBTD)
   if how == 'sources':
     return read(generator.source_read(params, x_NBTD, spec, len(x_NBTD)), x_NBTD)
+  if how == 'dense':
+    return read(dense_reads.weights(params, x_NBTD, spec, len(x_NBTD) - 1), x_NBTD)
   if how not in ('mean', 'sum'):
-    raise ValueError(f'collapse must be mean, sum, learned, weights, read or sources, got {how!r}')
+    raise ValueError(f'collapse must be mean, sum, learned, weights, read, sources or dense, got {how!r}')
   wide_NBTD = x_NBTD.astype(jnp.promote_types(x_NBTD.dtype, jnp.float32))
   total_BTD = functools.reduce(jnp.add, wide_NBTD)  # XLA:CPU's sum over the first axis is slow
   return (total_BTD / len(x_NBTD) if how == 'mean' else total_BTD).astype(x_NBTD.dtype)

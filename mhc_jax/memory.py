@@ -32,7 +32,8 @@ def check_memory(run: Run) -> None:
   c = run.resolved
   tokens = c['data']['batch_size'] * c['data']['seq_len']
   size = c['mesh']['data'] * c['mesh']['fsdp'] * c['mesh']['tensor'] * c['mesh']['expert']
-  parts, copies = c['optimizer']['microbatches'] or 1, run.loose.workers if run.loose else 1
+  copies = run.loose.workers if run.loose else 1
+  parts = c['optimizer']['microbatches'] or 1
   needed = cost.least_bytes(run.model, tokens, parts, size, c['optimizer']['name'], copies)
   here = [device for device in find_devices()[:size] if device.process_index == jax.process_index()]
   have = memory_of(here[0]) if here else None

@@ -17,7 +17,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
+from mhc_jax import fractions
 from mhc_jax import hyper_connection as hc
+from mhc_jax.connection import ConnectionSpec
 from mhc_jax.kernels import boundary as kernels
 from mhc_jax.kernels import lanes
 from mhc_jax.kernels.choice import chip_of
@@ -43,27 +45,32 @@ class Block(nn.Module):
   @nn.compact
   def __call__(self, pending: hc.Pending | kernels.Pending, layer: jax.Array, seen: Visible):
     """pending: of the layer before. Kernels do a write with the reads after it, so theirs is to come."""
-    c, records, mesh, spec = self.config, [], self.mesh, self.config.connection
+    c, records, mesh = self.config, [], self.mesh
     sublayers = {
       'attention': Attention if c.mla is None else LatentAttention,
       'feed_forward': FeedForward if c.moe is None or self.dense else MixtureOfExperts,
     }
     for index, (name, sublayer) in enumerate(sublayers.items()):
-      params = self._connection(f'{name}_connection', 2 * layer + index)
+      spec = c.connection.of_sublayer(index)
+      params = self._connection(f'{name}_connection', 2 * layer + index, spec)
       fused = isinstance(pending, kernels.Pending)
       where = params, pending, 2 * layer + index, c, mesh
-      x_NBTD, x_BTD, own = fused_boundary(*where) if fused else boundary(*where, self.record > 0)
+      x_NBTD, x_BTD, own = fused_boundary(*where) if fused else boundary(*where, spec, self.record > 0)
       if fused and index:  # kept, so that only the boundary before it is run again
         x_BTD = checkpoint_name(x_BTD, OUTPUTS)
       records.append({})
       if self.record:
         records[-1] |= self._recorded(params, pending, own)
+      *inputs, residual_BTD = jnp.split(x_BTD, spec.read_ways, -1) if spec.read_ways > 1 else (x_BTD, x_BTD)
+      x_BTD = tuple(inputs) if spec.read_ways > 1 else x_BTD
       y_BTD, sublayer_records = sublayer(c, mesh, self.record > 0, name=name)(x_BTD, seen)
       records[-1] |= sublayer_records
       y_BTD = checkpoint_name(constrain(y_BTD, 'BTD', mesh), OUTPUTS) / c.depth_ratio
       if fused:
         pending = kernels.Pending(x_NBTD, y_BTD, own)
         continue
+      if spec.read_gate.kind == 'dense':  # goes on in a stream that has nothing yet
+        y_BTD = y_BTD + residual_BTD
       x_NBTD = hc.write(own.res_NMBT, own.post_NBT, x_NBTD, y_BTD, spec.fractions)
       x_NBTD = constrain(x_NBTD, 'NBTD', mesh)
       pending = hc.Pending(x_NBTD, pre_NBT=own.pre_NBT if spec.single_pass else None)
@@ -77,6 +84,7 @@ class Block(nn.Module):
     """The coefficients, with those that the read used, and the coordinates of H_res."""
     spec, first = self.config.connection, slice(self.record)
     pre_NBT = pending.pre_NBT if spec.single_pass else own.pre_NBT
+    pre_NBT = None if spec.read_gate.kind == 'dense' else pre_NBT  # two kinds in a layer
     found = {
       'pre_NBT': None if pre_NBT is None else pre_NBT[:, first],
       'post_NBT': None if own.post_NBT is None else own.post_NBT[:, first],
@@ -89,12 +97,12 @@ class Block(nn.Module):
       found['coords_KBT'] = coordinates(params, pending.x_NBTD)[:, first]
     return found
 
-  def _connection(self, name: str, sublayer: jax.Array) -> dict[str, jax.Array]:
+  def _connection(self, name: str, sublayer: jax.Array, spec: ConnectionSpec) -> dict[str, jax.Array]:
     c = self.config
-    if not c.connection.has_params:
+    if not spec.has_params:
       return {}
     # phi is output-like (infinite fan-in, finite fan-out): its start falls as 1 / width, not 1 / sqrt(width).
-    init = functools.partial(hc.init_params, spec=c.connection, width=c.width, phi_scale=c.width_ratio**-0.5)
+    init = functools.partial(hc.init_params, spec=spec, width=c.width, phi_scale=c.width_ratio**-0.5)
     return self.param(name, lambda key: init(key, sublayer=sublayer))
 
 
@@ -104,10 +112,10 @@ def boundary(
   sublayer: jax.Array,
   c: ModelConfig,
   mesh: Mesh | None,
+  spec: ConnectionSpec,
   record: bool = False,
 ) -> tuple[jax.Array, jax.Array, hc.Coefficients]:
   """(streams, the sublayer's input, its coefficients), of streams to which all is written."""
-  spec = c.connection
   matrix = None if record else constraint_kernel(c, mesh)
   generate = token_local(
     lambda params, x_NBTD, sublayer: hc.generate(params, x_NBTD, spec, sublayer, matrix),
@@ -117,7 +125,8 @@ def boundary(
   )
   own = generate(params, pending.x_NBTD, sublayer)
   pre_NBT = pending.pre_NBT if spec.single_pass else own.pre_NBT
-  return pending.x_NBTD, constrain(hc.read(pre_NBT, pending.x_NBTD, spec.fractions), 'BTD', mesh), own
+  x_BTD = hc.read(pre_NBT, pending.x_NBTD, spec.fractions * spec.read_ways)
+  return pending.x_NBTD, constrain(x_BTD, 'BTD', mesh), own
 
 
 def constraint_kernel(c: ModelConfig, mesh: Mesh | None) -> Callable[..., jax.Array] | None:
@@ -161,10 +170,75 @@ def _gram(x_NBTD: jax.Array) -> jax.Array:
   return jnp.einsum('nbtd,mbtd->nmbt', x_NBTD, x_NBTD)
 
 
+def _ends(module: nn.Module, name: str, init: Callable) -> dict[str, jax.Array]:
+  c = module.config
+  if not init(c.connection, c.width, None):
+    return {}
+  return module.param(name, lambda key: init(c.connection, c.width, key))
+
+
+def _collapsed(
+  head: dict[str, jax.Array], x_NBTD: jax.Array, pre_NBT: jax.Array | None, c: ModelConfig, mesh: Mesh | None
+) -> jax.Array:
+  collapse = token_local(
+    lambda head, x_NBTD, pre_NBT: hc.collapse(x_NBTD, c.connection.collapse, head, c.connection, pre_NBT),
+    mesh,
+    (None, 'NBTD', 'NBT'),
+    'BTD',
+  )
+  return collapse(head, x_NBTD, pre_NBT)
+
+
+def two_ahead(targets_BT: jax.Array, weights_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Targets and weights of the token after the next, from those of the next.
+
+  It counts where the next token and itself belong to the document; the window's last token has none.
+  """
+  after_BT, counts_BT = (jnp.pad(x_BT[:, 1:], ((0, 0), (0, 1))) for x_BT in (targets_BT, weights_BT))
+  return after_BT, weights_BT * counts_BT
+
+
+class MultiToken(nn.Module):
+  """Multi-token prediction of depth 1 (DeepSeek-V3, arXiv 2412.19437, eq. 21-23), up to the logits.
+
+  Reads the streams after the last layer and the next token's embedding. As in DeepSeek-V4, all streams pass
+  through: x_n <- e_proj norm(e) + h_proj norm(x_n), one block with connections of its own, then a collapse
+  and a norm of its own. The block's feed-forward sublayer is dense, also in a model with experts.
+  """
+
+  config: ModelConfig
+  mesh: Mesh | None = None
+
+  @nn.compact
+  def __call__(
+    self, pending: hc.Pending, next_BTD: jax.Array, seen: Visible
+  ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Also auxiliary losses of the block's sublayers, mtp_NAME."""
+    c, mesh = self.config, self.mesh
+    norms = [self.param(f'{name}_norm', ones, (c.width,)) for name in ('embedding', 'state', 'final')]
+    std = (2 * c.width) ** -0.5  # the two are one map of 2 C numbers
+    e_proj_DD, h_proj_DD = (self.param(name, normal(std), (c.width,) * 2) for name in ('e_proj', 'h_proj'))
+    e_BTD = rms_norm(next_BTD, norms[0], c.norm_eps) @ e_proj_DD.astype(c.dtype)
+    m = c.connection.fractions
+    x_NBTD = fractions.merge(pending.x_NBTD, m)
+    normed_NBTD = jax.vmap(lambda x_BTD: rms_norm(x_BTD, norms[1], c.norm_eps))(x_NBTD)
+    x_NBTD = fractions.split(e_BTD[None] + normed_NBTD @ h_proj_DD.astype(c.dtype), m)
+    pending = pending._replace(x_NBTD=constrain(x_NBTD, 'NBTD', mesh))
+    kept = {'policy': policy(c.remat)} if c.remat in ('layer', 'products') else {}
+    block = Block if c.remat == 'none' else nn.remat(Block, **kept)
+    pending, records = block(c, 0, mesh, True, name='block')(pending, c.depth, seen)
+    x_NBTD = constrain(hc.settled(pending, m), 'NBTD', mesh)
+    head = _ends(self, 'collapse', hc.init_collapse)
+    x_BTD = rms_norm(_collapsed(head, x_NBTD, pending.pre_NBT, c, mesh), norms[2], c.norm_eps)
+    losses = {name: loss for record in records for name, loss in record.get('losses', {}).items()}
+    return x_BTD, {f'mtp_{name}': loss for name, loss in losses.items()}
+
+
 class Transformer(nn.Module):
   """Token ids (B, T) and document numbers (B, T) -> logits (B, T, V) in float32, and records.
 
-  labels: targets and weights, (B, T); then loss_sums of the logits in their place (layers/unembedding.py).
+  labels: targets and weights, (B, T), of the tokens that follow; then loss_sums of the logits in their place
+  (layers/unembedding.py).
 
   Records: for attention and feed-forward a dict of what all layers found, (L, ...) each: always the loads of
   experts, load_E, of the layers that have them, and `losses`, auxiliary losses by name as sums over tokens in
@@ -190,8 +264,8 @@ class Transformer(nn.Module):
     # Small at the start, so that the first loss is close to log V; constant in width (CompleteP).
     std = 1 / (c.base_width or c.width)
     unembedding_DV = self.param('unembedding', normal(std), (c.width, c.vocab_size))
-    head = self._ends('collapse', hc.init_collapse)
-    copies = self._ends('expansion', hc.init_expand)
+    head = _ends(self, 'collapse', hc.init_collapse)
+    copies = _ends(self, 'expansion', lambda spec, width, _: hc.init_expand(spec, width))
     x_BTD = constrain(embedding_VD[tokens_BT].astype(c.dtype), 'BTD', mesh)
     spec, first_NBT = c.connection, None
     x_NBTD = hc.expand(x_BTD, spec.streams, spec.expansion, copies, spec.fractions)
@@ -205,21 +279,20 @@ class Transformer(nn.Module):
     pending, records = self._layers(pending, visible(segments_BT, c, mesh), record)
     if isinstance(pending, kernels.Pending):
       pending = kernels.definition(pending, spec)
-    x_NBTD, last_NBT = constrain(hc.settled(pending, spec.fractions), 'NBTD', mesh), pending.pre_NBT
-    collapse = token_local(
-      lambda head, x_NBTD, pre_NBT: hc.collapse(x_NBTD, c.connection.collapse, head, c.connection, pre_NBT),
-      mesh,
-      (None, 'NBTD', 'NBT'),
-      'BTD',
-    )
-    x_BTD = rms_norm(collapse(head, x_NBTD, last_NBT), final_norm_D, c.norm_eps)
+    x_NBTD = constrain(hc.settled(pending, spec.fractions), 'NBTD', mesh)
+    x_BTD = rms_norm(_collapsed(head, x_NBTD, pending.pre_NBT, c, mesh), final_norm_D, c.norm_eps)
+    if c.mtp is not None and (labels is not None or self.is_initializing()):
+      next_BT = tokens_BT if labels is None else labels[0]
+      next_BTD = constrain(embedding_VD[next_BT].astype(c.dtype), 'BTD', mesh)
+      module = MultiToken(c, mesh, name='mtp')
+      ahead_BTD, losses = module(pending._replace(x_NBTD=x_NBTD), next_BTD, visible(segments_BT, c, mesh))
+      if labels is not None:
+        total, _ = cross_entropy_sums(ahead_BTD, unembedding_DV, two_ahead(*labels), c, mesh)
+        losses |= {'mtp': c.mtp.weight * total}
+      records = [*records[:-1], records[-1] | {'losses': records[-1].get('losses', {}) | losses}]
     if labels is not None:
       return cross_entropy_sums(x_BTD, unembedding_DV, labels, c, mesh), records
     return logits_of(x_BTD, unembedding_DV, c, mesh), records
-
-  def _ends(self, name: str, init) -> dict[str, jax.Array]:
-    c = self.config
-    return self.param(name, lambda key: init(c.connection, c.width)) if init(c.connection, c.width) else {}
 
   def _layers(self, carry, seen: Visible, record: int):
     c = self.config

@@ -63,6 +63,14 @@ class MoEConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class MTPConfig:
+  """Multi-token prediction (DeepSeek-V3, arXiv 2412.19437, section 2.2) by one module."""
+
+  depth: int  # tokens beyond the next: 1
+  weight: float  # lambda, of its loss
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
   """Sizes and choices of one model."""
 
@@ -91,6 +99,7 @@ class ModelConfig:
   dense_layers: int  # leading layers outside the scan, with a dense feed-forward sublayer; 0 without moe
   precision: str | None = None  # of products with weights in sublayers: one of PRECISIONS (layers/fp8.py)
   sparse: SparseConfig | None = None  # None: attention over all tokens before
+  mtp: MTPConfig | None = None  # None: the next token alone is predicted
 
   @property
   def width_ratio(self) -> float:
@@ -140,8 +149,9 @@ def build_connection(c: ConfigDict, depth: int, constraint: Constraint | None = 
   impossible sizes.
   """
   fields = {key: value for key, value in c.items() if key not in ('constraint_params', 'output_init_scaling')}
-  if c.name in ('depth_matrix', 'attention_residual'):
+  if c.name in ('depth_matrix', 'attention_residual', 'mudd'):
     blocks = BLOCKS if c.preset in ('block', 'inkling2') else 2 * depth
+    blocks = depth if c.name == 'mudd' else blocks
     fields['write_period'] = period = _given(c.write_period, -(-2 * depth // blocks))
     # The embedding, and every sublayer's output or sums of them.
     fields['streams'] = 1 + -(-2 * depth // max(period, 1))
@@ -157,15 +167,16 @@ def build_model(config: ConfigDict, constraint: Constraint | None = None) -> Mod
   """config -> ModelConfig with derived sizes; raises ConfigError for impossible ones."""
   derived = derive_sizes(config)
   spec = build_connection(config.model.connection, config.model.depth, constraint)
-  check_connection(spec, config.model.width)
-  return model_of(config.model.to_dict() | derived, derive_transfer(config), spec)
+  model = model_of(config.model.to_dict() | derived, derive_transfer(config), spec)
+  check_connection(model)
+  return model
 
 
 def derive_sizes(config: ConfigDict) -> dict[str, Any]:
   """What model's fields mean where they are None, as plain values; raises ConfigError for impossible ones."""
   c = config.model
   _check_values(config)
-  mla, moe = _build_mla(c), _build_moe(c)
+  mla, moe, mtp = _build_mla(c), _build_moe(c), _build_mtp(c)
   head_dim, kv_heads = _heads(c, mla)
   all_experts = None if moe is None else (moe.active + moe.shared) * moe.ffn_width
   ffn_width = _given(c.ffn_width, all_experts or -(-8 * c.width // 24) * 8)
@@ -197,6 +208,7 @@ def derive_sizes(config: ConfigDict) -> dict[str, Any]:
     'vocab_size': vocabulary,
     'mla': dataclasses.asdict(mla) if mla else c.mla.to_dict(),
     'moe': dataclasses.asdict(moe) if moe else c.moe.to_dict(),
+    'mtp': dataclasses.asdict(mtp) if mtp else c.mtp.to_dict(),
     'dense_layers': dense if moe else None,
     'sparse': dataclasses.asdict(sparse) if sparse else c.sparse.to_dict(),
   }
@@ -228,6 +240,7 @@ def model_of(m: dict[str, Any], transfer: dict[str, Any], connection: Connection
       'base_rank': transfer.get('base_rank'),  # not there in older runs
       'mla': _section(MLAConfig, m.get('mla')),
       'moe': _section(MoEConfig, m.get('moe')),
+      'mtp': _section(MTPConfig, m.get('mtp')),
       'dense_layers': m.get('dense_layers') or 0,
       'sparse': _section(SparseConfig, m.get('sparse')),
     }
@@ -275,7 +288,7 @@ def _check_values(config: ConfigDict) -> None:
   base = config.transfer.base_rank
   require(base is None or 1e-3 <= base <= 1e9, f'transfer.base_rank must be a rank or None, got {base}')
   require(base is None or c.weights.rank is not None, 'transfer.base_rank needs model.weights.rank')
-  for section, switch in (('mla', 'kv_rank'), ('moe', 'experts'), ('sparse', 'kind')):
+  for section, switch in (('mla', 'kv_rank'), ('moe', 'experts'), ('sparse', 'kind'), ('mtp', 'depth')):
     given = [name for name, value in c[section].items() if value is not None]
     on = c[section][switch] is not None
     require(on or not given, f'model.{section}.{"".join(given[:1])} needs model.{section}.{switch}')
@@ -378,6 +391,25 @@ def _build_moe(c: ConfigDict) -> MoEConfig | None:
   return moe
 
 
+def _build_mtp(c: ConfigDict) -> MTPConfig | None:
+  """model.mtp -> MTPConfig; the weight is V3's of its first 10T tokens."""
+  m = c.mtp
+  if m.depth is None:
+    return None
+  require(m.depth == 1, f'model.mtp.depth: one module, 1, is what there is, got {m.depth}')
+  mtp = MTPConfig(m.depth, _given(m.weight, 0.3))
+  require(
+    mtp.weight > 0, f'model.mtp.weight must be positive, got {mtp.weight}: without, leave depth at None'
+  )
+  require(
+    c.connection.name not in ('depth_matrix', 'attention_residual', 'mudd'),
+    f'model.mtp.depth does not go with the connection {c.connection.name}, which has no stream for its block',
+  )
+  warmup = c.sparse.stage == 'warmup'
+  require(not warmup, 'model.sparse.stage=warmup moves the index alone: leave model.mtp.depth out')
+  return mtp
+
+
 def _dense_layers(c: ConfigDict, moe: MoEConfig | None) -> int:
   require(moe is not None or c.dense_layers is None, 'model.dense_layers needs model.moe.experts')
   dense = 0 if moe is None else _given(c.dense_layers, 1)
@@ -388,8 +420,14 @@ def _dense_layers(c: ConfigDict, moe: MoEConfig | None) -> int:
   return dense
 
 
-def check_connection(spec: ConnectionSpec, width: int) -> None:
-  """Raises ConfigError for a rank above the inputs of phi, and where tracing it or its gradient fails."""
+def check_connection(model: ModelConfig) -> None:
+  """Raises ConfigError where it does not go with the model, and where tracing it or its gradient fails."""
+  spec, width = model.connection, model.width
+  require(
+    spec.read_ways == 1 or (model.mla is None and not model.indexed),
+    'connection.read_ways=4 needs attention with keys of its own: neither model.mla.kv_rank nor '
+    'model.sparse.kind=topk; read_ways=1 goes with both',
+  )
   require(
     width % spec.fractions == 0,
     f'connection.fractions={spec.fractions} does not divide the width {width}',
@@ -412,7 +450,7 @@ def _check_trace(spec: ConnectionSpec) -> None:
 
   def coefficients(params: Any, x_NBTD: jax.Array) -> tuple[jax.Array, Any]:
     c = hyper_connection.generate(params, x_NBTD, spec)
-    read_BTD = hyper_connection.read(c.pre_NBT, x_NBTD, spec.fractions)
+    read_BTD = hyper_connection.read(c.pre_NBT, x_NBTD, spec.fractions * spec.read_ways)
     return sum(jnp.sum(x) for x in (*c, read_BTD) if x is not None), c.res_NMBT
 
   try:

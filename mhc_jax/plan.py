@@ -110,7 +110,7 @@ def resolve(config: ConfigDict, digest: str, constraint: Constraint | None = Non
   spec = build_connection(config.model.connection, config.model.depth, constraint)
   model = model_of(resolved['model'], resolved['transfer'], spec)
   check_size(model, config)
-  check_connection(spec, config.model.width)
+  check_connection(model)
   resolved['model']['connection'] = _resolved_connection(resolved['model']['connection'], spec)
   optimizer = build_optimizer(config)
   _check_fit(model, without_traced(optimizer))
@@ -225,7 +225,7 @@ def rebuild_model(resolved: dict[str, Any], constraint: Constraint | None = None
     raise _of_connection(error) from None
   rebuilt = model_of(model, config.transfer.to_dict(), spec)
   check_size(rebuilt, config)
-  check_connection(spec, rebuilt.width)
+  check_connection(rebuilt)
   return rebuilt
 
 
@@ -334,7 +334,7 @@ def deciding(resolved: dict[str, Any]) -> dict[str, Any]:
     node.pop(path[-1], None)
   if not kept.get('cluster'):
     kept.pop('cluster', None)
-  for section in ('mla', 'moe', 'sparse'):
+  for section in ('mla', 'moe', 'sparse', 'mtp'):
     if not kept['model'].get(section):
       kept['model'].pop(section, None)
   connection = kept['model']['connection']

@@ -61,6 +61,16 @@ _SOURCES = {
   'expansion': 'one_hot',
   'collapse': 'sources',
 }
+_DENSE = {
+  'read_gate': Gate('dense'),
+  'read_ways': 4,
+  'write_gate': Gate('one_hot'),
+  'write_period': 2,
+  'init': 'zero',
+  'constraint': 'identity',
+  'expansion': 'one_hot',
+  'collapse': 'dense',
+}
 # mhc-lite, KromHC, hyper-connections: a learned norm weight, phi = 0, streams summed. They clamp the norm at
 # 1e-12.
 _TORCH = {
@@ -173,6 +183,8 @@ PRESETS: dict[str, dict[str, dict]] = {
     'heads': {**_SOURCES, 'read_heads': 8},
     'inkling2': {**_SOURCES, 'norm_weight': False, 'read_normed': True},
   },
+  # Dynamic dense reads (MUDD, arXiv 2502.12170): queries, keys, values and the residual apart, or one read.
+  'mudd': {'multiway': _DENSE, 'single': {**_DENSE, 'read_ways': 1}},
 }
 BLOCKS = 8  # of attention_residual's presets 'block' and 'inkling2', about
 
@@ -262,7 +274,7 @@ _CHOICES = {
   'generator': ('matrix', 'cp'),
   'activation': ('none', 'tanh'),
   'expansion': ('replicate', 'one_hot', 'learned'),
-  'collapse': ('mean', 'sum', 'learned', 'weights', 'read', 'sources'),
+  'collapse': ('mean', 'sum', 'learned', 'weights', 'read', 'sources', 'dense'),
 }
 
 
@@ -323,11 +335,25 @@ def _check_fractions(spec: ConnectionSpec) -> None:
     require(spec.write_across, 'connection.write_across=False needs connection.fractions above 1')
     return
   for what, there in (
-    (f'read_gate={spec.read_gate.kind}', spec.read_gate.kind in ('elementwise', 'sources')),
+    (f'read_gate={spec.read_gate.kind}', spec.read_gate.kind in ('elementwise', 'sources', 'dense')),
     ('write_gate=one_hot', spec.write_gate.kind == 'one_hot'),
     ('single_pass', spec.single_pass),
   ):
     require(not there, f'connection.{what} does not go with connection.fractions={spec.fractions}')
+
+
+def _check_dense(spec: ConnectionSpec) -> None:
+  ours = spec.read_gate.kind == 'dense', spec.collapse == 'dense'
+  written = spec.write_gate.kind == 'one_hot' and spec.write_period == 2 and spec.expansion == 'one_hot'
+  require(
+    ours == (False, False) or (all(ours) and written and spec.dynamic and not spec.parts),
+    'connection.read_gate=dense and collapse=dense need each other, write_gate=one_hot, write_period=2, '
+    'expansion=one_hot, dynamic and a constraint without coordinates',
+  )
+  require(
+    spec.read_ways == 1 or (ours[0] and spec.read_ways == 4),
+    f'connection.read_ways must be 1, or 4 with read_gate=dense, got {spec.read_ways}',
+  )
 
 
 def _check_combinations(spec: ConnectionSpec) -> None:
@@ -351,6 +377,7 @@ def _check_combinations(spec: ConnectionSpec) -> None:
       'connection.read_gate=sources and collapse=sources need each other, write_gate=one_hot, '
       'expansion=one_hot, dynamic and a constraint without coordinates'
     )
+  _check_dense(spec)
   if (spec.read_heads, spec.read_normed) != (1, False) and not any(ours):
     raise ValueError('connection.read_heads and read_normed need read_gate=sources')
   if spec.write_period != 1 and spec.write_gate.kind != 'one_hot':

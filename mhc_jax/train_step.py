@@ -23,7 +23,7 @@ from mhc_jax import optimizer as optim
 from mhc_jax.clusters import ClusterConfig
 from mhc_jax.config import OptimizerConfig
 from mhc_jax.kernels.choice import kernels_for
-from mhc_jax.model import Transformer
+from mhc_jax.model import Transformer, two_ahead
 from mhc_jax.model_config import ModelConfig
 from mhc_jax.sharding import constrain, constrain_state, state_sharding
 
@@ -169,7 +169,8 @@ def train_step(
   A batch without a target (of one token, which begins a document) counts as an update and changes nothing.
   With experts also load_max_over_mean, (L,): the fullest expert's tokens over the mean of its layer. The
   routers' biases then move by these loads, outside of the optimizer. loss_NAME: auxiliary losses per
-  predicted target, whose gradients are in the norm.
+  predicted target, whose gradients are in the norm. With multi-token prediction also mtp_loss, its mean
+  cross-entropy per token that it predicts (loss_mtp is what is added: its sum, weighted, per target).
   """
   (loss, (load_LE, losses)), grads = gradients(state.params, batch, model, optimizer.microbatches, mesh)
   lr = hparams['lr'] * optim.schedule(state.step, hparams['num_steps'], hparams['warmup'], optimizer)
@@ -183,6 +184,9 @@ def train_step(
     'targets': jnp.sum(batch['weights']),
   }
   metrics |= {f'loss_{name}': loss / jnp.maximum(metrics['targets'], 1) for name, loss in losses.items()}
+  if model.mtp is not None:
+    count = jnp.sum(two_ahead(batch['targets'], batch['weights'])[1])
+    metrics['mtp_loss'] = losses['mtp'] / model.mtp.weight / jnp.maximum(count, 1)
   params = optax.apply_updates(state.params, updates)
   if load_LE is not None:
     metrics['load_max_over_mean'] = load_LE.max(-1) / load_LE.mean(-1)
@@ -292,8 +296,9 @@ def _programs(
     sharding,
   )
 
-  # One loop over the layers: without a backward pass, writing them out only takes longer to compile.
-  looped = dataclasses.replace(model, scan_unroll=1)
+  # One loop over the layers: without a backward pass, writing them out only takes longer to compile. What is
+  # evaluated is the prediction of the next token.
+  looped = dataclasses.replace(model, scan_unroll=1, mtp=None)
   evaluate = functools.partial(sums_and_records, model=looped, mesh=mesh)
   record = jax.jit(functools.partial(evaluate, record=1), out_shardings=replicated)
   # Records are those of the definition: where that runs anyway, one program does both.

@@ -50,9 +50,11 @@ PLANS = {
   'isoflop': 'e75d0e49bf2c',
   'router': '8e62ee6f998d',
   'attention_residual': '96a6c5087d7e',
-  'clusters': '8202575c9377',
   'fractions': 'deccf8eafe3d',
   'fp8': 'b6a05722a908',
+  'sparse': '338ceeb8bd70',
+  'mtp': '18c3936055d2',
+  'clusters': '8202575c9377',
 }
 
 

@@ -178,8 +178,8 @@ def test_every_connection_has_finite_diagnostics(name, preset):
     assert np.isfinite(value).all() and value.dtype in (np.float32, np.float64), key
   assert ('logit_range' in found) == (name in ('hc', 'mhc', 'frac', 'vwn'))
   assert ('pre_saturation' in found) == (name in ('mhc', 'identity'))
-  per_channel = name == 'gated_residual' or preset == 'heads'
-  assert ('depth_rank' in found) == (not per_channel)
+  other_reads = name in ('gated_residual', 'mudd') or preset == 'heads'
+  assert ('depth_rank' in found) == (not other_reads)
 
 
 def test_of_a_model_with_exact_matrices_twice():

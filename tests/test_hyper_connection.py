@@ -136,7 +136,7 @@ def test_coefficients_are_float32_for_bfloat16_streams(rng, name, preset):
   found = jax.eval_shape(lambda x: hc.generate(params, x, spec), x_NBTD)
   per_channel = (D,) if spec.read_gate.kind == 'elementwise' or spec.read_heads > 1 else ()
   written = m if spec.write_across else 1
-  shapes = {'pre_NBT': (m * units, B, T, *per_channel), 'post_NBT': (written * units, B, T)}
+  shapes = {'pre_NBT': (m * spec.read_ways * units, B, T, *per_channel), 'post_NBT': (written * units, B, T)}
   shapes['res_NMBT'] = (units, units, B, T)
   for field, value in found._asdict().items():
     if value is not None:

@@ -160,22 +160,28 @@ _attend = with_backward(_attend, _attend_forward, _attend_backward, (4,))
 
 
 class Attention(nn.Module):
-  """RMSNorm and grouped-query attention: (B, T, D) -> (B, T, D)."""
+  """RMSNorm and grouped-query attention: (B, T, D), or three for queries, keys and values, -> (B, T, D)."""
 
   config: ModelConfig
   mesh: Mesh | None = None
   record: bool = False
 
   @nn.compact
-  def __call__(self, x_BTD: jax.Array, seen: Visible) -> Output:
+  def __call__(self, x_BTD: jax.Array | tuple[jax.Array, ...], seen: Visible) -> Output:
     c = self.config
     measured = [] if self.record else None
     linear = linear_of(c, self.mesh, measured)
-    x_BTD = rms_norm(x_BTD, self.param('norm', ones, (c.width,)), c.norm_eps)
-    x_BTD = constrain(x_BTD, 'BSD', self.mesh)  # every time step on every device of `tensor`, in one gather
+    x_BTD, *others = x_BTD if isinstance(x_BTD, tuple) else (x_BTD,)
+
+    def normed(x_BTD: jax.Array, name: str) -> jax.Array:
+      x_BTD = rms_norm(x_BTD, self.param(name, ones, (c.width,)), c.norm_eps)
+      return constrain(x_BTD, 'BSD', self.mesh)  # every time step on every device of `tensor`, in one gather
+
+    x_BTD = normed(x_BTD, 'norm')
+    keys_BSD, values_BSD = map(normed, others, ('key_norm', 'value_norm')) if others else (x_BTD, x_BTD)
     q_BTHK = linear((c.width, c.heads, c.head_dim), name='query')(x_BTD)
-    k_BSGK = linear((c.width, c.kv_heads, c.head_dim), name='key')(x_BTD)
-    v_BSGK = linear((c.width, c.kv_heads, c.head_dim), name='value')(x_BTD)
+    k_BSGK = linear((c.width, c.kv_heads, c.head_dim), name='key')(keys_BSD)
+    v_BSGK = linear((c.width, c.kv_heads, c.head_dim), name='value')(values_BSD)
     q_BTHK = constrain(q_BTHK, 'BTHK', self.mesh)
     k_BSGK, v_BSGK = constrain(k_BSGK, 'BSGK', self.mesh), constrain(v_BSGK, 'BSGK', self.mesh)
     q_BTHK, k_BSGK = rope(q_BTHK, c.rope_theta), rope(k_BSGK, c.rope_theta)
