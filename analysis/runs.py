@@ -189,6 +189,8 @@ def row_of(run: Run) -> dict[str, object]:
     'data_seconds': float(logged('time/data_seconds').max()),
     'tokens_per_second': float(logged('time/tokens_per_second').median()),
     'mfu': float(logged('time/mfu').median()),
+    'joules_per_token': _joules_per_token(run.rows),
+    'energy': status.get('energy'),
     'peak_bytes_in_use': float(logged('device/peak_bytes_in_use').max()),
     **picked(DEVICE, status),
   }
@@ -197,6 +199,14 @@ def row_of(run: Run) -> dict[str, object]:
   return row | {
     name: row.get(name, math.nan) for name in ('params_total', 'params_matmul', 'params_non_embedding')
   }
+
+
+def _joules_per_token(rows: list[dict]) -> float:
+  """Of the updates between the first and the last row that count joules; NaN for fewer than two."""
+  pairs = [(_finite(row.get('tokens')), _finite(row.get('device/joules'))) for row in rows]
+  pairs = [pair for pair in pairs if not math.isnan(sum(pair))]
+  tokens, joules = (pairs[-1][i] - pairs[0][i] if pairs else 0.0 for i in (0, 1))
+  return joules / tokens if tokens > 0 else math.nan
 
 
 def _variant(config: dict | None) -> str:

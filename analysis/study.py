@@ -16,6 +16,7 @@ from . import layers, training
 from .alternatives import Alternative, alternatives, other_choices
 from .compare import Candidate, LackOfFit, RolloutStep, lack_of_fit, nested, residuals, rollout
 from .diagnostics import Diagnostics, diagnostics
+from .efficiency import efficiency
 from .fitting.document import document
 from .fitting.estimate import Fit, fit
 from .fitting.identify import RULES, Choice, choose_law
@@ -31,6 +32,7 @@ from .rates import RateSweep, rate_sweeps
 from .router import Loads, loads
 from .runs import Sweep
 from .selection import classify, largest, rate_notes, rate_problems, reference_arm, to_points
+from .sparse import Sparsity, sparsity
 from .stability import Stability, stability
 from .tables import ablation, final_losses, summary
 
@@ -67,6 +69,7 @@ class Study:
   seed_spread: float | None
   gaps: list[Gap]
   published: Published
+  efficiency: pd.DataFrame
   summary: pd.DataFrame
   final_losses: pd.DataFrame
   ablation: pd.DataFrame
@@ -75,6 +78,7 @@ class Study:
   rates: list[RateSweep]
   stability: Stability
   loads: Loads
+  sparsity: Sparsity
   training_losses: pd.DataFrame
   gaps_over_updates: pd.DataFrame
   gaps_over_tokens: pd.DataFrame
@@ -140,6 +144,7 @@ def study(
     seed_spread=spread,
     gaps=paired,
     published=published(grid, paired, own, reference),
+    efficiency=efficiency(shown, own, reference),
     summary=summary(table),
     final_losses=losses,
     ablation=ablation(shown, losses),
@@ -148,6 +153,7 @@ def study(
     rates=rate_sweeps(table, params),
     stability=stability(table, sweep.runs),
     loads=loads(sweep.runs),
+    sparsity=sparsity(table, sweep.runs),
     training_losses=training.losses(shown, sweep.runs),
     gaps_over_updates=training.gaps_over_updates(shown, sweep.runs, reference),
     gaps_over_tokens=training.gaps_over_tokens(shown, sweep.runs, reference),
@@ -189,6 +195,7 @@ def fits_json(s: Study) -> dict[str, object]:
       'rollout': s.rollout,
       'seed_standard_deviation': s.seed_spread,
       'gaps': s.gaps,
+      'efficiency': s.efficiency.to_dict('records'),
       'published_gaps': s.published.gaps.to_dict('records'),
       'published_fits': s.published.fits.to_dict('records'),
       'summary': s.summary.to_dict('records'),
@@ -203,6 +210,8 @@ def fits_json(s: Study) -> dict[str, object]:
       ],
       'stability': s.stability.means.to_dict('records'),
       'router_loads': s.loads.last.to_dict('records'),
+      'sparse_gains': s.sparsity.gains.to_dict('records'),
+      'sparse_layers': s.sparsity.layers.to_dict('records'),
       'diagnostics': s.diagnostics.by_arm.to_dict('records'),
       'excluded': left_out[['run_id', 'arm', 'reason']].to_dict('records'),
       'warnings': s.sweep.warnings,

@@ -30,14 +30,18 @@ from mhc_jax.train import load_data
 from . import (
   ablation,
   attention_residual,
+  clusters,
+  fp8,
   fractions,
   identity_or_mixing,
   isoflop,
   learning_rate,
+  mtp,
   protocol,
   quick,
   rank,
   router,
+  sparse,
   stability,
 )
 from .workers import corpus_of
@@ -53,6 +57,10 @@ EXPERIMENTS: dict[str, Callable[[str | None], list[ConfigDict]]] = {
   'router': router.runs,
   'attention_residual': attention_residual.runs,
   'fractions': fractions.runs,
+  'fp8': fp8.runs,
+  'sparse': sparse.runs,
+  'mtp': mtp.runs,
+  'clusters': clusters.runs,
 }
 
 

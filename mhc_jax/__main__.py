@@ -30,6 +30,7 @@ COMMANDS = {
   'coverage': 'how often the intervals of a fit hold the truth, by simulation',
   'compile': 'memory and predicted speed on chips that are not here',
   'overhead': "mHC over residual at the paper's sizes, compiled",
+  'energy': 'joules of a token and of equal loss, beside the claims: docs/energy.md',
   'bench': 'measured ratios: steps, constraints, communication, memory',
   'env': 'versions, devices, memory and flags: what a report of a fault needs',
 }
@@ -75,6 +76,8 @@ def main_of(command: str) -> Callable[[list[str]], int]:
       from mhc_jax.experiments.compile.__main__ import main
     case 'overhead':
       from mhc_jax.experiments.compile.overhead import main
+    case 'energy':
+      from mhc_jax.analysis.energy import main
     case 'bench':
       from mhc_jax.experiments.bench.__main__ import main
     case 'env':

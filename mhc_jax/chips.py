@@ -3,7 +3,8 @@
 Sources. TPUs: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}, tables "Key specifications" (v4's
 interconnect: the six links of 50 GB/s each way of arXiv 2304.01433). GPUs: NVIDIA's data sheets of the SXM
 modules (A100 80GB, H100, H200, and HGX B200), dense bfloat16, and of the DGX systems for the network (the
-ConnectX ports of each GPU).
+ConnectX ports of each GPU). Watts: NVIDIA's from these data sheets (thermal design power; of H100, H200 and
+B200 the highest setting); v4's from its table, the highest measured. Of the other TPUs none are published.
 """
 
 import dataclasses
@@ -26,21 +27,22 @@ class Chip:
   devices: int = 1
   network: float = 0.0  # GPUs: bytes per second in each direction beyond the domain of the switch
   domain: int = 0  # GPUs on one switch
+  watts: float | None = None  # of one chip with its memory, at most; None where its maker does not say
 
 
 # v4 and v5p have two TensorCores that JAX sees as one device ("megacore"); 7x has two that it sees as two.
 CHIPS = {
   chip.name: chip
   for chip in (
-    Chip('v4', 275e12, 1200 * GB, 32 * GIB, 600 * GB, axes=3, wraps_at=4),
+    Chip('v4', 275e12, 1200 * GB, 32 * GIB, 600 * GB, axes=3, wraps_at=4, watts=192),
     Chip('v5e', 197e12, 819 * GB, 16 * GIB, 400 * GB, axes=2, wraps_at=16),
     Chip('v5p', 459e12, 2765 * GB, 95 * GIB, 1200 * GB, axes=3, wraps_at=4),
     Chip('v6e', 918e12, 1638 * GB, 32 * GIB, 800 * GB, axes=2, wraps_at=16),
     Chip('7x', 2307e12, 7380 * GB, 192 * GIB, 1200 * GB, axes=3, wraps_at=4, devices=2),
-    Chip('A100', 312e12, 2039 * GB, 80 * GB, 600 * GB, axes=None, network=25 * GB, domain=8),
-    Chip('H100', 989e12, 3350 * GB, 80 * GB, 900 * GB, axes=None, network=50 * GB, domain=8),
-    Chip('H200', 989e12, 4800 * GB, 141 * GB, 900 * GB, axes=None, network=50 * GB, domain=8),
-    Chip('B200', 2250e12, 8000 * GB, 180 * GB, 1800 * GB, axes=None, network=50 * GB, domain=8),
+    Chip('A100', 312e12, 2039 * GB, 80 * GB, 600 * GB, axes=None, network=25 * GB, domain=8, watts=400),
+    Chip('H100', 989e12, 3350 * GB, 80 * GB, 900 * GB, axes=None, network=50 * GB, domain=8, watts=700),
+    Chip('H200', 989e12, 4800 * GB, 141 * GB, 900 * GB, axes=None, network=50 * GB, domain=8, watts=700),
+    Chip('B200', 2250e12, 8000 * GB, 180 * GB, 1800 * GB, axes=None, network=50 * GB, domain=8, watts=1000),
   )
 }
 TPUS = tuple(name for name, chip in CHIPS.items() if chip.axes)

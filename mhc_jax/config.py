@@ -14,6 +14,7 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder as optional
 
+from mhc_jax.energy import check_kind
 from mhc_jax.errors import require
 from mhc_jax.manifold_updates import MANIFOLDS
 
@@ -98,6 +99,9 @@ def _pickled_base() -> bytes:
       'ffn_width': optional(int),
       'vocab_size': optional(int),  # None: the tokenizer's; more leaves the rest of the table unused
       'dtype': 'float32',  # of activations and streams: float32, bfloat16 or float64
+      # Of the products with weights in attention and feed-forward: fp8_v3 (E4M3 in tiles, as DeepSeek-V3) or
+      # fp8_tensor (one scale for an array, for comparison); None: dtype's
+      'precision': optional(str),
       # Of the backward pass: 'layer' computes each layer again, 'products' all of it but the products with
       # weights, 'block' the connections of mHC's blocks of layers.
       'remat': 'none',
@@ -144,6 +148,14 @@ def _pickled_base() -> bytes:
           'scale': optional(float),  # of the routed experts' sum; None: 2.5 (DeepSeek-V3)
           'router': optional(str),  # None: sigmoid; or sinkhorn
           'bias_rate': optional(float),  # of the balancing; None: 1e-3, 0 is off
+        }
+      ),
+      # Multi-token prediction (DeepSeek-V3): a module that predicts the token after the next, on where depth
+      # is set. It is trained on beside the reported loss; its parameters are in no N of scaling laws.
+      'mtp': Section(
+        {
+          'depth': optional(int),  # further tokens that are predicted: 1
+          'weight': optional(float),  # of its loss; None: 0.3
         }
       ),
       'dense_layers': optional(int),  # leading layers without experts; None: 1 with experts
@@ -223,6 +235,18 @@ def _pickled_base() -> bytes:
     }
   )
   c.optimizer.clip_norm = 1.0
+  # Clusters that train apart and average their parameters now and then (DiLoCo), on where workers is set.
+  c.cluster = Section(
+    {
+      'workers': optional(int),  # each with its share of the batch and moments of its own
+      'sync_every': optional(int),  # updates between averages; None: gradients are averaged at every update
+      'outer_lr': optional(float),  # of the step to the average; None: 0.7 as published, few rounds want 1
+      'outer_momentum': optional(float),  # Nesterov's; None: 0.9 as published, few rounds want 0
+      'fragments': optional(int),  # parts of the layers that are averaged at times of their own; None: 1
+      'overlap': optional(int),  # updates from sending an average to its arrival; None: 0
+      'outer_bits': optional(int),  # of a number that is sent: 32, or 4 (E3M0); None: 32
+    }
+  )
   # Exactly one. Parameters are matmul parameters with the unembedding (cost.py: 'matmul').
   c.duration = Section(
     {
@@ -246,6 +270,9 @@ def _pickled_base() -> bytes:
       'diagnostics_every_steps': optional(int),  # of H_res and the streams, by layer; None: never
       'tensorboard': True,  # rows go there too. Not part of the run id
       'wandb': optional(str),  # project of Weights & Biases for rows (extra wandb). Not part of the run id
+      'energy': optional(
+        str
+      ),  # joules in rows, by nvml, rapl or cpu:WATTS (energy.py). Not part of the run id
     }
   )
   c.checkpoint = Section(
@@ -277,7 +304,7 @@ def _pickled_base() -> bytes:
 NOT_IN_ID = (
   *(('arm',), ('mesh',), ('topology',), ('checkpoint',)),
   *(('model', 'kernels'), ('data', 'dir'), ('data', 'column'), ('data', 'tokenizer')),
-  *(('log', 'tensorboard'), ('log', 'wandb')),
+  *(('log', 'tensorboard'), ('log', 'wandb'), ('log', 'energy')),
 )
 
 
@@ -366,6 +393,7 @@ def check_counts(config: ConfigDict) -> None:
     for name in names:
       value = config[section][name]
       require(value is None or value >= 1, f'{section}.{name} must be at least 1, got {value}')
+  check_kind(config.log.energy)
   require(0 <= config.seed < 2**31, f'seed must lie between 0 and 2**31 - 1, got {config.seed}')
   given = [name for name in DURATIONS if config.duration[name] is not None]
   require(

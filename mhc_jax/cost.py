@@ -4,10 +4,11 @@ Conventions. A multiply-add is 2 FLOPs; training is 3 x forward (no recomputatio
 counted in full, T x T, as it is executed without a kernel, a mask of it included (train_flops_per_token has
 the ideal too); of the routed experts, those that a token goes to. Left out: norms, softmax, activations,
 rotary embedding, sorting by expert, choices and divergence of an index, and residual additions (O(C) per
-token and sublayer), except the connection's own norm. XLA's count of matrix products equals the terms that
-are matrix products (tests/test_cost.py).
+token and sublayer), rounding to FP8, except the connection's own norm. XLA's count of matrix products equals
+the terms that are matrix products (tests/test_cost.py).
 """
 
+import dataclasses
 import math
 
 import jax.numpy as jnp
@@ -25,7 +26,8 @@ def parameters(c: ModelConfig) -> dict[str, int]:
   'active': what a token meets, total less the routed experts that it does not go to and the embedding (the
   vocabulary counts once). 'matmul' (attention, feed-forward, unembedding; of routed experts the active ones;
   not an index of sparse attention) is the primary N of the scaling laws (Porian et al., arXiv 2406.19146);
-  tokens_per_param counts by it.
+  tokens_per_param counts by it. With multi-token prediction also 'mtp', all of its module; of the sums it is
+  in 'total' alone, having no part in predicting the next token.
   """
   maps = products(c)
   spec, n = c.connection, c.connection.streams
@@ -50,6 +52,7 @@ def parameters(c: ModelConfig) -> dict[str, int]:
     'hc_dynamic': 2 * c.depth * (_generator(c) * dynamic + _elementwise(c) + _query(c)) + head + dense,
     'hc_static': 2 * c.depth * (static + norm) + ends,
   }
+  mtp = _mtp_parameters(c)
   total = sum(groups.values())
   inactive = groups['routed_experts'] * (c.moe.experts - c.moe.active) // c.moe.experts if c.moe else 0
   names = (
@@ -61,7 +64,8 @@ def parameters(c: ModelConfig) -> dict[str, int]:
   matmul = sum(groups[name] for name in names) - inactive
   return {
     **groups,
-    'total': total,
+    **mtp,
+    'total': total + sum(mtp.values()),
     'active': total - groups['embedding'] - inactive,
     'matmul': matmul,
     'non_embedding': total - groups['embedding'] - groups['unembedding'],
@@ -69,15 +73,20 @@ def parameters(c: ModelConfig) -> dict[str, int]:
 
 
 def least_bytes(
-  c: ModelConfig, tokens: int, parts: int = 1, devices: int = 1, optimizer: str | None = None
+  c: ModelConfig,
+  tokens: int,
+  parts: int = 1,
+  devices: int = 1,
+  optimizer: str | None = None,
+  copies: int = 1,
 ) -> int:
   """What training on `tokens` at once holds at the least, on all devices together.
 
-  Parameters, gradients and both of Adam's moments (by 'muon' one, as of its matrices), 4 bytes each; and the
-  streams and logits of one of `parts` microbatches, a piece of them per device. Every activation kept for the
-  backward pass comes on top.
+  Parameters, gradients and both of Adam's moments (by 'muon' one, as of its matrices), 4 bytes each, for each
+  of `copies` workers (clusters.py); and the streams and logits of one of `parts` microbatches, a piece of
+  them per device. Every activation kept for the backward pass comes on top.
   """
-  state = (12 if optimizer == 'muon' else 16) * parameters(c)['total']
+  state = (12 if optimizer == 'muon' else 16) * copies * parameters(c)['total']
   streams = c.connection.streams * c.width * jnp.dtype(c.dtype).itemsize
   logits = min(tokens // parts * 4 * c.vocab_size, devices * LARGEST)
   return state + tokens // parts * streams + logits
@@ -95,7 +104,7 @@ def forward_flops_per_token(c: ModelConfig, seq_len: int) -> dict[str, float]:
     **_expert_flops(c),
   }
   if not spec.has_params:
-    return flops
+    return flops | _mtp_flops(c, seq_len, flops)
   inputs, outputs = spec.generator_shape
   units, part = spec.units, c.width // spec.fractions
   copies = units // inputs  # 'per_stream' applies one small map n times
@@ -116,7 +125,7 @@ def forward_flops_per_token(c: ModelConfig, seq_len: int) -> dict[str, float]:
   }
   if spec.collapse == 'learned':
     flops['hc_collapse'] = 2 * n * n * c.width + 5 * n * c.width
-  return flops
+  return flops | _mtp_flops(c, seq_len, flops)
 
 
 def train_flops_per_token(c: ModelConfig, seq_len: int, causal: bool = False) -> float:
@@ -209,6 +218,28 @@ def _index_flops(c: ModelConfig, seq_len: int) -> dict[str, float]:
     'index_maps': 2 * c.depth * sum(a * b for a, b in products(c)['index']),
     'index_scores': 2 * c.depth * seq_len * scores,
   }
+
+
+def _mtp_block(c: ModelConfig) -> ModelConfig:
+  """A model of one layer, as the block of multi-token prediction and what comes after it."""
+  return dataclasses.replace(c, depth=1, dense_layers=0, moe=None, mtp=None)
+
+
+def _mtp_parameters(c: ModelConfig) -> dict[str, int]:
+  if c.mtp is None:
+    return {}
+  expansion = c.connection.streams * c.width * (c.connection.expansion == 'learned')
+  return {'mtp': parameters(_mtp_block(c))['non_embedding'] - expansion + 2 * c.width**2 + 2 * c.width}
+
+
+def _mtp_flops(c: ModelConfig, seq_len: int, flops: dict[str, float]) -> dict[str, float]:
+  """'mtp': the module's products with weights and its logits; the rest of it is added to terms of layers."""
+  if c.mtp is None:
+    return {}
+  own = forward_flops_per_token(_mtp_block(c), seq_len)
+  beside = ('hc_', 'attention_scores', 'index_')
+  shared = {name: flops[name] + own.pop(name) for name in flops if name.startswith(beside)}
+  return shared | {'mtp': sum(own.values()) + 2 * (1 + c.connection.streams) * c.width**2}
 
 
 def _generator(c: ModelConfig) -> int:

@@ -187,6 +187,8 @@ def diagnose(records: list[dict[str, Any]], config: ModelConfig) -> dict[str, Ar
     for name, value, gate in (('pre', pre_SNBT, spec.read_gate), ('post', post_SNBT, spec.write_gate)):
       if value is not None:
         out |= gate_values(value, gate, name)
+    fp8 = [name for name in records[0] if name.startswith('fp8_')]
+    out |= {name: interleave(records, name) for name in fp8}
     scalars = all(value is None or value.ndim == 4 for value in (pre_SNBT, post_SNBT))
     if scalars and spec.read_gate.kind != 'dense':  # which go on from what they read, not from H_res x
       out |= _depth_rank(pre_SNBT, post_SNBT, res_SNMBT, spec.fractions)

@@ -21,6 +21,7 @@ import numpy as np
 from mhc_jax.checkpoint import Checkpoints
 from mhc_jax.data import Windows
 from mhc_jax.diagnostics import diagnose
+from mhc_jax.energy import Laps, Meter
 from mhc_jax.errors import FULL_DISK
 from mhc_jax.evaluate import mean_loss
 from mhc_jax.lease import LeaseLostError
@@ -109,7 +110,8 @@ class Single:
 
   def __init__(self, member: Member, compiled: Programs, inputs: Iterator[Batch]):
     self._member, self._compiled, self._inputs = member, compiled, inputs
-    self._hparams = jax.tree.map(jnp.asarray, hparams_of(member.plan.optimizer, member.plan.num_steps))
+    plan = member.plan
+    self._hparams = jax.tree.map(jnp.asarray, hparams_of(plan.optimizer, plan.num_steps, plan.loose))
     self._begun = False
 
   def keep(self, live: list[Member]) -> bool:
@@ -164,15 +166,17 @@ def loop(
   stops_at: Callable[[int], bool],
   progress: Progress | None = None,
   trace: Trace | None = None,
+  meter: Meter | None = None,
 ) -> None:
   """All updates of members whose files are open; each ends by itself: finished, diverged or interrupted.
 
   Updates are dispatched before the metrics of those before are looked at, but where the state after these is
   wanted: for evaluation, diagnostics and checkpoints. progress: of all members, in updates. trace: of some.
+  meter: of the energy that they take together.
   """
   sent = None
   fresh = _begin(members, updates, compiled, data)
-  clock = time.monotonic()
+  clock = Laps(meter)
   while running := _running(members):
     live = _live(members)
     fresh |= updates.keep(live)  # nothing is under way where it is others than before
@@ -187,16 +191,18 @@ def loop(
       trace.end(live[0].step, now_sent.metrics)
     if fresh:
       jax.block_until_ready(now_sent.metrics)
-      fresh, clock = False, time.monotonic()
+      fresh = False
+      clock.begin()
     if sent:
-      clock = _look(sent, updates, clock)
+      _look(sent, updates, clock)
     sent, running = now_sent, _running(live)
     # Asked once: a signal may come at any moment.
     stop = bool(running) and stops_at(max(member.step for member in running))
     if stop or any(member.plan.due(member.step) - {'log'} for member in running):
       _look(sent, updates, clock, _measure(updates, compiled, data))
       _save_and_end(live, updates, stop)
-      sent, clock = None, time.monotonic()  # evaluation and saving are not training time
+      sent = None
+      clock.begin()  # evaluation and saving are not training time
     if progress:
       done = [member.at for member in members]
       losses = [at.final['train/loss'] for at in done if 'train/loss' in at.final]
@@ -233,15 +239,18 @@ def _begin(members: list[Member], updates: Single | Population, compiled: Progra
 def _look(
   sent: _Dispatch,
   updates: Single | Population,
-  clock: float,
+  clock: Laps,
   measure: Callable[[Member, int], dict[str, Any]] | None = None,
-) -> float:
-  """Waits for a dispatch and writes its rows, the last by `measure`; when it came, in seconds, or `clock`.
+) -> None:
+  """Waits for a dispatch, a lap of the clock, and writes its rows, the last by `measure`.
 
-  A member's seconds are its share, so that those of all runs add up to the device's.
+  A member's seconds and joules are its share, so that those of all runs add up to the device's.
   """
-  rows, now = updates.fetch(sent.metrics, sent.count), time.monotonic()
-  seconds = 0.0 if sent.fresh else (now - clock) / sent.count
+  rows = updates.fetch(sent.metrics, sent.count)
+  seconds, joules = (0.0, None) if sent.fresh else clock.lap()
+  seconds /= sent.count
+  if joules is not None:
+    joules /= sent.count * len(sent.members)
   waited = 0.0 if sent.fresh else sent.waited / sent.count / len(sent.members)
   if not sent.fresh:
     updates.took(seconds)
@@ -252,10 +261,9 @@ def _look(
       for k in range(sent.count):
         then = functools.partial(measure, member) if measure and k == sent.count - 1 else None
         share = seconds / len(sent.members)
-        if member.record.update(member.at, before + k + 1, rows[k][place], then, share, waited):
+        if member.record.update(member.at, before + k + 1, rows[k][place], then, share, waited, joules):
           member.diverged = True
           break
-  return clock if sent.fresh else now
 
 
 def _save_and_end(live: list[Member], updates: Single | Population, stop: bool) -> None:

@@ -32,9 +32,9 @@ def check_memory(run: Run) -> None:
   c = run.resolved
   tokens = c['data']['batch_size'] * c['data']['seq_len']
   size = c['mesh']['data'] * c['mesh']['fsdp'] * c['mesh']['tensor'] * c['mesh']['expert']
-  needed = cost.least_bytes(
-    run.model, tokens, c['optimizer']['microbatches'] or 1, size, c['optimizer']['name']
-  )
+  copies = run.loose.workers if run.loose else 1
+  parts = c['optimizer']['microbatches'] or 1
+  needed = cost.least_bytes(run.model, tokens, parts, size, c['optimizer']['name'], copies)
   here = [device for device in find_devices()[:size] if device.process_index == jax.process_index()]
   have = memory_of(here[0]) if here else None
   if have is None:
@@ -86,10 +86,13 @@ def terms(run: Run) -> dict[str, float]:
   parts, length = c['optimizer']['microbatches'] or 1, c['data']['seq_len']
   rows = rows_at_a_time(c)
   tokens = rows * length / mesh['tensor']
+  here, outer, loose = 1, 0, run.loose  # workers on one device, and copies that are all workers'
+  if loose:
+    here, outer = loose.workers // min(loose.workers, mesh['data']), 2 + (loose.overlap > 0)
   return {
-    'parameters': params * held,
-    'optimizer state': moments * held,
-    'gradients': params * held * (2 if parts > 1 else 1),
+    'parameters': params * held * (here + (outer > 0)),
+    'optimizer state': moments * held * here + params * held * max(outer - 1, 0),
+    'gradients': params * held * here * (2 if parts > 1 else 1),
     'streams': tokens * _stream_bytes(run),
     'activations of layers': tokens * _layer_bytes(run),
     'attention scores': rows * length**2 * _score_bytes(run) / mesh['tensor'],
@@ -131,8 +134,12 @@ def _layer_bytes(run: Run) -> float:
   dense_layers = c.depth if c.moe is None else c.dense_layers
   layers = [dense] * dense_layers + [experts] * (c.depth - dense_layers)
   one = max(sum(a + b for a, b in layer) for layer in layers)
-  kept = sum(b + a * (c.remat == 'none') for layer in layers for a, b in layer) * (c.remat != 'layer')
-  return (kept + 2 * one) * jnp.dtype(c.dtype).itemsize
+  size = jnp.dtype(c.dtype).itemsize
+  # Of FP8 products a float32 sum is kept by name of its operation, and a byte of each input, with scales.
+  output = size if c.precision is None or c.remat == 'none' else max(size, 4)
+  into = size if c.precision is None else 1 + 4 / 128
+  kept = sum(output * b + into * a * (c.remat == 'none') for layer in layers for a, b in layer)
+  return kept * (c.remat != 'layer') + 2 * one * size
 
 
 def _score_bytes(run: Run) -> float:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
-from mhc_jax import dense_reads
+from mhc_jax import dense_reads, fractions
 from mhc_jax import hyper_connection as hc
 from mhc_jax.connection import ConnectionSpec
 from mhc_jax.kernels import boundary as kernels
@@ -171,10 +171,75 @@ def _gram(x_NBTD: jax.Array) -> jax.Array:
   return jnp.einsum('nbtd,mbtd->nmbt', x_NBTD, x_NBTD)
 
 
+def _ends(module: nn.Module, name: str, init: Callable) -> dict[str, jax.Array]:
+  c = module.config
+  if not init(c.connection, c.width, None):
+    return {}
+  return module.param(name, lambda key: init(c.connection, c.width, key))
+
+
+def _collapsed(
+  head: dict[str, jax.Array], x_NBTD: jax.Array, pre_NBT: jax.Array | None, c: ModelConfig, mesh: Mesh | None
+) -> jax.Array:
+  collapse = token_local(
+    lambda head, x_NBTD, pre_NBT: hc.collapse(x_NBTD, c.connection.collapse, head, c.connection, pre_NBT),
+    mesh,
+    (None, 'NBTD', 'NBT'),
+    'BTD',
+  )
+  return collapse(head, x_NBTD, pre_NBT)
+
+
+def two_ahead(targets_BT: jax.Array, weights_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Targets and weights of the token after the next, from those of the next.
+
+  It counts where the next token and itself belong to the document; the window's last token has none.
+  """
+  after_BT, counts_BT = (jnp.pad(x_BT[:, 1:], ((0, 0), (0, 1))) for x_BT in (targets_BT, weights_BT))
+  return after_BT, weights_BT * counts_BT
+
+
+class MultiToken(nn.Module):
+  """Multi-token prediction of depth 1 (DeepSeek-V3, arXiv 2412.19437, eq. 21-23), up to the logits.
+
+  Reads the streams after the last layer and the next token's embedding. As in DeepSeek-V4, all streams pass
+  through: x_n <- e_proj norm(e) + h_proj norm(x_n), one block with connections of its own, then a collapse
+  and a norm of its own. The block's feed-forward sublayer is dense, also in a model with experts.
+  """
+
+  config: ModelConfig
+  mesh: Mesh | None = None
+
+  @nn.compact
+  def __call__(
+    self, pending: hc.Pending, next_BTD: jax.Array, seen: Visible
+  ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Also auxiliary losses of the block's sublayers, mtp_NAME."""
+    c, mesh = self.config, self.mesh
+    norms = [self.param(f'{name}_norm', ones, (c.width,)) for name in ('embedding', 'state', 'final')]
+    std = (2 * c.width) ** -0.5  # the two are one map of 2 C numbers
+    e_proj_DD, h_proj_DD = (self.param(name, normal(std), (c.width,) * 2) for name in ('e_proj', 'h_proj'))
+    e_BTD = rms_norm(next_BTD, norms[0], c.norm_eps) @ e_proj_DD.astype(c.dtype)
+    m = c.connection.fractions
+    x_NBTD = fractions.merge(pending.x_NBTD, m)
+    normed_NBTD = jax.vmap(lambda x_BTD: rms_norm(x_BTD, norms[1], c.norm_eps))(x_NBTD)
+    x_NBTD = fractions.split(e_BTD[None] + normed_NBTD @ h_proj_DD.astype(c.dtype), m)
+    pending = pending._replace(x_NBTD=constrain(x_NBTD, 'NBTD', mesh))
+    kept = {'policy': policy(c.remat)} if c.remat in ('layer', 'products') else {}
+    block = Block if c.remat == 'none' else nn.remat(Block, **kept)
+    pending, records = block(c, 0, mesh, True, name='block')(pending, c.depth, seen)
+    x_NBTD = constrain(hc.settled(pending, m), 'NBTD', mesh)
+    head = _ends(self, 'collapse', hc.init_collapse)
+    x_BTD = rms_norm(_collapsed(head, x_NBTD, pending.pre_NBT, c, mesh), norms[2], c.norm_eps)
+    losses = {name: loss for record in records for name, loss in record.get('losses', {}).items()}
+    return x_BTD, {f'mtp_{name}': loss for name, loss in losses.items()}
+
+
 class Transformer(nn.Module):
   """Token ids (B, T) and document numbers (B, T) -> logits (B, T, V) in float32, and records.
 
-  labels: targets and weights, (B, T); then loss_sums of the logits in their place (layers/unembedding.py).
+  labels: targets and weights, (B, T), of the tokens that follow; then loss_sums of the logits in their place
+  (layers/unembedding.py).
 
   Records: for attention and feed-forward a dict of what all layers found, (L, ...) each: always the loads of
   experts, load_E, of the layers that have them, and `losses`, auxiliary losses by name as sums over tokens in
@@ -200,8 +265,8 @@ class Transformer(nn.Module):
     # Small at the start, so that the first loss is close to log V; constant in width (CompleteP).
     std = 1 / (c.base_width or c.width)
     unembedding_DV = self.param('unembedding', normal(std), (c.width, c.vocab_size))
-    head = self._ends('collapse', hc.init_collapse)
-    copies = self._ends('expansion', lambda spec, width, _: hc.init_expand(spec, width))
+    head = _ends(self, 'collapse', hc.init_collapse)
+    copies = _ends(self, 'expansion', lambda spec, width, _: hc.init_expand(spec, width))
     x_BTD = constrain(embedding_VD[tokens_BT].astype(c.dtype), 'BTD', mesh)
     spec, first_NBT = c.connection, None
     x_NBTD = hc.expand(x_BTD, spec.streams, spec.expansion, copies, spec.fractions)
@@ -215,23 +280,20 @@ class Transformer(nn.Module):
     pending, records = self._layers(pending, visible(segments_BT, c, mesh), record)
     if isinstance(pending, kernels.Pending):
       pending = kernels.definition(pending, spec)
-    x_NBTD, last_NBT = constrain(hc.settled(pending, spec.fractions), 'NBTD', mesh), pending.pre_NBT
-    collapse = token_local(
-      lambda head, x_NBTD, pre_NBT: hc.collapse(x_NBTD, c.connection.collapse, head, c.connection, pre_NBT),
-      mesh,
-      (None, 'NBTD', 'NBT'),
-      'BTD',
-    )
-    x_BTD = rms_norm(collapse(head, x_NBTD, last_NBT), final_norm_D, c.norm_eps)
+    x_NBTD = constrain(hc.settled(pending, spec.fractions), 'NBTD', mesh)
+    x_BTD = rms_norm(_collapsed(head, x_NBTD, pending.pre_NBT, c, mesh), final_norm_D, c.norm_eps)
+    if c.mtp is not None and (labels is not None or self.is_initializing()):
+      next_BT = tokens_BT if labels is None else labels[0]
+      next_BTD = constrain(embedding_VD[next_BT].astype(c.dtype), 'BTD', mesh)
+      module = MultiToken(c, mesh, name='mtp')
+      ahead_BTD, losses = module(pending._replace(x_NBTD=x_NBTD), next_BTD, visible(segments_BT, c, mesh))
+      if labels is not None:
+        total, _ = cross_entropy_sums(ahead_BTD, unembedding_DV, two_ahead(*labels), c, mesh)
+        losses |= {'mtp': c.mtp.weight * total}
+      records = [*records[:-1], records[-1] | {'losses': records[-1].get('losses', {}) | losses}]
     if labels is not None:
       return cross_entropy_sums(x_BTD, unembedding_DV, labels, c, mesh), records
     return logits_of(x_BTD, unembedding_DV, c, mesh), records
-
-  def _ends(self, name: str, init) -> dict[str, jax.Array]:
-    c = self.config
-    if not init(c.connection, c.width, None):
-      return {}
-    return self.param(name, lambda key: init(c.connection, c.width, key))
 
   def _layers(self, carry, seen: Visible, record: int):
     c = self.config

@@ -21,6 +21,7 @@ DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16, 'float64': jnp.float
 MOST_LAYERS = 10_000
 MOST_WRITTEN = 512  # layers outside of a loop: compiling takes seconds for each
 ROUTERS = ('sigmoid', 'sinkhorn')
+PRECISIONS = (None, 'fp8_v3', 'fp8_tensor')
 SPARSE = ('window', 'topk')
 
 
@@ -62,6 +63,14 @@ class MoEConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class MTPConfig:
+  """Multi-token prediction (DeepSeek-V3, arXiv 2412.19437, section 2.2) by one module."""
+
+  depth: int  # tokens beyond the next: 1
+  weight: float  # lambda, of its loss
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
   """Sizes and choices of one model."""
 
@@ -88,7 +97,9 @@ class ModelConfig:
   mla: MLAConfig | None  # None: grouped-query attention
   moe: MoEConfig | None  # None: every layer is dense
   dense_layers: int  # leading layers outside the scan, with a dense feed-forward sublayer; 0 without moe
+  precision: str | None = None  # of products with weights in sublayers: one of PRECISIONS (layers/fp8.py)
   sparse: SparseConfig | None = None  # None: attention over all tokens before
+  mtp: MTPConfig | None = None  # None: the next token alone is predicted
 
   @property
   def width_ratio(self) -> float:
@@ -165,7 +176,7 @@ def derive_sizes(config: ConfigDict) -> dict[str, Any]:
   """What model's fields mean where they are None, as plain values; raises ConfigError for impossible ones."""
   c = config.model
   _check_values(config)
-  mla, moe = _build_mla(c), _build_moe(c)
+  mla, moe, mtp = _build_mla(c), _build_moe(c), _build_mtp(c)
   head_dim, kv_heads = _heads(c, mla)
   all_experts = None if moe is None else (moe.active + moe.shared) * moe.ffn_width
   ffn_width = _given(c.ffn_width, all_experts or -(-8 * c.width // 24) * 8)
@@ -197,6 +208,7 @@ def derive_sizes(config: ConfigDict) -> dict[str, Any]:
     'vocab_size': vocabulary,
     'mla': dataclasses.asdict(mla) if mla else c.mla.to_dict(),
     'moe': dataclasses.asdict(moe) if moe else c.moe.to_dict(),
+    'mtp': dataclasses.asdict(mtp) if mtp else c.mtp.to_dict(),
     'dense_layers': dense if moe else None,
     'sparse': dataclasses.asdict(sparse) if sparse else c.sparse.to_dict(),
   }
@@ -228,6 +240,7 @@ def model_of(m: dict[str, Any], transfer: dict[str, Any], connection: Connection
       'base_rank': transfer.get('base_rank'),  # not there in older runs
       'mla': _section(MLAConfig, m.get('mla')),
       'moe': _section(MoEConfig, m.get('moe')),
+      'mtp': _section(MTPConfig, m.get('mtp')),
       'dense_layers': m.get('dense_layers') or 0,
       'sparse': _section(SparseConfig, m.get('sparse')),
     }
@@ -257,6 +270,13 @@ def _check_values(config: ConfigDict) -> None:
     f'model.scan, scan_unroll and dense_layers write out {written} layers; at most {MOST_WRITTEN}',
   )
   require(c.dtype in DTYPES, f'model.dtype must be one of {", ".join(DTYPES)}, got {c.dtype!r}')
+  require(
+    c.precision in PRECISIONS, f'model.precision must be fp8_v3, fp8_tensor or None, got {c.precision!r}'
+  )
+  require(
+    c.precision != 'fp8_tensor' or c.moe.experts is None,
+    'model.precision=fp8_tensor does not go with model.moe.experts, which share no scale: fp8_v3 does',
+  )
   require(c.remat in REMAT, f'model.remat must be one of {", ".join(REMAT)}, got {c.remat!r}')
   require(c.kernels in KERNELS, f'model.kernels must be one of {", ".join(KERNELS)}, got {c.kernels!r}')
   require(c.remat != 'block' or c.scan, 'model.remat=block needs model.scan=True')
@@ -268,7 +288,7 @@ def _check_values(config: ConfigDict) -> None:
   base = config.transfer.base_rank
   require(base is None or 1e-3 <= base <= 1e9, f'transfer.base_rank must be a rank or None, got {base}')
   require(base is None or c.weights.rank is not None, 'transfer.base_rank needs model.weights.rank')
-  for section, switch in (('mla', 'kv_rank'), ('moe', 'experts'), ('sparse', 'kind')):
+  for section, switch in (('mla', 'kv_rank'), ('moe', 'experts'), ('sparse', 'kind'), ('mtp', 'depth')):
     given = [name for name, value in c[section].items() if value is not None]
     on = c[section][switch] is not None
     require(on or not given, f'model.{section}.{"".join(given[:1])} needs model.{section}.{switch}')
@@ -369,6 +389,25 @@ def _build_moe(c: ConfigDict) -> MoEConfig | None:
     f'model.moe.router=sinkhorn needs model.moe.active={active} below model.moe.experts={m.experts}',
   )
   return moe
+
+
+def _build_mtp(c: ConfigDict) -> MTPConfig | None:
+  """model.mtp -> MTPConfig; the weight is V3's of its first 10T tokens."""
+  m = c.mtp
+  if m.depth is None:
+    return None
+  require(m.depth == 1, f'model.mtp.depth: one module, 1, is what there is, got {m.depth}')
+  mtp = MTPConfig(m.depth, _given(m.weight, 0.3))
+  require(
+    mtp.weight > 0, f'model.mtp.weight must be positive, got {mtp.weight}: without, leave depth at None'
+  )
+  require(
+    c.connection.name not in ('depth_matrix', 'attention_residual', 'mudd'),
+    f'model.mtp.depth does not go with the connection {c.connection.name}, which has no stream for its block',
+  )
+  warmup = c.sparse.stage == 'warmup'
+  require(not warmup, 'model.sparse.stage=warmup moves the index alone: leave model.mtp.depth out')
+  return mtp
 
 
 def _dense_layers(c: ConfigDict, moe: MoEConfig | None) -> int:

@@ -26,7 +26,7 @@ BETA = 0.95
 
 
 def _is_of_connection(name: str) -> bool:
-  return '_connection/' in name or name.startswith('collapse/')
+  return '_connection/' in name or name.startswith(('collapse/', 'mtp/collapse/'))
 
 
 def is_matrix(path: tuple[Any, ...], connections: bool) -> bool:

@@ -18,7 +18,7 @@ import jax
 PARAMETERS: tuple[tuple[str, str, str], ...] = (
   (r'embedding', 'VD', 'plain'),
   (r'unembedding', 'DV', 'plain'),
-  (r'(final_|latent_|query_|key_|value_)?norm', '', 'scalar'),
+  (r'((final|latent|query|key|value|embedding|state)_)?norm', '', 'scalar'),
   (r'attention/query/w', 'DHK', 'hidden'),
   (r'attention/(key|value)/w', 'DGK', 'hidden'),
   (r'attention/output/w', 'HD', 'hidden'),
@@ -35,6 +35,7 @@ PARAMETERS: tuple[tuple[str, str, str], ...] = (
   (r'feed_forward/router_bias', '', 'frozen'),
   (r'feed_forward/expert_(gate|up)', 'EDF', 'hidden'),  # fan-in of one expert
   (r'feed_forward/expert_down', 'EFD', 'hidden'),
+  (r'mtp/(e|h)_proj', '', 'hidden'),
   # Factors U V of maps with a rank, which is V's fan-in.
   (r'attention/query/v', 'RHK', 'factor'),
   (r'attention/(key|value)/v', 'RGK', 'factor'),

@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from mhc_jax import config_file, cost
+from mhc_jax import clusters, config_file, cost
 from mhc_jax import optimizer as optim
+from mhc_jax.clusters import ClusterConfig, build_cluster
 from mhc_jax.config import NOT_IN_ID, OptimizerConfig, build_optimizer, check_counts, fill_mesh
 from mhc_jax.connection import ConnectionSpec, Gate, Init
 from mhc_jax.constraints.base import Constraint
@@ -50,6 +51,7 @@ class Run:
   model: ModelConfig
   optimizer: OptimizerConfig
   derived: dict[str, Any]  # parameters by group, FLOPs, tokens, num_steps; goes into status.json
+  cluster: ClusterConfig | None = None
 
   @property
   def num_steps(self) -> int:
@@ -57,10 +59,16 @@ class Run:
     return self.derived['num_steps']
 
   @property
+  def loose(self) -> ClusterConfig | None:
+    """The clusters that average parameters, not gradients."""
+    return self.cluster if self.cluster and self.cluster.sync_every else None
+
+  @property
   def shapes(self) -> tuple[Any, ...]:
     """What must be equal for two runs to share a compilation."""
     data = self.resolved['data']
-    return self.model, without_traced(self.optimizer), data['batch_size'], data['seq_len']
+    loose = self.loose and clusters.without_traced(self.loose)
+    return self.model, without_traced(self.optimizer), data['batch_size'], data['seq_len'], loose
 
   @property
   def _every(self) -> dict[str, int | None]:
@@ -89,6 +97,7 @@ def resolve(config: ConfigDict, digest: str, constraint: Constraint | None = Non
   config = config_file.check_fields(config)
   fill_mesh(config, jax.device_count())
   check_counts(config)
+  cluster = build_cluster(config)
   resolved = config.to_dict()
   resolved['arm'] = config.arm or config.model.connection.name
   resolved['data']['digest'] = digest
@@ -121,7 +130,17 @@ def resolve(config: ConfigDict, digest: str, constraint: Constraint | None = Non
     'flops': num_steps * tokens_per_step * flops_per_token,
     'data_digest': digest,
   }
-  return Run(run_id(resolved), resolved, model, optimizer, derived)
+  if cluster:
+    messages = clusters.message_bytes(_shapes(model), cluster)
+    sent = clusters.bytes_sent(messages, cluster, num_steps, num_steps)
+    derived |= {'cluster_messages': messages, 'cluster_bytes_per_token': sent / derived['tokens']}
+  return Run(run_id(resolved), resolved, model, optimizer, derived, cluster)
+
+
+@functools.lru_cache(maxsize=1024)
+def _shapes(model: ModelConfig) -> Any:
+  key, tokens = jax.eval_shape(lambda: jax.random.key(0)), jax.ShapeDtypeStruct((1, 2), jnp.int32)
+  return jax.eval_shape(Transformer(model).init, key, tokens, tokens)['params']
 
 
 def reseeded(run: Run, seed: int) -> Run:
@@ -163,13 +182,10 @@ def _check_fit(model: ModelConfig, optimizer: OptimizerConfig) -> None:
     transform = optim.transform(optimizer, model, jnp.zeros(()), jnp.zeros(()))
     return transform.update(state.params, state.opt_state, state.params)
 
-  key = jax.eval_shape(lambda: jax.random.key(0))
-  tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
   check_pattern('optimizer.manifold_pattern', optimizer.manifold_pattern)
-  params = jax.eval_shape(Transformer(model).init, key, tokens, tokens)['params']
   try:
-    check_matches(optimizer.manifold, optimizer.manifold_pattern, params)
-    jax.eval_shape(first_update, key)
+    check_matches(optimizer.manifold, optimizer.manifold_pattern, _shapes(model))
+    jax.eval_shape(first_update, jax.eval_shape(lambda: jax.random.key(0)))
   except ValueError as error:
     raise ConfigError(f'optimizer.manifold={optimizer.manifold}: {error}') from None
 
@@ -316,7 +332,9 @@ def deciding(resolved: dict[str, Any]) -> dict[str, Any]:
   for path in NOT_IN_ID:
     node = functools.reduce(lambda node, key: node.get(key, {}), path[:-1], kept)
     node.pop(path[-1], None)
-  for section in ('mla', 'moe', 'sparse'):
+  if not kept.get('cluster'):
+    kept.pop('cluster', None)
+  for section in ('mla', 'moe', 'sparse', 'mtp'):
     if not kept['model'].get(section):
       kept['model'].pop(section, None)
   connection = kept['model']['connection']

@@ -66,10 +66,10 @@ def most_members(run: Run) -> int:
   A power of two, 8 at the most on TPUs and 64 on others: as many as compute 1e11 FLOPs per update together,
   and by the least that each needs take no more than a third of the memory. On CPU members lose to processes:
   there is no dispatch to save, and their arrays leave the cache. Runs that take several devices have no room
-  for others.
+  for others, nor have clusters.
   """
   device = jax.devices()[0]
-  if device.platform == 'cpu' or not on_one_device(run):
+  if device.platform == 'cpu' or not on_one_device(run) or run.loose:
     return 1
   c, derived = run.resolved, run.derived
   fit = _FLOPS / (derived['tokens_per_step'] * derived['flops_per_token'])

@@ -16,6 +16,7 @@ from mhc_jax import cost
 from mhc_jax import optimizer as optim
 from mhc_jax.checkpoint import Checkpoints
 from mhc_jax.chips import chip_of
+from mhc_jax.clusters import bytes_sent
 from mhc_jax.dashboards import Dashboards
 from mhc_jax.divergence import Divergence
 from mhc_jax.kernels.choice import kernels_for
@@ -38,6 +39,7 @@ class Position:
   step: int = 0  # the last update whose metrics have been looked at
   seconds: float = 0.0  # of training, over all restarts
   data_seconds: float = 0.0  # of these, that updates waited for their batches
+  joules: float | None = None  # of these seconds, where something counts them
   final: dict[str, float] = dataclasses.field(default_factory=dict)  # the newest losses
   divergence: dict[str, Any] = dataclasses.field(default_factory=dict)  # what divergence.py counts
   skipped: int = 0  # updates whose batch had nothing to predict
@@ -55,6 +57,7 @@ class Recorder:
     self._revision = join_revisions(before.get('git_revision'), revision())
     self._chip = chip_of(mesh.devices.flat[0].device_kind)
     self._flops = cost.train_flops_per_token(plan.model, plan.resolved['data']['seq_len'], causal=True)
+    self.energy: str | None = before.get('energy')  # what counts joules
     self.population = before.get('population') or 1  # the most runs, itself included, that it trained beside
     self._log: MetricsLog | None = None  # until it is opened
     self._boards: Dashboards | None = None
@@ -96,16 +99,20 @@ class Recorder:
     measure: Callable[[int], dict[str, Any]] | None = None,
     seconds: float = 0.0,
     waited: float = 0.0,
+    joules: float | None = None,
   ) -> bool:
     """Moves `at` to `step` and writes its row where one is due; True if the run has diverged.
 
     metrics: of the update, None at step 0. measure: evaluation and diagnostics by the state after `step`,
     called where the update itself is sound; a validation loss that is not finite is divergence too. seconds:
     of the device for this update, 0 where that is not known; of these it waited so many for its batch.
+    joules: of the same, where they are counted.
     """
     per_step = self._plan.derived['tokens_per_step']
     row: dict[str, Any] = {'step': step, 'tokens': step * per_step}
     row['flops'] = step * per_step * self._plan.derived['flops_per_token']
+    if messages := self._plan.derived.get('cluster_messages'):
+      row['cluster/bytes'] = bytes_sent(messages, self._plan.cluster, step, self._plan.num_steps)
     at.step, diverged, measured = step, False, {}
     if metrics is not None:
       values = {name: np.asarray(value).tolist() for name, value in jax.device_get(metrics).items()}
@@ -115,6 +122,9 @@ class Recorder:
       else:
         at.skipped += 1
       row |= {f'train/{name}': value for name, value in values.items()} | self._timing(at, seconds, waited)
+      if joules is not None:
+        at.joules = (at.joules or 0.0) + joules
+      row |= {'device/joules': at.joules} if self.energy else {}
       self._progress.update(step, values['loss'], row.get('time/tokens_per_second'))
     if measure is not None and not diverged:
       measured = measure(step)
@@ -162,6 +172,7 @@ class Recorder:
       at.rows_crc32 = self._log.crc
     names = ('seconds', 'data_seconds', 'divergence', 'final', 'skipped', 'rows_crc32')
     extra = {name: getattr(at, name) for name in names}
+    extra |= {} if at.joules is None else {'joules': at.joules}
     checkpoints.save(at.step, state, extra)
     self.status(at, 'running')
 
@@ -186,6 +197,7 @@ class Recorder:
       'kernels': kernels_for(self._plan.model.kernels, self._mesh),
       'population': self.population,
       'seconds': at.seconds,
+      'energy': self.energy,
       'derived': self._plan.derived,
       'final': at.final if state == 'finished' else None,
       'config_crc32': crc32(finite(self._plan.resolved)),

@@ -84,7 +84,9 @@ def left_out(resolved: dict[str, Any], mesh: Mesh) -> str | None:
   here, rows = jax.device_count(), resolved['data']['batch_size']
   parts, evaluated = resolved['optimizer']['microbatches'] or 1, resolved['evaluation']['batch_size']
   others = mesh.size // mesh.shape['data']
-  fits = (n for n in range(here // others, mesh.shape['data'], -1))
+  workers = resolved['cluster']['workers'] or 1
+  numbers = range(here // others, mesh.shape['data'], -1)
+  fits = (n for n in numbers if max(n, workers) % min(n, workers) == 0)
   shards = mesh.shape['fsdp'] * mesh.shape['expert']
   most = next((n for n in fits if rows % (n * shards * parts) == evaluated % (n * shards) == 0), None)
   if most is None:
@@ -114,6 +116,11 @@ def check_mesh(axes: dict[str, int], model: ModelConfig, seq_len: int) -> None:
     sizes['model.moe.ffn_width'] = model.moe.ffn_width
     if model.moe.experts % axes['expert']:
       raise ConfigError(f'mesh.expert={axes["expert"]} does not divide model.moe.experts={model.moe.experts}')
+    if model.precision and tensor > 1 and model.moe.ffn_width % (128 * tensor):  # it would change the numbers
+      raise ConfigError(
+        f'mesh.tensor={tensor} cuts tiles of 128 of model.moe.ffn_width={model.moe.ffn_width}, which '
+        'model.precision multiplies by one scale: use mesh.expert'
+      )
   for name, size in {**sizes, 'data.seq_len': seq_len}.items():
     if size % tensor:
       raise ConfigError(f'mesh.tensor={tensor} does not divide {name}={size}')

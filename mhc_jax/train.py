@@ -16,7 +16,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mhc_jax import distributed, estimate, print_config, profiling, runtime, settings, storage
+from mhc_jax import distributed, energy, estimate, print_config, profiling, runtime, settings, storage
 from mhc_jax.checkpoint import Checkpoints
 from mhc_jax.command import end_with_message
 from mhc_jax.config import base_config
@@ -136,6 +136,7 @@ def run_population(
   """
   plans = [resolve(config, corpus.digest) for config in configs]
   require(len({alike(plan) for plan in plans}) == 1, 'the members of a population must have equal shapes')
+  require(plans[0].loose is None, 'clusters are no member of a population: train them alone (mhc train)')
   require(on_one_device(plans[0]), 'a population takes one device: set mesh.data and the others to 1')
   settings.check_precision(configs[0].model.dtype)
   check_memory(plans[0])
@@ -224,7 +225,8 @@ def _train_opened(
   profile: tuple[int, int] | None,
   boards: Dashboards,
 ) -> None:
-  compiled = programs(members[0].plan.model, members[0].plan.optimizer, mesh)
+  first = members[0].plan
+  compiled = programs(first.model, first.optimizer, mesh, first.loose)
   common = _common_step(members) if len(members) > 1 else None
   for member in members:
     member.record.population = max(member.record.population, len(members))
@@ -233,7 +235,8 @@ def _train_opened(
   opened = [member for member in members if member.status is None]
   if not opened:
     return
-  if side_by_side or (mesh.devices.flat[0].platform != 'cpu' and on_one_device(opened[0].plan)):
+  accelerated = mesh.devices.flat[0].platform != 'cpu' and on_one_device(first)
+  if side_by_side or (accelerated and first.loose is None):
     updates = Population(opened, compiled, data.train, mesh)
   else:
     (member,) = opened
@@ -242,9 +245,13 @@ def _train_opened(
   if len(members) > 1 and not quiet:
     steps = sum(member.step for member in opened), sum(member.plan.num_steps for member in opened)
     progress = Progress(f'{len(opened)} runs', *steps, quiet)
+  kind = opened[0].plan.resolved['log']['energy']
+  counted = energy.meter(kind, list(mesh.local_devices), jax.process_count())
+  for member in opened:
+    member.record.energy = counted and counted.source
   trace = Trace(profile, opened[0].workdir, opened[0].plan.num_steps) if profile else None
   try:
-    loop(opened, updates, compiled, data, stops_at, progress, trace)
+    loop(opened, updates, compiled, data, stops_at, progress, trace, counted)
   finally:
     if trace:
       trace.close(opened[0].step)

@@ -17,10 +17,13 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from mhc_jax import clusters as loose
+from mhc_jax import manifold_updates
 from mhc_jax import optimizer as optim
+from mhc_jax.clusters import ClusterConfig
 from mhc_jax.config import OptimizerConfig
 from mhc_jax.kernels.choice import kernels_for
-from mhc_jax.model import Transformer
+from mhc_jax.model import Transformer, two_ahead
 from mhc_jax.model_config import ModelConfig
 from mhc_jax.sharding import constrain, constrain_state, state_sharding
 
@@ -56,11 +59,17 @@ class Programs:
   abstract: TrainState  # shapes, dtypes and shardings
 
 
-def init_state(key: jax.Array, model: ModelConfig, optimizer: OptimizerConfig) -> TrainState:
-  """Initial state. A parameter's value depends on key and its own path alone, not on the connection."""
+def init_state(
+  key: jax.Array, model: ModelConfig, optimizer: OptimizerConfig, cluster: ClusterConfig | None = None
+) -> TrainState:
+  """Initial state, with a cluster that of cluster_step.
+
+  A parameter's value depends on key and its own path alone, not on the connection.
+  """
   tokens = jnp.zeros((1, 2), jnp.int32)
   params = optim.start(optimizer, Transformer(model).init(key, tokens, tokens)['params'])
   opt_state = optim.transform(optimizer, model, jnp.zeros(()), jnp.zeros(())).init(params)
+  opt_state = loose.start(params, opt_state, cluster) if cluster else opt_state
   return TrainState(jnp.zeros((), jnp.int32), params, opt_state)
 
 
@@ -160,7 +169,8 @@ def train_step(
   A batch without a target (of one token, which begins a document) counts as an update and changes nothing.
   With experts also load_max_over_mean, (L,): the fullest expert's tokens over the mean of its layer. The
   routers' biases then move by these loads, outside of the optimizer. loss_NAME: auxiliary losses per
-  predicted target, whose gradients are in the norm.
+  predicted target, whose gradients are in the norm. With multi-token prediction also mtp_loss, its mean
+  cross-entropy per token that it predicts (loss_mtp is what is added: its sum, weighted, per target).
   """
   (loss, (load_LE, losses)), grads = gradients(state.params, batch, model, optimizer.microbatches, mesh)
   lr = hparams['lr'] * optim.schedule(state.step, hparams['num_steps'], hparams['warmup'], optimizer)
@@ -174,6 +184,9 @@ def train_step(
     'targets': jnp.sum(batch['weights']),
   }
   metrics |= {f'loss_{name}': loss / jnp.maximum(metrics['targets'], 1) for name, loss in losses.items()}
+  if model.mtp is not None:
+    count = jnp.sum(two_ahead(batch['targets'], batch['weights'])[1])
+    metrics['mtp_loss'] = losses['mtp'] / model.mtp.weight / jnp.maximum(count, 1)
   params = optax.apply_updates(state.params, updates)
   if load_LE is not None:
     metrics['load_max_over_mean'] = load_LE.max(-1) / load_LE.mean(-1)
@@ -185,6 +198,35 @@ def train_step(
       (state.params, state.opt_state),
     )
   return TrainState(state.step + 1, params, opt_state), metrics
+
+
+def cluster_step(
+  state: TrainState,
+  batch: Batch,
+  hparams: Hparams,
+  model: ModelConfig,
+  optimizer: OptimizerConfig,
+  cluster: ClusterConfig,
+  mesh: Mesh | None = None,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+  """train_step of every worker of clusters.py, and the averaging that is due; mesh: clusters.worker_mesh.
+
+  state.params are the outer parameters, state.opt_state is a clusters.Clusters.
+  """
+
+  def inner(params: Any, opt_state: Any, rows: Batch) -> tuple[Any, Any, dict[str, jax.Array]]:
+    of_worker = TrainState(state.step, params, opt_state)
+    new, metrics = train_step(of_worker, rows, hparams, model, optimizer, mesh)
+    return new.params, new.opt_state, metrics
+
+  def project(params: Any) -> Any:
+    if optimizer.manifold is None:
+      return params
+    return manifold_updates.project_params(optim.projection(optimizer), optimizer.manifold_pattern, params)
+
+  given = state.params, state.opt_state, batch, state.step + 1, hparams
+  params, workers, metrics = loose.update(*given, cluster, inner, project, mesh)
+  return TrainState(state.step + 1, params, workers), metrics
 
 
 def balance(params: Any, load_LE: jax.Array, c: ModelConfig) -> Any:
@@ -208,9 +250,11 @@ def balance(params: Any, load_LE: jax.Array, c: ModelConfig) -> Any:
   return params | {name: moved(params[name], move_E) for name, move_E in zip(names, move_LE, strict=True)}
 
 
-def hparams_of(optimizer: OptimizerConfig, num_steps: int) -> dict[str, np.ndarray]:
-  """What train_step takes as arrays of a run of that many updates."""
-  return {
+def hparams_of(
+  optimizer: OptimizerConfig, num_steps: int, cluster: ClusterConfig | None = None
+) -> dict[str, np.ndarray]:
+  """What train_step, or cluster_step, takes as arrays of a run of that many updates."""
+  return (loose.hparams_of(cluster) if cluster else {}) | {
     'lr': np.float32(optimizer.lr),
     'weight_decay': np.float32(optimizer.weight_decay),
     'num_steps': np.int32(num_steps),
@@ -218,9 +262,14 @@ def hparams_of(optimizer: OptimizerConfig, num_steps: int) -> dict[str, np.ndarr
   }
 
 
-def programs(model: ModelConfig, optimizer: OptimizerConfig, mesh: Mesh) -> Programs:
-  """The jitted functions for runs of these shapes; what differs by lr, seed or duration shares them."""
-  return _programs(model, without_traced(optimizer), mesh)
+def programs(
+  model: ModelConfig, optimizer: OptimizerConfig, mesh: Mesh, cluster: ClusterConfig | None = None
+) -> Programs:
+  """The jitted functions for runs of these shapes; what differs by lr, seed or duration shares them.
+
+  cluster: workers that are coupled loosely; the mesh is the run's, and the state that of cluster_step.
+  """
+  return _programs(model, without_traced(optimizer), mesh, cluster and loose.without_traced(cluster))
 
 
 def without_traced(optimizer: OptimizerConfig) -> OptimizerConfig:
@@ -230,23 +279,30 @@ def without_traced(optimizer: OptimizerConfig) -> OptimizerConfig:
 
 
 @functools.lru_cache(maxsize=8)
-def _programs(model: ModelConfig, optimizer: OptimizerConfig, mesh: Mesh) -> Programs:
-  init = functools.partial(init_state, model=model, optimizer=optimizer)
+def _programs(
+  model: ModelConfig, optimizer: OptimizerConfig, mesh: Mesh, cluster: ClusterConfig | None
+) -> Programs:
+  init = functools.partial(init_state, model=model, optimizer=optimizer, cluster=cluster)
   abstract = jax.eval_shape(init, jax.random.key(0))
   sharding, replicated = state_sharding(abstract, mesh), NamedSharding(mesh, P())
+  step = functools.partial(train_step, model=model, optimizer=optimizer, mesh=mesh)
+  if cluster:
+    own = loose.worker_mesh(mesh, cluster.workers)
+    sharding = sharding.replace(opt_state=loose.sharding(abstract.opt_state, cluster.workers, mesh, own))
+    step = functools.partial(cluster_step, model=model, optimizer=optimizer, cluster=cluster, mesh=own)
   abstract = jax.tree.map(
     lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
     abstract,
     sharding,
   )
 
-  # One loop over the layers: without a backward pass, writing them out only takes longer to compile.
-  looped = dataclasses.replace(model, scan_unroll=1)
+  # One loop over the layers: without a backward pass, writing them out only takes longer to compile. What is
+  # evaluated is the prediction of the next token.
+  looped = dataclasses.replace(model, scan_unroll=1, mtp=None)
   evaluate = functools.partial(sums_and_records, model=looped, mesh=mesh)
   record = jax.jit(functools.partial(evaluate, record=1), out_shardings=replicated)
   # Records are those of the definition: where that runs anyway, one program does both.
   shared = kernels_for(model.kernels, mesh) == 'xla'
-  step = functools.partial(train_step, model=model, optimizer=optimizer, mesh=mesh)
   return Programs(
     init=jax.jit(init, out_shardings=sharding, compiler_options=_UNOPTIMISED),
     step=jax.jit(step, donate_argnums=0, out_shardings=(sharding, replicated)),

@@ -15,7 +15,7 @@ from mhc_jax.config_file import check_fields, parse
 from mhc_jax.cost import parameters, train_flops_per_token
 from mhc_jax.errors import ConfigError
 from mhc_jax.model_config import build_model
-from mhc_jax.plan import rebuild_model, resolve
+from mhc_jax.plan import configuration_of, rebuild_model, resolve
 from mhc_jax.plan import run_id as run_ids
 from mhc_jax.presets import PRESETS
 
@@ -96,6 +96,16 @@ WRONG = {
   'model.mla.kv_rank=8 model.mla.rope_dim=3': 'must be even',
   'model.mla.kv_rank=8 model.kv_heads=1': 'does not go with model.mla.kv_rank',
   'model.mla.kv_rank=8 model.weights.rank=9': 'between 1 and 8',
+  'model.mla.kv_rank=8 model.mla.q_rank=0': 'model.mla.q_rank must be at least 1',
+  'model.sparse.topk=4': 'model.sparse.topk needs model.sparse.kind',
+  'model.sparse.kind=top': 'must be one of window, topk',
+  'model.sparse.kind=topk': 'needs model.sparse.topk, a number',
+  'model.sparse.kind=topk model.sparse.topk=0': 'at least 1',
+  'model.sparse.kind=window': 'needs model.sparse.window, a number',
+  'model.sparse.kind=window model.sparse.window=4 model.sparse.stage=warmup': 'needs model.sparse.kind=topk',
+  'model.sparse.kind=topk model.sparse.topk=4 model.sparse.window=5': 'is over model.sparse.topk=4',
+  'model.sparse.kind=topk model.sparse.topk=4 model.sparse.stage=dense': 'must be warmup or None',
+  'model.sparse.kind=topk model.sparse.topk=4 model.sparse.index_rope_dim=3': 'must be even',
   'model.moe.active=2': 'model.moe.active needs model.moe.experts',
   'model.moe.experts=4 model.moe.active=5': 'between 1 and model.moe.experts=4',
   'model.moe.experts=0': 'between 1 and',
@@ -323,3 +333,30 @@ def test_eps_of_the_connection_are_its_own():
   assert (spec.norm_eps, spec.norm_eps_outside) == (0.001, True)
   assert (spec.read_gate.eps, spec.write_gate.eps) == (0.01, 0.1)
   assert model.norm_eps == 1e-6
+
+
+@pytest.mark.parametrize(
+  'overrides',
+  [
+    *((f'model.connection.name={name}',) for name in PRESETS),
+    ('model.connection.preset=kromhc', 'model.connection.mixing=0.02', 'model.connection.init=zero'),
+    ('model.connection.name=hc', 'model.connection.read_gate=softmax', 'model.connection.read_scale=2'),
+    (
+      'model.connection.rank=3',
+      'model.connection.generator=cp',
+      'model.mla.kv_rank=8',
+      'model.moe.experts=4',
+    ),
+    ('model.connection.constraint_params.iterations=5', 'optimizer.name=muon', 'arm=mine'),
+  ],
+  ids=' '.join,
+)
+def test_a_run_goes_on_from_its_config_json_alone(overrides):
+  """What config.json holds, through JSON, resolves to the same run, model and label."""
+  run = resolve(changed(*overrides), 'd')
+  again = resolve(configuration_of(json.loads(json.dumps(run.resolved))), 'd')
+  assert (again.run_id, again.model, again.resolved['arm']) == (run.run_id, run.model, run.resolved['arm'])
+  stored = json.loads(json.dumps(run.resolved))
+  stored['model']['connection']['init']['phi'] = 7.0
+  with pytest.raises(ConfigError, match=r'model.connection.init: nothing in presets.INITS is'):
+    configuration_of(stored)

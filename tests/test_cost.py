@@ -14,6 +14,7 @@ from mhc_jax import hyper_connection as hc
 from mhc_jax.config import base_config
 from mhc_jax.cost import (
   forward_flops_per_token,
+  mean_keys,
   parameters,
   routed_flops_over_ideal,
   train_flops_per_token,
@@ -44,6 +45,15 @@ CASES = {
     'name': 'residual',
     'mla': {'kv_rank': 6, 'head_dim': 4, 'rope_dim': 2, 'value_dim': 3},
   },
+  'fp8': {'name': 'mhc', 'precision': 'fp8_v3'},
+  'a query latent': {
+    'name': 'residual',
+    'mla': {'kv_rank': 6, 'head_dim': 4, 'rope_dim': 2, 'value_dim': 3, 'q_rank': 5},
+    'sparse': {'kind': 'topk', 'topk': 2, 'index_heads': 3, 'index_dim': 6},
+  },
+  'chosen tokens': {'name': 'mhc', 'kv_heads': 2, 'sparse': {'kind': 'topk', 'topk': 3}},
+  'a window': {'name': 'residual', 'sparse': {'kind': 'window', 'window': 3}},
+  'multi-token': {'name': 'mhc', 'preset': 'deepseek_v4', 'expansion': 'learned', 'mtp': {'depth': 1}},
   'experts': {'name': 'mhc', 'moe': {'experts': 5, 'active': 2, 'shared': 1, 'ffn_width': 7}},
 }
 
@@ -54,8 +64,9 @@ def model(case):
   c.model.update(
     {'width': 16, 'depth': 3, 'heads': 4, 'ffn_width': 20, 'kv_heads': fields.pop('kv_heads', None)}
   )
+  c.model.precision = fields.pop('precision', None)
   c.model.weights.rank = fields.pop('weights_rank', None)
-  for section in ('mla', 'moe'):
+  for section in ('mla', 'moe', 'sparse', 'mtp'):
     c.model[section].update(fields.pop(section, {}))
   c.model.connection.update(fields)
   return dataclasses.replace(build_model(c), vocab_size=VOCAB)
@@ -79,8 +90,12 @@ def tree(config):
 def group(name):
   """The group that a parameter belongs to, from its path alone."""
   parts = name.split('/')
+  if parts[0] == 'mtp':
+    return 'mtp'
   if 'connection' in name or parts[0] in ('collapse', 'expansion'):
     return 'hc_dynamic' if re.match('phi|read_', parts[-1]) else 'hc_static'
+  if 'index' in parts:
+    return 'index'
   if 'norm' in parts[-1]:
     return 'norm'
   expert = re.match('router|shared|expert', '/'.join(parts[2:]))
@@ -99,8 +114,8 @@ def test_parameters_by_group_are_those_of_the_tree(case):
   idle = 2 * 3 * 3 * 16 * 7 if config.moe else 0  # two layers, 3 of 5 experts, 3 maps
   others = ('router', 'shared_experts', 'routed_experts') if config.moe else ()
   counted['matmul'] = sum(counted[n] for n in ('attention', 'feed_forward', 'unembedding', *others)) - idle
-  counted['active'] = counted['total'] - counted['embedding'] - idle
-  counted['non_embedding'] = counted['total'] - counted['embedding'] - counted['unembedding']
+  counted['active'] = counted['total'] - counted.get('mtp', 0) - counted['embedding'] - idle
+  counted['non_embedding'] = counted['active'] + idle - counted['unembedding']
   assert counted == parameters(config)
 
 
@@ -129,18 +144,19 @@ def product_flops(equation):
 
 
 def forward_products(config):
-  jaxpr = jax.make_jaxpr(Transformer(config).apply)(variables(config), *abstract_inputs())
+  labels = abstract_inputs() if config.mtp else None  # which multi-token prediction needs
+  jaxpr = jax.make_jaxpr(Transformer(config).apply)(variables(config), *abstract_inputs(), labels=labels)
   return list(matrix_products(jaxpr.jaxpr))
 
 
 def product_terms(config):
   """The terms of cost.py that are matrix products, without the norms and reads inside two of them."""
   terms, spec = forward_flops_per_token(config, T), config.connection
-  norms = 3 * spec.streams * config.width
+  norms, further = 3 * spec.streams * config.width, config.mtp is not None
   if 'hc_generator' in terms:
-    terms['hc_generator'] -= 2 * config.depth * spec.dynamic * norms
+    terms['hc_generator'] -= 2 * (config.depth + further) * spec.dynamic * norms
   if 'hc_collapse' in terms:
-    terms['hc_collapse'] -= norms + 2 * spec.streams * config.width
+    terms['hc_collapse'] -= (1 + further) * (norms + 2 * spec.streams * config.width)
   names = ('unembedding', 'attention_maps', 'attention_scores', 'feed_forward')
   some = {
     'hc_generator',
@@ -150,7 +166,9 @@ def product_terms(config):
     'router',
     'shared_experts',
     'routed_experts',
+    'mtp',
   }
+  some |= {'index_maps', 'index_scores'}
   return sum(terms[name] for name in (*names, *terms.keys() & some))
 
 
@@ -167,7 +185,9 @@ def constraint_products(spec):
 def test_flops_of_matrix_products_are_those_of_the_program(case):
   config = model(case)
   counted = sum(times * product_flops(equation) for equation, times in forward_products(config))
-  inside = 2 * config.depth * constraint_products(config.connection)
+  inside = 2 * (config.depth + (config.mtp is not None)) * constraint_products(config.connection)
+  if config.indexed:  # the loss states attention's weights again, which XLA merges (test_sparse.py)
+    inside += 2 * config.depth * T * config.heads * config.head_dim
   assert counted == B * T * (product_terms(config) + inside)
 
 
@@ -220,7 +240,8 @@ def test_terms_of_the_connection_follow_its_parts():
   assert terms['mhc rank 2']['hc_generator'] < terms['mhc paper']['hc_generator']
   assert terms['mhc paper']['hc_constraint'] == 6 * 20 * 4 * 16  # 2L sublayers, 20 times 4 n^2
   for case in CASES:
-    assert train_flops_per_token(model(case), T) == 3 * sum(terms[case].values())
+    if not model(case).indexed:
+      assert train_flops_per_token(model(case), T) == 3 * sum(terms[case].values())
 
 
 def test_a_causal_model_needs_half_of_its_scores():
@@ -233,3 +254,17 @@ def test_a_causal_model_needs_half_of_its_scores():
   connection = sum(flops for name, flops in terms.items() if name.startswith('hc_'))
   assert train_product_flops_per_token(c, T) == pytest.approx(causal - 3 * connection)
   assert connection > 0
+
+
+@pytest.mark.parametrize('case,most', (('chosen tokens', 3), ('a window', 3), ('grouped queries', T)))
+def test_the_ideal_counts_the_keys_that_are_attended_to(case, most):
+  """Token t of a document has min(t, most) of them; of an index's scores the causal half is needed."""
+  c, terms = model(case), forward_flops_per_token(model(case), T)
+  keys = sum(min(t, most) for t in range(1, T + 1)) / T
+  assert mean_keys(c, T) == pytest.approx(keys)
+  less = 3 * terms['attention_scores'] * (1 - keys / T)
+  less += 3 * terms.get('index_scores', 0) * (1 - (T + 1) / (2 * T))
+  executed, ideal = train_flops_per_token(c, T), train_flops_per_token(c, T, causal=True)
+  assert executed - ideal == pytest.approx(less)
+  no_input = terms.get('index_maps', 0)  # has no gradient
+  assert executed == pytest.approx(3 * sum(terms.values()) - no_input)

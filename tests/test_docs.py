@@ -150,7 +150,7 @@ def test_links_paths_and_modules_lead_somewhere(page):
     assert not anchor or anchor in slugs(path.read_text()), link
   if page in ('CHANGELOG.md', 'experiments/LOG.md'):
     return  # of what was
-  for path in re.findall(r'\b(?:mhc_jax|configs|experiments|analysis|docs|tests|examples)/[\w./]*\w', text):
+  for path in re.findall(r'\b(?:mhc_jax|configs|experiments|analysis|docs|tests|examples)/[\w./-]*\w', text):
     assert (ROOT / path.rstrip('.')).exists(), path
   for module in re.findall(r'python -m (?!pytest)(?=tests|mhc_jax|experiments|analysis)([\w.]+)', text):
     path = ROOT / module.replace('.', '/')

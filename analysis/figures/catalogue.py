@@ -23,6 +23,7 @@ from .learning_rate import learning_rates, rate_sensitivity
 from .published import published_figure
 from .router import expert_loads
 from .shape import loss_vs_depth, loss_vs_width, rank_plot
+from .sparse import sparse_attention
 from .stability import stability_panels
 from .training import over_training, token_scaling, training_loss
 
@@ -70,6 +71,7 @@ SECTIONS = (
     {'paper_gap_flops': gap_and_ratio, 'paper_gap_tokens': token_scaling},
     secondary=False,
   ),
+  Section('efficiency', 'What a token and equal loss cost'),
   Section('published', 'Published gaps beside ours', {'published_gaps': published_figure}),
   Section('tables', 'Final losses'),
   Section('excluded', 'Runs left out'),
@@ -90,6 +92,7 @@ SECTIONS = (
   ),
   Section('stability', 'Stability', {'paper_stability': stability_panels}),
   Section('router', 'Loads of experts', {'router_loads': expert_loads}),
+  Section('sparse', 'Sparse attention', {'sparse_attention': sparse_attention}),
   Section(
     'gains',
     'Gains by layer',

@@ -50,7 +50,7 @@ def whole(value: float | None) -> str:
 
 def span(ends: Sequence[float] | None, digits: int = 3) -> str:
   """[low, high] or a dash."""
-  return f'[{number(ends[0], digits)}, {number(ends[1], digits)}]' if ends and ends[0] is not None else '–'
+  return f'[{number(ends[0], digits)}, {number(ends[1], digits)}]' if ends and _known(ends[0]) else '–'
 
 
 def signed(value: float | None) -> str:

@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from mhc_jax import cost
+from mhc_jax import clusters, cost
 from mhc_jax.config import build_optimizer, check_counts, fill_mesh
 from mhc_jax.config_file import check_fields
 from mhc_jax.errors import require
@@ -56,8 +56,12 @@ def trace_step(
   model = build_model(config)
   check_size(model, config)
   check_mesh(config.mesh.to_dict(), model, config.data.seq_len)
-  of_model = programs(model, build_optimizer(config), mesh)
+  cluster = clusters.build_cluster(config)
+  loose = cluster if cluster and cluster.sync_every else None
+  of_model = programs(model, build_optimizer(config), mesh, loose)
   batch, hparams = abstract_inputs(config, mesh)
+  for name, value in (clusters.hparams_of(loose) if loose else {}).items():
+    hparams[name] = jax.ShapeDtypeStruct((), value.dtype, sharding=NamedSharding(mesh, P()))
   return of_model.step.trace(of_model.abstract, batch, hparams), of_model.abstract, batch, model
 
 

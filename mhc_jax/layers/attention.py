@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from mhc_jax.derivatives import with_backward
 from mhc_jax.kernels.attention import splash, triton, why_not
 from mhc_jax.kernels.choice import kernels_for
-from mhc_jax.layers import sparse
+from mhc_jax.layers import fp8, sparse
 from mhc_jax.layers.parts import Output, Visible, linear_of, ones, rms_norm, rope
 from mhc_jax.model_config import ModelConfig
 from mhc_jax.sharding import constrain, token_local
@@ -169,7 +169,8 @@ class Attention(nn.Module):
   @nn.compact
   def __call__(self, x_BTD: jax.Array | tuple[jax.Array, ...], seen: Visible) -> Output:
     c = self.config
-    linear = linear_of(c, self.mesh)
+    measured = [] if self.record else None
+    linear = linear_of(c, self.mesh, measured)
     x_BTD, *others = x_BTD if isinstance(x_BTD, tuple) else (x_BTD,)
 
     def normed(x_BTD: jax.Array, name: str) -> jax.Array:
@@ -188,4 +189,5 @@ class Attention(nn.Module):
     out_BTHK, records = attention_of(q_BTHK, k_BSGK, v_BSGK, seen, c, self.mesh, index_BTS, self.record)
     out_BTHK = constrain(out_BTHK, 'BTHK', self.mesh)
     out_BTE = out_BTHK.reshape(*x_BTD.shape[:2], c.heads * c.head_dim)
-    return linear((c.heads * c.head_dim, c.width), gain=c.output_gain, name='output')(out_BTE), records
+    y_BTD = linear((c.heads * c.head_dim, c.width), gain=c.output_gain, name='output')(out_BTE)
+    return y_BTD, records | fp8.records(measured)

@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from mhc_jax.derivatives import with_backward
 from mhc_jax.errors import ConfigError
+from mhc_jax.layers import fp8
 from mhc_jax.sharding import BATCH
 
 PRODUCTS = 'products of experts'  # their name for policies of recomputation, which know plain products alone
@@ -169,6 +170,49 @@ def _weight_gradient_on_tpu(x_RD: jax.Array, g_RF: jax.Array, size_E: jax.Array)
   return tgmm(x_RD.T, g_RF, size_E, x_RD.dtype, tiles)
 
 
+def _tiles(rows: _Rows, shape: tuple[int, ...]) -> tuple[jax.Array, int]:
+  """(every row's tile of the weights' gradient in FP8, ascending; their number): 128 rows of an expert.
+
+  They are of one sequence, so that an expert's tiles do not depend on which sequences a device has; rows of
+  no expert have the last tile. shape: of the choices, (B, T, A).
+  """
+  batch, time, active = shape
+  row_R, groups = jnp.arange(len(rows.slot_R)), len(rows.size_E) * batch
+  expert_R = jnp.searchsorted(jnp.cumsum(rows.size_E), row_R, side='right')
+  group_R = jnp.where(rows.used_R, expert_R * batch + rows.slot_R // (active * time), groups)
+  place_R = row_R - jnp.searchsorted(group_R, jnp.arange(groups + 1))[group_R]
+  size = fp8.TILES['fp8_v3'].column[0]
+  each = -(-time // size)  # a token goes to an expert once at the most
+  return jnp.minimum(group_R * each + place_R // size, groups * each), groups * each + 1
+
+
+def _fp8_product(x_RD, w_EDF, size_E, tile_R, count):
+  """_grouped_product as fp8.product has it; the weights' gradient by tiles of _tiles."""
+  return _fp8_forward(x_RD, w_EDF, size_E, tile_R, count)[0]
+
+
+def _fp8_forward(x_RD, w_EDF, size_E, tile_R, count):
+  row, block, _ = fp8.TILES['fp8_v3']
+  q, wide = fp8.quantise(x_RD, row), jnp.promote_types(x_RD.dtype, jnp.float32)
+  with jax.default_matmul_precision('highest'):
+    y_RF = _grouped_product(fp8.dequantise(q, row).astype(wide), fp8.fake(w_EDF, block).astype(wide), size_E)
+  return y_RF.astype(x_RD.dtype), (q, w_EDF, size_E, tile_R)
+
+
+def _fp8_backward(count, saved, g_RF):
+  (row, block, _), (q, w_EDF, size_E, tile_R) = fp8.TILES['fp8_v3'], saved
+  wide = jnp.promote_types(g_RF.dtype, jnp.float32)
+  w_EFD = fp8.fake(w_EDF, block).astype(wide).swapaxes(1, 2)
+  x_RD = fp8.fake_by_rows(fp8.dequantise(q, row), tile_R, count).astype(wide)
+  with jax.default_matmul_precision('highest'):
+    d_x_RD = _grouped_product(fp8.fake(g_RF, row), w_EFD, size_E)
+    d_w_EDF = _weight_gradient(x_RD, fp8.fake_by_rows(g_RF, tile_R, count), size_E)
+  return d_x_RD.astype(g_RF.dtype), d_w_EDF.astype(w_EDF.dtype), None, None
+
+
+_fp8_product = with_backward(_fp8_product, _fp8_forward, _fp8_backward, (4,))
+
+
 def _experts_here(
   x_BTD: jax.Array,
   index_BTA: jax.Array,
@@ -177,15 +221,22 @@ def _experts_here(
   up_EDF: jax.Array,
   down_EFD: jax.Array,
   first: jax.Array | int,
+  in_fp8: bool,
 ) -> jax.Array:
   """These tokens' sum over the given experts, of which the first has the index `first`."""
   active = index_BTA.shape[-1]
   rows = _arrange(index_BTA.reshape(-1, active), first, len(gate_EDF))
   x_RD = _spread(x_BTD.reshape(-1, x_BTD.shape[-1]), rows)
-  gate_RF = checkpoint_name(_grouped_product(x_RD, gate_EDF, rows.size_E), PRODUCTS)
-  up_RF = checkpoint_name(_grouped_product(x_RD, up_EDF, rows.size_E), PRODUCTS)
+
+  def product(x_RD: jax.Array, w_EDF: jax.Array) -> jax.Array:
+    if in_fp8:
+      return _fp8_product(x_RD, w_EDF, rows.size_E, *_tiles(rows, index_BTA.shape))
+    return _grouped_product(x_RD, w_EDF, rows.size_E)
+
+  gate_RF = checkpoint_name(product(x_RD, gate_EDF), PRODUCTS)
+  up_RF = checkpoint_name(product(x_RD, up_EDF), PRODUCTS)
   hidden_RF = jax.nn.silu(gate_RF) * up_RF
-  y_RD = checkpoint_name(_grouped_product(hidden_RF, down_EFD, rows.size_E), PRODUCTS)
+  y_RD = checkpoint_name(product(hidden_RF, down_EFD), PRODUCTS)
   return _collect(y_RD, weight_BTA.reshape(-1, active), rows).reshape(x_BTD.shape)
 
 
@@ -197,8 +248,11 @@ def experts(
   up_EDF: jax.Array,
   down_EFD: jax.Array,
   mesh: Mesh | None,
+  in_fp8: bool = False,
 ) -> jax.Array:
   """sum_a weight_a * SwiGLU_{index_a}(x), (B, T, D) in x's dtype, in which the weights must be too.
+
+  in_fp8: products as fp8.product has them by 'fp8_v3'; weights may be wider than x then.
 
   On a mesh: tokens are gathered over `expert` and `tensor`. The devices of `expert` hold E / expert experts
   each, those of `tensor` a part of every expert's width F. Every device sorts the rows of its own by expert,
@@ -209,10 +263,10 @@ def experts(
   """
   arrays = (x_BTD, routing.index_BTA, routing.weight_BTA, gate_EDF, up_EDF, down_EFD)
   if mesh is None or mesh.size == 1:
-    return _experts_here(*arrays, first=0)
+    return _experts_here(*arrays, first=0, in_fp8=in_fp8)
   batch, tensor = math.prod(mesh.shape[axis] for axis in BATCH), mesh.shape['tensor']
   if x_BTD.shape[0] % batch or x_BTD.shape[1] % tensor:
-    return _experts_here(*arrays, first=0)
+    return _experts_here(*arrays, first=0, in_fp8=in_fp8)
   count, width, ffn_width = gate_EDF.shape
   for axis, name, size in (('expert', 'moe.experts', count), ('tensor', 'moe.ffn_width', ffn_width)):
     if size % mesh.shape[axis]:
@@ -228,7 +282,7 @@ def experts(
     if fsdp:
       weights = [gathered(w, fsdp, axis=axis) for w, axis in zip(weights, (1, 1, 2), strict=True)]
     first = lax.axis_index('expert') * len(weights[0])
-    y_BTD = _experts_here(*tokens, *weights, first=first)
+    y_BTD = _experts_here(*tokens, *weights, first=first, in_fp8=in_fp8)
     return scattered(scattered(y_BTD, 'tensor', scatter_dimension=1), 'expert', scatter_dimension=0)
 
   tokens, into, out = P(BATCH, 'tensor'), P('expert', fsdp, 'tensor'), P('expert', 'tensor', fsdp)

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from mhc_jax.layers import sparse
+from mhc_jax.layers import fp8, sparse
 from mhc_jax.layers.attention import attention_of
 from mhc_jax.layers.parts import Output, Visible, linear_of, ones, rms_norm, rope
 from mhc_jax.model_config import ModelConfig
@@ -27,7 +27,8 @@ class LatentAttention(nn.Module):
   @nn.compact
   def __call__(self, x_BTD: jax.Array, seen: Visible) -> Output:
     c, m = self.config, self.config.mla
-    linear = linear_of(c, self.mesh)
+    measured = [] if self.record else None
+    linear = linear_of(c, self.mesh, measured)
     x_BTD = rms_norm(x_BTD, self.param('norm', ones, (c.width,)), c.norm_eps)
     x_BTD = constrain(x_BTD, 'BSD', self.mesh)
     latent_norm_R = self.param('latent_norm', ones, (m.kv_rank,))
@@ -53,4 +54,5 @@ class LatentAttention(nn.Module):
     out_BTHK, records = attention_of(q_BTHK, k_BSHK, v_BSHK, seen, c, self.mesh, index_BTS, self.record)
     out_BTHK = constrain(out_BTHK, 'BTHK', self.mesh)
     out_BTE = out_BTHK.reshape(*x_BTD.shape[:2], c.heads * m.value_dim)
-    return linear((c.heads * m.value_dim, c.width), gain=c.output_gain, name='output')(out_BTE), records
+    y_BTD = linear((c.heads * m.value_dim, c.width), gain=c.output_gain, name='output')(out_BTE)
+    return y_BTD, records | fp8.records(measured)

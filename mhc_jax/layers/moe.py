@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh
 
+from mhc_jax.layers import fp8
 from mhc_jax.layers.feed_forward import swiglu
 from mhc_jax.layers.grouped_experts import Routing, experts
 from mhc_jax.layers.parts import Output, Visible, normal, ones, rms_norm, zeros
@@ -111,11 +112,17 @@ class MixtureOfExperts(nn.Module):
     router = functools.partial(jnp.einsum, 'btd,de->bte', precision=jax.lax.Precision.HIGH)  # as generator.py
     logits_BTE = router(x_BTD.astype(wide), router_DE.astype(wide)) / c.width_ratio
     routing = route(logits_BTE, bias_E, m)
-    y_BTD = experts(x_BTD, routing, *(w.astype(c.dtype) for w in weights), self.mesh)
+    in_type = [w.astype(c.dtype) for w in weights]
+    in_fp8, measured = c.precision is not None, []
+    routed_BTD = y_BTD = experts(x_BTD, routing, *(weights if in_fp8 else in_type), self.mesh, in_fp8)
     if m.shared:
-      x_BSD = constrain(x_BTD, 'BSD', self.mesh)
-      y_BTD += swiglu(x_BSD, m.shared * m.ffn_width, c, self.mesh, 'shared_')
+      x_BSD, note = constrain(x_BTD, 'BSD', self.mesh), measured if self.record else None
+      y_BTD += swiglu(x_BSD, m.shared * m.ffn_width, c, self.mesh, 'shared_', note)
     records = {'load_E': expert_load(routing.index_BTA, m.experts)}
     if self.record:
       records['margin_BT'] = margin(logits_BTE, bias_E, m)
-    return y_BTD, records
+    if self.record and in_fp8:
+      error_BT = fp8.row_errors(routed_BTD, experts(x_BTD, routing, *in_type, self.mesh))
+      measured.append({'row_error': error_BT.mean(), 'row_error_max': error_BT.max()})
+      measured[-1] |= fp8.shares(x_BTD, fp8.TILES[c.precision].row)
+    return y_BTD, records | fp8.records(measured)

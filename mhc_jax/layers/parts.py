@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh
 
+from mhc_jax.layers import fp8
 from mhc_jax.model_config import ModelConfig
 from mhc_jax.sharding import splits_time
 
@@ -53,26 +54,44 @@ class Linear(nn.Module):
   gain: float = 1.0  # multiplies the standard deviation at the start
   factor_gain: float = 1.0  # the same for U alone
   mesh: Mesh | None = None
+  precision: str | None = None  # of the products: a key of fp8.TILES
+  measured: Callable[[dict[str, jax.Array]], None] | None = None  # gets fp8.measures of each
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     inputs, outputs = self.shape[0], self.shape[1:]
     # Tokens flattened: XLA:CPU then folds the weight gradient's transposes into the product. Where time is
-    # split, it would cost a gather.
-    y = x if splits_time(self.mesh) else x.reshape(-1, inputs)
+    # split, it would cost a gather. FP8 wants to see which of them are one sequence.
+    y = x if splits_time(self.mesh) or self.precision else x.reshape(-1, inputs)
     if self.rank is None:
       w = self.param('w', normal(self.gain * inputs**-0.5), self.shape)
-      y = y @ w.astype(self.dtype).reshape(inputs, -1)
+      y = self._times(y, w.reshape(inputs, -1))
     else:
       u = self.param('u', normal(self.factor_gain * self.gain * inputs**-0.5), (inputs, self.rank))
       v = self.param('v', normal(self.rank**-0.5), (self.rank, *outputs))
-      y = (y @ u.astype(self.dtype)) @ v.astype(self.dtype).reshape(self.rank, -1)
+      y = self._times(self._times(y, u), v.reshape(self.rank, -1))
     return y.reshape(*x.shape[:-1], *outputs)
 
+  def _times(self, x: jax.Array, w: jax.Array) -> jax.Array:
+    if self.precision is None:
+      return x @ w.astype(self.dtype)
+    if self.measured is not None:
+      self.measured(fp8.measures(x, w, self.precision))
+    return fp8.product(x, w, self.precision, not splits_time(self.mesh))
 
-def linear_of(c: ModelConfig, mesh: Mesh | None) -> Callable[..., Linear]:
-  """Linear as the model has it: Linear's other fields are left to the caller."""
-  return functools.partial(Linear, rank=c.weights_rank, dtype=c.dtype, factor_gain=c.factor_gain, mesh=mesh)
+
+def linear_of(
+  c: ModelConfig, mesh: Mesh | None, measured: list[dict[str, jax.Array]] | None = None
+) -> Callable[..., Linear]:
+  """Linear as the model has it: Linear's other fields are left to the caller.
+
+  measured: where it is a list, fp8.measures of every product in FP8 are added to it.
+  """
+  note = None if measured is None else measured.append
+  own = {'precision': c.precision, 'measured': note} if c.precision else {}
+  return functools.partial(
+    Linear, rank=c.weights_rank, dtype=c.dtype, factor_gain=c.factor_gain, mesh=mesh, **own
+  )
 
 
 def rope(x_BTHK: jax.Array, theta: float) -> jax.Array:

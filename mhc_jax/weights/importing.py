@@ -8,10 +8,12 @@ mhc import llama/ --to runs/llama --config laptop --config.data.name='parquet:te
   --config.optimizer.lr=1e-4 --config.duration.steps=500
 
 An export brings its run's configuration; other weights take data and training from --config (default laptop).
-The run begins anew at update 0 with these weights and fresh moments, under a run id of its own.
+The run begins anew at update 0 with these weights and fresh moments, under a run id of its own. Attention
+that was over all tokens becomes sparse by --config.model.sparse.kind=topk, its index at its own start.
 """
 
 import argparse
+import functools
 import os
 import shutil
 import sys
@@ -30,15 +32,14 @@ from mhc_jax.config_file import override, parse
 from mhc_jax.cost import parameters
 from mhc_jax.errors import ConfigError, require
 from mhc_jax.log import say
-from mhc_jax.model import Transformer
 from mhc_jax.paths import expand
 from mhc_jax.plan import Run, configuration_of, resolve
 from mhc_jax.storage import write_json
-from mhc_jax.train_step import TrainState
+from mhc_jax.train_step import TrainState, init_state
 from mhc_jax.weights import tokenizer_files
 from mhc_jax.weights.files import OURS, digest_of, read_object, read_tensors, whole_folder
 from mhc_jax.weights.layouts import fields_of, settled
-from mhc_jax.weights.tensors import parameters_of
+from mhc_jax.weights.tensors import INDEXER, parameters_of, published
 
 _DATA = tuple(f'--config.data.{name}=' for name in ('name', 'column', 'tokenizer'))
 
@@ -112,9 +113,13 @@ def _take_tokenizer(folder: str, partial: str, to: str, made: ConfigDict) -> Non
 
 
 def _state(run: Run, tensors: dict[str, Any]) -> TrainState:
-  """The state of a run at update 0 with these weights."""
-  tokens = jnp.zeros((1, 2), jnp.int32)
-  like = jax.eval_shape(Transformer(run.model).init, jax.random.key(0), tokens, tokens)['params']
+  """The state of a run at update 0 with these weights; an index that they lack starts as it always does."""
+  init = functools.partial(init_state, model=run.model, optimizer=run.optimizer)
+  key = jax.random.key(run.resolved['seed'])
+  like = jax.eval_shape(init, key).params
+  if run.model.indexed and not any(INDEXER in name for name in tensors):
+    fresh = published(jax.jit(init)(key).params, run.model, folded=False)
+    tensors = tensors | {name: value for name, value in fresh.items() if INDEXER in name}
   params = jax.tree.map(jnp.asarray, parameters_of(tensors, like, run.model))
   transform = optim.transform(run.optimizer, run.model, jnp.zeros(()), jnp.zeros(()))
   return TrainState(jnp.zeros((), jnp.int32), params, transform.init(params))

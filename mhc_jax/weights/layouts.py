@@ -29,7 +29,7 @@ _CARRIED = {
     *('connection', 'output_gain', 'dtype', 'remat', 'kernels', 'scan', 'scan_unroll', 'dense_layers'),
     *('base_width', 'base_depth', 'base_rank', 'mla', 'moe'),
   },
-  MLAConfig: {'kv_rank', 'head_dim', 'rope_dim', 'value_dim'},
+  MLAConfig: {'kv_rank', 'head_dim', 'rope_dim', 'value_dim', 'q_rank'},
   MoEConfig: {'experts', 'active', 'shared', 'ffn_width', 'scale', 'bias_rate'},
 }
 _OFF = {('MoEConfig', 'router'): 'sigmoid'}  # where that is not None
@@ -47,7 +47,8 @@ def why_not(layout: str, c: ModelConfig) -> str | None:
     for field in dataclasses.fields(section) if section else ():
       value, off = getattr(section, field.name), _OFF.get((type(section).__name__, field.name))
       if field.name not in _CARRIED[type(section)] and value not in (None, False, off):
-        return f'{field.name}={value} is nothing that the class computes'
+        what = field.name if dataclasses.is_dataclass(value) else f'{field.name}={value}'
+        return f'{what} is nothing that the class computes'
   if layout == 'llama':
     return 'it has latent attention or experts' if c.mla or c.moe else None
   if c.mla is None:
@@ -114,7 +115,7 @@ def _latent(c: ModelConfig) -> dict[str, Any]:
   config = {
     'head_dim': c.mla.rope_dim,
     'kv_lora_rank': c.mla.kv_rank,
-    'q_lora_rank': None,
+    'q_lora_rank': c.mla.q_rank,
     'qk_head_dim': c.head_dim,
     'qk_nope_head_dim': c.mla.head_dim,
     'qk_rope_head_dim': c.mla.rope_dim,
@@ -141,7 +142,6 @@ _MUST: dict[str, dict[str, tuple[Any, ...]]] = {
   'llama': {'attention_bias': (False,), 'mlp_bias': (False,)},
   'deepseek_v3': {
     'attention_bias': (False,),
-    'q_lora_rank': (1536, None),
     'n_group': (8, 1),
     'topk_group': (4, 1),
     'norm_topk_prob': (True,),
@@ -178,7 +178,7 @@ _READ = {
 }
 _READ_LATENT = {
   *('kv_lora_rank', 'qk_nope_head_dim', 'qk_rope_head_dim', 'v_head_dim', 'rope_interleave'),
-  *('first_k_dense_replace', 'moe_intermediate_size', 'n_routed_experts', 'n_shared_experts'),
+  *('q_lora_rank', 'first_k_dense_replace', 'moe_intermediate_size', 'n_routed_experts', 'n_shared_experts'),
   *('num_experts_per_tok', 'routed_scaling_factor'),
 }
 
@@ -223,6 +223,7 @@ def _latent_fields(config: dict[str, Any], depth: int) -> dict[str, Any]:
     'mla.head_dim': _of(config, 'qk_nope_head_dim'),
     'mla.rope_dim': _of(config, 'qk_rope_head_dim'),
     'mla.value_dim': _of(config, 'v_head_dim'),
+    'mla.q_rank': None if config.get('q_lora_rank', 1536) is None else _of(config, 'q_lora_rank'),
   }
   dense = _of(config, 'first_k_dense_replace')
   if dense >= depth:
@@ -286,7 +287,8 @@ def settled(theirs: Flat, config: dict[str, Any]) -> Flat:
     theirs = theirs | {'lm_head.weight': embedding}
   if config['model_type'] == 'deepseek_v3' and config.get('rope_interleave', True):
     heads, rope = config['num_attention_heads'], config['qk_rope_head_dim']
-    ends = {'self_attn.q_proj.weight': heads, 'self_attn.kv_a_proj_with_mqa.weight': 1}
+    queries = ('self_attn.q_proj.weight', 'self_attn.q_b_proj.weight')
+    ends = {**dict.fromkeys(queries, heads), 'self_attn.kv_a_proj_with_mqa.weight': 1}
     for name in theirs:
       groups = next((count for end, count in ends.items() if name.endswith(end)), None)
       if groups:

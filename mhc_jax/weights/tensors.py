@@ -1,13 +1,13 @@
 """Which parameter of ours is which published tensor: one table, read in both directions.
 
-Names and shapes are those of transformers' Llama and DeepSeek-V3, which store maps as (out, in); of
-connections those of DeepSeek-V4 (hc_attn_fn, hc_attn_base, hc_attn_scale, hc_ffn_..., hc_head_...): rows of
-fn and base are pre | post | res, and H_res is stored as comb, which V4 applies transposed. What V4 does not
-have keeps our name behind hc_attn_ or hc_ffn_, in our shape.
+Names and shapes are those of transformers' Llama and DeepSeek-V3, which store maps as (out, in), of the index
+of sparse attention V3.2's, and of connections DeepSeek-V4's (hc_attn_fn, hc_attn_base, hc_attn_scale, hc_ffn_
+and hc_head_ likewise): rows of fn and base are pre | post | res, and H_res is stored as comb, which V4
+applies transposed. What these do not have keeps our name, behind hc_attn_ or hc_ffn_, and our shape.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -28,17 +28,11 @@ ENDS: tuple[Row, ...] = (
   (('embedding',), 'model.embed_tokens.weight', 'same'),
   (('final_norm',), 'model.norm.weight', 'same'),
   (('unembedding',), 'lm_head.weight', 'matrix'),
-  (('expansion/scale',), 'hc_expansion_scale', 'same'),
   (('collapse/phi',), 'hc_head_fn', 'fn'),
   (('collapse/b',), 'hc_head_base', 'vectors'),
   (('collapse/alpha',), 'hc_head_scale', 'numbers'),
-  (('collapse/read_query',), 'hc_head_read_query', 'same'),
-  (('collapse/norm_weight',), 'hc_head_norm_weight', 'same'),
-  *(
-    ((f'collapse/{name}',), f'hc_head_{name}', 'same')
-    for name in ('read_down', 'read_up', 'b_read', 'post_norm')
-  ),
 )
+INDEXER = '.indexer.'  # in the names of an index's tensors
 _MAPS = {
   'attention/query': 'self_attn.q_proj',
   'attention/key': 'self_attn.k_proj',
@@ -46,6 +40,12 @@ _MAPS = {
   'attention/output': 'self_attn.o_proj',
   'attention/kv_down': 'self_attn.kv_a_proj_with_mqa',
   'attention/kv_up': 'self_attn.kv_b_proj',
+  'attention/q_down': 'self_attn.q_a_proj',
+  'attention/q_up': 'self_attn.q_b_proj',
+  'attention/index/query': 'self_attn.indexer.wq',
+  'attention/index/query_up': 'self_attn.indexer.wq_b',
+  'attention/index/key': 'self_attn.indexer.wk',
+  'attention/index/weights': 'self_attn.indexer.weights_proj',
   'feed_forward/gate': 'mlp.gate_proj',
   'feed_forward/up': 'mlp.up_proj',
   'feed_forward/down': 'mlp.down_proj',
@@ -53,10 +53,13 @@ _MAPS = {
   'feed_forward/shared_up': 'mlp.shared_experts.up_proj',
   'feed_forward/shared_down': 'mlp.shared_experts.down_proj',
 }
-_OF_CONNECTIONS = (
-  *('phi_in', 'phi_out', 'phi_res_stream', 'phi_res_width', 'phi_res_row', 'phi_res_column', 'phi_res_out'),
-  *('norm_weight', 'read_down', 'read_up', 'read_query', 'b_read', 'post_norm'),
-)
+# What the table does not name of these keeps our name behind theirs: a new connection needs no row.
+_KEPT = {
+  'attention_connection': 'hc_attn',
+  'feed_forward_connection': 'hc_ffn',
+  'expansion': 'hc_expansion',
+  'collapse': 'hc_head',
+}
 
 
 def _connection(ours: str, theirs: str) -> tuple[Row, ...]:
@@ -65,15 +68,17 @@ def _connection(ours: str, theirs: str) -> tuple[Row, ...]:
     ((f'{ours}/phi',), f'{theirs}_fn', 'mixing_fn'),
     (tuple(f'{ours}/b_{part}' for part in parts), f'{theirs}_base', 'mixing_vectors'),
     (tuple(f'{ours}/alpha_{part}' for part in parts), f'{theirs}_scale', 'numbers'),
-    *(((f'{ours}/{name}',), f'{theirs}_{name}', 'same') for name in _OF_CONNECTIONS),
   )
 
 
 LAYER: tuple[Row, ...] = (
   (('attention/norm',), 'input_layernorm.weight', 'same'),
   (('attention/latent_norm',), 'self_attn.kv_a_layernorm.weight', 'same'),
-  (('attention/key_norm',), 'input_layernorm_key.weight', 'same'),
-  (('attention/value_norm',), 'input_layernorm_value.weight', 'same'),
+  (('attention/key_norm',), 'self_attn.k_input_layernorm.weight', 'same'),
+  (('attention/value_norm',), 'self_attn.v_input_layernorm.weight', 'same'),
+  (('attention/query_norm',), 'self_attn.q_a_layernorm.weight', 'same'),
+  (('attention/index/key_norm',), 'self_attn.indexer.k_norm.weight', 'same'),
+  (('attention/index/key_norm_bias',), 'self_attn.indexer.k_norm.bias', 'same'),
   (('feed_forward/norm',), 'post_attention_layernorm.weight', 'same'),
   *(((f'{ours}/w',), f'{theirs}.weight', 'matrix') for ours, theirs in _MAPS.items()),
   *(((f'{ours}/{part}',), f'{theirs}.{part}', 'same') for ours, theirs in _MAPS.items() for part in 'uv'),
@@ -113,20 +118,20 @@ def folds(c: ModelConfig) -> dict[str, float]:
   return {
     'unembedding': 1 / c.width_ratio,
     'feed_forward/router': 1 / c.width_ratio,
-    'attention/query/w': scale,
+    **dict.fromkeys(('attention/query/w', 'attention/q_up/w'), scale),
     **dict.fromkeys(outputs, 1 / c.depth_ratio),
   }
 
 
 def tensors_of(shapes: Mapping[str, tuple[int, ...]], c: ModelConfig, folded: bool) -> list[Tensor]:
-  """The published tensors of a model whose parameters have these shapes, in the order of layers.
+  """The published tensors of a model whose parameters have these shapes.
 
   folded: with what transfer leaves in the computation (folds). Raises ConfigError for a parameter that the
   table does not have: nothing is left out.
   """
   factors, tensors, used = folds(c) if folded else {}, [], set()
 
-  def add(rows: Iterable[Row], prefix: str, index: tuple[int, ...], before: str) -> None:
+  def add(rows: tuple[Row, ...], prefix: str, index: tuple[int, ...], before: str) -> None:
     for ours, name, how in rows:
       paths = [prefix + path for path in ours if prefix + path in shapes]
       if not paths:
@@ -139,13 +144,18 @@ def tensors_of(shapes: Mapping[str, tuple[int, ...]], c: ModelConfig, folded: bo
           tensors.append(Tensor(before + name.format(expert=expert), places, 'matrix', factor))
       else:
         tensors.append(Tensor(before + name, tuple((path, index) for path in paths), how, factor))
+    named = {prefix + path for ours, _, _ in rows for path in ours}
+    for path in shapes:
+      group, _, name = path.removeprefix(prefix).partition('/')
+      if path.startswith(prefix) and path not in named and group in _KEPT:
+        used.add(path)
+        tensors.append(Tensor(f'{before}{_KEPT[group]}_{name}', ((path, index),), 'same', 1.0))
 
-  add(ENDS[:1], '', (), '')
+  add(ENDS, '', (), '')
   for layer in range(c.depth):
     stacked = c.scan and layer >= c.dense_layers
     prefix, index = ('layers/', (layer - c.dense_layers,)) if stacked else (f'layer_{layer}/', ())
     add(LAYER, prefix, index, f'model.layers.{layer}.')
-  add(ENDS[1:], '', (), '')
   unknown = sorted(shapes.keys() - used)
   require(not unknown, f'the parameter {"".join(unknown[:1])} has no published name: such a model stays here')
   return tensors
@@ -168,7 +178,9 @@ def published(params: Any, c: ModelConfig, folded: bool) -> Flat:
     value = _turned(tensor.how, _views(ours, tensor), c)
     if tensor.factor != 1.0:
       value = (value.astype(np.float64) * tensor.factor).astype(value.dtype)
-    theirs[tensor.name] = np.ascontiguousarray(value)
+    theirs[tensor.name] = np.ascontiguousarray(value).reshape(
+      value.shape
+    )  # which has no numbers without axes
   return theirs
 
 
