@@ -20,7 +20,7 @@ ATTENTIONS = {
   'top 1/4': {'kind': 'topk', 'topk': TIME // 4},
   'top 1/16': {'kind': 'topk', 'topk': TIME // 16},
 }
-DEPTH = 2
+DEPTH, STEPS = 2, 200
 SEEDS = (0, 1, 2)
 
 
@@ -32,7 +32,8 @@ def runs(arg: str | None = None) -> list[ConfigDict]:
   for name, (attention, fields), seed in itertools.product(CONNECTIONS, ATTENTIONS.items(), SEEDS):
     arm = f'{name}, {attention}' if attention else name
     c = protocol.config('small', arm, {'name': name}, seed, protocol.LEARNING_RATES[name])
-    c.model.depth = DEPTH
+    c.model.depth, c.duration.steps = DEPTH, STEPS
     c.model.sparse.update(fields)
+    c.evaluation.update({'every_steps': STEPS, 'sequences': 256})
     planned.append(c)
   return planned

@@ -50,9 +50,9 @@ PLANS = {
   'isoflop': 'e75d0e49bf2c',
   'router': '8e62ee6f998d',
   'attention_residual': '96a6c5087d7e',
-  'fractions': 'deccf8eafe3d',
+  'fractions': '3e2d01fdf8d3',
   'fp8': 'b6a05722a908',
-  'sparse': 'bda86dfdcf02',
+  'sparse': '338ceeb8bd70',
   'mtp': '18c3936055d2',
   'clusters': '8202575c9377',
 }
