@@ -33,8 +33,8 @@ PAIRS = (('paper_3b', 4), ('paper_9b', 4), ('paper_27b', 4), ('paper_3b_1t', 4),
 GPU = 'H200'
 HEAD = """# Energy: what a token and the same loss cost
 
-Written by `mhc energy` from `docs/compile/`, `docs/gpu-h200.json`, `docs/results/` and published fits. No
-energy was measured on an accelerator for this page.
+Written by `mhc energy` from `docs/compile/`, [gpu-h200.json](gpu-h200.json), `docs/results/` and published
+fits. No energy was measured on an accelerator for this page.
 
 **Joules at least.** FLOPs x {flop:.3f} pJ + bytes x {byte:.1f} pJ: arithmetic units at 7 nm (a bfloat16
 multiply and a float32 add, Jouppi et al., ISCA 2021, Table 2) and HBM2 (3.92 pJ a bit, O'Connor et al.,

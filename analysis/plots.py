@@ -1,7 +1,7 @@
 """`mhc plots paper RUNS`: the papers' figures from a sweep's folder.
 
-Where: beside report.py, which puts the same figures and tables on one page; two experiments have figures of
-their own, `coordinates` and `router`. Every figure is written as PNG, SVG, PDF and CSV.
+Where: beside report.py, which puts the same figures and tables on one page; three experiments have figures of
+their own, `coordinates`, `adaptation` and `router`. Every figure is written as PNG, SVG, PDF and CSV.
 """
 
 import argparse
@@ -19,6 +19,7 @@ EXAMPLES = """examples:
   mhc plots paper runs/quick --out docs/figures --params total
   mhc plots paper runs/identity_or_mixing-small --reference identity
   mhc plots coordinates runs/coordinate_check
+  mhc plots adaptation runs/adaptation
   mhc plots router runs/router
 """
 
@@ -31,9 +32,11 @@ def main(argv: list[str] | None = None) -> int:
     epilog=EXAMPLES,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  parser.add_argument('what', choices=('paper', 'coordinates', 'router'), help='the set of figures')
   parser.add_argument(
-    'runs', help='folder of a sweep, like runs/quick, gs:// or s3://, or of a coordinate check'
+    'what', choices=('paper', 'coordinates', 'adaptation', 'router'), help='the set of figures'
+  )
+  parser.add_argument(
+    'runs', help='folder of a sweep, like runs/quick, gs:// or s3://, or of a coordinate check or adaptation'
   )
   parser.add_argument(
     '--out', type=user_path, help='folder for the figures (default: RUNS/paper, RUNS/figures)'
@@ -51,6 +54,8 @@ def main(argv: list[str] | None = None) -> int:
   out = a.out or a.runs / ('paper' if a.what == 'paper' else 'figures')
   if a.what == 'coordinates':
     _coordinates(a.runs, out)
+  elif a.what == 'adaptation':
+    _adaptation(a.runs, out)
   else:
     _sweep(a.what, a.runs, out, a.params, a.reference)
   return 0
@@ -101,6 +106,18 @@ def _coordinates(folder: Path, out: Path) -> None:
   with staged(out, lambda _: False, '--out') as new:
     panel = save(drawing, new, 'coordinates')
   _say(out, [panel])
+
+
+def _adaptation(folder: Path, out: Path) -> None:
+  from .figures.adaptation import changes, read
+  from .figures.draw import save
+  from .output import staged
+
+  drawing = changes(read(folder))
+  with staged(out, lambda _: False, '--out') as new:
+    panel = save(drawing, new, 'adaptation')
+  _say(out, [panel])
+  print(drawing.table.drop(columns='rates').round(4).to_string(index=False))
 
 
 def _say(out: Path, panels: list) -> None:

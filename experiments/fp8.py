@@ -28,6 +28,7 @@ def runs(arg: str | None = None) -> list[ConfigDict]:
   for arm, (name, precision), lr, seed in itertools.product(ARMS, PRECISIONS.items(), RATES, SEEDS):
     c = protocol.config('small', f'{arm}, {name}', {'name': arm}, seed, lr)
     c.model.update({'width': 128, 'depth': 2, 'heads': 4, 'precision': precision})
+    c.model.scan_unroll = 1  # compiling is half of what these runs take
     c.data.batch_size, c.duration.steps = 4, 60
     c.evaluation.update({'every_steps': 60, 'sequences': 64})
     c.log.update({'every_steps': 1, 'diagnostics_every_steps': 60})

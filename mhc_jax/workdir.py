@@ -120,9 +120,7 @@ def check_workdir(workdir: str, run: Run) -> None:
       f'{workdir}/config.json is missing, and without it nobody knows whose results are there: '
       'restore it, or choose another --workdir'
     )
-  if (
-    resolved is not None and not resolved['data']['digest']
-  ):  # imported, and not trained since: its data is new
+  if resolved is not None and resolved['data'].get('digest') == '':  # imported: its data is that of now
     resolved = resolved | {'data': resolved['data'] | {'digest': run.resolved['data']['digest']}}
   if resolved is not None and run_id(resolved) != run.run_id:
     name, old, new = _first_difference(deciding(resolved), deciding(run.resolved))

@@ -78,6 +78,7 @@ def test_an_exported_run_comes_back_and_trains_on(exported, tmp_path, capsys):
   assert before['start'] is None and len(after['start']) == 16
   assert adopt(str(out), str(tmp_path / 'again')).resolved['start'] == after['start']
   assert train.main(['--workdir', to]) == 0
+  assert 'warning' not in capsys.readouterr().err
   rows = [json.loads(line) for line in (tmp_path / 'imported' / 'metrics.jsonl').read_text().splitlines()]
   final = json.loads((run / 'status.json').read_text())['final']
   assert [row['step'] for row in rows] == [0, 1]

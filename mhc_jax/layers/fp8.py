@@ -57,10 +57,11 @@ def rounded(x: jax.Array) -> jax.Array:
 
 
 def scale_of(amax: jax.Array) -> jax.Array:
-  """448 / amax in float32, not a power of two; 1 for a tile of zeros, NaN for one with NaN or infinity."""
-  # Where amax is below 1e-36, the largest scale whose inverse is a normal number.
+  """448 / amax in float32, not a power of two; at the most the largest number with a normal inverse, 2^126.
+
+  So zeros stay zeros. With NaN or infinity in a tile all of it becomes NaN, and the run is seen to diverge.
+  """
   scale = jnp.minimum(LARGEST / amax, 1 / jnp.finfo(jnp.float32).tiny)
-  scale = jnp.where(amax == 0, 1.0, jnp.where(jnp.isfinite(amax), scale, jnp.nan))
   return lax.optimization_barrier(scale)  # else 1 / (448 / amax) may become amax / 448
 
 

@@ -29,7 +29,7 @@ def text(
     'data': f'{corpus}, digest `{data["digest"] or _UNKNOWN}`, windows of {data["seq_len"]} tokens',
     'trained on': f'{facts["tokens"]:,} tokens in {facts["step"]:,} updates of {data["batch_size"]} windows',
     'training FLOPs': f'{facts["flops"]:.3e}, as the project counts them',
-    'losses at that step': f'{losses} (losses in nats a token)',
+    'losses': f'{losses}; losses are nats a token, that of training of the last batch',
     'began with': f'weights of digest `{facts["start"]}`' if facts['start'] else 'random weights',
     'numbers': f'{dtype}, from {facts["parameter_dtype"]} parameters',
     'run': f'`{facts["run_id"]}`, state {facts["state"]}',
@@ -123,10 +123,11 @@ def _settings(resolved: dict[str, Any]) -> dict[str, Any]:
   def kept(node: Any, path: tuple[str, ...]) -> Any:
     if not isinstance(node, dict):
       return node
-    return {
+    inner = {
       key: kept(value, (*path, key))
       for key, value in node.items()
-      if value not in (None, {}) and (*path, key) not in (*NOT_IN_ID, ('data', 'name'))
+      if (*path, key) not in (*NOT_IN_ID, ('data', 'name'))
     }
+    return {key: value for key, value in inner.items() if value not in (None, {})}
 
   return kept(resolved, ())

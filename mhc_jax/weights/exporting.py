@@ -38,7 +38,7 @@ def export(workdir: str, to: str, layout: str | None = None, dtype: str | None =
   Raises ConfigError where there is no checkpoint, the run does not fit the layout, or `to` is there already.
   """
   with whole_folder(to, '--to') as folder:
-    resolved, model, step, params, extra = restore(workdir, device=jax.local_devices(backend='cpu')[0])
+    resolved, model, step, params, extra = restore(workdir, device=_memory())
     layout = choose(layout, model)
     folded = layout != 'mhc'
     tensors = published(params, model, folded)
@@ -56,6 +56,14 @@ def export(workdir: str, to: str, layout: str | None = None, dtype: str | None =
       resolved = resolved | {'transfer': dict.fromkeys(resolved['transfer'])}
     write_json(os.path.join(folder, OURS), {'layout': layout, **facts, 'config': resolved})
   return layout
+
+
+def _memory() -> jax.Device | None:
+  """This machine's memory, which holds what a mesh of accelerators held; None where JAX has no CPU."""
+  try:
+    return jax.local_devices(backend='cpu')[0]
+  except RuntimeError:  # JAX_PLATFORMS=cuda
+    return None
 
 
 def facts_of(

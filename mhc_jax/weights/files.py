@@ -4,10 +4,12 @@ safetensors is imported where tensors are read or written: the help of commands 
 """
 
 import contextlib
+import glob
 import hashlib
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,6 +25,7 @@ SINGLE, INDEX = 'model.safetensors', 'model.safetensors.index.json'
 # bfloat16 is a dtype of numpy's once JAX is imported.
 DTYPES = ('float64', 'float32', 'bfloat16', 'float16')
 _MOST_INDEX_BYTES = 2**28
+_STALE_SECONDS = 86_400
 
 
 def read_object(folder: str, name: str, most: int = 2**24) -> dict[str, Any] | None:
@@ -80,7 +83,10 @@ def write_tensors(path: str, tensors: Flat) -> None:
   """Writes contiguous tensors as one file, marked as PyTorch's, which transformers asks for."""
   from safetensors.numpy import save_file
 
+  with open(path, 'wb') as file:
+    mode = os.fstat(file.fileno()).st_mode
   save_file(tensors, path, metadata={'format': 'pt'})
+  os.chmod(path, mode)  # which the library narrows to the owner
 
 
 def digest_of(tensors: Flat) -> str:
@@ -103,6 +109,11 @@ def whole_folder(to: str, option: str) -> Iterator[str]:
   require(not os.path.lexists(to), f'{option} {to} is there already: choose another, or move it away')
   parent, name = os.path.split(to)
   partial = os.path.join(parent, f'.{name}.{secrets.token_hex(8)}.partial')
+  for left in glob.glob(
+    os.path.join(glob.escape(parent), f'.{glob.escape(name)}.*.partial')
+  ):  # of killed ones
+    if time.time() - os.stat(left).st_mtime > _STALE_SECONDS:
+      shutil.rmtree(left, ignore_errors=True)
   try:
     os.makedirs(partial)
   except OSError as error:

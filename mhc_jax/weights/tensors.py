@@ -7,7 +7,7 @@ applies transposed. What these do not have keeps our name, behind hc_attn_ or hc
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -28,12 +28,9 @@ ENDS: tuple[Row, ...] = (
   (('embedding',), 'model.embed_tokens.weight', 'same'),
   (('final_norm',), 'model.norm.weight', 'same'),
   (('unembedding',), 'lm_head.weight', 'matrix'),
-  (('expansion/scale',), 'hc_expansion_scale', 'same'),
   (('collapse/phi',), 'hc_head_fn', 'fn'),
   (('collapse/b',), 'hc_head_base', 'vectors'),
   (('collapse/alpha',), 'hc_head_scale', 'numbers'),
-  (('collapse/read_query',), 'hc_head_read_query', 'same'),
-  (('collapse/norm_weight',), 'hc_head_norm_weight', 'same'),
 )
 INDEXER = '.indexer.'  # in the names of an index's tensors
 _MAPS = {
@@ -56,10 +53,13 @@ _MAPS = {
   'feed_forward/shared_up': 'mlp.shared_experts.up_proj',
   'feed_forward/shared_down': 'mlp.shared_experts.down_proj',
 }
-_OF_CONNECTIONS = (
-  *('phi_in', 'phi_out', 'phi_res_stream', 'phi_res_width', 'phi_res_row', 'phi_res_column', 'phi_res_out'),
-  *('norm_weight', 'read_down', 'read_up', 'read_query'),
-)
+# What the table does not name of these keeps our name behind theirs: a new connection needs no row.
+_KEPT = {
+  'attention_connection': 'hc_attn',
+  'feed_forward_connection': 'hc_ffn',
+  'expansion': 'hc_expansion',
+  'collapse': 'hc_head',
+}
 
 
 def _connection(ours: str, theirs: str) -> tuple[Row, ...]:
@@ -68,13 +68,14 @@ def _connection(ours: str, theirs: str) -> tuple[Row, ...]:
     ((f'{ours}/phi',), f'{theirs}_fn', 'mixing_fn'),
     (tuple(f'{ours}/b_{part}' for part in parts), f'{theirs}_base', 'mixing_vectors'),
     (tuple(f'{ours}/alpha_{part}' for part in parts), f'{theirs}_scale', 'numbers'),
-    *(((f'{ours}/{name}',), f'{theirs}_{name}', 'same') for name in _OF_CONNECTIONS),
   )
 
 
 LAYER: tuple[Row, ...] = (
   (('attention/norm',), 'input_layernorm.weight', 'same'),
   (('attention/latent_norm',), 'self_attn.kv_a_layernorm.weight', 'same'),
+  (('attention/key_norm',), 'self_attn.k_input_layernorm.weight', 'same'),
+  (('attention/value_norm',), 'self_attn.v_input_layernorm.weight', 'same'),
   (('attention/query_norm',), 'self_attn.q_a_layernorm.weight', 'same'),
   (('attention/index/key_norm',), 'self_attn.indexer.k_norm.weight', 'same'),
   (('attention/index/key_norm_bias',), 'self_attn.indexer.k_norm.bias', 'same'),
@@ -123,14 +124,14 @@ def folds(c: ModelConfig) -> dict[str, float]:
 
 
 def tensors_of(shapes: Mapping[str, tuple[int, ...]], c: ModelConfig, folded: bool) -> list[Tensor]:
-  """The published tensors of a model whose parameters have these shapes, in the order of layers.
+  """The published tensors of a model whose parameters have these shapes.
 
   folded: with what transfer leaves in the computation (folds). Raises ConfigError for a parameter that the
   table does not have: nothing is left out.
   """
   factors, tensors, used = folds(c) if folded else {}, [], set()
 
-  def add(rows: Iterable[Row], prefix: str, index: tuple[int, ...], before: str) -> None:
+  def add(rows: tuple[Row, ...], prefix: str, index: tuple[int, ...], before: str) -> None:
     for ours, name, how in rows:
       paths = [prefix + path for path in ours if prefix + path in shapes]
       if not paths:
@@ -143,13 +144,18 @@ def tensors_of(shapes: Mapping[str, tuple[int, ...]], c: ModelConfig, folded: bo
           tensors.append(Tensor(before + name.format(expert=expert), places, 'matrix', factor))
       else:
         tensors.append(Tensor(before + name, tuple((path, index) for path in paths), how, factor))
+    named = {prefix + path for ours, _, _ in rows for path in ours}
+    for path in shapes:
+      group, _, name = path.removeprefix(prefix).partition('/')
+      if path.startswith(prefix) and path not in named and group in _KEPT:
+        used.add(path)
+        tensors.append(Tensor(f'{before}{_KEPT[group]}_{name}', ((path, index),), 'same', 1.0))
 
-  add(ENDS[:1], '', (), '')
+  add(ENDS, '', (), '')
   for layer in range(c.depth):
     stacked = c.scan and layer >= c.dense_layers
     prefix, index = ('layers/', (layer - c.dense_layers,)) if stacked else (f'layer_{layer}/', ())
     add(LAYER, prefix, index, f'model.layers.{layer}.')
-  add(ENDS[1:], '', (), '')
   unknown = sorted(shapes.keys() - used)
   require(not unknown, f'the parameter {"".join(unknown[:1])} has no published name: such a model stays here')
   return tensors
@@ -172,7 +178,9 @@ def published(params: Any, c: ModelConfig, folded: bool) -> Flat:
     value = _turned(tensor.how, _views(ours, tensor), c)
     if tensor.factor != 1.0:
       value = (value.astype(np.float64) * tensor.factor).astype(value.dtype)
-    theirs[tensor.name] = np.ascontiguousarray(value)
+    theirs[tensor.name] = np.ascontiguousarray(value).reshape(
+      value.shape
+    )  # which has no numbers without axes
   return theirs
 
 
@@ -213,7 +221,7 @@ def _order(how: str, count: int, c: ModelConfig) -> np.ndarray:
 
   A constraint with `transpose` (V4's) has comb's coordinates itself.
   """
-  rows, n, spec = np.arange(count), c.connection.streams, c.connection
+  rows, n, spec = np.arange(count), c.connection.units, c.connection
   entries = spec.parts['res'] if 'res' in spec.parts else 0
   joint = how == 'mixing_vectors' or (spec.scope == 'joint' and count == sum(spec.parts.values()))
   is_comb = spec.constraint.params.get('transpose') is True
