@@ -3,8 +3,9 @@
 One stream in four fractions takes the memory of a residual stream, four streams take four times that. Arms
 at one size for equal tokens, three paired seeds: one plain stream, mHC's four, Frac-Connections (2503.14125),
 the same with a doubly stochastic H_res, mHC on the fractions of one stream, two streams of two fractions
-(virtual width, 2511.11238), and mHC's streams kept in part and unmixed (diagonal H_res). Linear gates have
-HC's learning rate, the others mHC's (learning_rate.py); none was tuned for fractions.
+(virtual width, 2511.11238), mHC's streams kept in part and unmixed (diagonal H_res), and dense reads of all
+layers (MUDD, 2502.12170). Linear gates have HC's learning rate, the others mHC's (learning_rate.py); neither
+was tuned for fractions or dense reads.
 `mhc sweep fractions --workers 2`, then `mhc report runs/fractions`.
 """
 
@@ -22,6 +23,7 @@ ARMS: dict[str, dict[str, Any]] = {
   'mhc on fractions': {'name': 'mhc', 'streams': 1, 'fractions': 4},
   'vwn': {'name': 'vwn', 'streams': 2},
   'mhc, diagonal': {'name': 'mhc', 'constraint': 'diagonal'},
+  'mudd': {'name': 'mudd'},
 }
 SIZE = (48, 3)
 TOKENS = 200_000.0

@@ -187,6 +187,7 @@ def _pickled_base() -> bytes:
           'read_heads': optional(int),  # of the sources read gate: slices of the width
           'read_normed': optional(bool),  # the sources read gate adds up normed streams
           'read_ways': optional(int),  # of the dense read gate: 1, or 4: queries, keys, values, residual
+          'depth_norm': optional(bool),  # norms before and after the dense read gate's sums
           'write_period': optional(int),  # sublayers that a one_hot write adds up in one stream
           'write_gate': optional(str),  # sigmoid, softmax, tanh, linear, fixed or one_hot
           'write_scale': optional(float),  # m of m-sigmoid; 1 for a fixed gate

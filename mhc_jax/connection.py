@@ -93,6 +93,7 @@ class ConnectionSpec:
   collapse: str = 'mean'  # 'mean', 'sum', 'learned', 'weights', 'read', 'sources' or 'dense'
   collapse_eps: float = 0.0
   read_ways: int = 1  # of the 'dense' read gate: 4 for queries, keys, values and the residual apart
+  depth_norm: bool = False  # norms before and after the 'dense' read gate's sums
   fractions: int = 1  # m, in which each stream is read, mixed and written (fractions.py)
   write_across: bool = True  # False: each fraction of a sublayer's output goes to that fraction of streams
 

@@ -39,6 +39,7 @@ def parameters(c: ModelConfig) -> dict[str, int]:
   head = {'learned': c.width * n**2, 'sources': c.width}.get(spec.collapse, 0)
   ends = {'learned': 1 + n, 'weights': n, 'sources': spec.norm_weight * c.width}.get(spec.collapse, 0)
   ends += n * c.width * (spec.expansion == 'learned') + sum(_dense_sizes(c, 'b_read'))
+  ends += sum(_dense_sizes(c, 'post_norm')) if spec.depth_norm else 0
   dense = _dense_maps(c)
   groups = {
     'embedding': c.vocab_size * c.width,

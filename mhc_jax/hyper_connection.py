@@ -298,7 +298,8 @@ def boundary(
   x_NBTD = settled(pending, spec.fractions)
   own = generate(params, x_NBTD, spec, sublayer)
   pre_NBT = pending.pre_NBT if spec.single_pass else own.pre_NBT
-  return x_NBTD, read(pre_NBT, x_NBTD, spec.fractions * spec.read_ways), own
+  x_BTD = read(pre_NBT, x_NBTD, spec.fractions * spec.read_ways)
+  return x_NBTD, dense_reads.finished(params, x_BTD, x_NBTD, spec, sublayer // spec.write_period), own
 
 
 def settled(pending: Pending, m: int = 1) -> jax.Array:
@@ -385,7 +386,9 @@ def collapse(
   if how == 'sources':
     return read(generator.source_read(params, x_NBTD, spec, len(x_NBTD)), x_NBTD)
   if how == 'dense':
-    return read(dense_reads.weights(params, x_NBTD, spec, len(x_NBTD) - 1), x_NBTD)
+    last = len(x_NBTD) - 1
+    x_BTD = read(dense_reads.weights(params, x_NBTD, spec, last), x_NBTD)
+    return dense_reads.finished(params, x_BTD, x_NBTD, spec, last)
   if how not in ('mean', 'sum'):
     raise ValueError(f'collapse must be mean, sum, learned, weights, read, sources or dense, got {how!r}')
   wide_NBTD = x_NBTD.astype(jnp.promote_types(x_NBTD.dtype, jnp.float32))

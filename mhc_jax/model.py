@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
-from mhc_jax import fractions
+from mhc_jax import dense_reads, fractions
 from mhc_jax import hyper_connection as hc
 from mhc_jax.connection import ConnectionSpec
 from mhc_jax.kernels import boundary as kernels
@@ -126,6 +126,7 @@ def boundary(
   own = generate(params, pending.x_NBTD, sublayer)
   pre_NBT = pending.pre_NBT if spec.single_pass else own.pre_NBT
   x_BTD = hc.read(pre_NBT, pending.x_NBTD, spec.fractions * spec.read_ways)
+  x_BTD = dense_reads.finished(params, x_BTD, pending.x_NBTD, spec, sublayer // spec.write_period)
   return pending.x_NBTD, constrain(x_BTD, 'BTD', mesh), own
 
 

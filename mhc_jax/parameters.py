@@ -49,6 +49,7 @@ PARAMETERS: tuple[tuple[str, str, str], ...] = (
   (r'\w+_connection/((b|alpha)_\w+|norm_weight)', '', 'scalar'),
   (r'\w+_connection/(phi(_in|_\w+_width)?|read_down|read_query)', '', 'hidden'),
   (r'\w+_connection/(phi_(out|\w+_(stream|out|row|column))|read_up)', '', 'plain'),
+  (r'(\w+_connection|collapse)/post_norm', '', 'scalar'),
   (r'expansion/scale', '', 'scalar'),
   (r'collapse/(phi|read_query|read_down)', '', 'hidden'),
   (r'collapse/read_up', '', 'plain'),

@@ -183,8 +183,13 @@ PRESETS: dict[str, dict[str, dict]] = {
     'heads': {**_SOURCES, 'read_heads': 8},
     'inkling2': {**_SOURCES, 'norm_weight': False, 'read_normed': True},
   },
-  # Dynamic dense reads (MUDD, arXiv 2502.12170): queries, keys, values and the residual apart, or one read.
-  'mudd': {'multiway': _DENSE, 'single': {**_DENSE, 'read_ways': 1}},
+  # Dynamic dense reads (MUDD, arXiv 2502.12170): queries, keys, values and the residual apart, plain or with
+  # norms before and after their sums; or one read.
+  'mudd': {
+    'multiway': _DENSE,
+    'normed': {**_DENSE, 'depth_norm': True},
+    'single': {**_DENSE, 'read_ways': 1},
+  },
 }
 BLOCKS = 8  # of attention_residual's presets 'block' and 'inkling2', about
 
@@ -350,6 +355,7 @@ def _check_dense(spec: ConnectionSpec) -> None:
     'connection.read_gate=dense and collapse=dense need each other, write_gate=one_hot, write_period=2, '
     'expansion=one_hot, dynamic and a constraint without coordinates',
   )
+  require(ours[0] or not spec.depth_norm, 'connection.depth_norm needs read_gate=dense')
   require(
     spec.read_ways == 1 or (ours[0] and spec.read_ways == 4),
     f'connection.read_ways must be 1, or 4 with read_gate=dense, got {spec.read_ways}',

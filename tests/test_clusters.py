@@ -293,6 +293,7 @@ def test_only_averages_go_from_worker_to_worker():
   assert sum(operation.payload for operation in inside) == sum(clusters.message_bytes(shards, plan.loose))
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on_as_one_that_was_not(tmp_path):
   """With an average under way, on a manifold; rows, outer parameters, workers and their moments."""
   settings = fields(workers=2, sync_every=4, fragments=2, overlap=2, outer_bits=4) | {'model__depth': 2}

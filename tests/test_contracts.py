@@ -50,7 +50,7 @@ PLANS = {
   'isoflop': 'e75d0e49bf2c',
   'router': '8e62ee6f998d',
   'attention_residual': '96a6c5087d7e',
-  'fractions': 'deccf8eafe3d',
+  'fractions': '3e2d01fdf8d3',
   'fp8': '04232054bf1a',
   'sparse': '338ceeb8bd70',
   'mtp': '18c3936055d2',

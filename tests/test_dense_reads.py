@@ -18,7 +18,7 @@ COMPILER = {'xla_backend_optimization_level': 0}  # compiles in half the time, s
 
 
 def disturbed(params, rng):
-  ours = ('read_up', 'b_read', 'norm', 'key_norm', 'value_norm', 'final_norm')
+  ours = ('read_up', 'b_read', 'post_norm', 'norm', 'key_norm', 'value_norm', 'final_norm')
   add = lambda path, x: x + 0.3 * rng.normal(size=x.shape) if path[-1].key in ours else x  # noqa: E731
   return jax.tree_util.tree_map_with_path(add, params)
 
@@ -27,13 +27,18 @@ def by_definition(config, params):
   """Equations 5 to 8 of 2502.12170 with a list of layers that grows; weights of later ones are not used."""
   seen, n = visible(SEGMENTS, config, None), config.depth + 1
 
+  def norm(x):
+    return x / jnp.sqrt(jnp.mean(x**2, -1, keepdims=True) + config.connection.norm_eps)
+
   def reads(p, layers, ways):
-    x = layers[-1] / jnp.sqrt(jnp.mean(layers[-1] ** 2, -1, keepdims=True) + config.connection.norm_eps)
-    inner = x @ p['read_down']
-    a = (0.5 * inner * (1 + jax.scipy.special.erf(inner / np.sqrt(2)))) @ p['read_up'] + p['b_read'][
-      None, None
-    ]
-    return [sum(a[..., w * n + j, None] * x for j, x in enumerate(layers)) for w in range(ways)]
+    inner = norm(layers[-1]) @ p['read_down']
+    hidden = 0.5 * inner * (1 + jax.scipy.special.erf(inner / np.sqrt(2)))
+    a = hidden @ p['read_up'] + p['b_read'][None, None]
+    sources = list(map(norm, layers)) if 'post_norm' in p else layers
+    sums = [sum(a[..., w * n + j, None] * x for j, x in enumerate(sources)) for w in range(ways)]
+    if 'post_norm' not in p:
+      return sums
+    return [layers[-1] + norm(x) * p['post_norm'][w][None, None] for w, x in enumerate(sums)]
 
   layers, ways = [params['embedding'][TOKENS]], config.connection.read_ways
   for i in range(config.depth):
@@ -47,7 +52,7 @@ def by_definition(config, params):
   return rms_norm(x, params['final_norm'], config.norm_eps) @ params['unembedding']
 
 
-@pytest.mark.parametrize('preset', ('multiway', 'single'))
+@pytest.mark.parametrize('preset', ('multiway', 'normed', 'single'))
 def test_values_and_all_gradients(x64, rng, preset):
   config = model({'name': 'mudd', 'preset': preset}, depth=3)
   params, weights = disturbed(initial(config), rng), rng.normal(size=(*TOKENS.shape, 11))
@@ -63,7 +68,7 @@ def test_values_and_all_gradients(x64, rng, preset):
     np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-11 * np.abs(other).max())
 
 
-@pytest.mark.parametrize('preset', ('multiway', 'single'))
+@pytest.mark.parametrize('preset', ('normed', 'single'))
 def test_it_starts_as_the_residual_model(x64, preset):
   found, wanted = (
     jax.jit(Transformer(c).apply)({'params': initial(c)}, TOKENS, SEGMENTS)[0]
@@ -92,6 +97,7 @@ def test_what_does_not_go_with_dense_reads_is_refused():
     ((), {'read_ways': 3}, 'must be 1, or 4'),
     ((), {'fractions': 2}, 'read_gate=dense does not go'),
     ((), {'name': 'mhc', 'read_ways': 4}, 'must be 1, or 4'),
+    ((), {'name': 'mhc', 'depth_norm': True}, 'depth_norm needs'),
   ):
     with pytest.raises(ConfigError, match=message):
       config_of(changes, **fields)

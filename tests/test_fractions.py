@@ -246,34 +246,33 @@ def test_what_does_not_go_with_fractions_is_refused():
   assert 'fractions' in kernels.why_not(spec, 256, 256, jnp.float32, Chip('tpu'))
 
 
-TRAINED = {'frac': {'name': 'frac'}, 'vwn': {'name': 'vwn', 'streams': 2}, 'mudd': {'name': 'mudd'}}
+TRAINED = {'vwn': {'name': 'vwn', 'streams': 2}, 'mudd': {'name': 'mudd', 'preset': 'normed'}}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('name', TRAINED)
 def test_loops_recomputation_and_meshes_change_no_gradient(x64, name):
-  """Layers written out and as a loop, each recomputation, microbatches, devices that split time."""
+  """Layers written out and as a loop, recomputation, microbatches, devices that split time."""
   tokens = np.random.default_rng(0).integers(0, 11, (4, 8)).astype(np.int32)
   batch = {'inputs': tokens, 'targets': tokens[::-1].copy(), 'segments': np.cumsum(tokens == 0, 1)}
   batch |= {'weights': np.ones((4, 8), np.float32)}
 
   def outcome(parts=None, shape=None, **fields):
     c = base_config()
-    c.model.update({'width': 16, 'depth': 3, 'heads': 2, 'dtype': 'float64', 'scan_unroll': 1, **fields})
+    c.model.update({'width': 16, 'depth': 2, 'heads': 2, 'dtype': 'float64', 'scan_unroll': 1, **fields})
     c.model.connection.update(TRAINED[name])
     model = dataclasses.replace(build_model(c), vocab_size=11)
     mesh = None if shape is None else make_mesh(shape)
     like = jax.eval_shape(Transformer(model).init, jax.random.key(0), tokens, tokens)['params']
     rng = np.random.default_rng(1)
     params = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape) * 0.3, like)
-    run = jax.jit(lambda params, batch: gradients(params, batch, model, mesh, parts))
+    run = jax.jit(lambda params, batch: gradients(params, batch, model, parts, mesh))
     (loss, *_), grads = run.lower(params, batch).compile(COMPILER)(params, batch)
     return jax.device_get((loss, grads))
 
   wanted = outcome()
   assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(wanted))
-  changes = [{'remat': remat} for remat in ('layer', 'products', 'block')]
-  changes += [{'scan_unroll': 4}, {'parts': 2}, {'shape': {'data': 2, 'fsdp': 2, 'tensor': 2}}]
-  for change in changes:
+  changes = {'scan_unroll': 2}, {'remat': 'layer'}, {'remat': 'block', 'parts': 2}
+  for change in (*changes, {'shape': {'data': 2, 'fsdp': 2, 'tensor': 2}}):
     for one, other in zip(*map(jax.tree.leaves, (outcome(**change), wanted)), strict=True):
       np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-12 * np.abs(other).max(), err_msg=str(change))

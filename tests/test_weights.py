@@ -225,8 +225,9 @@ def test_connections_have_the_names_and_layout_of_deepseek_v4(x64, rng, transpos
 
 
 NOT_OF_CLASS = {
-  ('llama', ()): '4 streams',
-  ('llama', ('connection.name=hc', 'connection.streams=1')): 'weights of its own',
+  ('llama', ()): r'its connection, of 4 stream\(s\), is not the residual',
+  ('llama', ('connection.name=hc', 'connection.streams=1')): r'of 1 stream\(s\), is not the residual',
+  ('llama', (RESIDUAL, 'connection.write_scale=0.5')): 'is not the residual',
   ('llama', (RESIDUAL, *MLA)): 'latent attention',
   ('llama', (RESIDUAL, 'moe.experts=4')): 'latent attention or experts',
   ('llama', (RESIDUAL, 'weights.rank=3')): 'weights_rank=3',

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from mhc_jax.connection import Gate
 from mhc_jax.errors import ConfigError, require
 from mhc_jax.model_config import MLAConfig, ModelConfig, MoEConfig
+from mhc_jax.presets import connection_spec
 from mhc_jax.weights.tensors import Flat
 
 # Layout -> the class that loads it. The last is read by `mhc import` alone.
@@ -40,9 +40,7 @@ def why_not(layout: str, c: ModelConfig) -> str | None:
   if layout == 'mhc':
     return None
   if not _is_plain(c):
-    return (
-      f'its connection has {c.connection.streams} streams or weights of its own, and the class adds residuals'
-    )
+    return f'its connection, of {c.connection.streams} stream(s), is not the residual that the class adds'
   for section in (c, c.mla, c.moe):
     for field in dataclasses.fields(section) if section else ():
       value, off = getattr(section, field.name), _OFF.get((type(section).__name__, field.name))
@@ -61,10 +59,9 @@ def why_not(layout: str, c: ModelConfig) -> str | None:
 
 
 def _is_plain(c: ModelConfig) -> bool:
-  spec = c.connection
-  ends = spec.expansion in ('replicate', 'one_hot') and spec.collapse in ('mean', 'sum')
-  unit = spec.read_gate == spec.write_gate == Gate('fixed') and spec.constraint.name == 'identity'
-  return spec.streams == 1 and not spec.has_params and unit and ends
+  """Whether every choice of the connection is the residual's; its start values count no more."""
+  plain = connection_spec('residual')
+  return dataclasses.replace(c.connection, init=plain.init) == plain
 
 
 def choose(layout: str | None, c: ModelConfig) -> str:
@@ -183,63 +180,63 @@ _READ_LATENT = {
 }
 
 
-def fields_of(config: dict[str, Any]) -> dict[str, Any]:
+def fields_of(said: dict[str, Any]) -> dict[str, Any]:
   """config.json of another's checkpoint -> fields of our configuration's section `model`, dotted.
 
   Raises ConfigError for a class that is not read, and for whatever it says that is not computed here.
   """
-  kind = config.get('model_type')
+  kind = said.get('model_type')
   if kind not in _MUST:
     raise ConfigError(
       f'config.json is of model_type {kind!r}: read are {", ".join(_MUST)} and exports of runs'
     )
-  _check(config, kind)
-  heads, width = _of(config, 'num_attention_heads'), _of(config, 'hidden_size')
+  _check(said, kind)
+  heads, width = _of(said, 'num_attention_heads'), _of(said, 'hidden_size')
   require(heads >= 1 and width % heads == 0, f'config.json: {heads} heads do not divide {width}')
   fields = {
     'width': width,
-    'depth': _of(config, 'num_hidden_layers'),
+    'depth': _of(said, 'num_hidden_layers'),
     'heads': heads,
-    'ffn_width': _of(config, 'intermediate_size'),
-    'vocab_size': _of(config, 'vocab_size'),
-    'norm_eps': float(config.get('rms_norm_eps', 1e-6)),
-    'rope_theta': _theta(config),
+    'ffn_width': _of(said, 'intermediate_size'),
+    'vocab_size': _of(said, 'vocab_size'),
+    'norm_eps': float(said.get('rms_norm_eps', 1e-6)),
+    'rope_theta': _theta(said),
   }
-  groups = config.get('num_key_value_heads')
+  groups = said.get('num_key_value_heads')
   groups = heads if groups is None else groups
   if kind == 'llama':
-    size = config.get('head_dim')
+    size = said.get('head_dim')
     require(
       size in (None, width // heads), f'config.json: head_dim={size} is not hidden_size / num_attention_heads'
     )
     return fields | {'kv_heads': groups}
   require(groups == heads, f'config.json: num_key_value_heads={groups} is not num_attention_heads={heads}')
-  return fields | _latent_fields(config, fields['depth'])
+  return fields | _latent_fields(said, fields['depth'])
 
 
-def _latent_fields(config: dict[str, Any], depth: int) -> dict[str, Any]:
+def _latent_fields(said: dict[str, Any], depth: int) -> dict[str, Any]:
   fields = {
-    'mla.kv_rank': _of(config, 'kv_lora_rank'),
-    'mla.head_dim': _of(config, 'qk_nope_head_dim'),
-    'mla.rope_dim': _of(config, 'qk_rope_head_dim'),
-    'mla.value_dim': _of(config, 'v_head_dim'),
-    'mla.q_rank': None if config.get('q_lora_rank', 1536) is None else _of(config, 'q_lora_rank'),
+    'mla.kv_rank': _of(said, 'kv_lora_rank'),
+    'mla.head_dim': _of(said, 'qk_nope_head_dim'),
+    'mla.rope_dim': _of(said, 'qk_rope_head_dim'),
+    'mla.value_dim': _of(said, 'v_head_dim'),
+    'mla.q_rank': None if said.get('q_lora_rank', 1536) is None else _of(said, 'q_lora_rank'),
   }
-  dense = _of(config, 'first_k_dense_replace')
+  dense = _of(said, 'first_k_dense_replace')
   if dense >= depth:
     return fields
   return fields | {
-    'moe.experts': _of(config, 'n_routed_experts'),
-    'moe.active': _of(config, 'num_experts_per_tok'),
-    'moe.shared': _of(config, 'n_shared_experts'),
-    'moe.ffn_width': _of(config, 'moe_intermediate_size'),
-    'moe.scale': float(config.get('routed_scaling_factor', 2.5)),
+    'moe.experts': _of(said, 'n_routed_experts'),
+    'moe.active': _of(said, 'num_experts_per_tok'),
+    'moe.shared': _of(said, 'n_shared_experts'),
+    'moe.ffn_width': _of(said, 'moe_intermediate_size'),
+    'moe.scale': float(said.get('routed_scaling_factor', 2.5)),
     'dense_layers': dense,
   }
 
 
-def _of(config: dict[str, Any], name: str) -> int:
-  value = config.get(name)
+def _of(said: dict[str, Any], name: str) -> int:
+  value = said.get(name)
   require(
     isinstance(value, int) and not isinstance(value, bool),
     f'config.json: {name}={value!r} is no whole number',
@@ -247,16 +244,16 @@ def _of(config: dict[str, Any], name: str) -> int:
   return value
 
 
-def _check(config: dict[str, Any], kind: str) -> None:
+def _check(said: dict[str, Any], kind: str) -> None:
   """Raises ConfigError for the first field that says what is not computed here."""
   must = _MUST[kind] | _IN_BOTH
   for name, values in must.items():
-    value = config.get(name, values[0])
+    value = said.get(name, values[0])
     allowed = values[1:] or values
     default = name == 'rope_scaling' and isinstance(value, dict) and _is_default(value)
     require(value in allowed or default, f'config.json says {name}={value}: computed is {allowed[0]} alone')
   known = must.keys() | _SAYS_NOTHING | _READ | (_READ_LATENT if kind == 'deepseek_v3' else set())
-  for name, value in config.items():
+  for name, value in said.items():
     if name not in known and value not in (None, False, [], {}):
       raise ConfigError(f'config.json says {name}={value!r}, which is not computed here')
 
@@ -266,27 +263,27 @@ def _is_default(rope: dict[str, Any]) -> bool:
   return plain and rope.get('partial_rotary_factor', 1.0) == 1.0
 
 
-def _theta(config: dict[str, Any]) -> float:
-  rope = config.get('rope_parameters') or {}
+def _theta(said: dict[str, Any]) -> float:
+  rope = said.get('rope_parameters') or {}
   require(_is_default(rope), f'config.json says rope_parameters={rope}: computed is the default rope alone')
-  return float(rope.get('rope_theta', config.get('rope_theta', 10000.0)))
+  return float(rope.get('rope_theta', said.get('rope_theta', 10000.0)))
 
 
-def settled(theirs: Flat, config: dict[str, Any]) -> Flat:
+def settled(theirs: Flat, said: dict[str, Any]) -> Flat:
   """The tensors as the layouts of `config_of` have them: the head untied, rotary pairs half a head apart.
 
   Both are exact. DeepSeek-V3's rotary numbers are pairs of neighbours unless its config says otherwise; here,
   and in Llama, number k turns with k + half. Raises ConfigError for a tied head with other weights.
   """
-  if config.get('tie_word_embeddings') and 'model.embed_tokens.weight' in theirs:
+  if said.get('tie_word_embeddings') and 'model.embed_tokens.weight' in theirs:
     embedding = theirs['model.embed_tokens.weight']
     head = theirs.get('lm_head.weight', embedding)
     require(
       np.array_equal(head, embedding), 'config.json ties lm_head.weight to an embedding that it differs from'
     )
     theirs = theirs | {'lm_head.weight': embedding}
-  if config['model_type'] == 'deepseek_v3' and config.get('rope_interleave', True):
-    heads, rope = config['num_attention_heads'], config['qk_rope_head_dim']
+  if said['model_type'] == 'deepseek_v3' and said.get('rope_interleave', True):
+    heads, rope = said['num_attention_heads'], said['qk_rope_head_dim']
     queries = ('self_attn.q_proj.weight', 'self_attn.q_b_proj.weight')
     ends = {**dict.fromkeys(queries, heads), 'self_attn.kv_a_proj_with_mqa.weight': 1}
     for name in theirs:

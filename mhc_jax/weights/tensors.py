@@ -221,7 +221,7 @@ def _order(how: str, count: int, c: ModelConfig) -> np.ndarray:
 
   A constraint with `transpose` (V4's) has comb's coordinates itself.
   """
-  rows, n, spec = np.arange(count), c.connection.streams, c.connection
+  rows, n, spec = np.arange(count), c.connection.units, c.connection
   entries = spec.parts['res'] if 'res' in spec.parts else 0
   joint = how == 'mixing_vectors' or (spec.scope == 'joint' and count == sum(spec.parts.values()))
   is_comb = spec.constraint.params.get('transpose') is True
