@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from mhc_jax.errors import ConfigError
+from mhc_jax.presets import BY_DEPTH
 
 from .conventions import AXIS_FIELD, RANKS
 from .fitting.laws import Points
@@ -80,7 +81,8 @@ def home_streams(t: pd.DataFrame) -> dict[str, float]:
 
 def _streams_axis(row: pd.Series, home: dict[str, float]) -> str | None:
   streams = row['connection_streams']
-  other = pd.notna(streams) and streams != home.get(row['arm'], streams)
+  derived = row['connection_name'] in BY_DEPTH
+  other = pd.notna(streams) and not derived and streams != home.get(row['arm'], streams)
   return 'connection_streams' if other else None
 
 

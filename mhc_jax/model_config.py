@@ -14,7 +14,7 @@ from mhc_jax.constraints.base import Constraint
 from mhc_jax.data import tokenizer_of, vocab_size_of
 from mhc_jax.errors import ConfigError, require
 from mhc_jax.kernels.choice import KERNELS
-from mhc_jax.presets import BLOCKS, connection_spec
+from mhc_jax.presets import BLOCKS, BY_DEPTH, connection_spec
 
 REMAT = ('none', 'layer', 'products', 'block')
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16, 'float64': jnp.float64}
@@ -149,7 +149,7 @@ def build_connection(c: ConfigDict, depth: int, constraint: Constraint | None = 
   impossible sizes.
   """
   fields = {key: value for key, value in c.items() if key not in ('constraint_params', 'output_init_scaling')}
-  if c.name in ('depth_matrix', 'attention_residual', 'mudd'):
+  if c.name in BY_DEPTH:
     blocks = BLOCKS if c.preset in ('block', 'inkling2') else 2 * depth
     blocks = depth if c.name == 'mudd' else blocks
     fields['write_period'] = period = _given(c.write_period, -(-2 * depth // blocks))
@@ -402,7 +402,7 @@ def _build_mtp(c: ConfigDict) -> MTPConfig | None:
     mtp.weight > 0, f'model.mtp.weight must be positive, got {mtp.weight}: without, leave depth at None'
   )
   require(
-    c.connection.name not in ('depth_matrix', 'attention_residual', 'mudd'),
+    c.connection.name not in BY_DEPTH,
     f'model.mtp.depth does not go with the connection {c.connection.name}, which has no stream for its block',
   )
   warmup = c.sparse.stage == 'warmup'

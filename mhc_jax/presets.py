@@ -191,6 +191,7 @@ PRESETS: dict[str, dict[str, dict]] = {
     'single': {**_DENSE, 'read_ways': 1},
   },
 }
+BY_DEPTH = ('depth_matrix', 'attention_residual', 'mudd')  # whose streams are counted by what writes them
 BLOCKS = 8  # of attention_residual's presets 'block' and 'inkling2', about
 
 

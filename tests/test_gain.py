@@ -205,6 +205,13 @@ def table(losses):
   return classify(pd.DataFrame(rows))
 
 
+def test_streams_that_the_depth_decides_are_no_axis_of_a_sweep():
+  arms = ('mhc', 'mudd', 'attention_residual', 'depth_matrix')
+  runs = table({(arm, seed, 0.1): 2.0 for arm in arms for seed in (0, 1)})
+  runs = classify(runs.assign(depth=2 + 2 * runs['seed'], connection_streams=5.0 + 4 * runs['seed']))
+  assert set(runs.loc[runs['axis'].notna(), 'arm']) == {'mhc'}
+
+
 def kept(runs, arm='b'):
   """Seed -> learning rates of an arm that stay."""
   stay = runs[runs['excluded'].isna() & (runs['arm'] == arm)]

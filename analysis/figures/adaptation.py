@@ -80,7 +80,8 @@ def _ends(values_B: np.ndarray) -> tuple[float, float]:
 def changes(table: pd.DataFrame) -> Drawing:
   """The change in bits per byte of every subset, a colour for each arm; below 0 reading helped."""
   rows = summary(table)
-  subsets, arms = list(dict.fromkeys(rows['subset'])), list(dict.fromkeys(rows['arm']))
+  names, arms = dict.fromkeys(rows['subset']), list(dict.fromkeys(rows['arm']))
+  subsets = sorted(names, key=lambda name: 'as many as' in name)  # controls below
   style = looks(arms)
   with figure(WIDE, 0.8 + 0.42 * len(subsets)) as (fig, ax):
     for place, arm in enumerate(arms):
