@@ -8,13 +8,14 @@ import numpy as np
 import pandas as pd
 
 from mhc_jax.errors import ConfigError
-from mhc_jax.presets import BY_DEPTH
 
 from .conventions import AXIS_FIELD, RANKS
 from .fitting.laws import Points
 from .fitting.points import completed
 from .fitting.table import SMALLEST
 
+# Connections whose streams are counted by what writes them, so by the depth (mhc_jax/presets.py).
+BY_DEPTH = ('depth_matrix', 'attention_residual', 'mudd')
 MIN_ARM_SIZES = 2  # of an arm in the joint law: one multiplier from one size has no check at all
 
 

@@ -17,6 +17,7 @@ from analysis.fitting.laws import ArmModel, Points
 from analysis.gain import gains, refused
 from analysis.gaps import Pairs, gaps, spreads
 from analysis.selection import classify, rate_notes, rate_problems
+from mhc_jax import presets
 
 SPAN = 400.0  # of compute
 fixed = settings(derandomize=True, deadline=None, database=None)
@@ -206,7 +207,7 @@ def table(losses):
 
 
 def test_streams_that_the_depth_decides_are_no_axis_of_a_sweep():
-  arms = ('mhc', 'mudd', 'attention_residual', 'depth_matrix')
+  arms = ('mhc', *presets.BY_DEPTH)
   runs = table({(arm, seed, 0.1): 2.0 for arm in arms for seed in (0, 1)})
   runs = classify(runs.assign(depth=2 + 2 * runs['seed'], connection_streams=5.0 + 4 * runs['seed']))
   assert set(runs.loc[runs['axis'].notna(), 'arm']) == {'mhc'}

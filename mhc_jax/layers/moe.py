@@ -20,8 +20,9 @@ from mhc_jax.layers import fp8
 from mhc_jax.layers.feed_forward import swiglu
 from mhc_jax.layers.grouped_experts import Routing, experts
 from mhc_jax.layers.parts import Output, Visible, normal, ones, rms_norm, zeros
-from mhc_jax.model_config import ModelConfig, MoEConfig
+from mhc_jax.model_config import ModelConfig
 from mhc_jax.sharding import constrain
+from mhc_jax.sublayer_config import MoEConfig
 
 
 def route(logits_BTE: jax.Array, bias_E: jax.Array, moe: MoEConfig) -> Routing:

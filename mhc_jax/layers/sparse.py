@@ -16,8 +16,9 @@ from jax import lax
 from jax.sharding import Mesh
 
 from mhc_jax.layers.parts import Linear, ones, rope, zeros
-from mhc_jax.model_config import ModelConfig, SparseConfig
+from mhc_jax.model_config import ModelConfig
 from mhc_jax.sharding import constrain
+from mhc_jax.sublayer_config import SparseConfig
 
 
 def index_of(

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from mhc_jax.errors import ConfigError, require
-from mhc_jax.model_config import MLAConfig, ModelConfig, MoEConfig
+from mhc_jax.model_config import ModelConfig
 from mhc_jax.presets import connection_spec
+from mhc_jax.sublayer_config import MLAConfig, MoEConfig
 from mhc_jax.weights.tensors import Flat
 
 # Layout -> the class that loads it. The last is read by `mhc import` alone.
