@@ -246,10 +246,10 @@ def configuration_of(resolved: dict[str, Any]) -> ConfigDict:
   changes = {'mixing': spec.init.mixing, 'alpha': spec.init.alpha}
   changes = {name: float(value) for name, value in changes.items() if value is not None}
   connection.update(changes)
-  named = (
-    name for name, init in INITS.items() if dataclasses.replace(init(spec.streams), **changes) == spec.init
-  )
-  connection.init = next(named, None)
+  starts = {name: dataclasses.replace(init(spec.streams), **changes) for name, init in INITS.items()}
+  equal = (name for name, start in starts.items() if start == spec.init)
+  # Of equal ones that which is written alike: 0 and -0.0 (of two streams near the identity) are two run ids.
+  connection.init = max(equal, key=lambda name: repr(starts[name]) == repr(spec.init), default=None)
   require(connection.init is not None, f'model.connection.init: nothing in presets.INITS is {spec.init}')
   return config
 

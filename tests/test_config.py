@@ -17,7 +17,7 @@ from mhc_jax.errors import ConfigError
 from mhc_jax.model_config import build_model
 from mhc_jax.plan import configuration_of, rebuild_model, resolve
 from mhc_jax.plan import run_id as run_ids
-from mhc_jax.presets import PRESETS
+from mhc_jax.presets import INITS, PRESETS
 
 ROOT = pathlib.Path(__file__).parent.parent
 SMOKE = f'{ROOT / "configs" / "laptop.py"}:smoke'
@@ -333,6 +333,15 @@ def test_eps_of_the_connection_are_its_own():
   assert (spec.norm_eps, spec.norm_eps_outside) == (0.001, True)
   assert (spec.read_gate.eps, spec.write_gate.eps) == (0.01, 0.1)
   assert model.norm_eps == 1e-6
+
+
+@pytest.mark.parametrize('streams', (1, 2, 4))
+@pytest.mark.parametrize('init', INITS)
+def test_start_values_come_back_under_the_same_id(init, streams):
+  """Of two streams near the identity they are -0.0, which equals 0 and is another id."""
+  c = changed(f'model.connection.streams={streams}', f'model.connection.init={init}')
+  run = resolve(c, 'd')
+  assert resolve(configuration_of(json.loads(json.dumps(run.resolved))), 'd').run_id == run.run_id
 
 
 @pytest.mark.parametrize(
