@@ -77,16 +77,19 @@ def least_bytes(
   tokens: int,
   parts: int = 1,
   devices: int = 1,
-  optimizer: str | None = None,
+  moments: int = 2,
   copies: int = 1,
 ) -> int:
   """What training on `tokens` at once holds at the least, on all devices together.
 
-  Parameters, gradients and both of Adam's moments (by 'muon' one, as of its matrices), 4 bytes each, for each
-  of `copies` workers (clusters.py); and the streams and logits of one of `parts` microbatches, a piece of
-  them per device. Every activation kept for the backward pass comes on top.
+  Parameters, gradients and the optimizer's `moments` of each (optimizer.least_moments), 4 bytes each, for
+  each of `copies` workers (clusters.py), of what does not learn (ModelConfig.warms_up) parameters alone; and
+  the streams and logits of one of `parts` microbatches, a piece of them per device. Every activation kept for
+  the backward pass comes on top.
   """
-  state = (12 if optimizer == 'muon' else 16) * copies * parameters(c)['total']
+  sizes = parameters(c)
+  learning = sizes['index'] if c.warms_up else sizes['total']
+  state = 4 * copies * (sizes['total'] + (1 + moments) * learning)
   streams = c.connection.streams * c.width * jnp.dtype(c.dtype).itemsize
   logits = min(tokens // parts * 4 * c.vocab_size, devices * LARGEST)
   return state + tokens // parts * streams + logits

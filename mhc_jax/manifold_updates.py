@@ -208,6 +208,8 @@ def loro(factors: optax.GradientTransformation, lr: jax.Array, every: int) -> op
       raise ValueError('LORO takes only factors u and v of the same map')
     if set(params) != {'u', 'v'}:
       return {name: exact(updates[name], params[name]) for name in params}
+    if isinstance(params['u'], optax.MaskedNode):  # likewise, and so is v
+      return updates
     step = functools.partial(loro_step, lr=lr)
     for _ in range(params['u'].ndim - 2):
       step = one_by_one(step)

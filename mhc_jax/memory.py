@@ -17,6 +17,7 @@ from mhc_jax import cost
 from mhc_jax.errors import OutOfMemoryError, require
 from mhc_jax.layers.attention import why_formula
 from mhc_jax.layers.unembedding import LARGEST
+from mhc_jax.optimizer import least_moments
 from mhc_jax.plan import Run
 from mhc_jax.recompute import block_layers
 from mhc_jax.sharding import BATCH, find_devices
@@ -34,7 +35,7 @@ def check_memory(run: Run) -> None:
   size = c['mesh']['data'] * c['mesh']['fsdp'] * c['mesh']['tensor'] * c['mesh']['expert']
   copies = run.loose.workers if run.loose else 1
   parts = c['optimizer']['microbatches'] or 1
-  needed = cost.least_bytes(run.model, tokens, parts, size, c['optimizer']['name'], copies)
+  needed = cost.least_bytes(run.model, tokens, parts, size, least_moments(run.optimizer), copies)
   here = [device for device in find_devices()[:size] if device.process_index == jax.process_index()]
   have = memory_of(here[0]) if here else None
   if have is None:

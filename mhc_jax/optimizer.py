@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from ml_collections import ConfigDict
 
 from mhc_jax import manifold_updates, muon
 from mhc_jax.config import OptimizerConfig
@@ -53,6 +54,11 @@ def schedule(step: jax.Array, num_steps: jax.Array, warmup: jax.Array, c: Optimi
 def warmup_steps(c: OptimizerConfig, num_steps: int) -> int:
   """Number of warmup updates, from whichever of the two fields is set."""
   return c.warmup_steps if c.warmup_fraction is None else round(c.warmup_fraction * num_steps)
+
+
+def least_moments(c: OptimizerConfig | ConfigDict) -> int:
+  """How many arrays of a parameter's size the optimizer keeps of each at the least: Adam two, Muon one."""
+  return 1 if c.name == 'muon' or c.manifold == 'manifold_muon' else 2
 
 
 def transform(

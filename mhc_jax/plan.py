@@ -160,9 +160,8 @@ def check_size(model: ModelConfig, config: ConfigDict) -> None:
   }
   for name, size in sizes.items():
     require(size <= INT32, f'{name} = {size}: at most {INT32}')
-  needed = cost.least_bytes(
-    model, tokens, config.optimizer.microbatches or 1, optimizer=config.optimizer.name
-  )
+  parts, moments = config.optimizer.microbatches or 1, optim.least_moments(config.optimizer)
+  needed = cost.least_bytes(model, tokens, parts, moments=moments)
   require(
     needed <= MOST_BYTES,
     f'the model has {cost.parameters(model)["total"]} parameters and needs {needed / 2**40:.0f} TiB at the '

@@ -30,6 +30,7 @@ from mhc_jax.config import OptimizerConfig
 from mhc_jax.data import Windows, as_batch, train_order
 from mhc_jax.memory import memory_of
 from mhc_jax.model_config import ModelConfig
+from mhc_jax.optimizer import least_moments
 from mhc_jax.plan import Run
 from mhc_jax.train_step import (
   Batch,
@@ -76,8 +77,8 @@ def most_members(run: Run) -> int:
   memory = memory_of(device)
   if memory is not None:
     parts = c['optimizer']['microbatches'] or 1
-    tokens, optimizer = derived['tokens_per_step'], run.optimizer.name
-    fit = min(fit, memory / 3 / cost.least_bytes(run.model, tokens, parts, optimizer=optimizer))
+    tokens, moments = derived['tokens_per_step'], least_moments(run.optimizer)
+    fit = min(fit, memory / 3 / cost.least_bytes(run.model, tokens, parts, moments=moments))
   most = ON_TPU if device.platform == 'tpu' else MOST_MEMBERS
   return 1 << (int(min(max(fit, 1), most)).bit_length() - 1)
 

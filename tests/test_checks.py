@@ -1,6 +1,7 @@
 """What cannot run is refused in one line before anything is computed or written; all else traces."""
 
 import dataclasses
+import functools
 import json
 import random
 
@@ -21,6 +22,7 @@ from mhc_jax.constraints.elementary import unconstrained
 from mhc_jax.errors import ConfigError
 from mhc_jax.manifold_updates import MANIFOLDS
 from mhc_jax.memory import check_memory
+from mhc_jax.optimizer import least_moments
 from mhc_jax.patterns import check_pattern
 from mhc_jax.plan import rebuild_model, resolve, warnings_of
 from mhc_jax.presets import INITS, PRESETS, connection_spec
@@ -232,6 +234,32 @@ def test_what_is_too_large_is_refused_with_the_number(overrides):
   assert TOO_LARGE[overrides] in refused(overrides)
 
 
+LEAST = (
+  'optimizer.name=muon',
+  'optimizer.manifold=manifold_muon optimizer.manifold_pattern=layers/.*/w',
+  'optimizer.manifold=stiefel optimizer.manifold_pattern=layers/.*/w',
+  'optimizer.manifold=loro optimizer.manifold_pattern=.*/[uv] optimizer.manifold_value=2 model.weights.rank=4',
+  'model.sparse.kind=topk model.sparse.topk=3 model.sparse.stage=warmup',
+  'model.mtp.depth=1 cluster.workers=2 cluster.sync_every=2 cluster.overlap=1',
+)
+
+
+@pytest.mark.parametrize('fields', LEAST)
+def test_no_run_holds_less_than_what_is_refused_by(fields):
+  run = resolve(changed(*fields.split()), 'd')
+  init = functools.partial(init_state, model=run.model, optimizer=run.optimizer, cluster=run.loose)
+  state = jax.eval_shape(init, jax.random.key(0))
+
+  def size(tree):
+    return sum(4 * leaf.size for leaf in jax.tree.leaves(tree))
+
+  copies = run.loose.workers if run.loose else 1
+  learning = state.params['layers']['attention']['index'] if run.model.warms_up else state.params
+  moments = least_moments(run.optimizer)
+  least = cost.least_bytes(run.model, 0, moments=moments, copies=copies)
+  assert size(state.params) < least <= size(state) + copies * size(learning)
+
+
 def test_what_this_machine_cannot_hold_is_refused_and_nothing_else(monkeypatch):
   run = resolve(changed('model.width=100000', 'model.heads=2'), 'd')  # a laptop plans it, but does not run it
   with pytest.raises(ConfigError, match=r'GiB at the least \(240,\d\d\d,\d\d\d,\d\d\d parameters\)'):
@@ -239,7 +267,7 @@ def test_what_this_machine_cannot_hold_is_refused_and_nothing_else(monkeypatch):
   small, memory = resolve(changed(), 'd'), psutil.virtual_memory()
   needed = cost.least_bytes(small.model, small.derived['tokens_per_step'])
   assert needed > 16 * small.derived['params']['total']
-  muon = cost.least_bytes(small.model, small.derived['tokens_per_step'], optimizer='muon')
+  muon = cost.least_bytes(small.model, small.derived['tokens_per_step'], moments=1)
   assert needed - muon == 4 * small.derived['params']['total']  # of a matrix Muon keeps one moment
   monkeypatch.setattr(psutil, 'swap_memory', lambda: memory._replace(total=1))
   for total in (needed - 1, needed - 2):

@@ -233,6 +233,15 @@ def test_loro_trains_factors():
   assert np.abs(factors['u'] - before['u']).max() > 1e-3
 
 
+@pytest.mark.parametrize('manifold', mu.MANIFOLDS)
+def test_a_pattern_may_match_one_map_of_many(manifold):
+  pattern = {'loro': 'layers/attention/query/[uv]', 'doubly_stochastic': 'layers/attention_connection/b_res'}
+  connection, value = {'name': 'hc', 'preset': 'static'}, 2.0 if manifold in ('fixed_rank', 'loro') else None
+  rank = 2 if manifold == 'loro' else None
+  c = config(manifold, pattern.get(manifold, 'layers/attention/query/w'), value, connection, rank)
+  assert resolve(c, 'digest').optimizer.manifold == manifold  # which traces an update
+
+
 @pytest.mark.parametrize(
   'fields,message',
   (
