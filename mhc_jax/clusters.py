@@ -333,8 +333,8 @@ def update(
   """One update of every worker by its rows of the batch, M equal parts, and the averaging due after it.
 
   inner: (parameters, moments, rows) -> (parameters, moments, metrics) of one worker. done: updates with this
-  one. Metrics are means over workers, of loss and loss_NAME by their targets; `drift`: the mean distance of a worker's
-  parameters from p before they are averaged.
+  one. Metrics are means over workers, of losses (loss, loss_NAME) by their targets; `drift`: the mean
+  distance of a worker's parameters from p before they are averaged.
   """
   of_workers = clusters.params, clusters.opt_state, batch
   if cluster.workers == 1:
