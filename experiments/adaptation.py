@@ -47,7 +47,7 @@ from mhc_jax.workdir import read_config, read_statuses
 
 CONNECTION = r'(.*/)?(\w+_connection|collapse|expansion)/\w+'
 PATTERNS = {'maps': r'(.*/)?\w+_connection/(b|alpha)_\w+', 'connection': CONNECTION}
-NORMS = r'(.*/)?(final_|latent_)?norm'
+NORMS = r'(.*/)?((final|latent|query|key|value)_)?norm'
 RATES = {'rms': (3e-3, 1e-2, 3e-2, 1e-1, 3e-1), 'sgd': (1e-2, 3e-2, 1e-1, 3e-1, 1.0)}
 DECAYS = (0.0, 0.05)
 CUT = 3.0

@@ -124,8 +124,8 @@ def worker_mesh(mesh: Mesh | AbstractMesh, workers: int) -> Mesh | AbstractMesh:
 
 
 def start(params: Any, opt_state: Any, cluster: ClusterConfig) -> Clusters:
-  """All workers at the same place."""
-  own = params, opt_state
+  """All workers at the same place, to the bit: behind a barrier, or every copy is computed anew."""
+  params, opt_state = own = lax.optimization_barrier((params, opt_state))
   if cluster.workers > 1:
     own = jax.tree.map(lambda x: jnp.stack([x] * cluster.workers), own)
   return Clusters(*own, jax.tree.map(jnp.zeros_like, params), params if cluster.overlap else None)
@@ -333,8 +333,8 @@ def update(
   """One update of every worker by its rows of the batch, M equal parts, and the averaging due after it.
 
   inner: (parameters, moments, rows) -> (parameters, moments, metrics) of one worker. done: updates with this
-  one. Metrics are means over workers, of losses by their targets; `drift`: the mean distance of a worker's
-  parameters from p before they are averaged.
+  one. Metrics are means over workers, of losses (loss, loss_NAME) by their targets; `drift`: the mean
+  distance of a worker's parameters from p before they are averaged.
   """
   of_workers = clusters.params, clusters.opt_state, batch
   if cluster.workers == 1:
@@ -345,13 +345,17 @@ def update(
   share_M = targets_M / jnp.maximum(targets_M.sum(), 1)
   away = jax.vmap(lambda p: optax.tree.norm(jax.tree.map(jnp.subtract, p, params)), spmd_axis_name=AXIS)(p_M)
   means = {name: value.mean(0) for name, value in metrics.items()}
-  losses = {'loss': (share_M * metrics['loss']).sum(), 'targets': targets_M.sum()}
+  losses = {
+    name: (share_M.reshape(-1, *[1] * (x_M.ndim - 1)) * x_M).sum(0)  # loss_NAME may be by layer
+    for name, x_M in metrics.items()
+    if name.startswith('loss')
+  }
   clusters = clusters.replace(params=p_M, opt_state=moments_M)
   params, clusters = synchronised(params, clusters, done, hparams, cluster, project, mesh)
   if cluster.workers == 1:
     p, moments = jax.tree.map(lambda x: x[0], (clusters.params, clusters.opt_state))
     clusters = clusters.replace(params=p, opt_state=moments)
-  return params, clusters, means | losses | {'drift': away.mean()}
+  return params, clusters, means | losses | {'targets': targets_M.sum(), 'drift': away.mean()}
 
 
 def _side_by_side(

@@ -176,8 +176,8 @@ def _state(value: Any) -> bool:
 # Of every field that somebody computes with, compares or prints: what it is, where it is not absent or None.
 CONFIG: dict[str, Callable[[Any], bool]] = {
   **dict.fromkeys(('data', 'model', 'model.connection', 'optimizer', 'duration', 'log'), _section),
-  **dict.fromkeys(('model.weights', 'model.moe', 'model.mla', 'model.sparse'), _section),
-  **dict.fromkeys(('transfer', 'evaluation'), _section),
+  **dict.fromkeys(('model.weights', 'model.moe', 'model.mla'), _section),
+  **dict.fromkeys(('model.sparse', 'model.mtp', 'transfer', 'evaluation'), _section),
   **dict.fromkeys(('arm', 'data.name', 'data.digest', 'data.tokenizer', 'model.dtype'), _text),
   **dict.fromkeys((f'model.connection.{name}' for name in ('name', 'preset', 'constraint')), _text),
   **dict.fromkeys((f'model.connection.{name}_gate.kind' for name in ('read', 'write')), _text),

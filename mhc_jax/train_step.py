@@ -62,19 +62,16 @@ class Programs:
 def init_state(
   key: jax.Array, model: ModelConfig, optimizer: OptimizerConfig, cluster: ClusterConfig | None = None
 ) -> TrainState:
-  """Initial state, with a cluster that of cluster_step.
-
-  A parameter's value depends on key and its own path alone, not on the connection.
-  """
+  """Initial state. A parameter's value depends on key and its own path alone, not on the connection."""
   tokens = jnp.zeros((1, 2), jnp.int32)
   params = optim.start(optimizer, Transformer(model).init(key, tokens, tokens)['params'])
-  return state_with(params, model, optimizer, cluster)
+  return begin(params, model, optimizer, cluster)
 
 
-def state_with(
+def begin(
   params: Any, model: ModelConfig, optimizer: OptimizerConfig, cluster: ClusterConfig | None = None
 ) -> TrainState:
-  """The state before the first update from these parameters, with a cluster that of cluster_step."""
+  """The state at update 0 with these parameters, with a cluster that of cluster_step."""
   opt_state = optim.transform(optimizer, model, jnp.zeros(()), jnp.zeros(())).init(params)
   opt_state = loose.start(params, opt_state, cluster) if cluster else opt_state
   return TrainState(jnp.zeros((), jnp.int32), params, opt_state)

@@ -120,7 +120,7 @@ def check_arguments(words: list[str], whole: bool = True) -> None:
   if args is None:
     return
   if name == 'train' and args.config is None:
-    assert not whole or args.print_config, 'names no config'
+    assert not whole or args.print_config or args.workdir, 'names neither a config nor a run'
   elif name == 'train':
     resolve(parse(args.config, overrides), '')
   elif name == 'sweep' and args.name not in (None, 'NAME', 'NAME:large', 'NAME:small'):

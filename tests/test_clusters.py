@@ -20,7 +20,9 @@ from mhc_jax.clusters import ClusterConfig
 from mhc_jax.errors import ConfigError
 from mhc_jax.plan import resolve
 from mhc_jax.sharding import make_mesh, put_batch, state_sharding
-from mhc_jax.train_step import hparams_of, programs
+from mhc_jax.train_step import hparams_of, init_state, programs
+from mhc_jax.weights import importing
+from mhc_jax.weights.tensors import published
 
 TIMES = ('time/', 'device/')
 M, STEPS, RATE = 3, 11, 0.25
@@ -178,6 +180,23 @@ def test_averages_of_every_update_are_data_parallelism(x64, rng):
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-14), outer, alone)
 
 
+def test_losses_of_workers_weigh_as_their_targets(rng):
+  """By layer too: loss_NAME is per target, as the loss is."""
+  params, cluster = toy(rng), dataclasses.replace(PUBLISHED, workers=2)
+  start = clusters.start(params, optax.sgd(RATE).init(params), cluster)
+
+  def inner(params, opt_state, batch):
+    x = batch['inputs'][0]
+    metrics = {'loss': x, 'loss_index': jnp.stack([x, 2 * x]), 'grad_norm': x, 'targets': 3 * x}
+    return params, opt_state, metrics
+
+  hparams = clusters.hparams_of(cluster) | {'num_steps': 9}
+  batch = {'inputs': jnp.array([1.0, 3.0])}
+  metrics = clusters.update(params, start, batch, jnp.int32(1), hparams, cluster, inner)[2]
+  assert float(metrics['loss']) == 2.5 and metrics['loss_index'].tolist() == [2.5, 5]
+  assert float(metrics['grad_norm']) == 2 and float(metrics['targets']) == 12
+
+
 def test_low_bits_are_the_nearest_numbers(rng):
   x = np.exp2(rng.uniform(-12, 3, (5, 7))).astype(np.float32) * rng.choice([-1, 1], (5, 7)).astype(np.float32)
   ties = np.array([[1, -0.75, 0.375, 3 / 256, 1 / 128, 0.99 / 128, 0]], np.float32)
@@ -327,6 +346,15 @@ def test_a_run_that_was_stopped_goes_on_as_one_that_was_not(tmp_path):
   assert last['cluster/bytes'] == 3 * sum(plan.derived['cluster_messages']), (
     'after 4, 6, 8 and 10 of 10 updates'
   )
+
+
+def test_imported_weights_begin_with_all_workers():
+  """An export of such a run brings its clusters along."""
+  plan = resolve(config(**fields(workers=2, sync_every=4, overlap=1)), 'd')
+  init = functools.partial(init_state, model=plan.model, optimizer=plan.optimizer, cluster=plan.loose)
+  state = jax.jit(init)(jax.random.key(0))
+  found = importing._state(plan, published(state.params, plan.model, folded=False))
+  jax.tree.map(np.testing.assert_array_equal, found, state)
 
 
 REFUSED = {

@@ -34,7 +34,7 @@ from mhc_jax.log import say
 from mhc_jax.paths import expand
 from mhc_jax.plan import Run, configuration_of, resolve
 from mhc_jax.storage import write_json
-from mhc_jax.train_step import TrainState, init_state, state_with
+from mhc_jax.train_step import TrainState, begin, init_state
 from mhc_jax.weights import tokenizer_files
 from mhc_jax.weights.files import OURS, digest_of, read_object, read_tensors, whole_folder
 from mhc_jax.weights.layouts import fields_of, settled
@@ -120,7 +120,7 @@ def _state(run: Run, tensors: dict[str, Any]) -> TrainState:
     fresh = published(jax.jit(init)(key).params, run.model, folded=False)
     tensors = tensors | {name: value for name, value in fresh.items() if INDEXER in name}
   params = jax.tree.map(jnp.asarray, parameters_of(tensors, like, run.model))
-  return state_with(params, run.model, run.optimizer, run.loose)
+  return begin(params, run.model, run.optimizer, run.loose)
 
 
 @settings.held()
