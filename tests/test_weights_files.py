@@ -201,18 +201,6 @@ def test_an_export_of_an_import_is_the_same_to_the_byte(rng, tmp_path):
   assert {name: config[name] for name in LLAMA} == LLAMA
 
 
-def test_an_import_for_clusters_has_the_state_of_their_first_update(rng, tmp_path):
-  write_llama(tmp_path / 'llama', llama_tensors(rng))
-  clusters = [f'--config.cluster.{name}=2' for name in ('workers', 'sync_every')]
-  run = adopt(str(tmp_path / 'llama'), str(tmp_path / 'run'), 'laptop:smoke', clusters)
-  with Checkpoints(str(tmp_path / 'run' / 'checkpoints')) as checkpoints:
-    _, state, _ = checkpoints.restore_latest(
-      programs(run.model, run.optimizer, make_mesh({}), run.loose).abstract
-    )
-  for leaf, workers in zip(*map(jax.tree.leaves, (state.params, state.opt_state.params)), strict=True):
-    np.testing.assert_array_equal(workers, np.stack([leaf] * 2))
-
-
 def test_imported_weights_take_the_data_of_their_first_training(rng, tmp_path, text):
   write_llama(tmp_path / 'llama', llama_tensors(rng))
   to = str(tmp_path / 'run')
