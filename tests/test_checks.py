@@ -238,7 +238,8 @@ LEAST = (
   'optimizer.name=muon',
   'optimizer.manifold=manifold_muon optimizer.manifold_pattern=layers/.*/w',
   'optimizer.manifold=stiefel optimizer.manifold_pattern=layers/.*/w',
-  'optimizer.manifold=loro optimizer.manifold_pattern=.*/[uv] optimizer.manifold_value=2 model.weights.rank=4',
+  'optimizer.manifold=loro optimizer.manifold_pattern=.*/[uv] optimizer.manifold_value=2 '
+  'model.weights.rank=4',
   'model.sparse.kind=topk model.sparse.topk=3 model.sparse.stage=warmup',
   'model.mtp.depth=1 cluster.workers=2 cluster.sync_every=2 cluster.overlap=1',
 )
