@@ -203,7 +203,7 @@ def _defect_of(constraint: Constraint) -> Callable[[Array], jax.Array]:
 
 
 def _depth_rank(
-  pre_SNBT: Array | None, post_SNBT: Array | None, res_SNMBT: Array, m: int
+  pre_SNBT: Array | None, post_SNBT: Array | None, res_SNMBT: Array, m: int = 1
 ) -> dict[str, Array]:
   """The effective rank of the token-mean depth matrix; nothing where it is not finite."""
   shape = (res_SNMBT.shape[0], *res_SNMBT.shape[2:])

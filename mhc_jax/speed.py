@@ -58,7 +58,9 @@ def calibrated(planned: list[Run]) -> Speed:
   shares: dict[Any, float] = {}
   for run in planned:
     shares[run.shapes] = shares.get(run.shapes, 0.0) + run.derived['flops']
-  model, _, batch_size, seq_len = max(shares, key=lambda shape: (-shape[0].connection.streams, shares[shape]))
+  model, _, batch_size, seq_len, _ = max(
+    shares, key=lambda shape: (-shape[0].connection.streams, shares[shape])
+  )
   model = dataclasses.replace(model, depth=1, dense_layers=0, scan_unroll=1)
   per_token = train_flops_per_token(model, seq_len)
   rows = max(1, min(batch_size, int(CALIBRATION / per_token / seq_len)))

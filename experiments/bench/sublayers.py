@@ -80,7 +80,7 @@ def mhc_jax(width: int, tokens: int) -> tuple[Run, Run]:
   assert model.connection.constraint.params['iterations'] == ITERATIONS
 
   def sublayer(params, x_NBTD):
-    x_NBTD, y_BTD, own = boundary(params, hc.Pending(x_NBTD), 0, model, None)
+    x_NBTD, y_BTD, own = boundary(params, hc.Pending(x_NBTD), 0, model, None, model.connection)
     return hc.write(own.res_NMBT, own.post_NBT, x_NBTD, y_BTD)
 
   params = hc.init_params(jax.random.key(0), model.connection, width, 0)
