@@ -369,6 +369,19 @@ def test_diagnostics_have_every_sublayer():
   assert (found['fp8_row_error_max'] > found['fp8_row_error']).all()
 
 
+@pytest.mark.parametrize('dense', (0, 1))
+@pytest.mark.parametrize('shared', (0, 1))
+def test_experts_record_what_other_sublayers_do(shared, dense):
+  """Of routed experts alone too: layers of both kinds are shown side by side."""
+  c = model(True, moe={'shared': shared}, dense_layers=dense, dtype='float32')
+  tokens = jnp.zeros((1, T), jnp.int32)
+  params = jax.eval_shape(Transformer(c).init, jax.random.key(0), tokens, tokens)
+  _, records = jax.eval_shape(functools.partial(Transformer(c).apply, record=1), params, tokens, tokens)
+  names = [{name for name in of_kind if name.startswith('fp8_')} for of_kind in records]
+  assert names[0] == names[1] and len(names[0]) == 5
+  assert all(of_kind[name].shape == (2,) for of_kind in records for name in names[0])
+
+
 def test_what_cannot_be_is_refused():
   with pytest.raises(ConfigError, match='must be fp8_v3'):
     build_model(config(precision='fp8'))

@@ -125,5 +125,7 @@ class MixtureOfExperts(nn.Module):
     if self.record and in_fp8:
       error_BT = fp8.row_errors(routed_BTD, experts(x_BTD, routing, *in_type, self.mesh))
       measured.append({'row_error': error_BT.mean(), 'row_error_max': error_BT.max()})
-      measured[-1] |= fp8.shares(x_BTD, fp8.TILES[c.precision].row)
+      row, block, _ = fp8.TILES[c.precision]
+      lost = jnp.stack([fp8.shares(w, block)['underflow'] for w in weights])
+      measured[-1] |= fp8.shares(x_BTD, row) | {'weight_underflow': lost.mean()}
     return y_BTD, records | fp8.records(measured)
