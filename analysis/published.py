@@ -84,12 +84,16 @@ def published_fits() -> pd.DataFrame:
 
 
 def same_arms(grid: pd.DataFrame) -> dict[str, str]:
-  """Arm of the sweep -> the published arm that it is; arms that are none are left out."""
+  """Arm of the sweep -> the published arm that it is; arms that are none are left out.
+
+  Streams are whole where the published arm does not name their fractions.
+  """
   out = {}
   for arm, rows in grid.groupby('arm', sort=False):
     row = rows.iloc[0]
     for name, entry in data()['arms'].items():
-      if entry['ours'] and all(row[column] in values for column, values in entry['ours'].items()):
+      wanted = {'connection_fractions': [1], **(entry['ours'] or {})}
+      if entry['ours'] and all(row[column] in values for column, values in wanted.items()):
         out[arm] = name
   return out
 

@@ -22,7 +22,7 @@ from mhc_jax.run_folder import ENDED, crc32, is_number, load_config, load_plan, 
 # Columns of results.csv: a field of config.json or status.json each.
 MODEL = {name: f'model.{name}' for name in ('width', 'depth', 'heads', 'kv_heads', 'ffn_width', 'dtype')}
 CONNECTION = {f'connection_{name}': f'model.connection.{name}' for name in ('name', 'preset', 'constraint')}
-CONNECTION |= {f'connection_{name}': f'model.connection.{name}' for name in ('streams', 'rank')}
+CONNECTION |= {f'connection_{name}': f'model.connection.{name}' for name in ('streams', 'rank', 'fractions')}
 CONNECTION |= {f'connection_{gate}': f'model.connection.{gate}.kind' for gate in ('read_gate', 'write_gate')}
 TRAINING = {'seed': 'seed', 'lr': 'optimizer.lr', 'schedule': 'optimizer.schedule'}
 TRAINING |= {'batch_size': 'data.batch_size', 'seq_len': 'data.seq_len', 'data': 'data.name'}
@@ -168,6 +168,7 @@ def row_of(run: Run) -> dict[str, object]:
   fixed_rank = config.get('optimizer.manifold') == 'fixed_rank'
   row = {'run_id': run.run_id, 'arm': run.arm, 'state': run.state}
   row |= picked(MODEL | CONNECTION, config) | {'variant': _variant(run.config)}
+  row['connection_fractions'] = row['connection_fractions'] or 1  # older runs know no fractions
   row |= {
     'weights_rank': config.get('model.weights.rank'),
     'projected_rank': config.get('optimizer.manifold_value') if fixed_rank else None,
@@ -216,6 +217,7 @@ def _variant(config: dict | None) -> str:
     k: leaves.get(v) for k, v in CONNECTION.items() if k not in ('connection_streams', 'connection_rank')
   }
   connection = ((config or {}).get('model') or {}).get('connection') or {}
+  same['connection_fractions'] = same['connection_fractions'] or 1
   same |= {k: connection.get(k) for k in ('constraint_params', 'dynamic', 'activation', 'generator', 'scope')}
   return json.dumps(same, sort_keys=True)
 

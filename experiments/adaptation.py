@@ -157,7 +157,10 @@ def subsets(params: Any, patterns: dict[str, str], counts: dict[str, int], seed:
   counts: scalars of a control where this arm has no match.
   """
   out, connection = {}, matching(CONNECTION, params)
-  rest = jax.tree.map(lambda m: 1 - m, connection)
+  # Not of the module that predicts further tokens: it has no part in the loss that is scored.
+  rest = jax.tree_util.tree_map_with_path(
+    lambda path, m: (1 - m) * (not path_name(path).startswith('mtp/')), connection
+  )
   for name, pattern in patterns.items():
     mask = matching(pattern, params)
     count = size(mask) or counts[name]

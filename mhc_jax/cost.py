@@ -117,8 +117,8 @@ def forward_flops_per_token(c: ModelConfig, seq_len: int) -> dict[str, float]:
     product = inputs * part * (outputs - res + spec.rank) + spec.rank * res
   sublayers = 2 * c.depth
   flops |= {
-    'hc_generator': sublayers * spec.dynamic * (2 * copies * product + 3 * n * c.width),
-    'hc_read': (sublayers + c.depth * (spec.read_ways - 1)) * 2 * spec.parts.get('pre', units) * part,
+    'hc_generator': sublayers * spec.dynamic * 2 * copies * product + _norm_flops(c),
+    'hc_read': _reads(c) * 2 * spec.parts.get('pre', units) * part,
     'hc_mix': sublayers * (2 * units * units * part if 'res' in spec.parts else 0),
     'hc_write': sublayers * 2 * spec.parts.get('post', units) * part,
     'hc_elementwise': sublayers * 2 * _elementwise(c),
@@ -261,6 +261,24 @@ def _generator(c: ModelConfig) -> int:
 def _elementwise(c: ModelConfig) -> int:
   """Parameters of one sublayer's elementwise read."""
   return 2 * (c.connection.read_rank or 0) * c.connection.streams * c.width
+
+
+def _reads(c: ModelConfig) -> int:
+  """Weighted sums of the streams that sublayers, and a dense collapse, take their inputs from."""
+  return c.depth * (1 + c.connection.read_ways) + (c.connection.collapse == 'dense')
+
+
+def _norm_flops(c: ModelConfig) -> int:
+  """Per token, of the norms of what coefficients are generated from: 3 a number, all streams a sublayer.
+
+  A dense read norms the last stream alone, once a layer and at the end. With depth_norm it norms all, and
+  what was read: 5 a number with its weights and the last stream added.
+  """
+  spec = c.connection
+  if spec.read_gate.kind != 'dense':
+    return 2 * c.depth * spec.dynamic * 3 * spec.streams * c.width
+  ways = spec.read_ways * c.depth + 1
+  return c.width * (3 * (c.depth + 1) * (1 + spec.streams * spec.depth_norm) + 5 * ways * spec.depth_norm)
 
 
 def _latent_norms(c: ModelConfig) -> int:

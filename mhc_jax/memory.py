@@ -133,7 +133,7 @@ def _layer_bytes(run: Run) -> float:
     each = [(c.width, c.moe.ffn_width)] * 2 + [(c.moe.ffn_width, c.width)]
     experts += each * (c.moe.active + c.moe.shared)
   dense_layers = c.depth if c.moe is None else c.dense_layers
-  layers = [dense] * dense_layers + [experts] * (c.depth - dense_layers)
+  layers = [dense] * (dense_layers + (c.mtp is not None)) + [experts] * (c.depth - dense_layers)
   one = max(sum(a + b for a, b in layer) for layer in layers)
   size = jnp.dtype(c.dtype).itemsize
   # Of FP8 products a float32 sum is kept by name of its operation, and a byte of each input, with scales.

@@ -163,6 +163,9 @@ def test_controls_are_as_large_and_lie_elsewhere(model):
     assert sizes[f'norms, as many as {name}'] == min(sizes[name], norms)
   of_random = jax.tree_util.tree_leaves_with_path(masks['random, as many as connection'])
   assert not any(leaf.any() for path, leaf in of_random if '_connection' in path_name(path))
+  module = {'mtp': {'e_proj': np.zeros((8, 8))}}
+  with_module = subsets(params | module, {'maps': adaptation.PATTERNS['maps']}, {'maps': 9}, seed=1)
+  assert not with_module['random, as many as maps']['mtp']['e_proj'].any()
   plain_arm = {name: leaf for name, leaf in params.items() if name != 'layers'}
   alone = subsets(plain_arm, adaptation.PATTERNS, {'maps': 9, 'connection': 11}, seed=1)
   assert {name: size(mask) for name, mask in alone.items()} == {

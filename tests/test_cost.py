@@ -153,7 +153,9 @@ def product_terms(config):
   """The terms of cost.py that are matrix products, without the norms and reads inside two of them."""
   terms, spec = forward_flops_per_token(config, T), config.connection
   norms, further = 3 * spec.streams * config.width, config.mtp is not None
-  if 'hc_generator' in terms:
+  if spec.read_gate.kind == 'dense':
+    terms.pop('hc_generator')  # norms alone, in another number
+  elif 'hc_generator' in terms:
     terms['hc_generator'] -= 2 * (config.depth + further) * spec.dynamic * norms
   if 'hc_collapse' in terms:
     terms['hc_collapse'] -= (1 + further) * (norms + 2 * spec.streams * config.width)

@@ -7,6 +7,7 @@ import pytest
 from test_model import SEGMENTS, TOKENS, initial, model
 
 from mhc_jax.config import base_config
+from mhc_jax.cost import forward_flops_per_token
 from mhc_jax.errors import ConfigError
 from mhc_jax.layers.attention import Attention, visible
 from mhc_jax.layers.feed_forward import FeedForward
@@ -75,6 +76,14 @@ def test_it_starts_as_the_residual_model(x64, preset):
     for c in (model({'name': 'mudd', 'preset': preset}), model('residual'))
   )
   np.testing.assert_allclose(found, wanted, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize('preset,norms', (('multiway', 3 * 4), ('normed', 3 * 4 * (1 + 4) + 5 * 13)))
+def test_flops_of_reads_and_norms_by_hand(preset, norms):
+  """Three layers, four streams: 4 + 1 reads a layer, one at the end; 4 norms of the last stream, or of all."""
+  c = model({'name': 'mudd', 'preset': preset}, depth=3)
+  terms = forward_flops_per_token(c, 4)
+  assert terms['hc_read'] == (3 * 5 + 1) * 2 * 4 * c.width and terms['hc_generator'] == norms * c.width
 
 
 def test_what_does_not_go_with_dense_reads_is_refused():

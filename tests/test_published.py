@@ -18,9 +18,14 @@ def folder(tmp_path_factory):
   """Two sizes and seeds of residual, mhc by Sinkhorn, and an arm called mhc2 whose H_res is the identity."""
   path, planned = tmp_path_factory.mktemp('published'), []
   for size, seed in (((32, 2), 0), ((32, 2), 1), ((64, 2), 0), ((64, 2), 1)):
-    for arm, more in (('residual', {}), ('mhc', SINKHORN), ('mhc2', {})):
+    for arm, more in (
+      ('residual', {}),
+      ('mhc', SINKHORN),
+      ('mhc2', {}),
+      ('mhc3', SINKHORN | {'fractions': 4}),
+    ):
       config = config_of(arm, *size, seed)
-      config['model']['connection'] |= {'name': arm.removesuffix('2')} | more
+      config['model']['connection'] |= {'name': arm.rstrip('23')} | more
       planned.append(write_run(path, config))
   write_plan(path, planned)
   return path

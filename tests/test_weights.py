@@ -248,6 +248,11 @@ def test_what_the_class_does_not_compute_is_refused_in_one_line(layout, override
   assert CLASSES[layout] in str(refused.value) and choose(None, model) != layout
 
 
+def test_further_tokens_have_no_published_names():
+  with pytest.raises(ConfigError, match=r'model.mtp.depth: the module .* has no published names'):
+    choose(None, model_of('mtp.depth=1'))
+
+
 def test_a_parameter_without_a_published_name_is_refused(rng):
   """Nothing is left out without a word."""
   model = model_of()

@@ -67,6 +67,9 @@ def _is_plain(c: ModelConfig) -> bool:
 
 def choose(layout: str | None, c: ModelConfig) -> str:
   """The layout that was asked for, or the first that fits; ConfigError where that one does not."""
+  require(
+    c.mtp is None, 'model.mtp.depth: the module that predicts further tokens has no published names here'
+  )
   if layout is None:
     return next(name for name in CLASSES if why_not(name, c) is None)
   reason = why_not(layout, c)
