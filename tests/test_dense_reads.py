@@ -80,7 +80,7 @@ def test_it_starts_as_the_residual_model(x64, preset):
 
 @pytest.mark.parametrize('preset,norms', (('multiway', 3 * 4), ('normed', 3 * 4 * (1 + 4) + 5 * 13)))
 def test_flops_of_reads_and_norms_by_hand(preset, norms):
-  """Three layers, four streams: 4 + 1 reads a layer, one at the end; 4 norms of the last stream, or of all."""
+  """Three layers, four streams: 4 + 1 reads a layer, one at the end; 4 norms of last streams, or all."""
   c = model({'name': 'mudd', 'preset': preset}, depth=3)
   terms = forward_flops_per_token(c, 4)
   assert terms['hc_read'] == (3 * 5 + 1) * 2 * 4 * c.width and terms['hc_generator'] == norms * c.width
