@@ -43,6 +43,7 @@ from . import (
   router,
   sparse,
   stability,
+  study,
 )
 from .workers import corpus_of
 
@@ -61,6 +62,7 @@ EXPERIMENTS: dict[str, Callable[[str | None], list[ConfigDict]]] = {
   'sparse': sparse.runs,
   'mtp': mtp.runs,
   'clusters': clusters.runs,
+  'study': study.runs,
 }
 
 
