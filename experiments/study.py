@@ -57,13 +57,13 @@ SCALES: dict[str, dict[str, Any]] = {
   },
   'gpu': {
     'protocol': 'small',
-    'sizes': ((32, 4), (48, 4), (64, 6), (96, 6), (144, 8)),
+    'sizes': ((32, 2), (32, 4), (48, 4), (64, 6), (112, 6)),
     'data': {'batch_size': 32, 'seq_len': 128},
     'evaluation': {'sequences': 2048, 'batch_size': 256},
     'tuned': (48, 4),
-    'checked': (96, 6),
-    'muon': ((48, 4), (96, 6)),
-    'more_tokens': ((32, 4), (48, 4)),
+    'checked': (64, 6),
+    'muon': ((48, 4), (64, 6)),
+    'more_tokens': ((32, 2), (32, 4)),
   },
   'pod': {
     'protocol': 'large',
@@ -78,7 +78,7 @@ SCALES: dict[str, dict[str, Any]] = {
 }
 TOKENS_PER_PARAM, MORE_TOKENS_PER_PARAM = 20.0, 80.0
 SEEDS, LARGEST_SEEDS, RATE_SEEDS = (0, 1, 2), (0, 1), (100, 101)
-GRIDS = {'adamw': (8e-3, 1.6e-2, 3.2e-2, 6.4e-2), 'muon': (1.6e-2, 3.2e-2, 6.4e-2, 1.28e-1)}
+GRIDS = {'adamw': (4e-3, 8e-3, 1.6e-2, 3.2e-2), 'muon': (8e-3, 1.6e-2, 3.2e-2, 6.4e-2)}
 STREAMS, GENERATOR_RANKS = (1, 2, 8), (1, 4)  # of mhc, besides 4 and full
 WEIGHT_RANKS = (8, 4, 2)  # parts of the width
 EVALUATIONS, ROWS = 5, 100  # of a run

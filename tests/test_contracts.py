@@ -55,7 +55,7 @@ PLANS = {
   'sparse': '338ceeb8bd70',
   'mtp': '18c3936055d2',
   'clusters': '8202575c9377',
-  'study': 'f9c757716916',
+  'study': '23a98ad716e0',
 }
 
 
