@@ -40,6 +40,7 @@ from . import (
   protocol,
   quick,
   rank,
+  rotations,
   router,
   sparse,
   stability,
@@ -63,6 +64,7 @@ EXPERIMENTS: dict[str, Callable[[str | None], list[ConfigDict]]] = {
   'mtp': mtp.runs,
   'clusters': clusters.runs,
   'study': study.runs,
+  'rotations': rotations.runs,
 }
 
 

@@ -25,6 +25,7 @@ COMMANDS = {
   'sweep': 'run an experiment: many runs, resumable, on one machine or many',
   'report': 'results.csv, fits, figures and one HTML page of a sweep',
   'plots': "the papers' figures from a sweep",
+  'verify': 'published results against this code: the cheapest runs trained again',
   'fit': 'fit a scaling law to the points of a CSV file',
   'reproduce': 'published scaling-law fits, reproduced from their data',
   'coverage': 'how often the intervals of a fit hold the truth, by simulation',
@@ -66,6 +67,8 @@ def main_of(command: str) -> Callable[[list[str]], int]:
       from mhc_jax.analysis.report import main
     case 'plots':
       from mhc_jax.analysis.plots import main
+    case 'verify':
+      from mhc_jax.experiments.verify import main
     case 'fit':
       from mhc_jax.analysis.fit import main
     case 'reproduce':

@@ -56,6 +56,7 @@ PLANS = {
   'mtp': '18c3936055d2',
   'clusters': '8202575c9377',
   'study': '23a98ad716e0',
+  'rotations': 'dc29185751e7',
 }
 
 

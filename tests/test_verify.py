@@ -1,0 +1,119 @@
+"""`mhc verify`: published losses against runs trained again, and what two machines' rounding allows."""
+
+import json
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from experiments import planning, quick, verify
+from mhc_jax.errors import ConfigError
+from mhc_jax.run_folder import load_plan
+from mhc_jax.workdir import read_config, read_status
+
+
+def tiny(text):
+  """Two arms of two updates."""
+  configs = []
+  for seed, name in ((0, 'residual'), (0, 'identity'), (1, 'residual')):
+    c = quick.config(name, 16, 1, seed)
+    c.data.update({'name': f'text_files:{text}', 'dir': str(text.parent), 'batch_size': 2, 'seq_len': 16})
+    c.duration.steps = c.evaluation.every_steps = 2
+    c.evaluation.update({'sequences': 8, 'batch_size': 8})
+    c.log.update({'diagnostics_every_steps': None, 'tensorboard': False})
+    configs.append(c)
+  return configs
+
+
+@pytest.fixture(scope='module')
+def published(tmp_path_factory):
+  """The folder of a finished sweep of `tiny`, as analysis/publish.py leaves one."""
+  folder = tmp_path_factory.mktemp('published') / 'tiny'
+  text = folder.parent / 'text'
+  text.mkdir()
+  for k in range(40):
+    (text / f'{k}.txt').write_text(f'Once upon a time there were {k} bears. ' * 50)
+  planning.EXPERIMENTS['tiny'] = lambda _: tiny(text)
+  configs, planned = planning.plan('tiny')
+  runs = folder.parent / 'runs'
+  verify.execute(configs, planned, str(runs), workers=1)
+  folder.mkdir()
+  planning.keep(str(folder), 'tiny', [], planned)
+  rows = []
+  for run_id, arm in load_plan(str(folder))[1].items():
+    config, status = read_config(str(runs / run_id)), read_status(str(runs / run_id))
+    derived = status['derived']
+    rows.append(
+      {'run_id': run_id, 'arm': arm, 'state': status['state'], 'flops': derived['flops']}
+      | {'validation_loss': status['final']['validation/loss'], 'data_digest': derived['data_digest']}
+      | {'seed': config['seed']}
+    )
+  pd.DataFrame(rows).to_csv(folder / 'results.csv', index=False)
+  yield folder
+  del planning.EXPERIMENTS['tiny']
+
+
+def changed(published, tmp_path, **columns):
+  """A copy whose results.csv has other columns."""
+  folder = tmp_path / 'tiny'
+  shutil.copytree(published, folder)
+  pd.read_csv(folder / 'results.csv').assign(**columns).to_csv(folder / 'results.csv', index=False)
+  return folder
+
+
+def test_the_same_code_agrees_and_takes_each_arm_first(published, capsys):
+  assert verify.main([str(published), '--runs', '2']) == 0
+  lines = capsys.readouterr().out.splitlines()
+  assert [line.split()[2] for line in lines[:2]] == ['residual', 'identity']
+  assert all(line.endswith('ok') for line in lines[:2]) and lines[2] == '1 folders: all agree'
+
+
+def test_a_loss_that_this_code_does_not_reach_is_stale(published, tmp_path, capsys):
+  table = pd.read_csv(published / 'results.csv')
+  folder = changed(published, tmp_path, validation_loss=table['validation_loss'] + 0.5)
+  assert verify.main([str(folder), '--runs', '1']) == 1
+  assert 'difference -0.5' in capsys.readouterr().out
+
+
+def test_runs_that_are_no_longer_planned_are_stale(published, tmp_path, capsys):
+  table = pd.read_csv(published / 'results.csv')
+  ids = ['0' * 12, *table['run_id'][1:]]
+  assert verify.main([str(changed(published, tmp_path, run_id=ids)), '--runs', '1']) == 1
+  assert 'STALE: 1 of 3 runs are not those that `mhc sweep tiny` plans now' in capsys.readouterr().out
+
+
+def test_what_cannot_be_verified_says_so_in_a_line(published, tmp_path, capsys):
+  with pytest.raises(ConfigError, match='made of the corpus other'):
+    verify.main([str(changed(published, tmp_path, data_digest='other'))])
+  (tmp_path / 'bare').mkdir()
+  with pytest.raises(ConfigError, match=r'bare has no results.csv'):
+    verify.main([str(tmp_path / 'bare')])
+  assert verify.main([str(tmp_path / 'bare'), str(published), '--runs', '1']) == 0
+  assert 'not verified:' in capsys.readouterr().out
+
+
+def test_the_tolerance_by_hand():
+  """Deviations 0.1 and 0.3 over three roundings pool to the root of 0.05, with 4 degrees of freedom."""
+  rows = [
+    (name, updates, seed, k, 2 + scale * sd * value)
+    for name, scale in (('mhc', 1.0), ('hc', 10.0))
+    for updates, sds in ((100, (0.01, 0.01)), (400, (0.1, 0.3)))
+    for seed, sd in enumerate(sds)
+    for k, value in enumerate((-1.0, 0.0, 1.0))
+  ]
+  table = pd.DataFrame(rows, columns=['connection', 'updates', 'seed', 'rounding', 'validation_loss'])
+  expected = np.sqrt(2 * 0.05) * stats.t.ppf(0.9995, 4)
+  assert verify.tolerance('mhc', 50, table) == pytest.approx(expected)
+  assert verify.tolerance('mhc', 1600, table) == pytest.approx(2 * expected)
+  assert verify.tolerance('gated_residual', 400, table) == pytest.approx(10 * expected)
+
+
+def test_every_published_sweep_has_a_plan_of_its_runs():
+  """plan.json names the runs of results.csv, and nothing of the machine that made them."""
+  folders = [path.parent for path in (verify.ROUNDING.parent.parent / 'docs/results').glob('*/plan.json')]
+  assert folders
+  for folder in folders:
+    assert set(load_plan(str(folder))[1]) == set(pd.read_csv(folder / 'results.csv')['run_id']), folder
+    assert json.loads((folder / 'plan.json').read_text()).keys() == {'sweep', 'options', 'runs'}
