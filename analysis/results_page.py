@@ -25,7 +25,7 @@ found before: `experiments/LOG.md`; all of it together: [The study](study.md). L
 the validation split, intervals 95 %. A folder of `results/` has its runs (`results.csv`) and its plan. It is
 
 - made by `mhc sweep NAME`, `python -m analysis.publish runs/NAME`, and this page's command;
-- checked by `mhc verify docs/results/NAME`, which trains the cheapest runs again and compares.
+- checked by `mhc verify` with that folder, which trains the cheapest runs again and compares.
 """
 TITLES = {
   'study-gpu': 'study: seven arms on a GPU',
@@ -175,10 +175,10 @@ def ranks(folder: Path) -> list[str]:
   for path in sorted(folder.glob('loss_vs_*.csv')):
     table = pd.read_csv(path)
     if 'rank' in table:
-      for _, r in table[table['kind'] == 'mean'].iterrows():
-        rows.append((path.stem.removeprefix('loss_vs_').replace('_', ' '), f'{r["rank"]:g}'))
-        rows[-1] += (f'{r["validation_loss"]:.3f}',)
-  return _table(('rank of', 'rank', 'loss'), rows)
+      means = table[table['kind'] == 'mean']
+      cells = [f'{r["rank"]:g}: {r["validation_loss"]:.3f}' for _, r in means.iterrows()]
+      rows.append((path.stem.removeprefix('loss_vs_').replace('_', ' '), ', '.join(cells)))
+  return _table(('rank of', 'rank: loss'), rows)
 
 
 def optimal_sizes(folder: Path) -> list[str]:
@@ -244,7 +244,8 @@ def section(folder: Path) -> list[str]:
     for stem in figures
     if (folder / f'{stem}.png').is_file()
   ]
-  return [*lines, *shown, ''] if shown else lines
+  pairs = [' '.join(shown[k : k + 2]) for k in range(0, len(shown), 2)]
+  return [*lines, *pairs, ''] if shown else lines
 
 
 def coordinates(folder: Path) -> list[str]:

@@ -148,12 +148,12 @@ def listing() -> str:
   """The experiments: what each is for, and for each argument that it takes how many runs."""
   lines = []
   for name, runs in EXPERIMENTS.items():
-    counts = {}
-    for argument in (None, *protocol.SCALES):
+    counts, module = {}, sys.modules[runs.__module__]
+    for argument in (None, *getattr(module, 'SCALES', protocol.SCALES)):
       with contextlib.suppress(ValueError):  # an argument that it does not take
         counts[f'{name}:{argument}' if argument else name] = len(runs(argument))
     lines.append(', '.join(f'{called} ({count} runs)' for called, count in counts.items()))
-    purpose = sys.modules[runs.__module__].__doc__.splitlines()[0]
+    purpose = module.__doc__.splitlines()[0]
     lines.append(textwrap.indent(textwrap.fill(purpose, 96), '    '))
   return '\n'.join(lines)
 

@@ -48,7 +48,7 @@ def published(tmp_path_factory):
     rows.append(
       {'run_id': run_id, 'arm': arm, 'state': status['state'], 'flops': derived['flops']}
       | {'validation_loss': status['final']['validation/loss'], 'data_digest': derived['data_digest']}
-      | {'seed': config['seed']}
+      | {'seed': config['seed'], 'device_kind': status['device_kind']}
     )
   pd.DataFrame(rows).to_csv(folder / 'results.csv', index=False)
   yield folder
@@ -104,10 +104,12 @@ def test_the_tolerance_by_hand():
     for k, value in enumerate((-1.0, 0.0, 1.0))
   ]
   table = pd.DataFrame(rows, columns=['connection', 'updates', 'seed', 'rounding', 'validation_loss'])
-  expected = np.sqrt(2 * 0.05) * stats.t.ppf(0.9995, 4)
-  assert verify.tolerance('mhc', 50, table) == pytest.approx(expected)
-  assert verify.tolerance('mhc', 1600, table) == pytest.approx(2 * expected)
-  assert verify.tolerance('gated_residual', 400, table) == pytest.approx(10 * expected)
+  expected = np.sqrt(2 * 0.05) * stats.t.ppf(0.995, 4)
+  assert verify.tolerance('mhc', 50, table) == verify.tolerance('mhc', 400, table) == pytest.approx(expected)
+  grown = expected * (np.sqrt(0.05) / 0.01) ** (30 / 300)
+  assert verify.tolerance('mhc', 430, table) == pytest.approx(grown)
+  for name, updates in (('mhc', 10_000), ('gated_residual', 50), (None, 50)):
+    assert verify.tolerance(name, updates, table) == pytest.approx(10 * expected)
 
 
 def test_every_published_sweep_has_a_plan_of_its_runs():
