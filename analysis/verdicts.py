@@ -74,20 +74,23 @@ def line(paired: pd.DataFrame) -> dict[str, float]:
     'mean_half': float(quantile / np.sqrt(weight.sum())),
     'slope': float((weight * (decades - centre) * value).sum() / spread),
     'slope_half': float(quantile / np.sqrt(spread)),
-    'pairs': len(paired),
-    'freedom': freedom,
+    'p_value': float(2 * stats.t.sf(abs((weight * value).sum()) / np.sqrt(weight.sum()), freedom)),
     'flops': float(paired['flops'].sum()),
   }
 
 
 def verdicts(table: pd.DataFrame) -> pd.DataFrame:
-  """A row for each contrast whose arms the sweep has."""
+  """A row for each contrast whose arms the sweep has; holm: p-values of the means, corrected for the rows."""
   rows = []
   for arm, other in CONTRASTS:
     paired = differences(table, arm, other)
     if len(paired):
       rows.append({'arm': arm, 'other': other} | line(paired))
-  return pd.DataFrame(rows)
+  found = pd.DataFrame(rows)
+  order = found['p_value'].argsort().to_numpy()
+  step = found['p_value'].to_numpy()[order] * np.arange(len(found), 0, -1)
+  found.loc[order, 'holm'] = np.minimum(np.maximum.accumulate(step), 1)
+  return found
 
 
 def by_size(table: pd.DataFrame, reference: str = 'residual') -> pd.DataFrame:
@@ -107,14 +110,14 @@ def settle(mean: float, half: float, flops: float) -> str:
 def markdown(table: pd.DataFrame) -> str:
   """Both tables."""
   lines = [
-    '| contrast | pairs | mean difference | 95 % | over a decade of compute | 95 % | to settle the mean |',
+    '| contrast | mean difference | 95 % | p (Holm) | over a decade of compute | 95 % | to settle the mean |',
     '|' + '---|' * 7,
   ]
   for _, r in verdicts(table).iterrows():
     ends = [(r[k] - r[f'{k}_half'], r[k] + r[f'{k}_half']) for k in ('mean', 'slope')]
     told = [f'{low:+.4f} to {high:+.4f}' for low, high in ends]
     lines.append(
-      f'| {r["arm"]} - {r["other"]} | {r["pairs"]} | {r["mean"]:+.4f} | {told[0]} | {r["slope"]:+.4f} | '
+      f'| {r["arm"]} - {r["other"]} | {r["mean"]:+.4f} | {told[0]} | {r["holm"]:.2g} | {r["slope"]:+.4f} | '
       f'{told[1]} | {settle(r["mean"], r["mean_half"], r["flops"])} |'
     )
   sizes = by_size(table)

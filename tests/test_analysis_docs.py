@@ -78,6 +78,14 @@ def test_the_studys_numbers_that_are_written_in_words():
     assert ends in words(STUDY), (arm, ends)
 
 
+def test_p_values_are_corrected_by_holm():
+  found = verdicts.verdicts(read('study-gpu-small/results'))
+  p = found['p_value'].to_numpy()
+  for own, corrected in zip(p, found['holm'], strict=True):
+    smaller = [min(1.0, q * (len(p) - (p < q).sum())) for q in p[p <= own]]
+    assert corrected == pytest.approx(max(smaller))
+
+
 def test_weighted_means_hold_their_truth():
   """Pairs whose noise falls a hundredfold with compute; 95 % intervals of mean and slope, 400 times."""
   rng, cells = np.random.default_rng(0), [(w, 2, w * 1e4) for w in (16, 32, 48, 64, 96, 128)]
