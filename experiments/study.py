@@ -218,7 +218,11 @@ def main(argv: list[str] | None = None) -> int:
   parser = argparse.ArgumentParser('python -m experiments.study', description=main.__doc__)
   parser.add_argument('folders', nargs='+', help='as runs/study-cpu-rates')
   for folder in parser.parse_args(argv).folders:
-    name = pathlib.Path(folder).name.removeprefix('study-').removesuffix('-rates')
+    name = (load_plan(folder)[0] or '').partition(':')[2] or 'cpu-rates'
+    require(
+      name.endswith('-rates'), f'{folder} is no sweep of rates: choose from study:cpu-rates or the like'
+    )
+    name = name.removesuffix('-rates')
     chosen = json.loads(RATES.read_text()) if RATES.is_file() else {}
     chosen[name] = choose(folder)
     RATES.write_text(json.dumps(chosen, indent=2) + '\n')

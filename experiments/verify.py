@@ -69,7 +69,9 @@ def verify(folder: Path, count: int, out: str) -> bool:
     require((folder / name).is_file(), f'{folder} has no {name}: no published sweep to train again')
   table, name = pd.read_csv(folder / 'results.csv'), load_plan(str(folder))[0]
   options = load_options(str(folder))
-  configs, planned = plan(name, options)
+  seeds = int(options[options.index('--seeds') + 1]) if '--seeds' in options else None
+  overrides = [option for option in options if option.startswith('--config.')]
+  configs, planned = plan(name, overrides, seeds)
   known = {run.run_id: (config, run) for config, run in zip(configs, planned, strict=True)}
   digests = {run.derived['data_digest'] for run in planned}
   published = set(table['data_digest'].dropna())

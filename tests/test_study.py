@@ -69,7 +69,7 @@ def test_without_rates_it_says_how_to_choose_them(tmp_path, monkeypatch):
       study.runs(argument)
 
 
-def test_the_rate_is_the_lowest_mean_and_divergence_is_infinite(monkeypatch):
+def test_the_rate_is_the_lowest_mean_and_divergence_is_infinite(tmp_path, monkeypatch):
   losses = {  # arm, rate -> losses of the seeds
     ('a', 1e-3): (2.0, 2.2),
     ('a', 2e-3): (1.9, 2.1),
@@ -86,6 +86,15 @@ def test_the_rate_is_the_lowest_mean_and_divergence_is_infinite(monkeypatch):
 
   monkeypatch.setattr(study, 'read_status', status)
   assert study.choose('x') == {'a': 2e-3, 'b': 1e-3}
+  monkeypatch.setattr(study, 'RATES', tmp_path / 'rates.json')
+  planned = {run_id: run[0] for run_id, run in runs.items()}
+  for name, key in (('study:gpu-muon-rates', 'gpu-muon'), ('study', 'cpu')):
+    monkeypatch.setattr(study, 'load_plan', lambda _, name=name: (name, planned))
+    assert study.main(['x']) == 0
+    assert json.loads(study.RATES.read_text())[key] == {'a': 2e-3, 'b': 1e-3}
+  monkeypatch.setattr(study, 'load_plan', lambda _: ('study:gpu', planned))
+  with pytest.raises(ConfigError, match='is no sweep of rates'):
+    study.main(['x'])
   monkeypatch.setattr(study, 'read_status', lambda _: {'state': 'running'})
   with pytest.raises(ConfigError, match='is running: finish the sweep first'):
     study.choose('x')

@@ -84,6 +84,20 @@ def test_runs_that_are_no_longer_planned_are_stale(published, tmp_path, capsys):
   assert 'STALE: 1 of 3 runs are not those that `mhc sweep tiny` plans now' in capsys.readouterr().out
 
 
+def test_overrides_and_seeds_are_those_of_the_published_sweep(published, tmp_path, capsys):
+  folder = changed(published, tmp_path)
+  planned = planning.plan('tiny', ['--config.optimizer.lr=0.5'], 2)[1]
+  planning.keep(str(folder), 'tiny', ['--config.optimizer.lr=0.5', '--seeds', '2'], planned)
+  assert verify.main([str(folder), '--runs', '1']) == 1
+  told = capsys.readouterr().out
+  assert '3 of 3 runs are not those that `mhc sweep tiny --config.optimizer.lr=0.5 --seeds 2` plans' in told
+  table = pd.read_csv(folder / 'results.csv')
+  table['run_id'] = [run.run_id for run in planned[: len(table)]]
+  table.to_csv(folder / 'results.csv', index=False)
+  assert verify.main([str(folder), '--runs', '1']) == 1  # planned, but of another rate
+  assert 'are not those' not in capsys.readouterr().out
+
+
 def test_what_cannot_be_verified_says_so_in_a_line(published, tmp_path, capsys):
   with pytest.raises(ConfigError, match='made of the corpus other'):
     verify.main([str(changed(published, tmp_path, data_digest='other'))])
