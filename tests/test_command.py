@@ -21,7 +21,7 @@ def test_every_command_is_listed_with_what_it_does(capsys):
   said = capsys.readouterr().out
   assert all(re.search(rf'^  {name} +\w.*', said, re.MULTILINE) for name in mhc.COMMANDS)
   wanted = 'train evaluate export import tokenizer sweep report fit reproduce plots compile overhead bench'
-  wanted += ' energy coverage env'
+  wanted += ' energy coverage env verify'
   assert sorted(mhc.COMMANDS) == sorted(wanted.split())
 
 
