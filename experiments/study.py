@@ -213,11 +213,27 @@ def choose(folder: str) -> dict[str, float]:
   return {arm: min(by_rate, key=by_rate.get) for arm, by_rate in means.items()}
 
 
+def largest(scale: str) -> str:
+  """The arms at the scale's largest size as CSV, for analysis/prediction.py."""
+  width, depth = SCALES[scale]['sizes'][-1]
+  lines = ['arm,size,width,depth,params_matmul,tokens,flops']
+  for arm in ARMS:
+    derived = resolve(config(scale, arm, (width, depth), 0, 1.0), '').derived
+    numbers = derived['params']['matmul'], derived['tokens'], derived['flops']
+    lines.append(f'{arm},{width}x{depth},{width},{depth},' + ','.join(map(str, numbers)))
+  return '\n'.join(lines)
+
+
 def main(argv: list[str] | None = None) -> int:
   """Writes the chosen rates of finished sweeps of rates into study_rates.json."""
   parser = argparse.ArgumentParser('python -m experiments.study', description=main.__doc__)
-  parser.add_argument('folders', nargs='+', help='as runs/study-cpu-rates')
-  for folder in parser.parse_args(argv).folders:
+  parser.add_argument('folders', nargs='*', help='as runs/study-cpu-rates')
+  parser.add_argument('--largest', choices=sorted(SCALES), help='print the largest size, for a prediction')
+  a = parser.parse_args(argv)
+  require(bool(a.folders) != bool(a.largest), 'name folders of sweeps of rates, or --largest SCALE')
+  if a.largest:
+    print(largest(a.largest))
+  for folder in a.folders:
     name = (load_plan(folder)[0] or '').partition(':')[2] or 'cpu-rates'
     require(
       name.endswith('-rates'), f'{folder} is no sweep of rates: choose from study:cpu-rates or the like'

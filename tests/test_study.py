@@ -7,10 +7,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from analysis import prediction
 from analysis.coverage import _run
 from analysis.power import judged, sweep
 from analysis.selection import classify
-from experiments import prediction, study
+from experiments import study
 from mhc_jax.errors import ConfigError
 
 

@@ -1,7 +1,8 @@
 """What the largest size of the study ends at, predicted from the smaller ones; then, how far off that was.
 
-  python -m experiments.prediction runs/study-gpu-small --scale gpu --out prediction_gpu.csv
-  python -m experiments.prediction runs/study-gpu --scale gpu --score prediction_gpu.csv
+  python -m experiments.study --largest gpu > largest.csv
+  python -m analysis.prediction runs/study-gpu-small --runs largest.csv --out prediction_gpu.csv
+  python -m analysis.prediction runs/study-gpu --score prediction_gpu.csv
 
 By arm: `law`, the report's law through all arms with its 95 % interval for a new run, and `gap carried`, the
 law's loss of the reference plus the arm's paired gap at the largest size that is trained.
@@ -14,18 +15,14 @@ import sys
 import numpy as np
 import pandas as pd
 
-from analysis.fitting.intervals import band
-from analysis.gaps import gaps
-from analysis.runs import read_sweep
-from analysis.selection import classify, reference_arm, to_points
-from analysis.study import fit_law
 from mhc_jax.command import end_with_message
 from mhc_jax.errors import ConfigError
 
-from . import study
-from .planning import plan
-
-COLUMNS = {'params_matmul': ('params', 'matmul'), 'tokens': ('tokens',), 'flops': ('flops',)}
+from .fitting.intervals import band
+from .gaps import gaps
+from .runs import read_sweep
+from .selection import classify, reference_arm, to_points
+from .study import fit_law
 
 
 def predicted(table: pd.DataFrame, largest: pd.DataFrame) -> pd.DataFrame:
@@ -48,20 +45,6 @@ def predicted(table: pd.DataFrame, largest: pd.DataFrame) -> pd.DataFrame:
   return out.assign(name=choice.law.name).rename(columns={'name': 'law_name'})
 
 
-def planned(scale: str) -> pd.DataFrame:
-  """The runs of the largest size of a scale."""
-  width, depth = study.SCALES[scale]['sizes'][-1]
-  rows = []
-  for run in plan(f'study:{scale}')[1]:
-    if (run.model.width, run.model.depth) == (width, depth):
-      derived = run.derived
-      row = {'arm': run.resolved['arm'], 'size': f'{width}x{depth}', 'width': width, 'depth': depth}
-      rows.append(
-        row | {'params_matmul': derived['params']['matmul']} | {k: derived[k] for k in ('tokens', 'flops')}
-      )
-  return pd.DataFrame(rows)
-
-
 def scored(prediction: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
   """The prediction beside the arm's mean loss over seeds at that size; inside: runs within the interval."""
   size, rows = prediction['size'].iloc[0], []
@@ -79,20 +62,18 @@ def scored(prediction: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
 def main(argv: list[str] | None = None) -> int:
   """Command line; prints the table."""
   parser = argparse.ArgumentParser(
-    'python -m experiments.prediction',
+    'python -m analysis.prediction',
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   parser.add_argument('folder', type=pathlib.Path)
-  parser.add_argument('--scale', choices=sorted(study.SCALES), required=True)
+  what = parser.add_mutually_exclusive_group(required=True)
+  what.add_argument('--runs', type=pathlib.Path, metavar='CSV', help='what to predict, of `predicted`')
+  what.add_argument('--score', type=pathlib.Path, metavar='CSV', help='an earlier prediction')
   parser.add_argument('--out', type=pathlib.Path, help='CSV to write')
-  parser.add_argument('--score', type=pathlib.Path, metavar='CSV', help='an earlier prediction')
   a = parser.parse_args(argv)
   table = classify(read_sweep(a.folder).table)
-  if a.score:
-    found = scored(pd.read_csv(a.score), table)
-  else:
-    found = predicted(table, planned(a.scale))
+  found = scored(pd.read_csv(a.score), table) if a.score else predicted(table, pd.read_csv(a.runs))
   print(found.to_string(index=False))
   if a.out:
     a.out.parent.mkdir(parents=True, exist_ok=True)
