@@ -16,6 +16,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from unittest import mock
 
@@ -153,7 +154,9 @@ def check_other(words: list[str]) -> None:
     if words[2] in ('pytest', 'pip', 'venv'):
       return
     with mock.patch.object(sys, 'argv', words[2:]), contextlib.suppress(Parsed), _only_parsing():
-      runpy.run_module(words[2], run_name='__main__')
+      with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', '.* found in sys.modules', RuntimeWarning)  # of another test
+        runpy.run_module(words[2], run_name='__main__')
   else:
     assert words[1].startswith('examples/') and (ROOT / words[1]).exists()  # tests/test_examples.py runs all
 
