@@ -1,6 +1,7 @@
 """Finished sweeps into docs/results/NAME: figures, tables, and the plan by which they can be made again.
 
   python -m analysis.publish runs/quick runs/rank-small
+  python -m analysis.publish runs/muon/learning_rate --name learning_rate_muon
   python -m analysis.results_page > docs/results.md
 
 A folder holds results.csv (every planned run), plan.json (`mhc verify` retrains from it), headlines.csv (what
@@ -10,16 +11,23 @@ with their numbers as CSV.
 
 import argparse
 import dataclasses
-import shutil
+import re
 import sys
-import tempfile
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pandas as pd
 
 from mhc_jax.command import end_with_message
+from mhc_jax.errors import require
+from mhc_jax.run_folder import ENDED, load_options, load_plan
+from mhc_jax.storage import write_json
 
-from .figures.catalogue import draw_all
+from . import clusters
+from .figures import adaptation, coordinates
+from .figures.catalogue import SECTIONS
+from .figures.clusters import loss_over_bytes
+from .figures.draw import Drawing, save
 from .output import csv_text, staged
 from .page.words import headlines
 from .page.write import INTERNAL
@@ -49,37 +57,98 @@ FIGURES: dict[str, tuple[str, ...]] = {
   'attention_residual': ('learning_rate', 'published_gaps'),
   'fractions': ('published_gaps',),
   'sparse': ('sparse_attention',),
-  'study': ('loss_vs_flops', 'paper_gap_flops', 'rollout'),
+  'fp8': (),
+  'mtp': (),
+  'clusters': ('clusters_loss',),
+  'study': LAW,
 }
+DRAWN = {stem: draw for section in SECTIONS for stem, draw in section.figures.items()}
 REFERENCES = {'identity_or_mixing': 'identity'}  # residual elsewhere
+# Folders that are no sweep's: what draws the one CSV in them.
+ALONE = {
+  'coordinates': (coordinates.read, coordinates.coordinates),
+  'adaptation': (adaptation.read, adaptation.changes),
+}
+TABLES = (
+  'results',
+  'headlines',
+  'gaps',
+  'multipliers',
+  'final_losses',
+  'ablation',
+  'diagnostics',
+  'clusters',
+)
+LOCAL = re.compile(r'(?:^|[=:])(?:/|~|[a-z0-9]+://)')  # an option with a folder of one machine, or a bucket
+# Folders of a path in a message, without its last name.
+FOLDERS = re.compile(r'(?<!\w)(?:[a-z0-9]+:/)?/(?:[^\s/\'"]+/)+')
 
 
-def publish(runs: Path, out: Path, resamples: int = 500) -> Path:
-  """Writes the folder of a finished sweep below `out`; returns it. Figures of an earlier call go."""
-  sweep = read_sweep(runs)
+def publish(runs: Path, out: Path, resamples: int = 500, name: str | None = None) -> Path:
+  """Writes the folder of a finished sweep below `out`; returns it. Tables and figures of an earlier call go.
+
+  name: of the folder, where it is not the experiment's. Raises ConfigError for a plan that names a folder of
+  this machine: nobody else could run it.
+  """
+  for stem, (read, draw) in ALONE.items():
+    if (runs / f'{stem}.csv').is_file() and not (runs / 'plan.json').is_file():
+      with _published(out / (name or runs.name)) as new:
+        _draw(draw(read(runs)), new, stem)
+      return out / (name or runs.name)
+  sweep, options = read_sweep(runs), load_options(str(runs))
+  local = next((option for option in options if LOCAL.search(option)), None)
+  require(local is None, f'{runs}: {local} names a folder that others do not have')
   experiment, _, scale = sweep.name.partition(':')
-  folder = out / (f'{experiment}-{scale}' if scale not in ('', 'small') else runs.name.removesuffix('-small'))
+  usual = f'{experiment}-{scale}' if scale not in ('', 'small') else runs.name.removesuffix('-small')
   s = study(sweep, resamples, reference=REFERENCES.get(experiment))
-  wanted = FIGURES.get(experiment, ())
-  with staged(folder, lambda path: path.suffix in ('.png', '.csv', '.json'), 'publish:') as new:
-    with tempfile.TemporaryDirectory() as drawn:
-      draw_all(s, Path(drawn))
-      for name in wanted:
-        for suffix in ('png', 'csv'):
-          if (Path(drawn) / f'{name}.{suffix}').is_file():
-            shutil.copy(Path(drawn) / f'{name}.{suffix}', new)
-    for name, table in tables(s).items():
-      if len(table):
-        (new / f'{name}.csv').write_text(csv_text(table), 'utf-8')
-    shutil.copy(runs / 'plan.json', new)
-  return folder
+  with _published(out / (name or usual)) as new:
+    _write(s, experiment, new)
+    planned, arms = load_plan(str(runs))
+    kept = [{'run_id': run_id, 'arm': arm} for run_id, arm in arms.items()]
+    write_json(str(new / 'plan.json'), {'sweep': planned, 'options': options, 'runs': kept})
+  left = s.table.loc[~s.table['state'].isin(ENDED), 'state']
+  if len(left):
+    print(f'warning: {len(left)} of {len(s.table)} runs have not ended: {left.value_counts().to_dict()}')
+  return out / (name or usual)
+
+
+def _write(s: Study, experiment: str, folder: Path) -> None:
+  """Figures and tables of a sweep; prints why a figure of its experiment is not there."""
+  drawn, found = {stem: DRAWN[stem](s) for stem in FIGURES.get(experiment, ()) if stem in DRAWN}, tables(s)
+  if experiment == 'clusters':
+    curves = clusters.curves(s.sweep.runs)
+    found['clusters'], drawn['clusters_loss'] = clusters.summary(curves), loss_over_bytes(curves)
+  for stem, drawing in drawn.items():
+    if isinstance(drawing, Drawing):
+      _draw(drawing, folder, stem)
+    else:
+      print(f'absent: {drawing or stem}')
+  for stem, table in found.items():
+    if len(table):
+      (folder / f'{stem}.csv').write_text(csv_text(table), 'utf-8')
+
+
+def _published(folder: Path) -> AbstractContextManager[Path]:
+  """A new folder that takes the place of what publishing wrote there; of other files nothing goes."""
+  names = {*TABLES, *DRAWN, *ALONE, *(stem for stems in FIGURES.values() for stem in stems), 'plan'}
+  kinds = ('.png', '.csv', '.json')
+  return staged(folder, lambda path: path.stem in names and path.suffix in kinds, 'publish:')
+
+
+def _draw(drawing: Drawing, folder: Path, stem: str) -> None:
+  """Its PNG and CSV."""
+  save(drawing, folder, stem)
+  for suffix in ('svg', 'pdf'):
+    (folder / f'{stem}.{suffix}').unlink()
 
 
 def tables(s: Study) -> dict[str, pd.DataFrame]:
   """The tables of a sweep's folder, by name."""
+  results = s.table.drop(columns=INTERNAL)
+  results['error'] = [FOLDERS.sub('', e) if isinstance(e, str) else e for e in results['error']]
   gaps = pd.DataFrame([dataclasses.asdict(g) | {'flops': g.flops} for g in s.gaps])
   return {
-    'results': s.table.drop(columns=INTERNAL),
+    'results': results,
     'headlines': pd.DataFrame({'sentence': headlines(s)}),
     'gaps': gaps.drop(columns='log_flops', errors='ignore'),
     'multipliers': pd.json_normalize([dataclasses.asdict(m) for m in s.multipliers]),
@@ -94,9 +163,11 @@ def main(argv: list[str] | None = None) -> int:
   parser = argparse.ArgumentParser('python -m analysis.publish', description=publish.__doc__)
   parser.add_argument('runs', nargs='+', type=Path, help='folders of finished sweeps')
   parser.add_argument('--out', type=Path, default=RESULTS, help='folder above (default: docs/results)')
+  parser.add_argument('--name', help="of the folder, where it is not the experiment's: learning_rate_muon")
   a = parser.parse_args(argv)
+  require(a.name is None or len(a.runs) == 1, '--name names one folder: give one sweep')
   for runs in a.runs:
-    print(publish(runs, a.out))
+    print(publish(runs, a.out, name=a.name))
   return 0
 
 

@@ -1,39 +1,44 @@
 """docs/results.md and README's sentence, from the CSVs of docs/results: no number is written by hand.
 
+Where: publish.py -> CSVs -> results_tables.py -> here.
+
   python -m analysis.results_page > docs/results.md
   python -m analysis.results_page --sentence     # README's, of the quick sweep
-
-A sweep comes there by analysis/publish.py.
 """
 
 import argparse
 import json
+import re
+import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
 
 from mhc_jax.command import end_with_message
+from mhc_jax.run_folder import load_options, load_plan
 
 from .publish import FIGURES, RESULTS
+from .results_tables import TABLES, big, read, table
 
 HEAD = """# Results
 
 Written by `python -m analysis.results_page` from the CSVs beside the figures. What was learned, and what was
-found before: `experiments/LOG.md`; all of it together: [The study](study.md). Losses are nats per token on
-the validation split, intervals 95 %. A folder of `results/` has its runs (`results.csv`) and its plan. It is
+found before: `experiments/LOG.md`. Losses are nats per token on the validation split; differences are paired
+by seed, and to residual where nothing else is said; intervals are 95 %, and undecided is what holds 0 (a
+ratio: 1); bold: what does not. A folder of `results/` has its runs (`results.csv`) and its plan. It is
 
-- made by `mhc sweep NAME`, `python -m analysis.publish runs/NAME`, and this page's command;
-- checked by `mhc verify` with that folder, which trains the cheapest runs again and compares.
+- made by the command below, `python -m analysis.publish runs/NAME`, and this page's command;
+- checked by `mhc verify` with that folder, which trains the cheapest runs again and compares.{study}
 """
 TITLES = {
-  'study-gpu': 'study: seven arms on a GPU',
-  'study-gpu-small': 'study: seven arms on a GPU, all but the largest size',
-  'study-cpu': 'study: seven arms on two cores',
+  'study-gpu': 'study-gpu: seven arms on a GPU',
+  'study-gpu-small': 'study-gpu-small: seven arms on a GPU, all but the largest size',
+  'study-cpu': 'study-cpu: seven arms on two cores',
   'quick': 'quick: four arms over width, depth and manifold rank',
   'learning_rate': 'learning_rate: sensitivity and transfer of the rate',
-  'learning_rate_muon': 'learning_rate by Muon',
+  'learning_rate_muon': 'learning_rate_muon: the same by Muon',
   'attention_residual': 'attention_residual: reads by attention over earlier outputs',
   'identity_or_mixing': 'identity_or_mixing: does mixing beat H_res = I?',
   'ablation': 'ablation: H_res, H_pre, H_post one by one (mHC Table 1)',
@@ -47,7 +52,14 @@ TITLES = {
   'clusters': 'clusters: that average now and then',
   'fp8': 'fp8: products in eight bits',
   'mtp': 'mtp: multi-token prediction',
+  'coordinate_check': 'coordinate_check: what training changes keeps its size over width and depth',
+  'adaptation': 'adaptation: of maps while reading, bits per byte',
 }
+FACTS = {'seed': 'seeds', 'data_digest': 'corpus', 'git_revision': 'code', 'jax_version': 'JAX'}
+FACTS |= {'device_kind': 'device'}
+COMMANDS = {
+  name: f'`python -m experiments.{name}`' for name in ('coordinate_check', 'adaptation')
+}  # no sweeps
 CAPTIONS = {
   'loss_vs_flops': 'Loss against compute',
   'paper_compute': 'Compute to equal loss',
@@ -67,228 +79,80 @@ CAPTIONS = {
   'published_gaps': 'Published gaps and ours',
   'sparse_attention': 'Sparse attention',
   'clusters_loss': 'Loss over bytes between clusters',
+  'coordinates': 'Coordinate check',
+  'adaptation': 'Adaptation while reading',
 }
 
 
-def _table(columns: tuple[str, ...], rows: list[tuple[object, ...]]) -> list[str]:
-  lines = ['| ' + ' | '.join(columns) + ' |', '|' + '---|' * len(columns)]
-  return [*lines, *('| ' + ' | '.join(map(str, row)) + ' |' for row in rows), '']
+def _folder_of(name: str) -> str:
+  """The experiment whose table a folder has: learning_rate of learning_rate_muon, study of study-gpu."""
+  return next((k for k in TABLES if name == k or name.startswith((f'{k}-', f'{k}_'))), name)
 
 
-def _interval(low: float, high: float, digits: int = 3) -> str:
-  return '' if pd.isna(low) else f'{low:+.{digits}f} to {high:+.{digits}f}'
+def _span(runs: pd.DataFrame, column: str) -> str:
+  """Smallest to largest."""
+  values = runs[column].dropna() if column in runs else []
+  ends = dict.fromkeys(map(big, (min(values), max(values)))) if len(values) else {}
+  return ' to '.join(ends)
 
 
-def _verdict(low: float, high: float) -> str:
-  if pd.isna(low):
-    return 'one seed, or a rate chosen among more: no interval'
-  return 'undecided' if low <= 0 <= high else 'lower loss' if high < 0 else 'higher loss'
+def _values(runs: pd.DataFrame, column: str) -> str:
+  """All different ones; of digests and revisions what tells them apart, and whether code was changed."""
+  if column not in runs:
+    return ''
+  found = {f'{v:.0f}' if isinstance(v, float) else str(v) for v in runs[column].dropna()}
+  return ', '.join(sorted({re.sub(r'\b([0-9a-f]{12})[0-9a-f]+', r'\1', value) for value in found}))
 
 
-def _what(table: pd.DataFrame) -> str:
-  """The runs of a folder in a sentence."""
-  words = [', '.join(f'{count} {state}' for state, count in table['state'].value_counts().items())]
-  for name, unit, what in (
-    ('params_matmul', 1e3, 'k matmul parameters'),
-    ('tokens', 1e6, 'M tokens'),
-  ):
-    if name in table:
-      low, high = (f'{v / unit:.3g}' for v in (table[name].min(), table[name].max()))
-      words.append(f'{low} to {high}{what}' if low != high else f'{low}{what}')
-  for name, what in (('seed', 'seeds'), ('data_digest', 'corpus'), ('git_revision', 'code')):
-    if name in table:
-      values = sorted({f'{v:.0f}' if isinstance(v, float) else str(v)[:12] for v in table[name].dropna()})
-      words.append(f'{what} {", ".join(values)}')
-  return f'{len(table)} runs: {"; ".join(words)}.'
+def _command(folder: Path) -> str:
+  """What makes the folder's runs; nothing without a plan."""
+  if folder.name in COMMANDS:
+    return COMMANDS[folder.name]
+  if not (folder / 'plan.json').is_file():
+    return 'older code: no plan'
+  name, options = load_plan(str(folder))[0] or folder.name, load_options(str(folder))
+  return f'`{shlex.join(["mhc", "sweep", name, *options])}`'
 
 
-def gaps(folder: Path) -> list[str]:
-  """Paired differences to the reference at the largest size."""
-  table = pd.read_csv(folder / 'gaps.csv')
-  if table.empty:
-    return []
-  largest = table.groupby('size')['flops'].mean().idxmax()
-  rows = [
-    (
-      *(g['arm'], largest, f'{g["flops"]:.1e}', f'{g["pairs"]:.0f}', f'{g["difference"]:+.4f}'),
-      *(_interval(g['low'], g['high']), _verdict(g['low'], g['high'])),
-    )
-    for _, g in table[table['size'] == largest].sort_values('difference').iterrows()
-  ]
-  return _table(('arm', 'size', 'FLOPs', 'seeds', 'difference', 'interval', ''), rows)
-
-
-def sentences(folder: Path) -> list[str]:
-  """What the report says, a line for each arm."""
-  path = folder / 'headlines.csv'
-  return [f'- {line}' for line in pd.read_csv(path)['sentence']] + [''] if path.is_file() else []
-
-
-def best_rates(folder: Path) -> list[str]:
-  """Each arm's best rate at each size, with its mean loss over seeds."""
-  table = pd.read_csv(folder / 'results.csv')
-  table['size'] = [f'{w:.0f}x{d:.0f}' for w, d in zip(table['width'], table['depth'], strict=True)]
-  means = table.groupby(['arm', 'size', 'lr'], sort=False)['validation_loss'].mean().dropna()
-  best = means.loc[means.groupby(['arm', 'size'], sort=False).idxmin()].reset_index()
-  cells = {(r['arm'], r['size']): f'{r["validation_loss"]:.3f} ({r["lr"]:g})' for _, r in best.iterrows()}
-  sizes = dict.fromkeys(table['size'])
-  rows = [(arm, *(cells.get((arm, size), '') for size in sizes)) for arm in dict.fromkeys(table['arm'])]
-  return _table(('arm', *(f'{size}: loss (rate)' for size in sizes)), rows)
-
-
-def finals(folder: Path) -> list[str]:
-  """Mean final loss of every arm at every size."""
-  table = pd.read_csv(folder / 'results.csv')
-  keys = ['arm', 'width', 'depth', 'lr']
-  means = table.groupby(keys, sort=False)['validation_loss'].agg(['mean', 'std', 'count']).reset_index()
-  return _table(
-    ('arm', 'size', 'rate', 'runs', 'loss', 'sd'),
-    [
-      (
-        *(r['arm'], f'{r["width"]:.0f}x{r["depth"]:.0f}', f'{r["lr"]:g}', f'{r["count"]:.0f}'),
-        *(f'{r["mean"]:.3f}', '' if pd.isna(r['std']) else f'{r["std"]:.3f}'),
-      )
-      for _, r in means.iterrows()
-    ],
-  )
-
-
-def diverged(folder: Path) -> list[str]:
-  """Diverged runs by depth and rate, and the largest composite gain."""
-  table = pd.read_csv(folder / 'paper_stability.csv')
-  cells = [(depth, lr) for depth in sorted(table['depth'].unique()) for lr in sorted(table['lr'].unique())]
+def overview(folders: Sequence[Path]) -> list[str]:
+  """What was run: a row for each folder."""
   rows = []
-  for arm, own in table.groupby('arm', sort=False):
-    counts = []
-    for depth, lr in cells:
-      cell = own[(own['depth'] == depth) & (own['lr'] == lr)]['diverged']
-      counts.append(f'{cell.sum():.0f} of {len(cell)}' if cell.sum() else '')
-    largest = own[['gradient_norm', 'composite_gain']].max()
-    rows.append((arm, *counts, *(f'{v:.2g}' for v in largest)))
-  names = tuple(f'{depth:.0f} layers, {lr:g}' for depth, lr in cells)
-  return _table(('arm', *names, 'largest gradient norm', 'largest gain'), rows)
-
-
-def ranks(folder: Path) -> list[str]:
-  """Mean loss by rank, of each figure of ranks."""
-  rows = []
-  for path in sorted(folder.glob('loss_vs_*.csv')):
-    table = pd.read_csv(path)
-    if 'rank' in table:
-      means = table[table['kind'] == 'mean']
-      cells = [f'{r["rank"]:g}: {r["validation_loss"]:.3f}' for _, r in means.iterrows()]
-      rows.append((path.stem.removeprefix('loss_vs_').replace('_', ' '), ', '.join(cells)))
-  return _table(('rank of', 'rank: loss'), rows)
-
-
-def optimal_sizes(folder: Path) -> list[str]:
-  """Exponents of the best size and tokens over compute."""
-  table = pd.read_csv(folder / 'paper_optimal_sizes.csv').drop_duplicates(['arm', 'optimum', 'method'])
-  rows = [
-    (r['arm'], r['optimum'], r['method'], f'{r["exponent"]:.2f}', f'{r["low"]:.2f} to {r["high"]:.2f}')
-    for _, r in table.dropna(subset='exponent').iterrows()
-  ]
-  return _table(('arm', 'of', 'by', 'exponent over FLOPs', 'interval'), rows)
-
-
-def loads(folder: Path) -> list[str]:
-  """The fullest expert over the mean, of the worst layer over the last 20 batches."""
-  table = pd.read_csv(folder / 'router_loads.csv')
-  layers = [name for name in table if name.startswith('layer_')]
-  last = table.sort_values('step').groupby(['arm', 'seed']).tail(20)
-  worst = last.groupby(['arm', 'seed'])[layers].mean().max(axis=1)
-  rows = [(arm, ', '.join(f'{v:.2f}' for v in own)) for arm, own in worst.groupby('arm')]
-  return _table(('router', 'fullest expert over the mean, worst layer, by seed'), rows)
-
-
-def ablation(folder: Path) -> list[str]:
-  """mHC's Table 1."""
-  rows = [
-    (
-      *(r['arm'], r['H_res'], r['H_pre'], r['H_post'], f'{r["validation_loss"]:.3f}'),
-      *('' if pd.isna(r['difference']) else f'{r["difference"]:+.3f}', _interval(r['low'], r['high'])),
-    )
-    for _, r in pd.read_csv(folder / 'ablation.csv').iterrows()
-  ]
-  return _table(('arm', 'H_res', 'H_pre', 'H_post', 'loss', 'difference', 'interval'), rows)
-
-
-TABLES: dict[str, tuple[Callable[[Path], list[str]], ...]] = {
-  'quick': (sentences,),
-  'study': (sentences, gaps),
-  'learning_rate': (best_rates,),
-  'attention_residual': (best_rates,),
-  'identity_or_mixing': (gaps,),
-  'ablation': (ablation,),
-  'stability': (diverged,),
-  'rotations': (diverged,),
-  'rank': (ranks,),
-  'isoflop': (optimal_sizes,),
-  'router': (loads,),
-  'mtp': (finals,),
-}
+  for folder in folders:
+    runs = read(folder / 'results.csv', 'state')
+    states = ', '.join(f'{count} {state}' for state, count in runs['state'].value_counts().items())
+    sizes = (_span(runs, column) for column in ('params_matmul', 'tokens'))
+    facts = (_values(runs, column) for column in FACTS)
+    rows.append((folder.name, _command(folder), states, *sizes, *facts))
+  return table(('folder', 'made by', 'runs', 'matmul parameters', 'tokens', *FACTS.values()), rows)
 
 
 def section(folder: Path) -> list[str]:
-  """One folder: what was run, what was found, its figures."""
-  name, lines = folder.name, [f'## {TITLES.get(folder.name, folder.name)}', '']
-  experiment = next((k for k in FIGURES if name == k or name.startswith((f'{k}-', f'{k}_'))), name)
-  table = pd.read_csv(folder / 'results.csv')
-  anew = (folder / 'plan.json').is_file()
-  lines += [_what(table) + ' Of older code, not made again since.' * (not anew), '']
-  for part in TABLES.get(experiment, ()) if anew else ():
+  """One folder: what was found, its figures."""
+  name = folder.name
+  lines = [f'## {TITLES.get(name, name)}']
+  if part := TABLES.get(_folder_of(name)):
     lines += part(folder)
-  figures = FIGURES.get(experiment) or sorted(path.stem for path in folder.glob('*.png'))
+  drawn = {path.stem for path in folder.glob('*.png')}
+  order = [stem for stem in FIGURES.get(_folder_of(name), ()) if stem in drawn]
   shown = [
     f'![{CAPTIONS.get(stem, stem.replace("_", " ").capitalize())}](results/{name}/{stem}.png)'
-    for stem in figures
-    if (folder / f'{stem}.png').is_file()
+    for stem in (*order, *sorted(drawn - set(order)))
   ]
-  pairs = [' '.join(shown[k : k + 2]) for k in range(0, len(shown), 2)]
-  return [*lines, *pairs, ''] if shown else lines
-
-
-def coordinates(folder: Path) -> list[str]:
-  """The coordinate check: the largest slope of each arm with the rules of transfer."""
-  table = pd.read_csv(folder / 'coordinates.csv')
-  worst = table[table['transfer']].groupby('arm', sort=False)['slope'].apply(lambda v: v.abs().max())
-  words = ', '.join(f'{value:.2f} ({arm})' for arm, value in worst.items())
-  return [
-    '## coordinate_check: what training changes keeps its size over width and depth',
-    '',
-    f'`python -m experiments.coordinate_check`. Largest slope in log-log with the rules: {words}.',
-    '',
-    f'![Coordinate check](results/{folder.name}/coordinates.png)',
-    '',
-  ]
-
-
-def adaptation(folder: Path) -> list[str]:
-  """Adaptation while reading: bits per byte by subset of parameters."""
-  table = pd.read_csv(folder / 'adaptation.csv')
-  rows = [
-    (r['arm'], r['subset'], r['scalars'], f'{r["change"]:+.4f}', _interval(r['low'], r['high'], 4))
-    for _, r in table[~table['subset'].str.contains('connection')].iterrows()
-  ]
-  return [
-    '## adaptation: of maps while reading',
-    '',
-    '`python -m experiments.adaptation`; bits per byte.',
-    '',
-    *_table(('arm', 'what adapts', 'scalars', 'change', 'interval'), rows),
-    f'![Adaptation while reading](results/{folder.name}/adaptation.png)',
-    '',
-  ]
+  return [*lines, ' '.join(shown), ''] if shown else lines
 
 
 def coverage(results: Path) -> list[str]:
   """How often the intervals hold, by simulation."""
-  rows = pd.DataFrame(json.loads((results / 'coverage.json').read_text())['rows'])
+  path = results / 'coverage.json'
+  if not path.is_file():
+    return []
+  rows = pd.DataFrame(json.loads(path.read_text())['rows'])
   judged = rows['met'].dropna().astype(bool)
   auto = rows[rows['delta'] == 'auto']
 
   def span(kept: pd.DataFrame) -> str:
-    return f'{100 * kept["value"].min():.1f} to {100 * kept["value"].max():.1f} %'
+    ends = (f'{100 * value:.1f}' for value in (kept['value'].min(), kept['value'].max()))
+    return ' to '.join(ends) + ' %' if len(kept) else 'not simulated'
 
   multiples = auto['quantity'].str.contains(r'm\[')
   kinds = {
@@ -302,12 +166,11 @@ def coverage(results: Path) -> list[str]:
   }
   return [
     '## Coverage of the intervals',
-    '',
     '`mhc coverage --simulations 1000` over the designs that a referee would try (`results/coverage.json`).',
     f'Nominal 95 % intervals hold as follows; {judged.sum()} of {len(judged)} targets (92 to 98 %, false at '
     'most 3 %) are met.',
     '',
-    *_table(
+    *table(
       ('of', 'hold in'), [(what, span(auto[which & auto['value'].notna()])) for what, which in kinds.items()]
     ),
   ]
@@ -315,24 +178,29 @@ def coverage(results: Path) -> list[str]:
 
 def page(results: Path = RESULTS) -> str:
   """The page as Markdown."""
-  names = [name for name in TITLES if (results / name / 'results.csv').is_file()]
-  names += sorted(p.parent.name for p in results.glob('*/results.csv') if p.parent.name not in TITLES)
-  lines = [HEAD]
-  for name in names:
-    lines += section(results / name)
-  for name, part in (('coordinate_check', coordinates), ('adaptation', adaptation)):
-    if (results / name).is_dir():
-      lines += part(results / name)
+  there = {path.name for path in results.iterdir() if any(path.glob('*.csv'))}
+  names = [name for name in TITLES if name in there]
+  names += sorted(name for name in there - set(TITLES) if (results / name / 'results.csv').is_file())
+  folders = [results / name for name in names]
+  study = (results / 'study').is_dir() or any(name.startswith('study-') for name in names)
+  lines = [HEAD.format(study='\n\nAll of it together: [The study](study.md).' if study else '')]
+  lines += overview(folders)
+  for folder in folders:
+    lines += section(folder)
   return '\n'.join(lines + coverage(results)).rstrip() + '\n'
 
 
 def sentence(results: Path = RESULTS) -> str:
-  """README's sentence: what the quick sweep found of mhc."""
-  table = pd.read_csv(results / 'quick' / 'results.csv')
-  found = pd.read_csv(results / 'quick' / 'headlines.csv')['sentence']
-  of_mhc = [line for line in found if line.startswith('mhc ')] or [found.iloc[0]]
-  used = int(table['excluded'].isna().sum())
-  return f'One `make sweep`: {used} of its {len(table)} runs enter one joint law. At this scale {of_mhc[0]}'
+  """README's: what the quick sweep found of mhc, or why there is no answer."""
+  folder = results / 'quick'
+  runs = read(folder / 'results.csv', 'excluded')
+  found = read(folder / 'headlines.csv', 'sentence')['sentence']
+  said = [line for line in found if re.match(r"mhc('s|:| needs| has)", line)]
+  start = f'One `make sweep`, {len(runs)} runs: '
+  if read(folder / 'multipliers.csv', 'arm').empty:  # then the first line says why there is no law
+    return start + ' '.join(dict.fromkeys([*found.head(1), *said]) or ['nothing to compare.'])
+  law = f'{runs["excluded"].isna().sum()} enter one joint law. At this scale '
+  return start + law + (said[0] if said else 'it says nothing of mhc.')
 
 
 def main(argv: list[str] | None = None) -> int:

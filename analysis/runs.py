@@ -27,6 +27,7 @@ CONNECTION |= {f'connection_{gate}': f'model.connection.{gate}.kind' for gate in
 TRAINING = {'seed': 'seed', 'lr': 'optimizer.lr', 'schedule': 'optimizer.schedule'}
 TRAINING |= {'batch_size': 'data.batch_size', 'seq_len': 'data.seq_len', 'data': 'data.name'}
 DEVICE = {name: name for name in ('device_kind', 'device_count', 'git_revision')}
+DEVICE |= {'jax_version': 'versions.jax'}
 LONGEST, LONGEST_NAME = 200, 48  # letters of a message, and of an arm
 
 
