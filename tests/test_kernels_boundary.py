@@ -189,6 +189,13 @@ def tiny(**changes):
   return dataclasses.replace(build_model(c), vocab_size=11)
 
 
+def parameters(model, *inputs):
+  """Every one of them away from its start."""
+  rng = np.random.default_rng(1)
+  start = jax.jit(Transformer(model).init, compiler_options=ONCE)(jax.random.key(0), *inputs)['params']
+  return jax.tree.map(lambda x: x + rng.normal(0, 0.1, x.shape).astype(np.float32), start)
+
+
 @pytest.mark.slow
 def test_a_model_with_kernels_is_the_same_model():
   """Loss and gradients through scan, recomputation and a mesh whose devices have tokens of their own.
@@ -201,9 +208,7 @@ def test_a_model_with_kernels_is_the_same_model():
   batch = {'inputs': token_BS[:, :-1], 'targets': token_BS[:, 1:], 'segments': np.zeros((B, time), np.int32)}
   batch['weights'] = np.ones((B, time), np.float32)
   model, mesh = tiny(remat='layer'), make_mesh({'fsdp': 2, 'tensor': 2})
-  params = Transformer(model).init(jax.random.key(0), batch['inputs'], batch['segments'])['params']
-  keys = iter(jax.random.split(jax.random.key(1), 100))
-  params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape), params)
+  params = parameters(model, batch['inputs'], batch['segments'])
 
   def run(mesh, **changes):
     program = functools.partial(gradients, model=dataclasses.replace(model, **changes), parts=None, mesh=mesh)
@@ -226,9 +231,7 @@ def test_a_boundary_without_a_kernel_has_its_constraint_from_one():
   model = tiny(depth=1, scan=False)
   token_BT = np.random.default_rng(0).integers(0, 11, (B, 7)).astype(np.int32)
   segments_BT = np.zeros_like(token_BT)
-  params = Transformer(model).init(jax.random.key(0), token_BT, segments_BT)['params']
-  keys = iter(jax.random.split(jax.random.key(1), 100))
-  params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape), params)
+  params = parameters(model, token_BT, segments_BT)
 
   def loss(params, kernels, record=0):
     module = Transformer(dataclasses.replace(model, kernels=kernels))
@@ -240,6 +243,7 @@ def test_a_boundary_without_a_kernel_has_its_constraint_from_one():
   program = str(jax.make_jaxpr(loss, static_argnums=(1, 2))(params, 'pallas', 0))
   assert program.count('pallas_call') == 2 * model.depth
   assert 'pallas_call' not in str(jax.make_jaxpr(loss, static_argnums=(1, 2))(params, 'pallas', 1))
-  expected, found = (jax.value_and_grad(loss)(params, kernels) for kernels in ('xla', 'pallas'))
+  run = jax.jit(jax.value_and_grad(loss), static_argnums=1, compiler_options=ONCE)
+  expected, found = run(params, 'xla'), run(params, 'pallas')
   # Rounding of float32 in sums of 14 tokens.
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), found, expected)
