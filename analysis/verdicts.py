@@ -104,13 +104,13 @@ def by_size(table: pd.DataFrame, reference: str = 'residual') -> pd.DataFrame:
 
 def settle(mean: float, half: float, flops: float) -> str:
   """The compute at which the interval's half width would be the difference that was measured."""
-  return '' if abs(mean) > half else f'{2 * flops * (half / mean) ** 2:.1e} FLOPs'
+  return '' if abs(mean) > half else f'{2 * flops * (half / mean) ** 2:.1e}'
 
 
 def markdown(table: pd.DataFrame) -> str:
   """Both tables."""
   lines = [
-    '| contrast | mean difference | 95 % | p (Holm) | over a decade of compute | 95 % | to settle the mean |',
+    '| contrast | mean | 95 % | p (Holm) | per decade | 95 % | FLOPs to settle |',
     '|' + '---|' * 7,
   ]
   for _, r in verdicts(table).iterrows():

@@ -107,8 +107,9 @@ def test_a_token_sees_itself_and_what_its_document_has_before(program, rng):
     np.testing.assert_array_equal(np.flatnonzero(touched), np.arange(begins, query + 1))
 
 
-def model(**fields):
+def model(connection='mhc', **fields):
   c = base_config()
+  c.model.connection.name = connection
   c.model.update({'width': 32, 'depth': 2, 'heads': 2, 'dtype': 'float32', 'kernels': 'pallas', **fields})
   return build_model(c, None)
 
@@ -163,7 +164,7 @@ def kernels_in(jaxpr):
 
 @pytest.mark.parametrize(('remat', 'forwards'), [('none', 1), ('layer', 2), ('products', 1)])
 def test_recomputation_that_keeps_products_keeps_what_attention_needs(remat, forwards):
-  config = model(remat=remat, scan_unroll=1)
+  config = model('identity', remat=remat, scan_unroll=1)
   tokens = jnp.zeros((1, 256), jnp.int32)
   params = jax.eval_shape(Transformer(config).init, jax.random.key(0), tokens, tokens)['params']
   batch = dict.fromkeys(('inputs', 'targets', 'segments'), tokens) | {'weights': jnp.ones((1, 256))}

@@ -59,12 +59,13 @@ def test_runs_are_named_by_their_line(tmp_path, capsys):
 
 
 def test_levels_change_intervals_and_no_verdict(tmp_path, capsys):
-  points = write_points(tmp_path / 'p.csv')
+  few = {'sizes': 4, 'ratios': (5, 20, 80)}
+  points = write_points(tmp_path / 'p.csv', **few)
   predict = ('--predict', 'N=1e9,D=1e10')
   wide, narrow = (run(capsys, *plain(points, *predict, '--level', v)) for v in ('0.95', '0.5'))
-  # t quantiles of 25 degrees of freedom
+  # t quantiles of 7 degrees of freedom
   ratio = np.diff(wide['intervals']['alpha'])[0] / np.diff(narrow['intervals']['alpha'])[0]
-  assert ratio == pytest.approx(2.0595 / 0.6844, rel=1e-3) and narrow['level'] == 0.5
+  assert ratio == pytest.approx(2.3646 / 0.7111, rel=1e-3) and narrow['level'] == 0.5
   assert wide['verdicts'] == narrow['verdicts'] and wide['alpha'] == narrow['alpha']
   one, two = (d['predictions'][0] for d in (wide, narrow))
   assert np.log(one['high'] / one['low']) / np.log(two['high'] / two['low']) == pytest.approx(ratio, rel=1e-6)
