@@ -138,7 +138,7 @@ def compute_arrows(s: Study) -> Drawing | str | None:
   if not s.arrows:
     return 'Arrows to equal loss: no compute multiplier is identified.'
   style, known = looks(s.arms), {m.arm: need(m) for m in s.multipliers}
-  with figure(height=3.0) as (fig, near):
+  with figure(height=3.0 + 0.15 * len(s.arrows)) as (fig, near):  # a line for each arrow, above the axes
     rows = _draw_runs_and_law(near, s)
     _explain(near, s)
     legend(fig, near)
@@ -153,8 +153,8 @@ def compute_arrows(s: Study) -> Drawing | str | None:
       _draw_arrow(near, arrow, style[arrow['arm']], known[arrow['arm']])
       for arrow in sorted(s.arrows, key=lambda arrow: s.arms.index(arrow['arm']))
     ]
-    box = {'frameon': True, 'edgecolor': 'none', 'framealpha': 0.85}
-    near.legend(handles=entries, loc='upper right', title=f"compute over {s.reference}'s (95 %)", **box)
+    above = {'loc': 'lower left', 'bbox_to_anchor': (0, 1), 'alignment': 'left'}  # covers no curve
+    near.legend(handles=entries, title=f"compute over {s.reference}'s (95 %)", **above)
   caption = (
     f'Near the largest runs. Arrows: from the compute that {s.reference} needs to that which the arm needs '
     'for the same loss, by the joint fit.'
