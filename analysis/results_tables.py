@@ -70,7 +70,7 @@ def _ratio(m: float, ends: str) -> str:
 
 def _compute(row: pd.Series) -> tuple[str, str]:
   """(compute for equal loss over the reference's, what that says) of a row of multipliers.csv."""
-  if pd.notna(row.get('flops')):
+  if pd.notna(row.get('flops')) and isinstance(row.get('flops_interval'), str):
     low, high = json.loads(row['flops_interval'])
     said = 'saves compute' if low > 1 else 'costs compute' if high < 1 else 'undecided'
     unknown = row.get('trend') == 'cannot tell'
