@@ -4,6 +4,7 @@ import random
 
 import pytest
 
+from experiments import planning
 from tests.campaign import damaged, inputs, kills
 from tests.campaign.parts import PARTS
 from tests.campaign.tiny import Tiny
@@ -12,6 +13,12 @@ from tests.campaign.tiny import Tiny
 @pytest.fixture(scope='module')
 def tiny(tmp_path_factory):
   return Tiny(tmp_path_factory.mktemp('tiny'))
+
+
+@pytest.fixture(autouse=True)
+def experiments_as_before(monkeypatch):
+  """The campaign adds one of its own to the table, which other tests in this process read."""
+  monkeypatch.setitem(planning.EXPERIMENTS, 'campaign', None)
 
 
 def handful(name, tiny, folder):
