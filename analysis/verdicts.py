@@ -1,10 +1,12 @@
 """The study's answers from a published sweep: paired differences between arms, over sizes and with compute.
 
   python -m analysis.verdicts docs/results/study-gpu-small
+  python -m analysis.verdicts docs/results/study-cpu-muon --against docs/results/study-cpu-small
 
 Prints two tables as Markdown: a contrast's mean difference over all sizes and its change over a decade of
 compute, each with a 95 % interval, and what would settle those that are undecided; and the loss of each arm
-minus the reference's by size.
+minus the reference's by size. --against: a third, each contrast in both sweeps at the sizes, budgets and
+seeds that both have, and what changed.
 """
 
 import argparse
@@ -86,11 +88,7 @@ def verdicts(table: pd.DataFrame) -> pd.DataFrame:
     paired = differences(table, arm, other)
     if len(paired):
       rows.append({'arm': arm, 'other': other} | line(paired))
-  found = pd.DataFrame(rows)
-  order = found['p_value'].argsort().to_numpy()
-  step = found['p_value'].to_numpy()[order] * np.arange(len(found), 0, -1)
-  found.loc[order, 'holm'] = np.minimum(np.maximum.accumulate(step), 1)
-  return found
+  return _corrected(pd.DataFrame(rows))
 
 
 def by_size(table: pd.DataFrame, reference: str = 'residual') -> pd.DataFrame:
@@ -100,6 +98,31 @@ def by_size(table: pd.DataFrame, reference: str = 'residual') -> pd.DataFrame:
     if arm != reference:
       means[arm] = differences(table, arm, reference).groupby(CELL)['difference'].mean()
   return pd.DataFrame(means).reset_index()
+
+
+def changes(table: pd.DataFrame, before: pd.DataFrame) -> pd.DataFrame:
+  """A row for each contrast: its mean in each table over the cells and seeds of both, and the change's line.
+
+  holm: p-values of the changes, corrected for the rows.
+  """
+  rows = []
+  for arm, other in CONTRASTS:
+    now, then = (differences(one, arm, other) for one in (table, before))
+    both = now.merge(then, on=[*CELL, 'seed'], suffixes=('', '_before'))
+    if len(both):
+      moved = both.assign(difference=both['difference'] - both['difference_before'])
+      means = {'now': line(both), 'before': line(both.assign(difference=both['difference_before']))}
+      ends = {f'{k}_{end}': v[end] for k, v in means.items() for end in ('mean', 'mean_half')}
+      rows.append({'arm': arm, 'other': other} | ends | line(moved))
+  return _corrected(pd.DataFrame(rows))
+
+
+def _corrected(found: pd.DataFrame) -> pd.DataFrame:
+  """With a column holm, of p_value."""
+  order = found['p_value'].argsort().to_numpy()
+  step = found['p_value'].to_numpy()[order] * np.arange(len(found), 0, -1)
+  found.loc[order, 'holm'] = np.minimum(np.maximum.accumulate(step), 1)
+  return found
 
 
 def settle(mean: float, half: float, flops: float) -> str:
@@ -129,11 +152,30 @@ def markdown(table: pd.DataFrame) -> str:
   return '\n'.join(lines)
 
 
+def markdown_of_changes(table: pd.DataFrame, before: pd.DataFrame) -> str:
+  """The table of --against."""
+  found = changes(table, before)
+  lines = ['| contrast | here | there | change | 95 % | p (Holm) |', '|' + '---|' * 6]
+  for _, r in found.iterrows():
+    told = [f'{r[f"{k}_mean"]:+.4f} ± {r[f"{k}_mean_half"]:.4f}' for k in ('now', 'before')]
+    low, high = r['mean'] - r['mean_half'], r['mean'] + r['mean_half']
+    lines.append(
+      f'| {r["arm"]} - {r["other"]} | {told[0]} | {told[1]} | {r["mean"]:+.4f} | '
+      f'{low:+.4f} to {high:+.4f} | {r["holm"]:.2g} |'
+    )
+  return '\n'.join(lines)
+
+
 def main(argv: list[str] | None = None) -> int:
   """Command line; prints the tables."""
   parser = argparse.ArgumentParser('python -m analysis.verdicts', description=__doc__.splitlines()[0])
   parser.add_argument('folder', type=Path, help='with results.csv, as docs/results/study-gpu-small')
-  print(markdown(pd.read_csv(parser.parse_args(argv).folder / 'results.csv')))
+  parser.add_argument('--against', type=Path, help='another such folder, of the same arms, sizes and seeds')
+  a = parser.parse_args(argv)
+  table = pd.read_csv(a.folder / 'results.csv')
+  print(markdown(table))
+  if a.against:
+    print(f'\n{markdown_of_changes(table, pd.read_csv(a.against / "results.csv"))}')
   return 0
 
 

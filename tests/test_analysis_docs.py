@@ -1,5 +1,6 @@
 """docs/results.md, docs/study.md and README say what the CSVs of docs/results do."""
 
+import itertools
 import json
 import pathlib
 import re
@@ -149,6 +150,30 @@ def test_weighted_means_hold_their_truth():
     found = verdicts.line(verdicts.differences(pd.DataFrame(rows), 'a', 'b'))
     held.append(abs(found['slope'] - 0.002) < found['slope_half'])
   assert 0.92 <= np.mean(held) <= 0.98
+
+
+def test_a_change_between_sweeps_is_of_the_seeds_that_both_have():
+  rng, tables = np.random.default_rng(0), []
+  for gain, seeds in ((-0.02, range(3)), (-0.05, range(1, 5))):
+    rows = []
+    for width, seed in itertools.product((16, 32), seeds):
+      same = {'width': width, 'depth': 2, 'tokens': 1e4 * width, 'seed': seed, 'state': 'finished'}
+      for arm, loss in (('residual', 2 + seed), ('mhc', 2 + seed + gain)):
+        own = {'arm': arm, 'flops': 1e9 * width, 'validation_loss': loss + 0.001 * rng.standard_normal()}
+        rows.append(same | own)
+    tables.append(pd.DataFrame(rows))
+  found = verdicts.changes(*tables)
+  assert found[['arm', 'other']].to_numpy().tolist() == [['mhc', 'residual']]
+  expected = []
+  for width, seed in itertools.product((16, 32), (1, 2)):
+    cells = [t[(t['width'] == width) & (t['seed'] == seed)].set_index('arm') for t in tables]
+    gaps = [c.loc['mhc', 'validation_loss'] - c.loc['residual', 'validation_loss'] for c in cells]
+    expected.append(gaps[0] - gaps[1])
+  row = found.iloc[0]
+  assert row['mean'] == pytest.approx(np.mean(expected)) and row['mean'] == pytest.approx(0.03, abs=0.003)
+  assert row['now_mean'] - row['before_mean'] == pytest.approx(row['mean'])
+  assert row['holm'] == row['p_value'] < 0.01
+  assert '| mhc - residual | -0.0' in verdicts.markdown_of_changes(*tables)
 
 
 def test_the_prediction_was_made_of_the_smaller_sizes():
