@@ -35,10 +35,9 @@ from .runs import read_sweep
 from .study import Study, study
 
 RESULTS = Path(__file__).parent.parent / 'docs' / 'results'
-LAW = ('loss_vs_flops', 'paper_compute', 'paper_gap_flops', 'rollout', 'paper_residuals')
 FIGURES: dict[str, tuple[str, ...]] = {
   'quick': (
-    *LAW,
+    *('loss_vs_flops', 'paper_compute', 'paper_gap_flops', 'rollout', 'paper_residuals'),
     *('paper_gap_tokens', 'paper_over_training', 'paper_gains', 'paper_heat_maps', 'mixing_by_layer'),
     *('rank_by_layer', 'loss_vs_width', 'loss_vs_depth', 'loss_vs_connection_rank'),
     *('loss_vs_connection_streams', 'loss_vs_weights_rank'),
