@@ -1,4 +1,4 @@
-"""The study: what constrained hyper-connections buy over compute, seven arms by one protocol (docs/study.md).
+"""The study: what constrained hyper-connections buy over compute. Its plan: docs/study_plan.md.
 
   mhc sweep study:cpu --workers 2   # two cores, about four hours; study:gpu: one GPU, 25 minutes
   mhc report runs/study-cpu
