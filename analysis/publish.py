@@ -60,6 +60,10 @@ FIGURES: dict[str, tuple[str, ...]] = {
   'mtp': (),
   'clusters': ('clusters_loss',),
   'study': ('loss_vs_flops', 'paper_gap_flops', 'rollout'),  # with seven arms the others cannot be read
+  'rates': ('learning_rate',),  # this and the next three: parts of the study
+  'transfer': ('learning_rate',),
+  'muon': ('paper_gap_flops',),
+  'ranks': ('loss_vs_connection_rank', 'loss_vs_connection_streams', 'loss_vs_weights_rank'),
 }
 DRAWN = {stem: draw for section in SECTIONS for stem, draw in section.figures.items()}
 REFERENCES = {'identity_or_mixing': 'identity'}  # residual elsewhere
@@ -101,7 +105,7 @@ def publish(runs: Path, out: Path, resamples: int = 500, name: str | None = None
   usual = f'{experiment}-{scale}' if scale not in ('', 'small') else runs.name.removesuffix('-small')
   s = study(sweep, resamples, reference=REFERENCES.get(experiment))
   with _published(out / (name or usual)) as new:
-    _write(s, experiment, new)
+    _write(s, kind(f'{experiment}-{scale}'), new)
     planned, arms = load_plan(str(runs))
     kept = [{'run_id': run_id, 'arm': arm} for run_id, arm in arms.items()]
     write_json(str(new / 'plan.json'), {'sweep': planned, 'options': options, 'runs': kept})
@@ -109,6 +113,14 @@ def publish(runs: Path, out: Path, resamples: int = 500, name: str | None = None
   if len(left):
     print(f'warning: {len(left)} of {len(s.table)} runs have not ended: {left.value_counts().to_dict()}')
   return out / (name or usual)
+
+
+def kind(name: str) -> str:
+  """The key of FIGURES of a folder: learning_rate of learning_rate_muon, rates of study-cpu-muon-rates."""
+  part = name.rpartition('-')[2]
+  if name.startswith('study-') and part in FIGURES:
+    return part
+  return next((k for k in FIGURES if re.match(rf'{k}\b|{k}_', name)), name)
 
 
 def _write(s: Study, experiment: str, folder: Path) -> None:

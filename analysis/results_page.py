@@ -19,7 +19,7 @@ import pandas as pd
 from mhc_jax.command import end_with_message
 from mhc_jax.run_folder import load_options, load_plan
 
-from .publish import FIGURES, RESULTS
+from .publish import FIGURES, RESULTS, kind
 from .results_tables import TABLES, big, read, table
 
 HEAD = """# Results
@@ -36,6 +36,12 @@ TITLES = {
   'study-gpu': 'study-gpu: seven arms on a GPU',
   'study-gpu-small': 'study-gpu-small: seven arms on a GPU, all but the largest size',
   'study-cpu': 'study-cpu: seven arms on two cores',
+  'study-cpu-small': 'study-cpu-small: seven arms on two cores, all but the largest size',
+  'study-cpu-muon': 'study-cpu-muon: the same by Muon, at two sizes',
+  'study-cpu-ranks': 'study-cpu-ranks: of the generator, of the streams, of the weights',
+  'study-cpu-rates': 'study-cpu-rates: the choice of the rates, on seeds of its own',
+  'study-cpu-muon-rates': "study-cpu-muon-rates: of Muon's",
+  'study-cpu-transfer': 'study-cpu-transfer: half and twice the chosen rate at a larger size',
   'quick': 'quick: four arms over width, depth and manifold rank',
   'learning_rate': 'learning_rate: sensitivity and transfer of the rate',
   'learning_rate_muon': 'learning_rate_muon: the same by Muon',
@@ -84,11 +90,6 @@ CAPTIONS = {
 }
 
 
-def _folder_of(name: str) -> str:
-  """The experiment whose table a folder has: learning_rate of learning_rate_muon, study of study-gpu."""
-  return next((k for k in TABLES if name == k or name.startswith((f'{k}-', f'{k}_'))), name)
-
-
 def _span(runs: pd.DataFrame, column: str) -> str:
   """Smallest to largest."""
   values = runs[column].dropna() if column in runs else []
@@ -130,10 +131,10 @@ def section(folder: Path) -> list[str]:
   """One folder: what was found, its figures."""
   name = folder.name
   lines = [f'## {TITLES.get(name, name)}']
-  if part := TABLES.get(_folder_of(name)):
+  if part := TABLES.get(kind(name)):
     lines += part(folder)
   drawn = {path.stem for path in folder.glob('*.png')}
-  order = [stem for stem in FIGURES.get(_folder_of(name), ()) if stem in drawn]
+  order = [stem for stem in FIGURES.get(kind(name), ()) if stem in drawn]
   shown = [
     f'![{CAPTIONS.get(stem, stem.replace("_", " ").capitalize())}](results/{name}/{stem}.png)'
     for stem in (*order, *sorted(drawn - set(order)))

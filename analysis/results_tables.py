@@ -317,6 +317,10 @@ def adaptation(folder: Path) -> Lines:
 
 TABLES: dict[str, Callable[[Path], Lines]] = {
   'study': law,
+  'rates': best_rates,  # this and the next three: parts of the study
+  'transfer': best_rates,
+  'muon': gaps,
+  'ranks': ranks,
   'quick': law,
   'learning_rate': best_rates,
   'attention_residual': best_rates,

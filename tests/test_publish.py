@@ -48,6 +48,13 @@ def test_a_sweep_is_published(runs, tmp_path, monkeypatch, capsys):
   assert results_page.sentence(tmp_path).startswith(f'One `make sweep`, {len(table)} runs: ')
 
 
+def test_a_folder_has_the_tables_of_its_experiment_or_part_of_the_study():
+  expected = {'quick': 'quick', 'rank-small': 'rank', 'learning_rate_muon': 'learning_rate'}
+  expected |= {'study-gpu-small': 'study', 'study-cpu': 'study', 'study-cpu-muon-rates': 'rates'}
+  expected |= {'study-cpu-muon': 'muon', 'study-cpu-ranks': 'ranks', 'router': 'router', 'new_one': 'new_one'}
+  assert {name: publish.kind(name) for name in expected} == expected
+
+
 def test_a_folder_of_one_machine_is_not_published(runs, tmp_path, capsys):
   plan = runs / 'plan.json'
   before = plan.read_text()
