@@ -1,4 +1,5 @@
-# make sweep: train the quick sweep and write its report. make test: all tests. make docs: the manual as a site.
+# make sweep: train the quick sweep and write its report. make test: all tests but the
+# slowest, which make test-all has too. make docs: the manual as a site.
 # Each sets everything up.
 # PYTHON=python3.13 works beside the default, in .venv-3.13; where only pyenv has it, pyenv's is taken.
 # make install EXTRA=cuda13,cloud: for an NVIDIA GPU (cuda12, rocm, tpu) and workdirs in gs:// and s3://.
@@ -23,7 +24,7 @@ PIP := $(RUN) -m pip --disable-pip-version-check
 WHAT := -r $(PINS) -e '.$(EXTRA:%=[%])'
 COMPILE := $(UV) pip compile --quiet --python-platform x86_64-manylinux_2_31 pyproject.toml
 
-.PHONY: install sweep report test campaign docs lint pins check-pins python clean
+.PHONY: install sweep report test test-all campaign docs lint pins check-pins python clean
 
 install: $(INSTALLED)
 
@@ -43,6 +44,9 @@ report: install
 	$(RUN) -m analysis.report runs/quick
 
 test: install
+	$(RUN) -m pytest -n auto -m "not slow"
+
+test-all: install
 	$(RUN) -m pytest -n auto
 
 # Everything that may happen to a run, at random: see docs/reliability.md. A second call does what is missing.
