@@ -46,7 +46,7 @@ TITLES = {
   'learning_rate': 'learning_rate: sensitivity and transfer of the rate',
   'learning_rate_muon': 'learning_rate_muon: the same by Muon',
   'attention_residual': 'attention_residual: reads by attention over earlier outputs',
-  'identity_or_mixing': 'identity_or_mixing: does mixing beat H_res = I?',
+  'identity_or_mixing': 'identity_or_mixing: does mixing beat H_res = I? (differences to identity)',
   'ablation': 'ablation: H_res, H_pre, H_post one by one (mHC Table 1)',
   'stability': 'stability: depth and learning rate',
   'rotations': 'rotations: why they diverge',
