@@ -82,6 +82,16 @@ def test_gaps_are_drawn_against_the_reference_asked_for(tmp_path):
   assert losses.loc['mhc', 'difference'].isna().all() and losses.loc['residual', 'difference'].notna().all()
 
 
+def test_arms_of_one_size_stand_side_by_side_within_the_axes(tmp_path):
+  """Whatever their FLOPs."""
+  write_sweep(tmp_path, ('mhc', 'residual', 'hc', 'identity'), sizes=((32, 2),), ranks=False)
+  for ax in gap_and_ratio(study(read_sweep(tmp_path), 0, reference='mhc')).fig.axes:
+    low, high = ax.get_xlim()
+    x = np.unique([line.get_xdata()[0] for line in ax.lines if line.get_marker() not in ('None', '', '|')])
+    assert len(x) >= 3 and low < x.min() and x.max() < high
+    np.testing.assert_allclose(np.diff(np.log(x)), np.diff(np.log(x))[0])
+
+
 def test_the_common_size_is_one_that_every_arm_has(tmp_path):
   states = {('mhc', (128, 4), seed): None for seed in (0, 1)} | {('hc', (64, 4), 0): 'running'}
   write_sweep(tmp_path, arms=('residual', 'hc', 'mhc'), ranks=False, states=states)

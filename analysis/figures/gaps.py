@@ -57,9 +57,11 @@ def _draw_gap(ax: Axes, s: Study, relative: bool) -> None:
   sizes = {g.size for g in s.gaps}
   apart = 0.015 if len(sizes) > 1 else 0.8 / len(arms)
   ax.set(xscale='log', xlim=(x_all.min() / 1.3, x_all.max() * 1.3))
+  middle = float(np.sqrt(np.prod(ax.get_xlim())))
   for place, arm in enumerate(arms):
     own = [g for g in s.gaps if g.arm == arm]
-    x = np.exp([g.log_flops for g in own]) * aside(ax, place, len(arms), apart)
+    x = np.exp([g.log_flops for g in own]) if len(sizes) > 1 else np.full(len(own), middle)
+    x = x * aside(ax, place, len(arms), apart)
     y = unit * np.array([g.ratio if relative else g.difference for g in own])
     low = [g.ratio_low if relative else g.low for g in own]
     ax.plot(x, y, **style[arm] | ({} if is_ladder(own) else {'linestyle': 'none'}), label=arm)
@@ -70,7 +72,7 @@ def _draw_gap(ax: Axes, s: Study, relative: bool) -> None:
   if len(sizes) > 1:
     log_axis(ax, 'training FLOPs')
   else:  # arms side by side at one size: there is no axis to read
-    ax.set_xticks([float(np.sqrt(np.prod(ax.get_xlim())))], sizes)
+    ax.set_xticks([middle], sizes)
     ax.minorticks_off()
   ax.set_ylabel(f'loss as % of {s.reference}' if relative else f'loss minus {s.reference} (nats)')
 
