@@ -119,6 +119,17 @@ def test_gaps_of_the_study_by_hand():
   assert verdicts.markdown(table) in STUDY, 'python -m analysis.verdicts docs/results/study-gpu-small'
 
 
+def test_the_study_has_what_muon_changes():
+  muon, adamw = read('study-cpu-muon/results'), read('study-cpu-small/results')
+  assert verdicts.markdown_of_changes(muon, adamw) in STUDY, 'python -m analysis.verdicts ... --against ...'
+  lower = adamw.merge(muon, on=[*verdicts.CELL, 'arm', 'seed'], suffixes=('', '_muon'))
+  lower = lower.assign(by=lower['validation_loss'] - lower['validation_loss_muon'])
+  means = lower.groupby(['width', 'arm'])['by'].mean()
+  ends = [f'{f(means[width]):.2f}' for width in (32, 48) for f in (min, max)]
+  said = 'by {} to {} nats at 32x2 and {} to {} at 48x3'.format(*ends)
+  assert said in words(STUDY), said
+
+
 def test_the_studys_numbers_that_are_written_in_words():
   found = verdicts.verdicts(read('study-gpu-small/results')).set_index(['arm', 'other'])
   for arm, other in (('identity', 'residual'), ('hc', 'residual'), ('gated_residual', 'residual')):
@@ -214,15 +225,15 @@ def test_words_say_what_the_intervals_do():
 def once(name):
   """Losses of finished runs by arm, size and seed; None where rates, budgets or ranks are several.
 
-  Full rank, and an arm's usual number of streams.
+  Full rank, and an arm's usual number of streams at its size (those of attention residuals follow the depth).
   """
   runs = read(f'{name}/results')
   runs = runs[runs['state'] == 'finished']
-  usual = runs.groupby('arm')['connection_streams'].transform(lambda v: v.mode().iloc[0])
+  usual = runs.groupby(['arm', 'width', 'depth'])['connection_streams'].transform(lambda v: v.mode().iloc[0])
   runs = runs[runs['connection_streams'] == usual]
   for column in ('connection_rank', 'weights_rank', 'projected_rank'):
     runs = runs[runs[column].isna()]
-  sizes = [f'{w}x{d}' for w, d in zip(runs['width'], runs['depth'], strict=True)]
+  sizes = [f'{w:.0f}x{d:.0f}' for w, d in zip(runs['width'], runs['depth'], strict=True)]
   losses = pd.Series(runs['validation_loss'].to_numpy(), [runs['arm'], sizes, runs['seed']])
   return None if losses.index.has_duplicates else losses.sort_index()
 
