@@ -1,6 +1,6 @@
 """The study: what constrained hyper-connections buy over compute. Its plan: docs/study_plan.md.
 
-  mhc sweep study:cpu --workers 2   # two cores, about four hours; study:gpu: one GPU, 25 minutes
+  mhc sweep study:cpu --workers 2   # two cores, about six hours; study:gpu: one GPU, 25 minutes
   mhc report runs/study-cpu
 
 study:SCALE trains all arms at all sizes. Its parts are sweeps of their own: SCALE-rates (a grid of rates at
