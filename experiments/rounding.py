@@ -13,7 +13,6 @@ import os
 import subprocess
 import sys
 import tempfile
-from typing import Any
 
 import pandas as pd
 from ml_collections import ConfigDict
@@ -24,18 +23,12 @@ from mhc_jax.log import say
 from mhc_jax.plan import resolve
 
 from . import protocol
+from .study import ARMS
 from .verify import ROUNDING, deviations
 from .workers import ONE_THREAD, corpus_of
 
-CONNECTIONS: dict[str, dict[str, Any]] = {
-  'residual': {'name': 'residual'},
-  'identity': {'name': 'identity'},
-  'mhc': {'name': 'mhc'},
-  'birkhoff_dual': {'name': 'mhc', 'constraint': 'birkhoff_dual'},
-  'hc': {'name': 'hc'},
-  'gated_residual': {'name': 'gated_residual'},
-  'attention_residual': {'name': 'attention_residual'},
-}
+# Those of the study, called by their constraint where they name one.
+CONNECTIONS = {spec.get('constraint', spec['name']): spec for spec in ARMS.values()}
 ROUNDINGS = {
   'SSE4.2': f'{ONE_THREAD} --xla_cpu_max_isa=SSE4_2',
   'AVX2, threads': '--xla_cpu_max_isa=AVX2',
