@@ -1,6 +1,6 @@
 """The study: what constrained hyper-connections buy over compute. Its plan: docs/study_plan.md.
 
-  mhc sweep study:cpu --workers 2   # two cores, about six hours; study:gpu: one GPU, 25 minutes
+  mhc sweep study:cpu --workers 2   # two cores, 3 to 5 hours; study:gpu: one GPU, 25 minutes
   mhc report runs/study-cpu
 
 study:SCALE trains all arms at all sizes. Its parts are sweeps of their own: SCALE-rates (a grid of rates at
@@ -47,7 +47,7 @@ ARMS: dict[str, dict[str, Any]] = {
 SCALES: dict[str, dict[str, Any]] = {
   'cpu': {
     'protocol': 'small',
-    'sizes': ((16, 2), (32, 2), (48, 3), (64, 4), (80, 5)),
+    'sizes': ((16, 2), (32, 2), (48, 3), (64, 4), (80, 4)),
     'data': {'batch_size': 8, 'seq_len': 128},
     'evaluation': {'sequences': 1024},
     'tuned': (32, 2),
