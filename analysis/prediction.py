@@ -46,16 +46,20 @@ def predicted(table: pd.DataFrame, largest: pd.DataFrame) -> pd.DataFrame:
 
 
 def scored(prediction: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
-  """The prediction beside the arm's mean loss over seeds at that size; inside: runs within the interval."""
-  size, rows = prediction['size'].iloc[0], []
-  ended = table[(table['size'] == size) & (table['state'] == 'finished')]
+  """The prediction beside what was measured at that size.
+
+  measured: mean loss over the arm's runs, of which so many lie inside the interval; gap: to the reference, as
+  predicted by the gap carried, and the mean over seeds that both have trained.
+  """
+  reference = reference_arm(table)
+  ended = table[(table['size'] == prediction['size'].iloc[0]) & (table['state'] == 'finished')]
+  loss = ended.pivot(index='seed', columns='arm', values='validation_loss')
+  carried, rows = prediction.set_index('arm')['gap carried'], []
   for _, row in prediction.iterrows():
-    losses = ended[ended['arm'] == row['arm']]['validation_loss']
-    inside = losses.between(row['low'], row['high'])
-    errors = {f'{name} error': row[name] - losses.mean() for name in ('law', 'gap carried')}
-    rows.append(
-      dict(row) | {'measured': losses.mean(), 'runs': len(losses), 'inside': int(inside.sum())} | errors
-    )
+    own = loss.get(row['arm'], pd.Series(dtype=float)).dropna()
+    found = {'measured': own.mean(), 'runs': len(own), 'law error': row['law'] - own.mean()}
+    gaps = {'gap': row['gap carried'] - carried[reference], 'measured gap': (own - loss[reference]).mean()}
+    rows.append(dict(row) | found | {'inside': int(own.between(row['low'], row['high']).sum())} | gaps)
   return pd.DataFrame(rows)
 
 

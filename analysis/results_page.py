@@ -36,7 +36,6 @@ TITLES = {
   'study-gpu': 'study-gpu: seven arms on a GPU',
   'study-gpu-small': 'study-gpu-small: seven arms on a GPU, all but the largest size',
   'study-cpu': 'study-cpu: seven arms on two cores',
-  'study-cpu-small': 'study-cpu-small: seven arms on two cores, all but the largest size',
   'study-cpu-muon': 'study-cpu-muon: the same by Muon, at two sizes',
   'study-cpu-ranks': 'study-cpu-ranks: of the generator, of the streams, of the weights',
   'study-cpu-rates': 'study-cpu-rates: the choice of the rates, on seeds of its own',

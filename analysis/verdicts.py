@@ -1,16 +1,17 @@
 """The study's answers from a published sweep: paired differences between arms, over sizes and with compute.
 
   python -m analysis.verdicts docs/results/study-gpu-small
-  python -m analysis.verdicts docs/results/study-cpu-muon --against docs/results/study-cpu-small
+  python -m analysis.verdicts docs/results/study-cpu-muon --against docs/results/study-cpu
 
 Prints two tables as Markdown: a contrast's mean difference over all sizes and its change over a decade of
-compute, each with a 95 % interval, and what would settle those that are undecided; and the loss of each arm
-minus the reference's by size. --against: a third, each contrast in both sweeps at the sizes, budgets and
-seeds that both have, and what changed.
+compute, each with a 95 % interval and a p-value, whether the cells have one mean, and what would settle
+the means that are undecided; and the loss of each arm minus the reference's by size. --against: a third,
+each contrast in both sweeps at the sizes, budgets and seeds that both have, and what changed.
 """
 
 import argparse
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ import pandas as pd
 from scipy import stats
 
 from mhc_jax.command import end_with_message
+from mhc_jax.errors import require
 
 from .fitting.intervals import LEVEL
 
@@ -43,52 +45,64 @@ def differences(table: pd.DataFrame, arm: str, other: str) -> pd.DataFrame:
   return paired.assign(difference=paired['validation_loss'] - paired['validation_loss_other'])
 
 
-def weighted(paired: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, int]:
-  """(differences, their standard deviations, degrees of freedom) of rows whose noise falls with compute.
+def noise_slope(pairs: Iterable[pd.DataFrame]) -> float:
+  """By which power of compute the variance within cells falls: one for all contrasts, by least squares.
 
-  Runs of few updates scatter ten times as much as longer ones: log variance within cells is a line in log
-  compute, by least squares over the cells.
+  Each has a level of its own. A power for each contrast, from a handful of variances of two degrees of
+  freedom, weighs cells by chance: intervals of 95 % then hold in about 90 %.
   """
-  cells = paired.groupby(CELL)
-  within = cells['difference'].agg(['var', 'count']).assign(flops=cells['flops'].mean())
-  told = within[(within['count'] > 1) & (within['var'] > 0)]
-  slope, level = np.polyfit(np.log(told['flops']), np.log(told['var']), 1) if len(told) > 2 else (0.0, np.nan)
-  log_variance = level + slope * np.log(paired['flops'].to_numpy(float))
-  if np.isnan(level):
-    log_variance = np.full(len(paired), np.log(told['var'].mean()))
-  sd = np.exp(log_variance / 2)
-  centred = paired['difference'] - cells['difference'].transform('mean')
-  freedom = int((told['count'] - 1).sum())
-  scale = float(np.sqrt(((centred / sd) ** 2).sum() / freedom))  # logs of variances lie below their mean
-  return paired['difference'].to_numpy(float), sd * scale, freedom
+  x, y = [], []
+  for paired in pairs:
+    cells = paired.groupby(CELL)
+    within = cells['difference'].var().to_frame('var').assign(flops=cells['flops'].mean())
+    logs = np.log(within[within['var'] > 0])  # of one seed there is none
+    logs -= logs.mean()
+    x, y = [*x, *logs['flops']], [*y, *logs['var']]
+  return float(np.dot(x, y) / np.dot(x, x)) if np.any(x) else 0.0
 
 
-def line(paired: pd.DataFrame) -> dict[str, float]:
-  """Weighted means: of the difference over all rows, and its slope over a decade of compute; half widths."""
-  value, sd, freedom = weighted(paired)
+def line(paired: pd.DataFrame, slope: float) -> dict[str, float]:
+  """Weighted means: of the difference over all rows, and its slope over a decade of compute; half widths.
+
+  slope: noise_slope. cells_p: that all cells have one mean, by F. Raises ConfigError without a cell of two
+  seeds.
+  """
+  cells, value = paired.groupby(CELL)['difference'], paired['difference'].to_numpy(float)
+  freedom = int((cells.size() - 1).sum())
+  require(freedom > 0, 'intervals need two seeds of a size')
+  sd = (paired['flops'] / paired['flops'].mean()).to_numpy(float) ** (slope / 2)
+  sd *= float(np.sqrt((((value - cells.transform('mean')) / sd) ** 2).sum() / freedom))
   quantile = stats.t.ppf(0.5 + LEVEL / 2, freedom)
   weight = sd**-2
   decades = np.log10(paired['flops'].to_numpy(float))
   centre = float((weight * decades).sum() / weight.sum())
   spread = float((weight * (decades - centre) ** 2).sum())
+  mean = float((weight * value).sum() / weight.sum())
+  along = float((weight * (decades - centre) * value).sum() / spread) if spread else np.nan
+  between = float((weight * (cells.transform('mean') - mean) ** 2).sum()) / max(len(cells) - 1, 1)
   return {
-    'mean': float((weight * value).sum() / weight.sum()),
+    'mean': mean,
     'mean_half': float(quantile / np.sqrt(weight.sum())),
-    'slope': float((weight * (decades - centre) * value).sum() / spread),
-    'slope_half': float(quantile / np.sqrt(spread)),
-    'p_value': float(2 * stats.t.sf(abs((weight * value).sum()) / np.sqrt(weight.sum()), freedom)),
+    'mean_p': float(2 * stats.t.sf(abs(mean) * np.sqrt(weight.sum()), freedom)),
+    'slope': along,
+    'slope_half': float(quantile / np.sqrt(spread)) if spread else np.nan,
+    'slope_p': float(2 * stats.t.sf(abs(along) * np.sqrt(spread), freedom)),
+    'cells_p': float(stats.f.sf(between, len(cells) - 1, freedom)) if len(cells) > 1 else np.nan,
     'flops': float(paired['flops'].sum()),
   }
 
 
 def verdicts(table: pd.DataFrame) -> pd.DataFrame:
-  """A row for each contrast whose arms the sweep has; holm: p-values of the means, corrected for the rows."""
-  rows = []
-  for arm, other in CONTRASTS:
-    paired = differences(table, arm, other)
-    if len(paired):
-      rows.append({'arm': arm, 'other': other} | line(paired))
-  return _corrected(pd.DataFrame(rows))
+  """A row for each contrast whose arms the sweep has; p-values of means and slopes corrected for the rows."""
+  pairs = {contrast: differences(table, *contrast) for contrast in CONTRASTS}
+  pairs = {contrast: paired for contrast, paired in pairs.items() if len(paired)}
+  return _lines(pairs, noise_slope(pairs.values()))
+
+
+def _lines(pairs: dict[tuple[str, str], pd.DataFrame], slope: float) -> pd.DataFrame:
+  found = [{'arm': arm, 'other': other} | line(paired, slope) for (arm, other), paired in pairs.items()]
+  table = pd.DataFrame(found)
+  return table.assign(**{f'{what}_holm': _holm(table[f'{what}_p']) for what in ('mean', 'slope')})
 
 
 def by_size(table: pd.DataFrame, reference: str = 'residual') -> pd.DataFrame:
@@ -101,28 +115,29 @@ def by_size(table: pd.DataFrame, reference: str = 'residual') -> pd.DataFrame:
 
 
 def changes(table: pd.DataFrame, before: pd.DataFrame) -> pd.DataFrame:
-  """A row for each contrast: its mean in each table over the cells and seeds of both, and the change's line.
+  """A row for each contrast: what changed from one table to the other over the cells and seeds of both.
 
-  holm: p-values of the changes, corrected for the rows.
+  As of verdicts; and now_mean, before_mean: of the contrast in each.
   """
-  rows = []
-  for arm, other in CONTRASTS:
-    now, then = (differences(one, arm, other) for one in (table, before))
-    both = now.merge(then, on=[*CELL, 'seed'], suffixes=('', '_before'))
+  now, then, moved = {}, {}, {}
+  for contrast in CONTRASTS:
+    both = differences(table, *contrast).merge(
+      differences(before, *contrast), on=[*CELL, 'seed'], suffixes=('', '_before')
+    )
     if len(both):
-      moved = both.assign(difference=both['difference'] - both['difference_before'])
-      means = {'now': line(both), 'before': line(both.assign(difference=both['difference_before']))}
-      ends = {f'{k}_{end}': v[end] for k, v in means.items() for end in ('mean', 'mean_half')}
-      rows.append({'arm': arm, 'other': other} | ends | line(moved))
-  return _corrected(pd.DataFrame(rows))
+      now[contrast], then[contrast] = both, both.assign(difference=both['difference_before'])
+      moved[contrast] = both.assign(difference=both['difference'] - both['difference_before'])
+  slope, ends = noise_slope([*now.values(), *then.values()]), ['mean', 'mean_half']  # one: equal weights
+  own = [_lines(pairs, slope)[ends].add_prefix(f'{k}_') for k, pairs in (('now', now), ('before', then))]
+  return pd.concat([_lines(moved, slope), *own], axis=1)
 
 
-def _corrected(found: pd.DataFrame) -> pd.DataFrame:
-  """With a column holm, of p_value."""
-  order = found['p_value'].argsort().to_numpy()
-  step = found['p_value'].to_numpy()[order] * np.arange(len(found), 0, -1)
-  found.loc[order, 'holm'] = np.minimum(np.maximum.accumulate(step), 1)
-  return found
+def _holm(p_values: pd.Series) -> np.ndarray:
+  """Corrected for their number (Holm 1979)."""
+  order, corrected = p_values.argsort().to_numpy(), np.empty(len(p_values))
+  step = p_values.to_numpy()[order] * np.arange(len(p_values), 0, -1)
+  corrected[order] = np.minimum(np.maximum.accumulate(step), 1)
+  return corrected
 
 
 def settle(mean: float, half: float, flops: float) -> str:
@@ -133,15 +148,16 @@ def settle(mean: float, half: float, flops: float) -> str:
 def markdown(table: pd.DataFrame) -> str:
   """Both tables."""
   lines = [
-    '| contrast | mean | 95 % | p (Holm) | per decade | 95 % | FLOPs to settle |',
-    '|' + '---|' * 7,
+    '| contrast | mean | 95 % | p (Holm) | p of cells | per decade | 95 % | p (Holm) | FLOPs to settle |',
+    '|' + '---|' * 9,
   ]
   for _, r in verdicts(table).iterrows():
     ends = [(r[k] - r[f'{k}_half'], r[k] + r[f'{k}_half']) for k in ('mean', 'slope')]
     told = [f'{low:+.4f} to {high:+.4f}' for low, high in ends]
     lines.append(
-      f'| {r["arm"]} - {r["other"]} | {r["mean"]:+.4f} | {told[0]} | {r["holm"]:.2g} | {r["slope"]:+.4f} | '
-      f'{told[1]} | {settle(r["mean"], r["mean_half"], r["flops"])} |'
+      f'| {r["arm"]} - {r["other"]} | {r["mean"]:+.4f} | {told[0]} | {r["mean_holm"]:.2g} | '
+      f'{r["cells_p"]:.2g} | {r["slope"]:+.4f} | {told[1]} | {r["slope_holm"]:.2g} | '
+      f'{settle(r["mean"], r["mean_half"], r["flops"])} |'
     )
   sizes = by_size(table)
   arms = [name for name in sizes if name not in CELL]
@@ -161,7 +177,7 @@ def markdown_of_changes(table: pd.DataFrame, before: pd.DataFrame) -> str:
     low, high = r['mean'] - r['mean_half'], r['mean'] + r['mean_half']
     lines.append(
       f'| {r["arm"]} - {r["other"]} | {told[0]} | {told[1]} | {r["mean"]:+.4f} | '
-      f'{low:+.4f} to {high:+.4f} | {r["holm"]:.2g} |'
+      f'{low:+.4f} to {high:+.4f} | {r["mean_holm"]:.2g} |'
     )
   return '\n'.join(lines)
 

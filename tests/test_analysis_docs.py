@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 
 from analysis import results_page, verdicts
+from mhc_jax.errors import ConfigError
 
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / 'docs' / 'results'
@@ -116,11 +117,14 @@ def test_gaps_of_the_study_by_hand():
   for arm in ('mhc', 'hc', 'gated_residual'):
     expected = (wide[arm] - wide['residual']).groupby(['width', 'depth', 'tokens']).mean()
     assert by_size[arm].to_numpy() == pytest.approx(expected[by_size.index].to_numpy())
-  assert verdicts.markdown(table) in STUDY, 'python -m analysis.verdicts docs/results/study-gpu-small'
+  for name in ('study-gpu-small', 'study-cpu'):
+    assert verdicts.markdown(read(f'{name}/results')) in STUDY, (
+      f'python -m analysis.verdicts docs/results/{name}'
+    )
 
 
 def test_the_study_has_what_muon_changes():
-  muon, adamw = read('study-cpu-muon/results'), read('study-cpu-small/results')
+  muon, adamw = read('study-cpu-muon/results'), read('study-cpu/results')
   assert verdicts.markdown_of_changes(muon, adamw) in STUDY, 'python -m analysis.verdicts ... --against ...'
   lower = adamw.merge(muon, on=[*verdicts.CELL, 'arm', 'seed'], suffixes=('', '_muon'))
   lower = lower.assign(by=lower['validation_loss'] - lower['validation_loss_muon'])
@@ -130,37 +134,66 @@ def test_the_study_has_what_muon_changes():
   assert said in words(STUDY), said
 
 
-def test_the_studys_numbers_that_are_written_in_words():
-  found = verdicts.verdicts(read('study-gpu-small/results')).set_index(['arm', 'other'])
-  for arm, other in (('identity', 'residual'), ('hc', 'residual'), ('gated_residual', 'residual')):
-    r = found.loc[(arm, other)]
+@pytest.mark.parametrize(
+  ('name', 'arms'),
+  [
+    ('study-gpu-small', ('identity', 'hc', 'gated_residual')),
+    ('study-cpu', ('mhc', 'identity', 'gated_residual')),
+  ],
+)
+def test_the_studys_numbers_that_are_written_in_words(name, arms):
+  found = verdicts.verdicts(read(f'{name}/results')).set_index(['arm', 'other'])
+  for arm in arms:
+    r = found.loc[(arm, 'residual')]
     ends = f'{r["mean"]:+.4f} ({r["mean"] - r["mean_half"]:+.4f} to {r["mean"] + r["mean_half"]:+.4f})'
     assert ends in words(STUDY), (arm, ends)
 
 
-def test_p_values_are_corrected_by_holm():
+@pytest.mark.parametrize('what', ['mean', 'slope'])
+def test_p_values_are_corrected_by_holm(what):
   found = verdicts.verdicts(read('study-gpu-small/results'))
-  p = found['p_value'].to_numpy()
-  for own, corrected in zip(p, found['holm'], strict=True):
+  p = found[f'{what}_p'].to_numpy()
+  for own, corrected in zip(p, found[f'{what}_holm'], strict=True):
     smaller = [min(1.0, q * (len(p) - (p < q).sum())) for q in p[p <= own]]
     assert corrected == pytest.approx(max(smaller))
 
 
-def test_weighted_means_hold_their_truth():
-  """Pairs whose noise falls a hundredfold with compute; 95 % intervals of mean and slope, 400 times."""
-  rng, cells = np.random.default_rng(0), [(w, 2, w * 1e4) for w in (16, 32, 48, 64, 96, 128)]
-  held = []
-  for _ in range(400):
-    rows = []
-    for k, (width, depth, tokens) in enumerate(cells):
-      for seed in range(3):
-        noise = 0.05 * 10 ** (-0.3 * k) * rng.standard_normal()
-        same = {'width': width, 'depth': depth, 'tokens': tokens, 'seed': seed, 'state': 'finished'}
-        rows.append(same | {'arm': 'b', 'validation_loss': 2.0, 'flops': 10.0**k})
-        rows.append(same | {'arm': 'a', 'validation_loss': 2.01 + 0.002 * k + noise, 'flops': 10.0**k})
-    found = verdicts.line(verdicts.differences(pd.DataFrame(rows), 'a', 'b'))
-    held.append(abs(found['slope'] - 0.002) < found['slope_half'])
-  assert 0.92 <= np.mean(held) <= 0.98
+def simulated(rng, odd=0.0):
+  """The study's arms at six cells, three paired seeds; noise falls thirtyfold over five decades.
+
+  All are equal but mhc, lower by 0.01, and by `odd` more in the last cell.
+  """
+  rows, arms = [], dict.fromkeys(itertools.chain(*verdicts.CONTRASTS))
+  for k, seed in itertools.product(range(6), range(3)):
+    same = {'width': 16 * (k + 1), 'depth': 2, 'tokens': 1e5, 'seed': seed, 'state': 'finished'}
+    for arm in arms:
+      loss = 2.0 - (0.01 + odd * (k == 5)) * (arm == 'mhc') + 0.03 * 10 ** (-0.3 * k) * rng.standard_normal()
+      rows.append(same | {'arm': arm, 'flops': 10.0**k, 'validation_loss': loss})
+  return pd.DataFrame(rows)
+
+
+def test_intervals_of_means_and_slopes_hold_their_truth():
+  """95 % intervals of all contrasts over 200 sweeps: weights of each contrast's own hold in 90 %."""
+  rng, held = np.random.default_rng(0), {'mean': [], 'slope': [], 'cells': []}
+  for _ in range(200):
+    found = verdicts.verdicts(simulated(rng))
+    truth = 0.01 * ((found['other'] == 'mhc').astype(float) - (found['arm'] == 'mhc'))
+    held['mean'] += list((found['mean'] - truth).abs() < found['mean_half'])
+    held['slope'] += list(found['slope'].abs() < found['slope_half'])
+    held['cells'] += list(found['cells_p'] > 0.05)
+  shares = {what: float(np.mean(each)) for what, each in held.items()}
+  assert all(0.93 <= share <= 0.97 for share in shares.values()), shares
+
+
+def test_a_cell_that_differs_is_told():
+  [odd, even] = (verdicts.verdicts(simulated(np.random.default_rng(0), by)).iloc[0] for by in (0.01, 0.0))
+  assert odd['cells_p'] < 1e-3 < 0.05 < even['cells_p']
+
+
+def test_one_seed_has_no_intervals():
+  table = simulated(np.random.default_rng(0))
+  with pytest.raises(ConfigError, match='two seeds'):
+    verdicts.verdicts(table[table['seed'] == 0])
 
 
 def test_a_change_between_sweeps_is_of_the_seeds_that_both_have():
@@ -170,7 +203,7 @@ def test_a_change_between_sweeps_is_of_the_seeds_that_both_have():
     for width, seed in itertools.product((16, 32), seeds):
       same = {'width': width, 'depth': 2, 'tokens': 1e4 * width, 'seed': seed, 'state': 'finished'}
       for arm, loss in (('residual', 2 + seed), ('mhc', 2 + seed + gain)):
-        own = {'arm': arm, 'flops': 1e9 * width, 'validation_loss': loss + 0.001 * rng.standard_normal()}
+        own = {'arm': arm, 'flops': 1e9, 'validation_loss': loss + 0.001 * rng.standard_normal()}
         rows.append(same | own)
     tables.append(pd.DataFrame(rows))
   found = verdicts.changes(*tables)
@@ -183,16 +216,37 @@ def test_a_change_between_sweeps_is_of_the_seeds_that_both_have():
   row = found.iloc[0]
   assert row['mean'] == pytest.approx(np.mean(expected)) and row['mean'] == pytest.approx(0.03, abs=0.003)
   assert row['now_mean'] - row['before_mean'] == pytest.approx(row['mean'])
-  assert row['holm'] == row['p_value'] < 0.01
+  assert row['mean_holm'] == row['mean_p'] < 0.01
   assert '| mhc - residual | -0.0' in verdicts.markdown_of_changes(*tables)
 
 
-def test_the_prediction_was_made_of_the_smaller_sizes():
-  table = read('study/prediction_gpu')
-  assert set(table['size']) == {'112x6'} and (table['low'] < table['law']).all()
+@pytest.mark.parametrize(('scale', 'size'), [('gpu', '112x6'), ('cpu', '80x4')])
+def test_the_predictions_are_those_of_the_csvs(scale, size):
+  table = read(f'study/prediction_{scale}')
+  assert set(table['size']) == {size} and (table['low'] < table['law']).all()
   assert table['law'].tolist() == pytest.approx(
-    [float(v) for v in re.findall(r'\| 112x6 \| (\d\.\d{3}) \|', STUDY)], abs=6e-4
+    [float(v) for v in re.findall(rf'\| {size} \| (\d\.\d{{3}}) \|', STUDY)], abs=6e-4
   )
+
+
+def test_the_score_is_of_the_runs_that_were_predicted():
+  """Means and paired gaps from the runs, by hand; what was predicted is what the earlier file says."""
+  before, scored = (read(f'study/{name}').set_index('arm') for name in ('prediction_cpu', 'score_cpu'))
+  runs = read('study-cpu/results')
+  runs = runs[(runs['width'] == 80) & (runs['state'] == 'finished')]
+  wide = runs.pivot(index='seed', columns='arm', values='validation_loss')
+  assert set(scored.index) == set(before.index) and (scored['runs'] >= 1).all()
+  for arm, row in scored.iterrows():
+    assert row['law'] == before.loc[arm, 'law'] and row['runs'] == wide[arm].count()
+    assert row['measured'] == pytest.approx(wide[arm].mean())
+    assert row['law error'] == pytest.approx(row['law'] - row['measured'])
+    expected = before.loc[arm, 'gap carried'] - before.loc['residual', 'gap carried']
+    assert row['gap'] == pytest.approx(expected, abs=1e-12)
+    assert row['measured gap'] == pytest.approx((wide[arm] - wide['residual']).mean(), abs=1e-12)
+    said = (
+      f'| {row["measured"]:.3f} | {row["law error"]:+.3f} | {row["gap"]:+.3f} | {row["measured gap"]:+.3f} |'
+    )
+    assert said in STUDY, said
 
 
 # What follows is arithmetic on the CSVs alone, by nothing of analysis/.
