@@ -157,18 +157,25 @@ def test_marks_of_one_arm_leave_those_of_another_visible(tmp_path):
   )
 
 
-def test_no_letter_is_smaller_than_seven_points(tmp_path):
-  """At the width at which a figure is printed: a column of 3.5 inches, a text of 7."""
-  write_sweep(tmp_path)
+def test_every_letter_can_be_read(tmp_path):
+  """At the width at which it is printed, 3.5 or 7 inches: 7 points at least, and no label cut at an edge."""
+  write_sweep(tmp_path, arms=('residual', 'attention_residual', 'mhc'))
   add_matrices(tmp_path, 'mhc')
   s, seen = study(read_sweep(tmp_path), resamples=0), 0
   for section in SECTIONS:
     for name, draw in section.figures.items():
       drawn = draw(s)
       if isinstance(drawn, Drawing):
-        assert drawn.fig.get_figwidth() in (3.5, 7.0), name
-        small = [t for t in drawn.fig.findobj(Text) if t.get_text() and t.get_fontsize() < 7]
+        fig = drawn.fig
+        assert fig.get_figwidth() in (3.5, 7.0), name
+        small = [t for t in fig.findobj(Text) if t.get_text() and t.get_fontsize() < 7]
         assert not small, (name, small)
+        fig.draw_without_rendering()
+        labels = [text for ax in fig.axes for text in (ax.xaxis.label, ax.yaxis.label, ax.title)]
+        for text in (text for text in labels if text.get_text()):
+          extent = text.get_window_extent()
+          assert extent.x0 >= -1 and extent.x1 <= fig.bbox.x1 + 1, (name, text)
+          assert extent.y0 >= -1 and extent.y1 <= fig.bbox.y1 + 1, (name, text)
         seen += 1
   assert seen >= 15
 

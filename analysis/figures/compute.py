@@ -104,7 +104,7 @@ def multiplier_plot(s: Study) -> Drawing | str | None:
   if not arms:
     return 'Compute multipliers: none is identified.'
   style = looks(s.arms)
-  with figure(height=1.1 + 0.3 * len(arms)) as (fig, ax):
+  with figure(height=1.25 + 0.3 * len(arms)) as (fig, ax):
     for y, m in enumerate(reversed(arms)):
       known = needs(m)
       for k, one in enumerate(known):  # two: at the smallest size, hollow, and at the largest
@@ -117,7 +117,7 @@ def multiplier_plot(s: Study) -> Drawing | str | None:
     ax.set_yticks(range(len(arms)), [m.arm for m in reversed(arms)])
     ax.set_ylim(-0.6, len(arms) - 0.4)
     ax.grid(axis='y', visible=False)
-    ax.set(xlabel=f'compute that the arm needs, relative to {s.reference}')
+    ax.set(xlabel=f'compute that the arm needs,\nrelative to {s.reference}')
     legend(fig, ax)
   caption = (
     f'Compute that an arm needs for the same loss, over that of {s.reference}, with 95 % interval: left '
