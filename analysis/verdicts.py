@@ -100,6 +100,7 @@ def verdicts(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _lines(pairs: dict[tuple[str, str], pd.DataFrame], slope: float) -> pd.DataFrame:
+  require(bool(pairs), f'no contrast has finished runs of both arms: {", ".join(map(" - ".join, CONTRASTS))}')
   found = [{'arm': arm, 'other': other} | line(paired, slope) for (arm, other), paired in pairs.items()]
   table = pd.DataFrame(found)
   return table.assign(**{f'{what}_holm': _holm(table[f'{what}_p']) for what in ('mean', 'slope')})

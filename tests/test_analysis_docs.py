@@ -194,6 +194,8 @@ def test_one_seed_has_no_intervals():
   table = simulated(np.random.default_rng(0))
   with pytest.raises(ConfigError, match='two seeds'):
     verdicts.verdicts(table[table['seed'] == 0])
+  with pytest.raises(ConfigError, match='mhc - residual'):
+    verdicts.verdicts(table[table['arm'] == 'mhc'])
 
 
 def test_a_change_between_sweeps_is_of_the_seeds_that_both_have():
