@@ -3,10 +3,11 @@
   python -m analysis.verdicts docs/results/study-gpu-small
   python -m analysis.verdicts docs/results/study-cpu-muon --against docs/results/study-cpu
 
-Prints two tables as Markdown: a contrast's mean difference over all sizes and its change over a decade of
+Prints tables as Markdown: a contrast's mean difference over all sizes and its change over a decade of
 compute, each with a 95 % interval and a p-value, whether the cells have one mean, and what would settle
-the means that are undecided; and the loss of each arm minus the reference's by size. --against: a third,
-each contrast in both sweeps at the sizes, budgets and seeds that both have, and what changed.
+the means that are undecided; the loss of each arm minus the reference's by size; and of each rank, or number
+of streams, minus the full model's. --against: each contrast in both sweeps at the sizes, budgets and seeds
+that both have, and what changed.
 """
 
 import argparse
@@ -21,7 +22,9 @@ from scipy import stats
 from mhc_jax.command import end_with_message
 from mhc_jax.errors import require
 
+from .conventions import AXIS_FIELD
 from .fitting.intervals import LEVEL
+from .selection import rate_losses
 
 CONTRASTS = (
   ('mhc', 'residual'),
@@ -37,8 +40,16 @@ CELL = ['width', 'depth', 'tokens']  # of equal size and budget
 
 
 def differences(table: pd.DataFrame, arm: str, other: str) -> pd.DataFrame:
-  """A row for each seed of a cell: the arm's final loss minus the other's, and the arm's FLOPs."""
-  finished = table[table['state'] == 'finished']
+  """A row for each seed of a cell: the arm's final loss minus the other's, and the arm's FLOPs.
+
+  Of full models, on no axis of ranks. Raises ConfigError where one of them has several runs.
+  """
+  finished = table[(table['state'] == 'finished') & table['axis'].isna()]
+  several = finished[finished.duplicated(['arm', *CELL, 'seed']) & finished['arm'].isin((arm, other))]
+  names = ', '.join(several['arm'].unique())
+  require(
+    several.empty, f'runs of {names} differ by more than size, budget and seed: of which is the contrast?'
+  )
   columns = [*CELL, 'seed', 'validation_loss', 'flops']
   own, base = (finished[finished['arm'] == name][columns] for name in (arm, other))
   paired = own.merge(base, on=[*CELL, 'seed'], suffixes=('', '_other'))
@@ -115,6 +126,47 @@ def by_size(table: pd.DataFrame, reference: str = 'residual') -> pd.DataFrame:
   return pd.DataFrame(means).reset_index()
 
 
+def by_rank(table: pd.DataFrame) -> pd.DataFrame:
+  """A row for each rank, or number of streams, of an arm: its mean difference to the full model.
+
+  Runs are in blocks of equal size, budget and seed, at the rate that is best on the other seeds. The noise
+  is pooled over an axis, by what blocks and values leave over; p-values are corrected for the axis's values.
+  Values with a run that did not finish are left out, and so is an axis of one block. Raises ConfigError
+  for an arm without a run of the full model.
+  """
+  out = []
+  for (arm, axis), rows in table[table['axis'].notna()].groupby(['arm', 'axis'], sort=False):
+    full = table[(table['arm'] == arm) & table['axis'].isna()]
+    runs = pd.concat([rows, full]).assign(value=lambda t, axis=axis: t[axis].fillna(np.inf))
+    kept = pd.concat([_at_best_rate(own) for _, own in runs.groupby([*CELL, 'value'])])
+    flops, losses = (kept.pivot(index=[*CELL, 'seed'], columns='value', values=k) for k in ('flops', 'loss'))
+    home = full[axis].fillna(np.inf).iloc[0] if len(full) else None
+    require(home is not None, f'{arm} has no run of the full model beside its {axis}')
+    losses = losses[losses[home].notna()].dropna(axis=1)
+    left = losses.sub(losses.mean(axis=1), axis=0) - losses.mean() + losses.to_numpy().mean()
+    freedom = (len(losses) - 1) * (losses.shape[1] - 1)
+    if freedom < 1:
+      continue
+    error = float(np.sqrt(2 * (left**2).to_numpy().sum() / freedom / len(losses)))
+    found = pd.DataFrame({'mean': losses.sub(losses[home], axis=0).mean().drop(home)})
+    found = found.assign(half=stats.t.ppf(0.5 + LEVEL / 2, freedom) * error)
+    found['p'] = 2 * stats.t.sf(found['mean'].abs() / error, freedom)
+    found['flops'] = flops.loc[losses.index].sum().drop(home) + flops.loc[losses.index, home].sum()
+    out.append(found.reset_index().assign(arm=arm, axis=axis, home=home, holm=_holm(found['p'])))
+  return pd.concat(out) if out else pd.DataFrame()
+
+
+def _at_best_rate(rows: pd.DataFrame) -> pd.DataFrame:
+  """Of each seed the run at the rate that is best on the others; loss: NaN where that run did not finish."""
+  kept = []
+  for seed, own in rows.groupby('seed'):
+    others = rows[rows['seed'] != seed]
+    best = rate_losses(others if len(others) else rows).idxmin()
+    kept.append(own[own['lr'] == best])
+  kept = pd.concat(kept)
+  return kept.assign(loss=kept['validation_loss'].where(kept['state'] == 'finished'))
+
+
 def changes(table: pd.DataFrame, before: pd.DataFrame) -> pd.DataFrame:
   """A row for each contrast: what changed from one table to the other over the cells and seeds of both.
 
@@ -181,6 +233,18 @@ def markdown_of_changes(table: pd.DataFrame, before: pd.DataFrame) -> str:
   return '\n'.join(lines)
 
 
+def markdown_of_ranks(table: pd.DataFrame) -> str:
+  """The table of by_rank; empty where the sweep has no ranks."""
+  lines = ['| ranks of | minus | mean | p (Holm) | FLOPs to settle |', '|' + '---|' * 5]
+  for _, r in (found := by_rank(table)).iterrows():
+    own, home = ('full' if np.isinf(v) else f'{v:.0f}' for v in (r['value'], r['home']))
+    lines.append(
+      f'| {r["arm"]}, {AXIS_FIELD[r["axis"]]} {own} | {home} | {r["mean"]:+.4f} ± {r["half"]:.4f} | '
+      f'{r["holm"]:.2g} | {settle(r["mean"], r["half"], r["flops"])} |'
+    )
+  return '\n'.join(lines) if len(found) else ''
+
+
 def main(argv: list[str] | None = None) -> int:
   """Command line; prints the tables."""
   parser = argparse.ArgumentParser('python -m analysis.verdicts', description=__doc__.splitlines()[0])
@@ -188,7 +252,11 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument('--against', type=Path, help='another such folder, of the same arms, sizes and seeds')
   a = parser.parse_args(argv)
   table = pd.read_csv(a.folder / 'results.csv')
-  print(markdown(table))
+  ranks = markdown_of_ranks(table)
+  if not ranks or table.loc[table['axis'].isna(), 'arm'].nunique() > 1:
+    print(markdown(table), end='\n\n' if ranks else '\n')
+  if ranks:
+    print(ranks)
   if a.against:
     print(f'\n{markdown_of_changes(table, pd.read_csv(a.against / "results.csv"))}')
   return 0

@@ -114,11 +114,13 @@ class Folders:
         'time/seconds': status.get('seconds') or 0,
       }
     seen.flops = whole if seen.over else min(max(0.0, seen.row.get('flops', 0.0)), whole)
+    done = seen.flops, seen.row.get('time/seconds', 0.0)
     if stamps[0] >= self._began * 1e9:
       seen.started = stamps[0] / 1e9
     elif first:
-      seen.base = seen.flops, seen.row.get('time/seconds', 0.0)
-    flops, seconds = seen.flops - seen.base[0], seen.row.get('time/seconds', 0.0) - seen.base[1]
+      seen.base = done
+    seen.base = min(seen.base, done)  # a killed run goes on from its checkpoint, before its last row
+    flops, seconds = done[0] - seen.base[0], done[1] - seen.base[1]
     if seen.started and seen.state != 'failed' and flops > 0 and seconds > 0:
       seen.work = flops, seconds, max(0.0, stamps[-1] / 1e9 - seen.started - seconds)
     return True

@@ -158,6 +158,9 @@ def test_p_values_are_corrected_by_holm(what):
     assert corrected == pytest.approx(max(smaller))
 
 
+ENDED = {'state': 'finished', 'axis': None}
+
+
 def simulated(rng, odd=0.0):
   """The study's arms at six cells, three paired seeds; noise falls thirtyfold over five decades.
 
@@ -165,7 +168,7 @@ def simulated(rng, odd=0.0):
   """
   rows, arms = [], dict.fromkeys(itertools.chain(*verdicts.CONTRASTS))
   for k, seed in itertools.product(range(6), range(3)):
-    same = {'width': 16 * (k + 1), 'depth': 2, 'tokens': 1e5, 'seed': seed, 'state': 'finished'}
+    same = {'width': 16 * (k + 1), 'depth': 2, 'tokens': 1e5, 'seed': seed} | ENDED
     for arm in arms:
       loss = 2.0 - (0.01 + odd * (k == 5)) * (arm == 'mhc') + 0.03 * 10 ** (-0.3 * k) * rng.standard_normal()
       rows.append(same | {'arm': arm, 'flops': 10.0**k, 'validation_loss': loss})
@@ -198,12 +201,60 @@ def test_one_seed_has_no_intervals():
     verdicts.verdicts(table[table['arm'] == 'mhc'])
 
 
+def test_several_runs_of_one_cell_are_no_contrast():
+  """Two rates of an arm; and its runs at a rank, which are not the arm."""
+  table = simulated(np.random.default_rng(0))
+  other = table[table['arm'] == 'mhc'].assign(validation_loss=9.0)
+  with pytest.raises(ConfigError, match='runs of mhc differ'):
+    verdicts.verdicts(pd.concat([table, other]))
+  ranks = pd.concat([table, other.assign(axis='weights_rank')])
+  pd.testing.assert_frame_equal(verdicts.verdicts(ranks), verdicts.verdicts(table))
+
+
+def ranked(rng, lost=0.0):
+  """Full model and ranks 1, 2 and 4, of which 1 is worse by `lost`; two rates of ranks, the second worse."""
+  rows = []
+  starts = 0.5 * rng.standard_normal(3)  # of seeds, which pairs do without
+  for (seed, start), rank in itertools.product(enumerate(starts), (None, 1, 2, 4)):
+    for lr in (0.1, 0.2)[: 1 if rank is None else 2]:
+      loss = start + lost * (rank == 1) + (lr > 0.1) + 0.02 * rng.standard_normal()
+      rows.append({'arm': 'mhc', 'seed': seed, 'weights_rank': rank, 'lr': lr, 'validation_loss': loss})
+  same = {'width': 32, 'depth': 2, 'tokens': 1e5, 'state': 'finished', 'flops': 1e9}
+  table = pd.DataFrame(rows).assign(**same)
+  return table.assign(axis=np.where(table['weights_rank'].isna(), None, 'weights_rank'))
+
+
+def test_intervals_of_ranks_hold_their_truth():
+  """95 % intervals over 100 sweeps, and Holm's p: a true difference is found, a false one in 5 %."""
+  rng, held, false = np.random.default_rng(0), [], []
+  for _ in range(100):
+    found = verdicts.by_rank(ranked(rng, 0.2)).set_index('value')
+    held += list((found['mean'] - [0.2, 0, 0]).abs() < found['half'])
+    assert found.loc[1, 'holm'] < 0.05 and (found['flops'] == 6e9).all()
+    false.append((verdicts.by_rank(ranked(rng))['holm'] < 0.05).any())
+  assert 0.93 <= np.mean(held) <= 0.97 and np.mean(false) <= 0.07, (np.mean(held), np.mean(false))
+
+
+def test_ranks_are_at_the_rate_that_other_seeds_choose():
+  table = ranked(np.random.default_rng(0), 0.5)
+  lucky = (table['seed'] == 0) & (table['weights_rank'] == 2) & (table['lr'] == 0.2)
+  table.loc[lucky, 'validation_loss'] -= 1.5
+  slow = table[table['lr'] == 0.1].pivot(index='seed', columns='weights_rank', values='validation_loss')
+  expected = slow.sub(slow[np.nan], axis=0).mean().drop(np.nan)
+  assert verdicts.by_rank(table).set_index('value')['mean'].to_dict() == pytest.approx(expected.to_dict())
+  ended = table['state'].mask((table['seed'] == 1) & (table['weights_rank'] == 4), 'diverged')
+  assert verdicts.by_rank(table.assign(state=ended))['value'].tolist() == [1, 2]
+  assert verdicts.by_rank(table[table['seed'] == 0]).empty
+  with pytest.raises(ConfigError, match='mhc has no run of the full model'):
+    verdicts.by_rank(table[table['axis'].notna()])
+
+
 def test_a_change_between_sweeps_is_of_the_seeds_that_both_have():
   rng, tables = np.random.default_rng(0), []
   for gain, seeds in ((-0.02, range(3)), (-0.05, range(1, 5))):
     rows = []
     for width, seed in itertools.product((16, 32), seeds):
-      same = {'width': width, 'depth': 2, 'tokens': 1e4 * width, 'seed': seed, 'state': 'finished'}
+      same = {'width': width, 'depth': 2, 'tokens': 1e4 * width, 'seed': seed} | ENDED
       for arm, loss in (('residual', 2 + seed), ('mhc', 2 + seed + gain)):
         own = {'arm': arm, 'flops': 1e9, 'validation_loss': loss + 0.001 * rng.standard_normal()}
         rows.append(same | own)

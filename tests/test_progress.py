@@ -70,6 +70,21 @@ def test_updates_of_earlier_starts_are_no_evidence(planned, tmp_path):
   assert work == pytest.approx((planned[0].derived['flops'] / 2, 5, OTHER), abs=1e-3)
 
 
+def test_a_killed_run_goes_on_from_its_checkpoint(planned, tmp_path):
+  """Its rows since then are gone: what it does again is evidence of speed, and is no compilation."""
+  write(tmp_path, planned[0], 0.8, 'running', time.time() - 1000)
+  folders, now = progress.Folders(planned, str(tmp_path)), time.time() + 1
+  folders.look()
+  for part, seconds in ((0.5, 10.0), (0.75, 15.0)):
+    write(tmp_path, planned[0], part, 'running', now, seconds)
+    found = folders.look()
+  assert found.compiling == [] and len(found.training) == 1
+  rate = planned[0].derived['flops'] / TRAINING
+  [other] = [seen.work[2] for seen in found.training]
+  left = sum(run.derived['flops'] for run in planned) - found.flops
+  assert found.seconds == pytest.approx(left / rate + other, rel=1e-4)
+
+
 def test_a_look_reads_what_has_changed_alone(planned, tmp_path, monkeypatch):
   reads, real = [], progress.read_status
   monkeypatch.setattr(progress, 'read_status', lambda workdir: reads.append(workdir) or real(workdir))
