@@ -5,8 +5,8 @@
 
 study:SCALE trains all arms at all sizes. Its parts are sweeps of their own: SCALE-rates (a grid of rates at
 one size, on seeds that nothing else uses), SCALE-transfer (half and twice the chosen rate at a larger size),
-SCALE-small (study:SCALE without its largest size, for the prediction of that), SCALE-muon-rates, SCALE-muon
-and SCALE-ranks. After a sweep of rates
+SCALE-small (study:SCALE without its largest size, for the prediction of that), SCALE-muon-rates,
+SCALE-muon-transfer, SCALE-muon and SCALE-ranks. After a sweep of rates
 
   python -m experiments.study runs/study-cpu-rates
 
@@ -88,25 +88,24 @@ RATES = pathlib.Path(__file__).with_name('study_rates.json')
 def runs(arg: str | None = None) -> list[ConfigDict]:
   """The runs of a part.
 
-  Argument: a key of SCALES, or one with -rates, -transfer, -small, -muon-rates, -muon
+  Argument: a key of SCALES, or one with -rates, -transfer, -small, -muon-rates, -muon-transfer, -muon
   or -ranks; cpu-rates, with which all begins, where there is none.
   """
   scale, _, part = (arg or 'cpu-rates').partition('-')
   if scale not in SCALES:
     raise ValueError(f'the argument must begin with one of {", ".join(SCALES)}, got {arg!r}')
-  sizes = SCALES[scale]
+  sizes, optimizer = SCALES[scale], 'muon' if part.startswith('muon') else 'adamw'
   match part:
     case 'rates' | 'muon-rates':
-      optimizer = 'muon' if part == 'muon-rates' else 'adamw'
       grid = itertools.product(ARMS, GRIDS[optimizer], RATE_SEEDS)
       return [config(scale, arm, sizes['tuned'], seed, lr, optimizer) for arm, lr, seed in grid]
-    case 'transfer':
+    case 'transfer' | 'muon-transfer':
       factors = itertools.product(ARMS, (0.5, 1.0, 2.0))
-      chosen = {arm: rate(scale, arm) for arm in ARMS}
-      return [config(scale, arm, sizes['checked'], RATE_SEEDS[0], k * chosen[arm]) for arm, k in factors]
+      tried = [(arm, k * rate(scale, arm, optimizer)) for arm, k in factors]
+      return [config(scale, arm, sizes['checked'], RATE_SEEDS[0], lr, optimizer) for arm, lr in tried]
     case 'muon':
       grid = itertools.product(sizes['muon'], ARMS, SEEDS)
-      return [config(scale, arm, size, s, rate(scale, arm, 'muon'), 'muon') for size, arm, s in grid]
+      return [config(scale, arm, size, s, rate(scale, arm, optimizer), optimizer) for size, arm, s in grid]
     case 'ranks':
       return _ranks(scale)
     case '' | 'small':

@@ -48,16 +48,17 @@ def test_arms_of_a_cell_have_equal_updates_and_paired_seeds(rates):
 
 
 def test_rates_come_from_other_seeds_and_enter_by_arm_and_optimizer(rates):
-  for part in ('rates', 'muon-rates', 'transfer'):
+  for part in ('rates', 'muon-rates', 'transfer', 'muon-transfer'):
     assert not {c.seed for c in study.runs(f'gpu-{part}')} & {*study.SEEDS, *study.LARGEST_SEEDS}
   for c in study.runs('gpu'):
     assert c.optimizer.lr == rates['gpu'][c.arm] and c.optimizer.name is None
   for c in study.runs('cpu-muon'):
     assert c.optimizer.lr == rates['cpu-muon'][c.arm] and c.optimizer.name == 'muon'
-  tried = collections.Counter(
-    round(c.optimizer.lr / rates['gpu'][c.arm], 6) for c in study.runs('gpu-transfer')
-  )
-  assert tried == {0.5: 7, 1.0: 7, 2.0: 7}
+  for chosen, part in (('gpu', 'gpu-transfer'), ('gpu-muon', 'gpu-muon-transfer')):
+    runs = study.runs(part)
+    tried = collections.Counter(round(c.optimizer.lr / rates[chosen][c.arm], 6) for c in runs)
+    assert tried == {0.5: 7, 1.0: 7, 2.0: 7}
+    assert {c.optimizer.name for c in runs} == {'muon' if 'muon' in part else None}
 
 
 def test_without_rates_it_says_how_to_choose_them(tmp_path, monkeypatch):
