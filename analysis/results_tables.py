@@ -222,6 +222,24 @@ def diverged(folder: Path) -> Lines:
   return table(('arm', 'diverged', 'where', 'largest gradient norm', 'largest gain'), rows)
 
 
+def growth(folder: Path) -> Lines:
+  """Gradients and streams of each arm by sublayer after the last update that was followed, of each seed."""
+  found = read(
+    folder / 'gradients.csv', 'arm', 'seed', 'update', 'sublayer', 'gradient', 'mean', 'mean_least'
+  )
+  found = found[found['update'] == found['update'].max()]
+  rows = []
+  for arm, own in found.groupby('arm', sort=False):
+    seeds = [run.sort_values('sublayer') for _, run in own.groupby('seed')]
+    slopes = (np.polyfit(run['sublayer'], np.log(run['gradient']), 1)[0] for run in seeds)
+    ends = (run['gradient'].iloc[0] / run['gradient'].iloc[-1] for run in seeds)
+    means = (f'{run["mean"].mean():.2f} ({run["mean_least"].min():.2f})' for run in seeds)
+    told = ([f'{np.exp(-s):.2f}' for s in slopes], [f'{end:.2g}' for end in ends], means)
+    rows.append((arm, *(', '.join(each) for each in told)))
+  over = f"gradient's growth by a sublayer towards the first, update {found['update'].max()}"
+  return table(('arm', over, 'first over last', "streams' mean over size (least)"), rows)
+
+
 def ranks(folder: Path) -> Lines:
   """Mean loss by rank, and over that of full rank where there is one, of each figure of ranks."""
   rows = []
@@ -327,7 +345,7 @@ TABLES: dict[str, Callable[[Path], Lines]] = {
   'identity_or_mixing': gaps,
   'ablation': ablation,
   'stability': diverged,
-  'rotations': diverged,
+  'rotations': lambda folder: diverged(folder) + growth(folder),
   'rank': ranks,
   'isoflop': optimal_sizes,
   'router': loads,

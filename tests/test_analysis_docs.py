@@ -273,13 +273,39 @@ def test_a_change_between_sweeps_is_of_the_seeds_that_both_have():
   assert '| mhc - residual | -0.0' in verdicts.markdown_of_changes(*tables)
 
 
-@pytest.mark.parametrize(('scale', 'size'), [('gpu', '112x6'), ('cpu', '80x4')])
-def test_the_predictions_are_those_of_the_csvs(scale, size):
-  table = read(f'study/prediction_{scale}')
-  assert set(table['size']) == {size} and (table['low'] < table['law']).all()
-  assert table['law'].tolist() == pytest.approx(
-    [float(v) for v in re.findall(rf'\| {size} \| (\d\.\d{{3}}) \|', STUDY)], abs=6e-4
-  )
+def test_the_predictions_are_those_of_the_csvs():
+  for scale, size in (('gpu', '112x6'), ('cpu', '80x4')):
+    table = read(f'study/prediction_{scale}')
+    assert set(table['size']) == {size} and (table['low'] < table['law']).all()
+    if scale == 'gpu':
+      assert f'| {size} | {" | ".join(table["arm"])} |' in STUDY
+      for column in ('law', 'gap carried'):
+        assert f'| {column} | {" | ".join(f"{v:.3f}" for v in table[column])} |' in STUDY
+      assert f'({table["low"].min():.2f} to {table["high"].max():.2f} on the GPU)' in words(STUDY)
+    else:
+      laws = [float(v) for v in re.findall(rf'\| {size} \| (\d\.\d{{3}}) \|', STUDY)]
+      assert table['law'].tolist() == pytest.approx(laws, abs=6e-4)
+
+
+def test_the_study_says_how_gradients_of_rotations_grow():
+  """By least squares of their logarithms, by hand: towards the first sublayer, after the last update."""
+  found = read('rotations/gradients')
+  found = found[found['update'] == found['update'].max()].assign(log=lambda t: np.log(t['gradient']))
+  said = {}
+  for (arm, _), own in found.groupby(['arm', 'seed']):
+    x, y = own['sublayer'] - own['sublayer'].mean(), own['log'] - own['log'].mean()
+    ends = own.set_index('sublayer')['gradient']
+    numbers = np.exp(-(x * y).sum() / (x * x).sum()), ends[0] / ends[31], own['mean'].mean()
+    said.setdefault(arm, []).append(numbers)
+  by, over, mean = zip(*said['rotations'], strict=True)
+  text = words(STUDY)
+  assert f'stays at {min(mean):.2f} to {max(mean):.2f} of theirs' in text
+  exponent = [f'{v:.0e}'.replace('e+0', 'e') for v in (min(over), max(over))]
+  assert f'by {min(by):.1f} to {max(by):.1f} times a sublayer, {" to ".join(exponent)} times over all' in text
+  static, doubly = said['rotations, static'], said['doubly stochastic']
+  assert 'by {:.2f} to {:.2f} with one matrix'.format(*sorted(v[0] for v in static)) in text
+  assert 'have {:.2f} to {:.2f}; but'.format(*sorted(v[0] for v in doubly)) in text
+  assert {f'{v[2]:.2f}' for v in doubly} == {'0.98'} and 'the mean has 0.98 of their norm' in text
 
 
 def test_the_score_is_of_the_runs_that_were_predicted():
