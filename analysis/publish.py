@@ -96,7 +96,7 @@ def publish(runs: Path, out: Path, resamples: int = 500, name: str | None = None
   for stem, (read, draw) in ALONE.items():
     if (runs / f'{stem}.csv').is_file() and not (runs / 'plan.json').is_file():
       with _published(out / (name or runs.name)) as new:
-        _draw(draw(read(runs)), new, stem)
+        draw_png(draw(read(runs)), new, stem)
       return out / (name or runs.name)
   sweep, options = read_sweep(runs), load_options(str(runs))
   local = next((option for option in options if LOCAL.search(option)), None)
@@ -131,7 +131,7 @@ def _write(s: Study, experiment: str, folder: Path) -> None:
     found['clusters'], drawn['clusters_loss'] = clusters.summary(curves), loss_over_bytes(curves)
   for stem, drawing in drawn.items():
     if isinstance(drawing, Drawing):
-      _draw(drawing, folder, stem)
+      draw_png(drawing, folder, stem)
     else:
       print(f'absent: {drawing or stem}')
   for stem, table in found.items():
@@ -146,8 +146,8 @@ def _published(folder: Path) -> AbstractContextManager[Path]:
   return staged(folder, lambda path: path.stem in names and path.suffix in kinds, 'publish:')
 
 
-def _draw(drawing: Drawing, folder: Path, stem: str) -> None:
-  """Its PNG and CSV."""
+def draw_png(drawing: Drawing, folder: Path, stem: str) -> None:
+  """Saves its PNG and CSV, and nothing else."""
   save(drawing, folder, stem)
   for suffix in ('svg', 'pdf'):
     (folder / f'{stem}.{suffix}').unlink()

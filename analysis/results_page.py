@@ -41,6 +41,7 @@ TITLES = {
   'study-cpu-rates': 'study-cpu-rates: the choice of the rates, on seeds of its own',
   'study-cpu-muon-rates': "study-cpu-muon-rates: of Muon's",
   'study-cpu-transfer': 'study-cpu-transfer: half and twice the chosen rate at a larger size',
+  'study-cpu-muon-transfer': 'study-cpu-muon-transfer: the same of Muon',
   'quick': 'quick: four arms over width, depth and manifold rank',
   'learning_rate': 'learning_rate: sensitivity and transfer of the rate',
   'learning_rate_muon': 'learning_rate_muon: the same by Muon',
@@ -67,6 +68,7 @@ COMMANDS = {
 }  # no sweeps
 CAPTIONS = {
   'loss_vs_flops': 'Loss against compute',
+  'loss_vs_costs': 'Loss over FLOPs, tokens, seconds and bytes',
   'paper_compute': 'Compute to equal loss',
   'paper_gap_flops': 'Gap and ratio against FLOPs (mHC Fig. 6a)',
   'paper_gap_tokens': 'Gap and ratio along tokens (Fig. 6b)',

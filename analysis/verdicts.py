@@ -199,7 +199,7 @@ def settle(mean: float, half: float, flops: float) -> str:
 
 
 def markdown(table: pd.DataFrame) -> str:
-  """Both tables."""
+  """The table of verdicts."""
   lines = [
     '| contrast | mean | p (Holm) | p of cells | per decade | p (Holm) | FLOPs to settle |',
     '|' + '---|' * 7,
@@ -210,9 +210,14 @@ def markdown(table: pd.DataFrame) -> str:
       f'| {r["arm"]} - {r["other"]} | {mean} | {r["mean_holm"]:.2g} | {r["cells_p"]:.2g} | {slope} | '
       f'{r["slope_holm"]:.2g} | {settle(r["mean"], r["mean_half"], r["flops"])} |'
     )
+  return '\n'.join(lines)
+
+
+def markdown_of_sizes(table: pd.DataFrame) -> str:
+  """The table of by_size."""
   sizes = by_size(table)
   arms = [name for name in sizes if name not in CELL]
-  lines += ['', f'| size | tokens | {" | ".join(arms)} |', '|' + '---|' * (2 + len(arms))]
+  lines = [f'| size | tokens | {" | ".join(arms)} |', '|' + '---|' * (2 + len(arms))]
   for _, r in sizes.iterrows():
     cells = ' | '.join(f'{r[arm]:+.3f}' for arm in arms)
     lines.append(f'| {r["width"]:.0f}x{r["depth"]:.0f} | {r["tokens"] / 1e6:.2f}M | {cells} |')
@@ -254,7 +259,7 @@ def main(argv: list[str] | None = None) -> int:
   table = pd.read_csv(a.folder / 'results.csv')
   ranks = markdown_of_ranks(table)
   if not ranks or table.loc[table['axis'].isna(), 'arm'].nunique() > 1:
-    print(markdown(table), end='\n\n' if ranks else '\n')
+    print(f'{markdown(table)}\n\n{markdown_of_sizes(table)}', end='\n\n' if ranks else '\n')
   if ranks:
     print(ranks)
   if a.against:

@@ -1,0 +1,83 @@
+"""docs/study_tables.md: the study's tables beside its text, from the CSVs of docs/results.
+
+python -m analysis.study_tables > docs/study_tables.md
+"""
+
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+from mhc_jax.command import end_with_message
+
+from . import costs, verdicts
+from .publish import RESULTS
+from .results_tables import table
+
+HEAD = """# Tables of the study
+
+Written by `python -m analysis.study_tables` from `docs/results/`. Differences are in nats per token, paired
+by size, tokens and seed, with 95 % intervals; the text is [the study](study.md)."""
+
+
+def page(results: Path = RESULTS) -> str:
+  """The page; raises FileNotFoundError where a folder of the study is missing."""
+
+  def read(name: str) -> pd.DataFrame:
+    return pd.read_csv(results / f'{name}.csv')
+
+  gpu, cpu, muon = (read(f'{name}/results') for name in ('study-gpu-small', 'study-cpu', 'study-cpu-muon'))
+  costly = costs.equal_loss(read('study-cpu/costs'), read('study-cpu/multipliers'))
+  parts = {
+    'Arm minus residual by size, on the GPU': verdicts.markdown_of_sizes(gpu),
+    'Arm minus residual by size, on two cores': verdicts.markdown_of_sizes(cpu),
+    'Ranks and streams of mhc, 32x2 on two cores': verdicts.markdown_of_ranks(
+      read('study-cpu-ranks/results')
+    ),
+    'Muon (here) against AdamW (there), 32x2 and 48x3 on two cores': verdicts.markdown_of_changes(muon, cpu),
+    'What a token and an equal loss cost at 80x4 on two cores': costs.markdown(costly),
+    'Prediction of 112x6 on the GPU, not run yet': predicted(read('study/prediction_gpu')),
+    'Prediction of 80x4 on two cores, and its score (error: predicted minus measured)': scored(
+      read('study/score_cpu')
+    ),
+  }
+  return '\n\n'.join([HEAD, *(f'## {title}\n\n{body}' for title, body in parts.items())])
+
+
+def predicted(found: pd.DataFrame) -> str:
+  """The law's loss with its interval for a new run, and the gap carried."""
+  rows = [
+    (r['arm'], f'{r["law"]:.3f}', f'{r["low"]:.3f} to {r["high"]:.3f}', f'{r["gap carried"]:.3f}')
+    for _, r in found.iterrows()
+  ]
+  return '\n'.join(table(('arm', 'law', '95 % of a new run', 'gap carried'), rows)).strip()
+
+
+def scored(found: pd.DataFrame) -> str:
+  """What was predicted beside what was measured."""
+  names = (
+    'arm',
+    'law',
+    '95 % of a new run',
+    'runs',
+    'measured',
+    'error of the law',
+    'gap, predicted',
+    'measured',
+  )
+  rows = []
+  for _, r in found.iterrows():
+    law, ends = f'{r["law"]:.3f}', f'{r["low"]:.3f} to {r["high"]:.3f}'
+    gaps = (f'{r[k]:+.3f}' for k in ('law error', 'gap', 'measured gap'))
+    rows.append((r['arm'], law, ends, r['runs'], f'{r["measured"]:.3f}', *gaps))
+  return '\n'.join(table(names, rows)).strip()
+
+
+def main() -> int:
+  """Prints the page."""
+  print(page())
+  return 0
+
+
+if __name__ == '__main__':
+  sys.exit(end_with_message(main))
