@@ -132,13 +132,15 @@ def by_rank(table: pd.DataFrame) -> pd.DataFrame:
   Runs are in blocks of equal size, budget and seed, at the rate that is best on the other seeds. The noise
   is pooled over an axis, by what blocks and values leave over; p-values are corrected for the axis's values.
   Values with a run that did not finish are left out, and so is an axis of one block. Raises ConfigError
-  for an arm without a run of the full model.
+  for an arm without a run of the full model, or with several runs of one value.
   """
   out = []
   for (arm, axis), rows in table[table['axis'].notna()].groupby(['arm', 'axis'], sort=False):
     full = table[(table['arm'] == arm) & table['axis'].isna()]
     runs = pd.concat([rows, full]).assign(value=lambda t, axis=axis: t[axis].fillna(np.inf))
     kept = pd.concat([_at_best_rate(own) for _, own in runs.groupby([*CELL, 'value'])])
+    several = kept.duplicated([*CELL, 'seed', 'value']).any()
+    require(not several, f'runs of {arm} differ by more than size, budget, seed and {axis}')
     flops, losses = (kept.pivot(index=[*CELL, 'seed'], columns='value', values=k) for k in ('flops', 'loss'))
     home = full[axis].fillna(np.inf).iloc[0] if len(full) else None
     require(home is not None, f'{arm} has no run of the full model beside its {axis}')

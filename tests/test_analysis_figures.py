@@ -92,6 +92,15 @@ def test_arms_of_one_size_stand_side_by_side_within_the_axes(tmp_path):
     np.testing.assert_allclose(np.diff(np.log(x)), np.diff(np.log(x))[0])
 
 
+def test_many_arms_of_several_sizes_stand_within_the_axes(tmp_path):
+  write_sweep(tmp_path, ('residual', *(f'arm {k}' for k in range(10))), ranks=False)
+  for ax in gap_and_ratio(study(read_sweep(tmp_path), 0)).fig.axes:
+    x = np.concatenate([line.get_xdata() for line in ax.lines if line.get_label().startswith('arm')])
+    low, high = np.log(ax.get_xlim())
+    place = (np.log(x) - low) / (high - low)
+    assert len(x) >= 30 and 0.02 < place.min() < place.max() < 0.98, (place.min(), place.max())
+
+
 def test_the_common_size_is_one_that_every_arm_has(tmp_path):
   states = {('mhc', (128, 4), seed): None for seed in (0, 1)} | {('hc', (64, 4), 0): 'running'}
   write_sweep(tmp_path, arms=('residual', 'hc', 'mhc'), ranks=False, states=states)

@@ -1,4 +1,4 @@
-"""What arms cost: experiments/costs.py measures the step that training compiles, analysis/costs.py compares."""
+"""What arms cost: experiments/costs.py measures the step that training compiles; analysis/costs.py."""
 
 import numpy as np
 import pandas as pd

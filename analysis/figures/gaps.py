@@ -56,7 +56,9 @@ def _draw_gap(ax: Axes, s: Study, relative: bool) -> None:
   x_all = np.exp([g.log_flops for g in s.gaps])
   sizes = {g.size for g in s.gaps}
   apart = 0.015 if len(sizes) > 1 else 0.8 / len(arms)
-  ax.set(xscale='log', xlim=(x_all.min() / 1.3, x_all.max() * 1.3))
+  edge = 0.03 + apart * (len(arms) - 1) / 2 if len(sizes) > 1 else 0.0  # that arms take, of the axis's length
+  margin = max(1.3, (x_all.max() / x_all.min()) ** (edge / (1 - 2 * edge)))
+  ax.set(xscale='log', xlim=(x_all.min() / margin, x_all.max() * margin))
   middle = float(np.sqrt(np.prod(ax.get_xlim())))
   for place, arm in enumerate(arms):
     own = [g for g in s.gaps if g.arm == arm]
