@@ -4,8 +4,8 @@
   python -m analysis.costs docs/results/study-cpu     # draws loss_vs_costs.png there
 
 Prints a Markdown table: of a token at the largest size, FLOPs, bytes and seconds over the reference's; and of
-an equal loss. FLOPs for equal loss are those of multipliers.csv with their 95 % interval (one law through all
-sizes); bytes and seconds take their ratio to FLOPs at the largest size.
+an equal loss at that size, those over the tokens that the arm saves by multipliers.csv (equal_tokens, with
+its 95 % interval: one law through all sizes). Bytes of exact projections are a lower bound (costs.py).
 """
 
 import argparse
@@ -16,9 +16,11 @@ from pathlib import Path
 import pandas as pd
 
 from mhc_jax.command import end_with_message
+from mhc_jax.errors import require
 
 from .figures.draw import Drawing, by_arm, hollow, legend, log_axis, looks, panels
 from .publish import draw_png
+from .results_tables import table as markdown_table
 
 SIZE = ['arm', 'width', 'depth']
 UNITS = {'flops': 'FLOPs', 'bytes': 'bytes', 'seconds': 'seconds'}
@@ -27,8 +29,13 @@ AXES = {'flops': 'training FLOPs', 'tokens': 'tokens', 'seconds': 'seconds', 'by
 
 
 def spent(runs: pd.DataFrame, costs: pd.DataFrame) -> pd.DataFrame:
-  """A row for each arm, size and budget: mean loss over seeds, and what a run took of each of AXES."""
-  finished = runs[(runs['state'] == 'finished') & runs['axis'].isna()]
+  """A row for each arm, size and budget: mean loss over seeds, and what a run took of each of AXES.
+
+  Of the runs that a law may be fitted to. Raises ConfigError where costs are of another device.
+  """
+  finished = runs[(runs['state'] == 'finished') & runs['excluded'].isna()]
+  kinds = {*finished['device_kind'], *costs['device_kind']}
+  require(len(kinds) == 1, f'runs and costs are of different devices: {", ".join(sorted(kinds))}')
   means = finished.groupby([*SIZE, 'tokens'], sort=False)['validation_loss'].mean().reset_index()
   found = means.merge(costs.rename(columns=PER_TOKEN)[[*SIZE, *UNITS]], on=SIZE)
   return found.assign(**{unit: found[unit] * found['tokens'] for unit in UNITS})
@@ -38,17 +45,18 @@ def equal_loss(costs: pd.DataFrame, multipliers: pd.DataFrame, reference: str = 
   """By arm: `flops`, `bytes`, `seconds` of a token over the reference's at the largest size; and what equal
   loss takes of each over the reference, need_UNIT with low_UNIT and high_UNIT.
   """
-  size = max(zip(costs['width'], costs['depth'], strict=True))
-  own = costs[(costs['width'] == size[0]) & (costs['depth'] == size[1])].rename(columns=PER_TOKEN)
-  own = own.set_index('arm')[list(UNITS)]
+  dearest = costs[costs['arm'] == reference].nlargest(1, 'flops_per_token').iloc[0]
+  own = costs[(costs['width'] == dearest['width']) & (costs['depth'] == dearest['depth'])]
+  own = own.rename(columns=PER_TOKEN).set_index('arm')[list(UNITS)]
   ratios, rows = own / own.loc[reference], []
-  for _, m in multipliers.dropna(subset='flops').iterrows():
-    low, high = (1 / end for end in reversed(json.loads(m['flops_interval'])))
-    ratio = ratios.loc[m['arm']]
+  known = multipliers[multipliers['arm'].isin(own.index)].dropna(
+    subset=['equal_tokens', 'equal_tokens_interval']
+  )
+  for _, m in known.iterrows():
+    ratio, ends = ratios.loc[m['arm']], reversed(json.loads(m['equal_tokens_interval']))
     row = {'arm': m['arm']} | dict(ratio)
-    for unit in UNITS:
-      needs = {'need': 1 / m['flops'], 'low': low, 'high': high}
-      row |= {f'{k}_{unit}': v * ratio[unit] / ratio['flops'] for k, v in needs.items()}
+    for name, saved in zip(('need', 'low', 'high'), (m['equal_tokens'], *ends), strict=True):
+      row |= {f'{name}_{unit}': ratio[unit] / saved for unit in UNITS}
     rows.append(row)
   return pd.DataFrame(rows)
 
@@ -56,12 +64,12 @@ def equal_loss(costs: pd.DataFrame, multipliers: pd.DataFrame, reference: str = 
 def markdown(table: pd.DataFrame) -> str:
   """The table of equal_loss."""
   names = [f'{name} {of}' for of in ('a token', 'for equal loss') for name in UNITS.values()]
-  lines = [f'| over residual | {" | ".join(names)} |', '|' + '---|' * 7]
+  rows = []
   for _, r in table.iterrows():
-    ratios = [f'{r[unit]:.2f}' for unit in UNITS]
-    needs = [f'{r[f"need_{u}"]:.2f} ({r[f"low_{u}"]:.2f} to {r[f"high_{u}"]:.2f})' for u in UNITS]
-    lines.append(f'| {" | ".join([r["arm"], *ratios, *needs])} |')
-  return '\n'.join(lines)
+    ratios = (f'{r[unit]:.2f}' for unit in UNITS)
+    needs = (f'{r[f"need_{u}"]:.2f} ({r[f"low_{u}"]:.2f} to {r[f"high_{u}"]:.2f})' for u in UNITS)
+    rows.append((r['arm'], *ratios, *needs))
+  return '\n'.join(markdown_table(('over residual', *names), rows)).strip()
 
 
 def loss_vs_costs(table: pd.DataFrame) -> Drawing:

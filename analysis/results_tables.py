@@ -223,21 +223,23 @@ def diverged(folder: Path) -> Lines:
 
 
 def growth(folder: Path) -> Lines:
-  """Gradients and streams of each arm by sublayer after the last update that was followed, of each seed."""
+  """Gradients and streams of each arm by sublayer after the last update that was followed, of each seed.
+
+  Growth by Theil and Sen: the median over pairs of sublayers, for those whose gradients vanish are few.
+  """
   found = read(
     folder / 'gradients.csv', 'arm', 'seed', 'update', 'sublayer', 'gradient', 'mean', 'mean_least'
   )
-  found = found[found['update'] == found['update'].max()]
-  rows = []
+  found = found[(found['update'] == found['update'].max()) & np.isfinite(found['gradient'].astype(float))]
+  found, rows = found[found['gradient'] > 0], []
   for arm, own in found.groupby('arm', sort=False):
-    seeds = [run.sort_values('sublayer') for _, run in own.groupby('seed')]
-    slopes = (np.polyfit(run['sublayer'], np.log(run['gradient']), 1)[0] for run in seeds)
-    ends = (run['gradient'].iloc[0] / run['gradient'].iloc[-1] for run in seeds)
+    seeds = [run for _, run in own.groupby('seed')]
+    slopes = (stats.theilslopes(np.log(run['gradient']), run['sublayer'])[0] for run in seeds)
     means = (f'{run["mean"].mean():.2f} ({run["mean_least"].min():.2f})' for run in seeds)
-    told = ([f'{np.exp(-s):.2f}' for s in slopes], [f'{end:.2g}' for end in ends], means)
+    told = ([f'{np.exp(-s):.2f}' for s in slopes], [f'{run["gradient"].max():.1g}' for run in seeds], means)
     rows.append((arm, *(', '.join(each) for each in told)))
   over = f"gradient's growth by a sublayer towards the first, update {found['update'].max()}"
-  return table(('arm', over, 'first over last', "streams' mean over size (least)"), rows)
+  return table(('arm', over, 'largest gradient', "streams' mean over size (least)"), rows)
 
 
 def ranks(folder: Path) -> Lines:

@@ -10,7 +10,7 @@ import pandas as pd
 
 from mhc_jax.command import end_with_message
 
-from . import costs, verdicts
+from . import costs, rank_verdicts, verdicts
 from .publish import RESULTS
 from .results_tables import table
 
@@ -27,21 +27,20 @@ def page(results: Path = RESULTS) -> str:
     return pd.read_csv(results / f'{name}.csv')
 
   gpu, cpu, muon = (read(f'{name}/results') for name in ('study-gpu-small', 'study-cpu', 'study-cpu-muon'))
+  score = read('study/score_cpu')
   costly = costs.equal_loss(read('study-cpu/costs'), read('study-cpu/multipliers'))
-  parts = {
-    'Arm minus residual by size, on the GPU': verdicts.markdown_of_sizes(gpu),
-    'Arm minus residual by size, on two cores': verdicts.markdown_of_sizes(cpu),
-    'Ranks and streams of mhc, 32x2 on two cores': verdicts.markdown_of_ranks(
-      read('study-cpu-ranks/results')
-    ),
-    'Muon (here) against AdamW (there), 32x2 and 48x3 on two cores': verdicts.markdown_of_changes(muon, cpu),
-    'What a token and an equal loss cost at 80x4 on two cores': costs.markdown(costly),
-    'Prediction of 112x6 on the GPU, not run yet': predicted(read('study/prediction_gpu')),
-    'Prediction of 80x4 on two cores, and its score (error: predicted minus measured)': scored(
-      read('study/score_cpu')
-    ),
-  }
-  return '\n\n'.join([HEAD, *(f'## {title}\n\n{body}' for title, body in parts.items())])
+  parts = (
+    ('Arm minus residual by size, on the GPU', verdicts.markdown_of_sizes(gpu)),
+    ('Arm minus residual by size, on two cores', verdicts.markdown_of_sizes(cpu)),
+    ('mhc exact minus 20 iterations, and the other contrasts, by Muon on two cores', verdicts.markdown(muon)),
+    ('Muon (here) against AdamW (there), on two cores', verdicts.markdown_of_changes(muon, cpu)),
+    ('Ranks and streams of mhc, on two cores', rank_verdicts.markdown(read('study-cpu-ranks/results'))),
+    ('Ranks of an older sweep, whose losses had been seen', rank_verdicts.markdown(read('rank/results'))),
+    ('What a token and an equal loss cost on two cores, at the largest size', costs.markdown(costly)),
+    ('Prediction of the largest size on the GPU, not run yet', predicted(read('study/prediction_gpu'))),
+    ('Prediction of the largest size on two cores (error: predicted minus measured)', scored(score)),
+  )
+  return '\n\n'.join([HEAD, *(f'## {title}\n\n{body}' for title, body in parts)])
 
 
 def predicted(found: pd.DataFrame) -> str:
@@ -50,7 +49,7 @@ def predicted(found: pd.DataFrame) -> str:
     (r['arm'], f'{r["law"]:.3f}', f'{r["low"]:.3f} to {r["high"]:.3f}', f'{r["gap carried"]:.3f}')
     for _, r in found.iterrows()
   ]
-  return '\n'.join(table(('arm', 'law', '95 % of a new run', 'gap carried'), rows)).strip()
+  return '\n'.join(table(('arm', 'law', '95 % of a new run', 'by the gap carried'), rows)).strip()
 
 
 def scored(found: pd.DataFrame) -> str:

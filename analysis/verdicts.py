@@ -5,9 +5,8 @@
 
 Prints tables as Markdown: a contrast's mean difference over all sizes and its change over a decade of
 compute, each with a 95 % interval and a p-value, whether the cells have one mean, and what would settle
-the means that are undecided; the loss of each arm minus the reference's by size; and of each rank, or number
-of streams, minus the full model's. --against: each contrast in both sweeps at the sizes, budgets and seeds
-that both have, and what changed.
+the means that are undecided; and the loss of each arm minus the reference's by size. --against: each
+contrast in both sweeps at the sizes, budgets and seeds that both have, and what changed.
 """
 
 import argparse
@@ -22,9 +21,8 @@ from scipy import stats
 from mhc_jax.command import end_with_message
 from mhc_jax.errors import require
 
-from .conventions import AXIS_FIELD
 from .fitting.intervals import LEVEL
-from .selection import rate_losses
+from .results_tables import table as markdown_table
 
 CONTRASTS = (
   ('mhc', 'residual'),
@@ -42,9 +40,10 @@ CELL = ['width', 'depth', 'tokens']  # of equal size and budget
 def differences(table: pd.DataFrame, arm: str, other: str) -> pd.DataFrame:
   """A row for each seed of a cell: the arm's final loss minus the other's, and the arm's FLOPs.
 
-  Of full models, on no axis of ranks. Raises ConfigError where one of them has several runs.
+  Of full models, on no axis of ranks. Raises ConfigError where one of them has several runs, or other data.
   """
   finished = table[(table['state'] == 'finished') & table['axis'].isna()]
+  require(finished['data_digest'].nunique() < 2, 'the runs are of different corpora')
   several = finished[finished.duplicated(['arm', *CELL, 'seed']) & finished['arm'].isin((arm, other))]
   names = ', '.join(several['arm'].unique())
   require(
@@ -89,6 +88,7 @@ def line(paired: pd.DataFrame, slope: float) -> dict[str, float]:
   centre = float((weight * decades).sum() / weight.sum())
   spread = float((weight * (decades - centre) ** 2).sum())
   mean = float((weight * value).sum() / weight.sum())
+  spread = spread if spread > 1e-9 * weight.sum() else 0.0  # of equal FLOPs: rounding
   along = float((weight * (decades - centre) * value).sum() / spread) if spread else np.nan
   between = float((weight * (cells.transform('mean') - mean) ** 2).sum()) / max(len(cells) - 1, 1)
   return {
@@ -114,7 +114,7 @@ def _lines(pairs: dict[tuple[str, str], pd.DataFrame], slope: float) -> pd.DataF
   require(bool(pairs), f'no contrast has finished runs of both arms: {", ".join(map(" - ".join, CONTRASTS))}')
   found = [{'arm': arm, 'other': other} | line(paired, slope) for (arm, other), paired in pairs.items()]
   table = pd.DataFrame(found)
-  return table.assign(**{f'{what}_holm': _holm(table[f'{what}_p']) for what in ('mean', 'slope')})
+  return table.assign(**{f'{what}_holm': holm(table[f'{what}_p']) for what in ('mean', 'slope')})
 
 
 def by_size(table: pd.DataFrame, reference: str = 'residual') -> pd.DataFrame:
@@ -126,54 +126,13 @@ def by_size(table: pd.DataFrame, reference: str = 'residual') -> pd.DataFrame:
   return pd.DataFrame(means).reset_index()
 
 
-def by_rank(table: pd.DataFrame) -> pd.DataFrame:
-  """A row for each rank, or number of streams, of an arm: its mean difference to the full model.
-
-  Runs are in blocks of equal size, budget and seed, at the rate that is best on the other seeds. The noise
-  is pooled over an axis, by what blocks and values leave over; p-values are corrected for the axis's values.
-  Values with a run that did not finish are left out, and so is an axis of one block. Raises ConfigError
-  for an arm without a run of the full model, or with several runs of one value.
-  """
-  out = []
-  for (arm, axis), rows in table[table['axis'].notna()].groupby(['arm', 'axis'], sort=False):
-    full = table[(table['arm'] == arm) & table['axis'].isna()]
-    runs = pd.concat([rows, full]).assign(value=lambda t, axis=axis: t[axis].fillna(np.inf))
-    kept = pd.concat([_at_best_rate(own) for _, own in runs.groupby([*CELL, 'value'])])
-    several = kept.duplicated([*CELL, 'seed', 'value']).any()
-    require(not several, f'runs of {arm} differ by more than size, budget, seed and {axis}')
-    flops, losses = (kept.pivot(index=[*CELL, 'seed'], columns='value', values=k) for k in ('flops', 'loss'))
-    home = full[axis].fillna(np.inf).iloc[0] if len(full) else None
-    require(home is not None, f'{arm} has no run of the full model beside its {axis}')
-    losses = losses[losses[home].notna()].dropna(axis=1)
-    left = losses.sub(losses.mean(axis=1), axis=0) - losses.mean() + losses.to_numpy().mean()
-    freedom = (len(losses) - 1) * (losses.shape[1] - 1)
-    if freedom < 1:
-      continue
-    error = float(np.sqrt(2 * (left**2).to_numpy().sum() / freedom / len(losses)))
-    found = pd.DataFrame({'mean': losses.sub(losses[home], axis=0).mean().drop(home)})
-    found = found.assign(half=stats.t.ppf(0.5 + LEVEL / 2, freedom) * error)
-    found['p'] = 2 * stats.t.sf(found['mean'].abs() / error, freedom)
-    found['flops'] = flops.loc[losses.index].sum().drop(home) + flops.loc[losses.index, home].sum()
-    out.append(found.reset_index().assign(arm=arm, axis=axis, home=home, holm=_holm(found['p'])))
-  return pd.concat(out) if out else pd.DataFrame()
-
-
-def _at_best_rate(rows: pd.DataFrame) -> pd.DataFrame:
-  """Of each seed the run at the rate that is best on the others; loss: NaN where that run did not finish."""
-  kept = []
-  for seed, own in rows.groupby('seed'):
-    others = rows[rows['seed'] != seed]
-    best = rate_losses(others if len(others) else rows).idxmin()
-    kept.append(own[own['lr'] == best])
-  kept = pd.concat(kept)
-  return kept.assign(loss=kept['validation_loss'].where(kept['state'] == 'finished'))
-
-
 def changes(table: pd.DataFrame, before: pd.DataFrame) -> pd.DataFrame:
   """A row for each contrast: what changed from one table to the other over the cells and seeds of both.
 
-  As of verdicts; and now_mean, before_mean: of the contrast in each.
+  As of verdicts; and now_mean, before_mean: of the contrast in each. Raises ConfigError for other data.
   """
+  digests = {digest for t in (table, before) for digest in t['data_digest'].dropna()}
+  require(len(digests) < 2, 'the sweeps are of different corpora')
   now, then, moved = {}, {}, {}
   for contrast in CONTRASTS:
     both = differences(table, *contrast).merge(
@@ -187,7 +146,7 @@ def changes(table: pd.DataFrame, before: pd.DataFrame) -> pd.DataFrame:
   return pd.concat([_lines(moved, slope), *own], axis=1)
 
 
-def _holm(p_values: pd.Series) -> np.ndarray:
+def holm(p_values: pd.Series) -> np.ndarray:
   """Corrected for their number (Holm 1979)."""
   order, corrected = p_values.argsort().to_numpy(), np.empty(len(p_values))
   step = p_values.to_numpy()[order] * np.arange(len(p_values), 0, -1)
@@ -202,54 +161,42 @@ def settle(mean: float, half: float, flops: float) -> str:
 
 def markdown(table: pd.DataFrame) -> str:
   """The table of verdicts."""
-  lines = [
-    '| contrast | mean | p (Holm) | p of cells | per decade | p (Holm) | FLOPs to settle |',
-    '|' + '---|' * 7,
-  ]
+  names = ('contrast', 'mean', 'p (Holm)', 'p of cells', 'per decade', 'p (Holm)', 'FLOPs to settle')
+  rows = []
   for _, r in verdicts(table).iterrows():
-    mean, slope = (f'{r[k]:+.4f} ± {r[f"{k}_half"]:.4f}' for k in ('mean', 'slope'))
-    lines.append(
-      f'| {r["arm"]} - {r["other"]} | {mean} | {r["mean_holm"]:.2g} | {r["cells_p"]:.2g} | {slope} | '
-      f'{r["slope_holm"]:.2g} | {settle(r["mean"], r["mean_half"], r["flops"])} |'
-    )
-  return '\n'.join(lines)
+    told = [f'{r[k]:+.4f} ± {r[f"{k}_half"]:.4f}' for k in ('mean', 'slope')]
+    mean_p, cells_p, slope_p = (f'{r[k]:.2g}' for k in ('mean_holm', 'cells_p', 'slope_holm'))
+    several = (cells_p, told[1], slope_p) if np.isfinite(r['slope']) else ('',) * 3  # of one size: neither
+    to_settle = settle(r['mean'], r['mean_half'], r['flops'])
+    rows.append((f'{r["arm"]} - {r["other"]}', told[0], mean_p, *several, to_settle))
+  return '\n'.join(markdown_table(names, rows)).strip()
 
 
 def markdown_of_sizes(table: pd.DataFrame) -> str:
   """The table of by_size."""
   sizes = by_size(table)
   arms = [name for name in sizes if name not in CELL]
-  lines = [f'| size | tokens | {" | ".join(arms)} |', '|' + '---|' * (2 + len(arms))]
-  for _, r in sizes.iterrows():
-    cells = ' | '.join(f'{r[arm]:+.3f}' for arm in arms)
-    lines.append(f'| {r["width"]:.0f}x{r["depth"]:.0f} | {r["tokens"] / 1e6:.2f}M | {cells} |')
-  return '\n'.join(lines)
+  rows = [
+    (
+      f'{r["width"]:.0f}x{r["depth"]:.0f}',
+      f'{r["tokens"] / 1e6:.2f}M',
+      *('' if pd.isna(r[arm]) else f'{r[arm]:+.3f}' for arm in arms),
+    )
+    for _, r in sizes.iterrows()
+  ]
+  return '\n'.join(markdown_table(('size', 'tokens', *arms), rows)).strip()
 
 
 def markdown_of_changes(table: pd.DataFrame, before: pd.DataFrame) -> str:
   """The table of --against."""
-  found = changes(table, before)
-  lines = ['| contrast | here | there | change | 95 % | p (Holm) |', '|' + '---|' * 6]
-  for _, r in found.iterrows():
-    told = [f'{r[f"{k}_mean"]:+.4f} ± {r[f"{k}_mean_half"]:.4f}' for k in ('now', 'before')]
+  rows = []
+  for _, r in changes(table, before).iterrows():
+    told = (f'{r[f"{k}_mean"]:+.4f} ± {r[f"{k}_mean_half"]:.4f}' for k in ('now', 'before'))
     low, high = r['mean'] - r['mean_half'], r['mean'] + r['mean_half']
-    lines.append(
-      f'| {r["arm"]} - {r["other"]} | {told[0]} | {told[1]} | {r["mean"]:+.4f} | '
-      f'{low:+.4f} to {high:+.4f} | {r["mean_holm"]:.2g} |'
-    )
-  return '\n'.join(lines)
-
-
-def markdown_of_ranks(table: pd.DataFrame) -> str:
-  """The table of by_rank; empty where the sweep has no ranks."""
-  lines = ['| ranks of | minus | mean | p (Holm) | FLOPs to settle |', '|' + '---|' * 5]
-  for _, r in (found := by_rank(table)).iterrows():
-    own, home = ('full' if np.isinf(v) else f'{v:.0f}' for v in (r['value'], r['home']))
-    lines.append(
-      f'| {r["arm"]}, {AXIS_FIELD[r["axis"]]} {own} | {home} | {r["mean"]:+.4f} ± {r["half"]:.4f} | '
-      f'{r["holm"]:.2g} | {settle(r["mean"], r["half"], r["flops"])} |'
-    )
-  return '\n'.join(lines) if len(found) else ''
+    ends = f'{low:+.4f} to {high:+.4f}', f'{r["mean_holm"]:.2g}'
+    rows.append((f'{r["arm"]} - {r["other"]}', *told, f'{r["mean"]:+.4f}', *ends))
+  names = ('contrast', 'here', 'there', 'change', '95 %', 'p (Holm)')
+  return '\n'.join(markdown_table(names, rows)).strip()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -259,11 +206,7 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument('--against', type=Path, help='another such folder, of the same arms, sizes and seeds')
   a = parser.parse_args(argv)
   table = pd.read_csv(a.folder / 'results.csv')
-  ranks = markdown_of_ranks(table)
-  if not ranks or table.loc[table['axis'].isna(), 'arm'].nunique() > 1:
-    print(f'{markdown(table)}\n\n{markdown_of_sizes(table)}', end='\n\n' if ranks else '\n')
-  if ranks:
-    print(ranks)
+  print(f'{markdown(table)}\n\n{markdown_of_sizes(table)}')
   if a.against:
     print(f'\n{markdown_of_changes(table, pd.read_csv(a.against / "results.csv"))}')
   return 0

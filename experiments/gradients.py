@@ -1,7 +1,7 @@
 """Where do the gradients of rotations grow? Gradients and streams by sublayer over a run's first updates.
 
   python -m experiments.gradients --out docs/results/rotations/gradients.csv     # minutes of one core
-  python -m experiments.gradients --updates 20 --lr 0.256
+  python -m experiments.gradients --updates 20 --lr 0.064
 
 The arms of rotations.py at their largest depth, updated as `mhc train` does, on the same batches. Before each
 update, its loss, and for each sublayer:
@@ -82,11 +82,11 @@ def follow(config: ConfigDict, updates: int) -> pd.DataFrame:
   data, compiled = plan.resolved['data'], programs(plan.model, plan.optimizer, mesh)
   source = windows(corpus.train, corpus.tokenizer.bos, data['seq_len'], data['cross_documents'])
   batches = train_batches(
-    source, batch_size=data['batch_size'], seed=config.seed, repeat=False, num_steps=plan.num_steps
+    source, batch_size=data['batch_size'], seed=config.seed, repeat=False, num_steps=updates + 1
   )
   state, found = compiled.init(jax.random.key(config.seed)), []
   hparams = hparams_of(plan.optimizer, plan.num_steps)
-  for update, batch in zip(range(updates + 1), batches, strict=False):
+  for update, batch in enumerate(batches):
     found.append(by_sublayer(state.params, batch, plan.model).assign(update=update))
     state, _ = compiled.step(state, batch, hparams)
   return pd.concat(found)
@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   parser.add_argument('--updates', type=int, default=10, help='to follow (default 10; a run has 40)')
-  parser.add_argument('--lr', type=float, default=rotations.RATES[0], choices=rotations.RATES)
+  parser.add_argument('--lr', type=float, default=rotations.RATES[-1], choices=rotations.RATES)
   parser.add_argument('--out', type=user_path, default=Path('runs/gradients.csv'))
   a = parser.parse_args(argv)
   found = []

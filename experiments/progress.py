@@ -119,7 +119,8 @@ class Folders:
       seen.started = stamps[0] / 1e9
     elif first:
       seen.base = done
-    seen.base = min(seen.base, done)  # a killed run goes on from its checkpoint, before its last row
+    if seen.row:
+      seen.base = min(seen.base, done)  # a killed run goes on from its checkpoint, before its last row
     flops, seconds = done[0] - seen.base[0], done[1] - seen.base[1]
     if seen.started and seen.state != 'failed' and flops > 0 and seconds > 0:
       seen.work = flops, seconds, max(0.0, stamps[-1] / 1e9 - seen.started - seconds)

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis import costs, results_page, study_tables, verdicts
+from analysis import costs, rank_verdicts, results_page, results_tables, study_tables, verdicts
 from mhc_jax.errors import ConfigError
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -158,7 +158,7 @@ def test_p_values_are_corrected_by_holm(what):
     assert corrected == pytest.approx(max(smaller))
 
 
-ENDED = {'state': 'finished', 'axis': None}
+ENDED = {'state': 'finished', 'axis': None, 'data_digest': 'd'}
 
 
 def simulated(rng, odd=0.0):
@@ -207,6 +207,11 @@ def test_several_runs_of_one_cell_are_no_contrast():
   other = table[table['arm'] == 'mhc'].assign(validation_loss=9.0)
   with pytest.raises(ConfigError, match='runs of mhc differ'):
     verdicts.verdicts(pd.concat([table, other]))
+  elsewhere = table.assign(data_digest=table['data_digest'].mask(table['arm'] == 'mhc', 'e'))
+  with pytest.raises(ConfigError, match='different corpora'):
+    verdicts.verdicts(elsewhere)
+  with pytest.raises(ConfigError, match='different corpora'):
+    verdicts.changes(table, table.assign(data_digest='e'))
   ranks = pd.concat([table, other.assign(axis='weights_rank')])
   pd.testing.assert_frame_equal(verdicts.verdicts(ranks), verdicts.verdicts(table))
 
@@ -228,10 +233,10 @@ def test_intervals_of_ranks_hold_their_truth():
   """95 % intervals over 100 sweeps, and Holm's p: a true difference is found, a false one in 5 %."""
   rng, held, false = np.random.default_rng(0), [], []
   for _ in range(100):
-    found = verdicts.by_rank(ranked(rng, 0.2)).set_index('value')
+    found = rank_verdicts.by_rank(ranked(rng, 0.2)).set_index('value')
     held += list((found['mean'] - [0.2, 0, 0]).abs() < found['half'])
     assert found.loc[1, 'holm'] < 0.05 and (found['flops'] == 6e9).all()
-    false.append((verdicts.by_rank(ranked(rng))['holm'] < 0.05).any())
+    false.append((rank_verdicts.by_rank(ranked(rng))['holm'] < 0.05).any())
   assert 0.93 <= np.mean(held) <= 0.97 and np.mean(false) <= 0.07, (np.mean(held), np.mean(false))
 
 
@@ -241,14 +246,61 @@ def test_ranks_are_at_the_rate_that_other_seeds_choose():
   table.loc[lucky, 'validation_loss'] -= 1.5
   slow = table[table['lr'] == 0.1].pivot(index='seed', columns='weights_rank', values='validation_loss')
   expected = slow.sub(slow[np.nan], axis=0).mean().drop(np.nan)
-  assert verdicts.by_rank(table).set_index('value')['mean'].to_dict() == pytest.approx(expected.to_dict())
+  assert rank_verdicts.by_rank(table).set_index('value')['mean'].to_dict() == pytest.approx(
+    expected.to_dict()
+  )
   ended = table['state'].mask((table['seed'] == 1) & (table['weights_rank'] == 4), 'diverged')
-  assert verdicts.by_rank(table.assign(state=ended))['value'].tolist() == [1, 2]
-  assert verdicts.by_rank(table[table['seed'] == 0]).empty
+  assert rank_verdicts.by_rank(table.assign(state=ended))['value'].tolist() == [1, 2]
+  assert rank_verdicts.by_rank(table[table['seed'] == 0]).empty
   with pytest.raises(ConfigError, match='mhc has no run of the full model'):
-    verdicts.by_rank(table[table['axis'].notna()])
+    rank_verdicts.by_rank(table[table['axis'].notna()])
   with pytest.raises(ConfigError, match='differ by more than size, budget, seed and weights_rank'):
-    verdicts.by_rank(pd.concat([table, table]))
+    rank_verdicts.by_rank(pd.concat([table, table]))
+
+
+def test_ranks_of_two_sizes_are_compared_at_each_and_a_seed_may_lack_a_rate():
+  """Ranks 1, 2, 4 at one size, doubled at another; seed 0 of rank 4 has the worse rate alone."""
+  small, large = ranked(np.random.default_rng(0)), ranked(np.random.default_rng(1))
+  large['weights_rank'] *= 2
+  table = pd.concat([small, large.assign(width=64)], ignore_index=True)
+  found = rank_verdicts.by_rank(table)
+  assert found[['width', 'value']].to_numpy().tolist() == [
+    [w, w / 32 * k] for w in (32, 64) for k in (1, 2, 4)
+  ]
+  lacks = (table['seed'] == 0) & (table['weights_rank'] == 4) & (table['lr'] == 0.1) & (table['width'] == 32)
+  fewer = rank_verdicts.by_rank(table[~lacks])
+  assert len(fewer) == 6 and fewer['mean'].iloc[2] == pytest.approx(found['mean'].iloc[2] + 1 / 3, abs=0.05)
+
+
+def test_one_size_has_no_slope_and_an_arm_may_lack_a_size():
+  table = simulated(np.random.default_rng(0))
+  table['flops'] *= 1 + 1e-15 * table['seed']
+  assert verdicts.verdicts(table[table['width'] == 16])['slope'].isna().all()
+  assert '| mhc - residual | ' in verdicts.markdown(
+    table[table['width'] == 16]
+  ) and 'nan' not in verdicts.markdown(table[table['width'] == 16])
+  absent = table[(table['arm'] != 'hc') | (table['width'] > 16)]
+  assert 'nan' not in verdicts.markdown_of_sizes(absent)
+
+
+def test_growth_is_that_of_gradients_made_by_hand(tmp_path):
+  rows = [
+    {
+      'arm': 'a',
+      'seed': seed,
+      'update': update,
+      'sublayer': k,
+      'gradient': g * update,
+      'mean': 0.5,
+      'mean_least': 0.1,
+    }
+    for update in (0, 3)
+    for seed, factor in ((0, 2.0), (1, 4.0))
+    for k, g in enumerate((factor**4, factor**3, np.inf, factor, 1.0))
+  ]
+  pd.DataFrame(rows).to_csv(tmp_path / 'gradients.csv', index=False)
+  assert '| a | 2.00, 4.00 | 5e+01, 8e+02 | 0.50 (0.10), 0.50 (0.10) |' in results_tables.growth(tmp_path)
+  assert results_tables.growth(tmp_path / 'none') == []
 
 
 def test_a_change_between_sweeps_is_of_the_seeds_that_both_have():
@@ -275,6 +327,25 @@ def test_a_change_between_sweeps_is_of_the_seeds_that_both_have():
   assert '| mhc - residual | -0.0' in verdicts.markdown_of_changes(*tables)
 
 
+def test_the_commands_print_what_the_pages_have(tmp_path, capsys):
+  folders = {
+    name: str(RESULTS / name) for name in ('study-cpu', 'study-cpu-muon', 'study-cpu-ranks', 'quick')
+  }
+  muon, cpu = (read(f'{name}/results') for name in ('study-cpu-muon', 'study-cpu'))
+  assert verdicts.main([folders['study-cpu-muon'], '--against', folders['study-cpu']]) == 0
+  tables = verdicts.markdown(muon), verdicts.markdown_of_sizes(muon), verdicts.markdown_of_changes(muon, cpu)
+  assert capsys.readouterr().out == '\n\n'.join(tables) + '\n'
+  assert rank_verdicts.main([folders['study-cpu-ranks']]) == 0
+  assert capsys.readouterr().out.strip() in (ROOT / 'docs' / 'study_tables.md').read_text()
+  with pytest.raises(ConfigError, match='two seeds beside a full model'):
+    rank_verdicts.main([folders['quick']])
+  shutil.copytree(folders['study-cpu'], tmp_path / 'study-cpu')
+  assert costs.main([str(tmp_path / 'study-cpu')]) == 0
+  assert capsys.readouterr().out.strip() in (ROOT / 'docs' / 'study_tables.md').read_text()
+  drawn = tmp_path / 'study-cpu' / 'loss_vs_costs.csv'
+  assert drawn.read_text() == (RESULTS / 'study-cpu' / 'loss_vs_costs.csv').read_text()
+
+
 def test_the_studys_tables_are_those_of_the_csvs():
   assert f'{study_tables.page()}\n' == (ROOT / 'docs' / 'study_tables.md').read_text(), (
     'python -m analysis.study_tables > docs/study_tables.md'
@@ -285,7 +356,7 @@ def test_the_studys_tables_are_those_of_the_csvs():
 
 
 def test_the_studys_words_of_ranks_and_costs():
-  ranks = verdicts.by_rank(read('study-cpu-ranks/results'))
+  ranks = rank_verdicts.by_rank(read('study-cpu-ranks/results'))
   for _, r in ranks[ranks['axis'] == 'weights_rank'].iterrows():
     assert f'{r["value"]:.0f} {r["mean"]:+.3f} ± {r["half"]:.3f}' in words(STUDY), r
   costly = costs.equal_loss(read('study-cpu/costs'), read('study-cpu/multipliers')).set_index('arm')
@@ -295,24 +366,24 @@ def test_the_studys_words_of_ranks_and_costs():
 
 
 def test_the_study_says_how_gradients_of_rotations_grow():
-  """By least squares of their logarithms, by hand: towards the first sublayer, after the last update."""
-  found = read('rotations/gradients')
-  found = found[found['update'] == found['update'].max()].assign(log=lambda t: np.log(t['gradient']))
-  said = {}
-  for (arm, _), own in found.groupby(['arm', 'seed']):
-    x, y = own['sublayer'] - own['sublayer'].mean(), own['log'] - own['log'].mean()
-    ends = own.set_index('sublayer')['gradient']
-    numbers = np.exp(-(x * y).sum() / (x * x).sum()), ends[0] / ends[31], own['mean'].mean()
-    said.setdefault(arm, []).append(numbers)
-  by, over, mean = zip(*said['rotations'], strict=True)
-  text = words(STUDY)
-  assert f'stays at {min(mean):.2f} to {max(mean):.2f} of theirs' in text
-  exponent = [f'{v:.0e}'.replace('e+0', 'e') for v in (min(over), max(over))]
-  assert f'by {min(by):.1f} to {max(by):.1f} times a sublayer, {" to ".join(exponent)} times over all' in text
+  """The median over pairs of sublayers, by hand, after the last update; norms of the streams' mean."""
+  found, said = read('rotations/gradients'), {}
+  assert found['lr'].unique().tolist() == [0.256] and found['depth'].unique().tolist() == [16]
+  for (arm, _), own in found[found['update'] == found['update'].max()].groupby(['arm', 'seed']):
+    logs = [(row['sublayer'], np.log(row['gradient'])) for _, row in own.iterrows() if row['gradient']]
+    by = np.exp(np.median([(a - b) / (t - s) for (s, a), (t, b) in itertools.combinations(logs, 2)]))
+    numbers = by, own['gradient'].max(), own['mean'].mean(), own['mean_least'].min()
+    said.setdefault(arm, []).append(
+      [f'{v:{f}}' for v, f in zip(numbers, ('.2f', '.0e', '.2f', '.2f'), strict=True)]
+    )
+  (by, largest, mean, least), text = zip(*said['rotations'], strict=True), words(STUDY)
+  ends = [' and '.join(v).replace('e+0', 'e').replace('e+', 'e') for v in (by, largest)]
+  assert 'by {} times a sublayer, to {}'.format(*ends) in text
+  assert f'has {" and ".join(mean)} of their size (the least token {min(least)})' in text
   static, doubly = said['rotations, static'], said['doubly stochastic']
-  assert 'by {:.2f} to {:.2f} with one matrix'.format(*sorted(v[0] for v in static)) in text
-  assert 'have {:.2f} to {:.2f}; but'.format(*sorted(v[0] for v in doubly)) in text
-  assert {f'{v[2]:.2f}' for v in doubly} == {'0.98'} and 'the mean has 0.98 of their norm' in text
+  assert f'by {" and ".join(v[0] for v in static)} with one matrix' in text
+  assert f'by {" and ".join(v[0] for v in doubly)}: they' in text
+  assert f'the mean has {" and ".join(v[2] for v in doubly)}' in text
 
 
 def test_the_score_is_of_the_runs_that_were_predicted():

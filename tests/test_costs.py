@@ -6,6 +6,7 @@ import pytest
 
 from analysis import costs as shown
 from experiments import costs, study
+from mhc_jax.errors import ConfigError
 from mhc_jax.plan import resolve
 
 
@@ -51,7 +52,8 @@ RUNS = pd.DataFrame(
     'depth': 2,
     'tokens': 1e3,
     'seed': [0, 1, 0, 1, 0, 0],
-    'axis': [None, None, None, None, 'weights_rank', None],
+    'excluded': [None, None, None, None, 'rank figures only', None],
+    'device_kind': 'cpu',
     'state': ['finished'] * 5 + ['diverged'],
     'validation_loss': [2.0, 3.0, 1.0, 2.0, 9.0, np.nan],
   }
@@ -61,6 +63,7 @@ COSTS = pd.DataFrame(
     'arm': ['residual', 'mhc'] * 2,
     'width': [16, 16, 32, 32],
     'depth': 2,
+    'device_kind': 'cpu',
     'flops_per_token': [10.0, 20.0, 40.0, 50.0],
     'bytes_per_token': [3.0, 9.0, 8.0, 12.0],
     'seconds_per_token_median': [0.1, 0.4, 0.2, 0.5],
@@ -79,15 +82,24 @@ def test_what_runs_have_spent_by_hand():
   assert drawing.fig.axes[3].lines[1].get_xdata().tolist() == [9e3]
 
 
-def test_an_equal_loss_takes_the_ratios_of_the_largest_size():
+def test_costs_of_another_device_are_refused():
+  with pytest.raises(ConfigError, match='different devices: cpu, v4'):
+    shown.spent(RUNS, COSTS.assign(device_kind='v4'))
+
+
+def test_an_equal_loss_takes_the_ratios_of_the_largest_size_over_the_tokens_that_are_saved():
+  """Largest by the reference's FLOPs: 24x9 here. An arm better at equal tokens needs less than they cost."""
+  large = COSTS['width'] == 32
+  costs = COSTS.assign(width=COSTS['width'].mask(large, 24), depth=COSTS['depth'].mask(large, 9))
+  costs = pd.concat([costs, costs[:2].assign(width=48, depth=1)])
+  ends = ['[0.8, 2.0]', None, '[1, 2]']
   multipliers = pd.DataFrame(
-    {'arm': ['mhc', 'hc'], 'flops': [0.8, np.nan], 'flops_interval': ['[0.5, 1.0]', None]}
+    {'arm': ['mhc', 'hc', 'x'], 'equal_tokens': [1.25, np.nan, 1], 'equal_tokens_interval': ends}
   )
-  [row] = shown.equal_loss(COSTS, multipliers).to_dict('records')
+  table = shown.equal_loss(costs, multipliers)
+  [row] = table.to_dict('records')
   assert (row['flops'], row['bytes'], row['seconds']) == (1.25, 1.5, 2.5)
   for unit, ratio in (('flops', 1.25), ('bytes', 1.5), ('seconds', 2.5)):
-    ends = [row[f'{k}_{unit}'] for k in ('low', 'need', 'high')]
-    assert ends == pytest.approx([ratio / 1.25 * v for v in (1.0, 1.25, 2.0)]), unit
-  assert '| mhc | 1.25 | 1.50 | 2.50 | 1.25 (1.00 to 2.00) |' in shown.markdown(
-    shown.equal_loss(COSTS, multipliers)
-  )
+    found = [row[f'{k}_{unit}'] for k in ('low', 'need', 'high')]
+    assert found == pytest.approx([ratio / 2.0, ratio / 1.25, ratio / 0.8]), unit
+  assert '| mhc | 1.25 | 1.50 | 2.50 | 1.00 (0.62 to 1.56) |' in shown.markdown(table)
