@@ -155,7 +155,7 @@ def test_links_paths_and_modules_lead_somewhere(page):
   for module in re.findall(r'python -m (?!pytest)(?=tests|mhc_jax|experiments|analysis)([\w.]+)', text):
     path = ROOT / module.replace('.', '/')
     assert path.with_suffix('.py').exists() or (path / '__main__.py').exists(), module
-  assert len(text.splitlines()) <= {'README.md': 130, 'CONTRIBUTING.md': 120, 'docs/results.md': 320}.get(
+  assert len(text.splitlines()) <= {'README.md': 130, 'CONTRIBUTING.md': 120, 'docs/results.md': 360}.get(
     page, 200
   )
 
