@@ -184,7 +184,8 @@ def markdown_of_sizes(table: pd.DataFrame) -> str:
     )
     for _, r in sizes.iterrows()
   ]
-  return '\n'.join(markdown_table(('size', 'tokens', *arms), rows)).strip()
+  names = (arm.replace('_', ' ') for arm in arms)  # which a page can break
+  return '\n'.join(markdown_table(('size', 'tokens', *names), rows)).strip()
 
 
 def markdown_of_changes(table: pd.DataFrame, before: pd.DataFrame) -> str:
