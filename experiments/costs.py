@@ -25,6 +25,7 @@ from mhc_jax import cost
 from mhc_jax.command import end_with_message
 from mhc_jax.config import build_optimizer
 from mhc_jax.config_file import check_fields
+from mhc_jax.errors import require
 from mhc_jax.log import say
 from mhc_jax.paths import user_path
 from mhc_jax.sharding import make_mesh
@@ -92,6 +93,7 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument('--calls', type=int, default=5, help='updates of a repeat')
   parser.add_argument('--out', type=user_path, default=Path('runs/costs.csv'))
   a = parser.parse_args(argv)
+  require(min(a.repeats, a.calls) > 0, '--repeats and --calls must be 1 or more')
   os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {ONE_THREAD}'.strip()
   table = costs(configs_of(a.experiment), a.repeats, a.calls)
   a.out.parent.mkdir(parents=True, exist_ok=True)

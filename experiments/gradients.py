@@ -28,6 +28,7 @@ from mhc_jax.command import end_with_message
 from mhc_jax.data import corpus_of, windows
 from mhc_jax.data.batches import train_batches
 from mhc_jax.diagnostics import interleave
+from mhc_jax.errors import require
 from mhc_jax.log import say
 from mhc_jax.model_config import ModelConfig
 from mhc_jax.paths import user_path
@@ -103,6 +104,7 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument('--lr', type=float, default=rotations.RATES[-1], choices=rotations.RATES)
   parser.add_argument('--out', type=user_path, default=Path('runs/gradients.csv'))
   a = parser.parse_args(argv)
+  require(a.updates >= 0, f'--updates {a.updates}: must be 0 or more')
   found = []
   for config in rotations.runs():
     if (config.model.depth, config.optimizer.lr) == (max(rotations.DEPTHS), a.lr):
