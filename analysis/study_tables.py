@@ -17,7 +17,8 @@ from .results_tables import table
 HEAD = """# Tables of the study
 
 Written by `python -m analysis.study_tables` from `docs/results/`. Differences are in nats per token, paired
-by size, tokens and seed, with 95 % intervals; the text is [the study](study.md)."""
+by size, tokens and seed, with 95 % intervals; bytes of mhc exact are a lower bound, for its loops count once.
+The text is [the study](study.md)."""
 
 
 def page(results: Path = RESULTS) -> str:
