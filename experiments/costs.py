@@ -17,20 +17,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import pandas as pd
 from ml_collections import ConfigDict
 
 from mhc_jax import cost
 from mhc_jax.command import end_with_message
-from mhc_jax.config import build_optimizer
 from mhc_jax.config_file import check_fields
 from mhc_jax.errors import require
 from mhc_jax.log import say
 from mhc_jax.paths import user_path
 from mhc_jax.sharding import make_mesh
-from mhc_jax.train_step import programs
 
+from .bench.arm_steps import functions_of
 from .bench.timing import interleaved, summary
 from .compile.abstract_step import trace_step
 from .compile.hlo_cost import count
@@ -38,28 +36,14 @@ from .compile.hlo_text import parse_module
 from .planning import configs_of
 from .workers import ONE_THREAD
 
-UPDATES = 100  # of the learning rate's schedule
-
 
 def compiled_step(config: ConfigDict) -> tuple[Callable[[], object], dict[str, float]]:
-  """A function that makes an update, and {flops_per_token, bytes_per_token} of it."""
-  config, mesh = check_fields(config), make_mesh({})
-  traced, _, batch, model = trace_step(config, mesh)
-  step = traced.lower().compile()
-  counted, tokens = count(parse_module(step.as_text())), config.data.batch_size * config.data.seq_len
-  shape = batch['inputs'].shape
-  drawn = jax.random.randint(jax.random.key(0), shape, 0, model.vocab_size - 1)
-  batch = {'inputs': drawn, 'targets': drawn, 'weights': jnp.ones(shape), 'segments': jnp.zeros_like(drawn)}
-  hparams = {'lr': 1e-3, 'weight_decay': 0.1, 'num_steps': UPDATES, 'warmup': UPDATES // 10}
-  hparams = {name: jnp.float32(value) for name, value in hparams.items()}
-  state = programs(model, build_optimizer(config), mesh).init(jax.random.key(0))
-
-  def update() -> object:
-    nonlocal state
-    state, metrics = step(state, batch, hparams)
-    return metrics
-
-  return update, {
+  """A function that makes an update, and {flops_per_token, bytes_per_token} of the program that it runs."""
+  config = check_fields(config)
+  traced, _, _, model = trace_step(config, make_mesh({}))
+  counted = count(parse_module(traced.lower().compile().as_text()))
+  tokens = config.data.batch_size * config.data.seq_len
+  return functions_of(config)['step'], {
     'flops_per_token': cost.train_flops_per_token(model, config.data.seq_len),
     'bytes_per_token': counted.total('bytes') / tokens,
   }
