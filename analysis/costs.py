@@ -20,7 +20,7 @@ from mhc_jax.errors import require
 
 from .figures.draw import Drawing, by_arm, hollow, legend, log_axis, looks, panels
 from .publish import draw_png
-from .results_tables import table as markdown_table
+from .results_tables import table_text
 
 SIZE = ['arm', 'width', 'depth']
 UNITS = {'flops': 'FLOPs', 'bytes': 'bytes', 'seconds': 'seconds'}
@@ -69,7 +69,7 @@ def markdown(table: pd.DataFrame) -> str:
     ratios = (f'{r[unit]:.2f}' for unit in UNITS)
     needs = (f'{r[f"need_{u}"]:.2f} ({r[f"low_{u}"]:.2f} to {r[f"high_{u}"]:.2f})' for u in UNITS)
     rows.append((r['arm'], *ratios, *needs))
-  return '\n'.join(markdown_table(('over residual', *names), rows)).strip()
+  return table_text(('over residual', *names), rows)
 
 
 def loss_vs_costs(table: pd.DataFrame) -> Drawing:

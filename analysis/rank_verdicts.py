@@ -16,7 +16,7 @@ from mhc_jax.errors import require
 
 from .conventions import AXIS_FIELD
 from .fitting.intervals import LEVEL
-from .results_tables import table as markdown_table
+from .results_tables import table_text
 from .selection import rate_losses
 from .verdicts import CELL, holm, settle
 
@@ -76,9 +76,7 @@ def markdown(table: pd.DataFrame) -> str:
     what = f'{r["arm"]} {r["width"]:.0f}x{r["depth"]:.0f}, {AXIS_FIELD[r["axis"]]} {own}'
     mean, to_settle = f'{r["mean"]:+.4f} ± {r["half"]:.4f}', settle(r['mean'], r['half'], r['flops'])
     rows.append((what, home, mean, f'{r["holm"]:.2g}', to_settle))
-  return '\n'.join(
-    markdown_table(('rank or streams', 'minus', 'mean', 'p (Holm)', 'FLOPs to settle'), rows)
-  ).strip()
+  return table_text(('rank or streams', 'minus', 'mean', 'p (Holm)', 'FLOPs to settle'), rows)
 
 
 def main(argv: list[str] | None = None) -> int:

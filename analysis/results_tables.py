@@ -27,6 +27,11 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Lines:
   return [*lines, *('| ' + ' | '.join(row) + ' |' for row in cells), '']
 
 
+def table_text(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+  """The same as one string, without a line after it."""
+  return '\n'.join(table(columns, rows)).strip()
+
+
 def read(path: Path, *needed: str) -> pd.DataFrame:
   """A CSV of the folder, without rows where it, or a column that is needed, is missing."""
   try:

@@ -12,7 +12,7 @@ from mhc_jax.command import end_with_message
 
 from . import costs, rank_verdicts, verdicts
 from .publish import RESULTS
-from .results_tables import table
+from .results_tables import table_text
 
 HEAD = """# Tables of the study
 
@@ -50,7 +50,7 @@ def predicted(found: pd.DataFrame) -> str:
     (r['arm'], f'{r["law"]:.3f}', f'{r["low"]:.3f} to {r["high"]:.3f}', f'{r["gap carried"]:.3f}')
     for _, r in found.iterrows()
   ]
-  return '\n'.join(table(('arm', 'law', '95 % of a new run', 'by the gap carried'), rows)).strip()
+  return table_text(('arm', 'law', '95 % of a new run', 'by the gap carried'), rows)
 
 
 def scored(found: pd.DataFrame) -> str:
@@ -70,7 +70,7 @@ def scored(found: pd.DataFrame) -> str:
     law, ends = f'{r["law"]:.3f}', f'{r["low"]:.3f} to {r["high"]:.3f}'
     gaps = (f'{r[k]:+.3f}' for k in ('law error', 'gap', 'measured gap'))
     rows.append((r['arm'], law, ends, r['runs'], f'{r["measured"]:.3f}', *gaps))
-  return '\n'.join(table(names, rows)).strip()
+  return table_text(names, rows)
 
 
 def main() -> int:

@@ -22,7 +22,7 @@ from mhc_jax.command import end_with_message
 from mhc_jax.errors import require
 
 from .fitting.intervals import LEVEL
-from .results_tables import table as markdown_table
+from .results_tables import table_text
 
 CONTRASTS = (
   ('mhc', 'residual'),
@@ -169,7 +169,7 @@ def markdown(table: pd.DataFrame) -> str:
     several = (cells_p, told[1], slope_p) if np.isfinite(r['slope']) else ('',) * 3  # of one size: neither
     to_settle = settle(r['mean'], r['mean_half'], r['flops'])
     rows.append((f'{r["arm"]} - {r["other"]}', told[0], mean_p, *several, to_settle))
-  return '\n'.join(markdown_table(names, rows)).strip()
+  return table_text(names, rows)
 
 
 def markdown_of_sizes(table: pd.DataFrame) -> str:
@@ -185,7 +185,7 @@ def markdown_of_sizes(table: pd.DataFrame) -> str:
     for _, r in sizes.iterrows()
   ]
   names = (arm.replace('_', ' ') for arm in arms)  # which a page can break
-  return '\n'.join(markdown_table(('size', 'tokens', *names), rows)).strip()
+  return table_text(('size', 'tokens', *names), rows)
 
 
 def markdown_of_changes(table: pd.DataFrame, before: pd.DataFrame) -> str:
@@ -197,7 +197,7 @@ def markdown_of_changes(table: pd.DataFrame, before: pd.DataFrame) -> str:
     ends = f'{low:+.4f} to {high:+.4f}', f'{r["mean_holm"]:.2g}'
     rows.append((f'{r["arm"]} - {r["other"]}', *told, f'{r["mean"]:+.4f}', *ends))
   names = ('contrast', 'here', 'there', 'change', '95 %', 'p (Holm)')
-  return '\n'.join(markdown_table(names, rows)).strip()
+  return table_text(names, rows)
 
 
 def main(argv: list[str] | None = None) -> int:
