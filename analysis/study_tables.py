@@ -55,21 +55,12 @@ def predicted(found: pd.DataFrame) -> str:
 
 def scored(found: pd.DataFrame) -> str:
   """What was predicted beside what was measured."""
-  names = (
-    'arm',
-    'law',
-    '95 % of a new run',
-    'runs',
-    'measured',
-    'error of the law',
-    'gap, predicted',
-    'measured',
-  )
+  names = ('arm', 'law', '95 % of a new run', 'runs', 'loss', 'error of law', 'gap carried', 'gap found')
   rows = []
   for _, r in found.iterrows():
     law, ends = f'{r["law"]:.3f}', f'{r["low"]:.3f} to {r["high"]:.3f}'
     gaps = (f'{r[k]:+.3f}' for k in ('law error', 'gap', 'measured gap'))
-    rows.append((r['arm'], law, ends, r['runs'], f'{r["measured"]:.3f}', *gaps))
+    rows.append((r['arm'].replace('_', ' '), law, ends, r['runs'], f'{r["measured"]:.3f}', *gaps))
   return table_text(names, rows)
 
 
